@@ -1,0 +1,164 @@
+"""Attention of the Zipformer: weights are computed once and used three times."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from espnet2_spear.zipformer.scaling import scaled_linear
+
+MASKED_SCORE = -1000.0  # finite, as in the reference: rows of padding stay finite
+
+
+class RelPositionalEncoding(nn.Module):
+    """Compact relative positional encoding with logarithmically compressed offsets.
+
+    offset t -> sign(t) sqrt(D) (log(|t| + sqrt(D)) - log sqrt(D)), then an angle
+    atan(2 pi t / D) whose multiples feed cosines (even columns) and sines (odd);
+    the last column is 1.
+
+    Args:
+        pos_dim: width D of the encoding.
+    """
+
+    def __init__(self, pos_dim: int) -> None:
+        super().__init__()
+        self.pos_dim = pos_dim
+        self.register_buffer("table", torch.zeros(0, pos_dim), persistent=False)
+
+    def forward(self, frames: int, device: torch.device) -> Tensor:
+        """Return (2 frames - 1, pos_dim); row r is offset r - (frames - 1)."""
+        longest = (self.table.size(0) + 1) // 2
+        if longest < frames or self.table.device != device:
+            longest = max(longest, frames)
+            self.table = self._encode(longest).to(device)
+        start = longest - frames
+        return self.table[start : start + 2 * frames - 1]
+
+    def _encode(self, frames: int) -> Tensor:
+        t = torch.arange(1 - frames, frames, dtype=torch.float64)[:, None]
+        knee = math.sqrt(self.pos_dim)
+        t = t.sign() * knee * ((t.abs() + knee).log() - math.log(knee))
+        angle = torch.atan(t * 2.0 * math.pi / self.pos_dim)
+        angle = angle * torch.arange(1, self.pos_dim // 2 + 1)
+        table = torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1)
+        table[:, -1] = 1.0
+        return table.float()
+
+
+def relative_to_absolute(scores: Tensor) -> Tensor:
+    """Turn scores by offset into scores by key position, without copying.
+
+    Args:
+        scores: (B, H, T, 2 T - 1), last axis = key - query + T - 1; contiguous.
+
+    Returns:
+        (B, H, T, T) view, last axis = key.
+    """
+    b, h, t, r = scores.shape
+    s = scores.stride()
+    return scores.as_strided(
+        (b, h, t, t),
+        (s[0], s[1], s[2] - s[3], s[3]),
+        scores.storage_offset() + (t - 1) * s[3],
+    )
+
+
+class AttentionWeights(nn.Module):
+    """Multi-head attention weights with relative positions.
+
+    Args:
+        dim: channels of the input.
+        num_heads: heads.
+        query_head_dim: width of a query or key head.
+        pos_head_dim: width of a positional query head.
+        pos_dim: width of the positional encoding.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        query_head_dim: int,
+        pos_head_dim: int,
+        pos_dim: int,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_head_dim = query_head_dim
+        self.pos_head_dim = pos_head_dim
+        width = num_heads * (2 * query_head_dim + pos_head_dim)
+        # The usual 1 / sqrt(d) of the scores lives in the initial weights.
+        self.in_proj = scaled_linear(dim, width, query_head_dim**-0.25)
+        self.linear_pos = nn.Linear(pos_dim, num_heads * pos_head_dim, bias=False)
+        with torch.no_grad():
+            self.linear_pos.weight.mul_(0.05)
+
+    def forward(self, x: Tensor, pos: Tensor, padding: Tensor | None) -> Tensor:
+        """Compute attention weights.
+
+        Args:
+            x: (B, T, dim).
+            pos: (2 T - 1, pos_dim) positional encoding.
+            padding: (B, T) bool, True in the padding, or None.
+
+        Returns:
+            (B, H, T, T), rows (queries) sum to 1.
+        """
+        b, t, _ = x.shape
+        h, qd, pd = self.num_heads, self.query_head_dim, self.pos_head_dim
+        q, k, p = self.in_proj(x).split([h * qd, h * qd, h * pd], dim=-1)
+        q = q.reshape(b, t, h, qd).transpose(1, 2)
+        k = k.reshape(b, t, h, qd).permute(0, 2, 3, 1)
+        p = p.reshape(b, t, h, pd).transpose(1, 2)
+        r = self.linear_pos(pos).reshape(-1, h, pd).permute(1, 2, 0)
+        by_offset = torch.matmul(p, r)
+        scores = torch.matmul(q, k) + relative_to_absolute(by_offset)
+        if padding is not None:
+            scores = scores.masked_fill(padding[:, None, None, :], MASKED_SCORE)
+        return scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Values of attention, given the weights.
+
+    Args:
+        dim: channels.
+        num_heads: heads.
+        value_head_dim: width of a value head.
+    """
+
+    def __init__(self, dim: int, num_heads: int, value_head_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj = nn.Linear(dim, num_heads * value_head_dim)
+        self.out_proj = scaled_linear(num_heads * value_head_dim, dim, 0.05)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Apply weights (B, H, T, T) to x (B, T, dim)."""
+        b, t, _ = x.shape
+        v = self.in_proj(x).reshape(b, t, self.num_heads, -1).transpose(1, 2)
+        out = torch.matmul(weights, v).transpose(1, 2).reshape(b, t, -1)
+        return self.out_proj(out)
+
+
+class NonlinAttention(nn.Module):
+    """Gated attention that uses the weights of the first head only.
+
+    Args:
+        dim: channels; the hidden width is 3/4 of it.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = 3 * dim // 4
+        self.in_proj = nn.Linear(dim, 3 * hidden)
+        self.out_proj = scaled_linear(hidden, dim, 0.05)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Apply weights (B, H, T, T) to x (B, T, dim)."""
+        s, v, y = self.in_proj(x).chunk(3, dim=-1)
+        v = torch.matmul(weights[:, 0], v * s.tanh())
+        return self.out_proj(v * y)

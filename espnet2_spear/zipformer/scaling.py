@@ -1,0 +1,83 @@
+"""Activation and normalisation functions of the Zipformer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Swoosh(torch.autograd.Function):
+    """softplus(x - shift) - 0.08 x - offset, keeping only x for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, shift: float, offset: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.shift = shift
+        y = F.softplus(x - shift)
+        return y.add_(x, alpha=-0.08).sub_(offset)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        slope = torch.sigmoid_(x - ctx.shift).sub_(0.08)
+        return slope.mul_(grad), None, None
+
+
+def swoosh_l(x: Tensor) -> Tensor:
+    """SwooshL(x) = log(1 + exp(x - 4)) - 0.08 x - 0.035 (Zipformer, eq. 5)."""
+    return _Swoosh.apply(x, 4.0, 0.035)
+
+
+def swoosh_r(x: Tensor) -> Tensor:
+    """SwooshR(x) = log(1 + exp(x - 1)) - 0.08 x - 0.313261687 (Zipformer, eq. 4)."""
+    return _Swoosh.apply(x, 1.0, 0.313261687)
+
+
+class BiasNorm(nn.Module):
+    """x / RMS(x - bias) * exp(log_scale), over the last dimension.
+
+    The bias lets a channel carry a large constant that keeps length information;
+    it enters the denominator only (Zipformer, eq. 3).
+
+    Args:
+        num_channels: size of the last dimension.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(1.0))
+        self.bias = nn.Parameter(torch.empty(num_channels).normal_(std=1e-4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., num_channels)."""
+        rms = (x - self.bias).square().mean(dim=-1, keepdim=True).rsqrt()
+        return x * (rms * self.log_scale.exp())
+
+
+class Bypass(nn.Module):
+    """original + (x - original) * scale, with one learned scale per channel.
+
+    Args:
+        num_channels: size of the last dimension.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.bypass_scale = nn.Parameter(torch.full((num_channels,), 0.5))
+
+    def forward(self, original: Tensor, x: Tensor) -> Tensor:
+        """Combine two (..., num_channels) tensors."""
+        return torch.lerp(original, x, self.bypass_scale)
+
+
+def scaled_linear(in_dim: int, out_dim: int, scale: float) -> nn.Linear:
+    """nn.Linear whose initial weights are scaled down and whose bias is tiny.
+
+    Residual branches that begin near zero let deep stacks train from the start.
+    """
+    linear = nn.Linear(in_dim, out_dim)
+    with torch.no_grad():
+        linear.weight.mul_(scale)
+        linear.bias.uniform_(-0.1 * scale, 0.1 * scale)
+    return linear
