@@ -1,0 +1,133 @@
+"""Span masks over time and over mel channels of the fbank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sample_spans(
+    lengths: Tensor,
+    size: int,
+    prob: float,
+    span: int,
+    min_spans: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Sample overlapping spans for a batch, on the device of ``lengths``.
+
+    An item of length T gets n = floor(prob T / span + u), u ~ U(0, 1), spans, at
+    least ``min_spans`` and at most T // span; their starts are drawn without
+    replacement from [0, T - span), as in fairseq's span sampler.
+
+    Args:
+        lengths: (B,) lengths of the items.
+        size: length of the mask; no shorter than any item.
+        prob: wanted share of the item if spans did not overlap.
+        span: length of a span.
+        min_spans: fewest spans of an item long enough to hold them.
+        generator: source of randomness on that device; torch's own if None.
+
+    Returns:
+        (B, size) bool, True where masked.
+    """
+    if prob <= 0:
+        return torch.zeros(
+            lengths.size(0), size, dtype=torch.bool, device=lengths.device
+        )
+    noise = torch.rand(
+        lengths.size(0), size + 1, device=lengths.device, generator=generator
+    )
+    wanted = (prob * lengths / span + noise[:, 0]).floor().clamp(min=min_spans)
+    wanted = torch.minimum(wanted, lengths // span)
+    position = torch.arange(size, device=lengths.device)
+    # A random order of the allowed starts; the first `wanted` of it are taken.
+    key = noise[:, 1:].masked_fill(position >= (lengths - span)[:, None], 2.0)
+    rank = key.argsort(dim=1).argsort(dim=1)
+    starts = (rank < wanted[:, None]) & (key < 2.0)
+    padded = F.pad(starts.float(), (span - 1, 0))
+    return F.max_pool1d(padded[:, None], span, stride=1)[:, 0] > 0
+
+
+@dataclass(frozen=True)
+class SpanMasker:
+    """Channel and time masks of pre-training.
+
+    Defaults are those of the unified (speech and audio) models: with them 49 % of
+    the frames and 23 % of the mel channels are masked; speech-only models use
+    ``time_prob`` 0.5 and ``channel_span`` 15, which mask 40 % and 23 %.
+
+    Attributes:
+        time_prob: wanted share of frames, before overlaps.
+        time_span: fbank frames (10 ms) of a span.
+        time_min_spans: fewest spans of an utterance.
+        channel_prob: wanted share of mel channels, before overlaps.
+        channel_span: mel channels of a span.
+    """
+
+    time_prob: float = 0.65
+    time_span: int = 10
+    time_min_spans: int = 2
+    channel_prob: float = 0.25
+    channel_span: int = 20
+
+    def __call__(
+        self,
+        fbank: Tensor,
+        lengths: Tensor,
+        mask_emb: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mask a batch.
+
+        Channels are set to 0 first, then whole frames to ``mask_emb``; padding is
+        never masked in time.
+
+        Args:
+            fbank: (B, T, num_mel_bins), 100 Hz.
+            lengths: (B,) frames.
+            mask_emb: (num_mel_bins,) learned vector.
+            generator: source of randomness on the fbank's device.
+
+        Returns:
+            the masked fbank and the time mask (B, T) bool.
+        """
+        b, t, bins = fbank.shape
+        lengths = lengths.to(fbank.device)
+        channels = sample_spans(
+            torch.full((b,), bins, device=fbank.device),
+            bins,
+            self.channel_prob,
+            self.channel_span,
+            min_spans=0,
+            generator=generator,
+        )
+        frames = sample_spans(
+            lengths,
+            t,
+            self.time_prob,
+            self.time_span,
+            self.time_min_spans,
+            generator,
+        )
+        fbank = fbank.masked_fill(channels[:, None], 0.0)
+        return torch.where(frames[..., None], mask_emb.to(fbank.dtype), fbank), frames
+
+
+def pool_time_mask(mask: Tensor, factor: int, frames: int) -> Tensor:
+    """Bring a mask of fbank frames to the rate of the student's output.
+
+    Args:
+        mask: (B, T) bool, 100 Hz.
+        factor: fbank frames per output frame (2 at 50 Hz, 4 at 25 Hz).
+        frames: output frames.
+
+    Returns:
+        (B, frames) bool; True where at least half of the fbank frames are masked.
+    """
+    short = max(0, frames * factor - mask.size(1))
+    mask = F.pad(mask.float(), (0, short))[:, None]
+    return F.avg_pool1d(mask, factor)[:, 0, :frames] >= 0.5

@@ -1,0 +1,105 @@
+"""Teacher codes as targets at the student's frame rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -1
+
+
+@dataclass(frozen=True)
+class TeacherCodes:
+    """What a teacher's code files hold.
+
+    Attributes:
+        num_codebooks: codes per teacher frame.
+        codebook_size: number of different codes.
+        frame_rate: teacher frames per second.
+    """
+
+    num_codebooks: int
+    codebook_size: int = 256
+    frame_rate: float = 50.0
+
+    @classmethod
+    def from_dict(cls, name: str, conf: Mapping[str, Any]) -> TeacherCodes:
+        """Build from YAML.
+
+        Raises:
+            ValueError: missing or unknown keys; the message names the teacher.
+        """
+        try:
+            return cls(**conf)
+        except TypeError as error:
+            raise ValueError(f"teacher '{name}': {error}") from None
+
+    def per_student_frame(self, student_rate: float) -> int:
+        """Teacher frames that one student frame predicts; 1 if it is the faster.
+
+        Raises:
+            ValueError: neither rate is a whole multiple of the other.
+        """
+        ratio = self.frame_rate / student_rate
+        for value in (ratio, 1 / ratio):
+            if value >= 1 and abs(value - round(value)) < 1e-6:
+                return max(1, round(ratio))
+        raise ValueError(
+            f"teacher at {self.frame_rate} Hz and student at {student_rate} Hz: one "
+            "rate must be a whole multiple of the other"
+        )
+
+
+def match_frame_rate(
+    codes: Tensor, teacher_rate: float, student_rate: float, frames: int
+) -> Tensor:
+    """Bring codes to the student's rate, left aligned, without any shift.
+
+    A faster teacher's frames are stacked (frame-major, then codebook); a slower
+    teacher's are repeated. Trailing codes are cut, missing ones are ignored.
+
+    Args:
+        codes: (B, T, N) int, ``IGNORE`` in the padding.
+        teacher_rate: frames per second of the codes.
+        student_rate: frames per second of the student's output.
+        frames: student frames T'.
+
+    Returns:
+        (B, T', N r) with r = teacher_rate / student_rate, at least 1.
+    """
+    if teacher_rate < student_rate:
+        codes = codes.repeat_interleave(round(student_rate / teacher_rate), dim=1)
+    stack = max(1, round(teacher_rate / student_rate))
+    codes = codes[:, : frames * stack]
+    codes = F.pad(codes, (0, 0, 0, frames * stack - codes.size(1)), value=IGNORE)
+    return codes.reshape(codes.size(0), frames, stack * codes.size(2))
+
+
+def codebook_cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
+    """Cross-entropy of every entry.
+
+    Args:
+        logits: (..., N, K).
+        codes: (..., N) int; negative entries are ignored.
+
+    Returns:
+        (..., N) float32, 0 where ignored.
+    """
+    flat = F.cross_entropy(
+        logits.reshape(-1, logits.size(-1)).float(),
+        codes.clamp(min=IGNORE).reshape(-1).long(),
+        ignore_index=IGNORE,
+        reduction="none",
+    )
+    return flat.view(codes.shape)
+
+
+def correct_codes(logits: Tensor, codes: Tensor) -> Tensor:
+    """1.0 where the most likely code is the target; shapes as in the loss."""
+    with torch.no_grad():
+        return (logits.argmax(dim=-1) == codes).float()

@@ -1,0 +1,177 @@
+"""SPEAR pre-training as an ESPnet2 task."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection
+
+import numpy as np
+import torch
+from espnet2.tasks.abs_task import AbsTask
+from espnet2.train.class_choices import ClassChoices
+from espnet2.train.collate_fn import CommonCollateFn
+from espnet2.train.trainer import Trainer
+from espnet2.utils.nested_dict_action import NestedDictAction
+from espnet2.utils.types import str2bool
+
+from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.espnet_model import SpearPretrainModel
+from espnet2_spear.spear.masking import SpanMasker
+from espnet2_spear.spear.targets import IGNORE, TeacherCodes
+from espnet2_spear.train.preprocessor import SpearPreprocessor
+from espnet2_spear.zipformer.config import ZipformerConfig
+
+model_choices = ClassChoices(
+    "model",
+    classes={"spear": SpearPretrainModel},
+    type_check=SpearPretrainModel,
+    default="spear",
+)
+
+
+class SpearTask(AbsTask):
+    """Masked prediction of teacher codes.
+
+    Data names: ``speech`` (sound), ``domain`` (text, one word) and
+    ``codes_<teacher>`` (kaldi_ark) for every teacher of ``--teachers``.
+    """
+
+    num_optimizers: int = 1
+    class_choices_list = [model_choices]
+    trainer = Trainer
+
+    @classmethod
+    def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the options of this task."""
+        group = parser.add_argument_group("Task related")
+        required = parser.get_default("required")
+        required += ["teachers"]
+        group.add_argument(
+            "--student",
+            type=str,
+            default="base",
+            help="Named size of the student: base, large, xlarge, mini or tiny",
+        )
+        group.add_argument(
+            "--student_conf",
+            action=NestedDictAction,
+            default=dict(),
+            help="Fields of ZipformerConfig that differ from the named size",
+        )
+        group.add_argument(
+            "--teachers",
+            action=NestedDictAction,
+            default=None,
+            help="Teacher name -> {num_codebooks, codebook_size, frame_rate}",
+        )
+        group.add_argument(
+            "--domains",
+            type=str,
+            nargs="+",
+            default=["speech", "audio"],
+            help="Names that utt2domain may hold",
+        )
+        group.add_argument(
+            "--loss_weights",
+            action=NestedDictAction,
+            default={
+                "speech": {"speech": 1.0},
+                "audio": {"speech": 1.0, "audio": 0.1},
+            },
+            help="Domain -> teacher -> weight of its loss; absent pairs weigh 0",
+        )
+        group.add_argument(
+            "--masker_conf",
+            action=NestedDictAction,
+            default=dict(),
+            help="Fields of SpanMasker",
+        )
+        group.add_argument(
+            "--use_preprocessor",
+            type=str2bool,
+            default=True,
+            help="Check and convert the data; needed unless the loader does so",
+        )
+        for class_choices in cls.class_choices_list:
+            class_choices.add_arguments(group)
+
+    @classmethod
+    def build_collate_fn(
+        cls, args: argparse.Namespace, train: bool
+    ) -> Callable[
+        [Collection[tuple[str, dict[str, np.ndarray]]]],
+        tuple[list[str], dict[str, torch.Tensor]],
+    ]:
+        """Zero padding for audio, ignored targets for codes."""
+        return CommonCollateFn(
+            float_pad_value=0.0, int_pad_value=IGNORE, not_sequence=["domain"]
+        )
+
+    @classmethod
+    def build_preprocess_fn(
+        cls, args: argparse.Namespace, train: bool
+    ) -> Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]] | None:
+        """Return the per-utterance checks."""
+        if not args.use_preprocessor:
+            return None
+        return SpearPreprocessor(build_teacher_codes(args.teachers), args.domains)
+
+    @classmethod
+    def required_data_names(
+        cls, train: bool = True, inference: bool = False
+    ) -> tuple[str, ...]:
+        """Inputs that must be there; codes are checked against ``--teachers``."""
+        return ("speech",) if inference else ("speech", "domain")
+
+    @classmethod
+    def optional_data_names(
+        cls, train: bool = True, inference: bool = False
+    ) -> tuple[str, ...]:
+        """No fixed ones: see check_task_requirements."""
+        return ()
+
+    @classmethod
+    def check_task_requirements(
+        cls, dataset, allow_variable_data_keys: bool, train: bool, inference=False
+    ) -> None:
+        """Accept ``codes_<anything>`` besides the required names.
+
+        ESPnet lists optional names per class, while the teachers of a SPEAR run are
+        named by its configuration.
+        """
+        others = [n for n in dataset.names() if not n.startswith("codes_")]
+        unknown = set(others) - set(cls.required_data_names(train, inference))
+        if unknown and not allow_variable_data_keys:
+            raise RuntimeError(
+                f"data names {sorted(unknown)} are neither speech, domain nor "
+                "codes_<teacher>"
+            )
+        super().check_task_requirements(dataset, True, train, inference)
+
+    @classmethod
+    def build_model(cls, args: argparse.Namespace) -> SpearPretrainModel:
+        """Build the student with its heads from the configuration.
+
+        Raises:
+            ValueError: the configuration does not fit together.
+        """
+        config = ZipformerConfig.from_dict({"name": args.student, **args.student_conf})
+        # Written out, so that config.yaml describes the network by itself.
+        args.student_conf = config.to_dict()
+        try:
+            masker = SpanMasker(**args.masker_conf)
+        except TypeError as error:
+            raise ValueError(f"masker_conf: {error}") from None
+        return model_choices.get_class(args.model)(
+            student=SpearEncoder(config),
+            teachers=build_teacher_codes(args.teachers),
+            domains=args.domains,
+            loss_weights=args.loss_weights,
+            masker=masker,
+            **args.model_conf,
+        )
+
+
+def build_teacher_codes(teachers: dict[str, dict]) -> dict[str, TeacherCodes]:
+    """Turn the option ``--teachers`` into objects."""
+    return {name: TeacherCodes.from_dict(name, c) for name, c in teachers.items()}
