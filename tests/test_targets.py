@@ -1,0 +1,101 @@
+"""Targets, losses and the preprocessor's checks of codes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from espnet2_spear.spear.targets import (
+    TeacherCodes,
+    codebook_cross_entropy,
+    match_frame_rate,
+)
+from espnet2_spear.train.preprocessor import SpearPreprocessor
+
+
+def per_entry(ref) -> torch.Tensor:
+    x, weight = torch.tensor(ref["x"]), torch.tensor(ref["weight"])
+    logits = torch.einsum("btd,nkd->btnk", x, weight) + torch.tensor(ref["bias"])
+    return codebook_cross_entropy(logits, torch.tensor(ref["idx"]))
+
+
+def test_cross_entropy_matches_reference(data_dir: Path) -> None:
+    ref = np.load(data_dir / "codebook_loss.npz")
+    np.testing.assert_allclose(per_entry(ref), ref["per_entry"], atol=1e-4)
+
+
+def test_cross_entropy_matches_full_reference(golden_dir: Path) -> None:
+    ref = np.load(golden_dir / "codebook_loss.npz")
+    got = per_entry(ref)
+    np.testing.assert_allclose(got, ref["per_entry"], atol=1e-4)
+    # Ignored entries count in the mean over codebooks.
+    np.testing.assert_allclose(got.mean(-1).sum(1), ref["utt"], rtol=1e-4)
+
+
+def test_faster_teacher_is_stacked_frame_major() -> None:
+    codes = torch.arange(12).view(1, 6, 2)
+    got = match_frame_rate(codes, 50.0, 25.0, 2)
+    assert got.tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
+
+
+def test_slower_teacher_is_repeated() -> None:
+    codes = torch.tensor([[[1], [2]]])
+    got = match_frame_rate(codes, 25.0, 50.0, 5)
+    assert got[..., 0].tolist() == [[1, 1, 2, 2, -1]]
+
+
+def test_equal_rates_are_trimmed_or_ignored_at_the_end() -> None:
+    codes = torch.tensor([[[1], [2], [3]]])
+    assert match_frame_rate(codes, 50.0, 50.0, 2)[..., 0].tolist() == [[1, 2]]
+    assert match_frame_rate(codes, 50.0, 50.0, 4)[..., 0].tolist() == [[1, 2, 3, -1]]
+
+
+def test_rates_that_do_not_divide_are_refused() -> None:
+    assert TeacherCodes(8, frame_rate=25.0).per_student_frame(50.0) == 1
+    assert TeacherCodes(8, frame_rate=50.0).per_student_frame(25.0) == 2
+    with pytest.raises(ValueError, match="whole multiple"):
+        TeacherCodes(8, frame_rate=40.0).per_student_frame(50.0)
+    with pytest.raises(ValueError, match="teacher 'x'"):
+        TeacherCodes.from_dict("x", {"num_codebook": 3})
+
+
+@pytest.fixture
+def preprocess() -> SpearPreprocessor:
+    return SpearPreprocessor({"t": TeacherCodes(4, 16, 50.0)}, ["speech", "audio"])
+
+
+def utterance(codes: np.ndarray, domain: str = "audio", samples: int = 16000) -> dict:
+    speech = np.zeros(samples, dtype=np.float32)
+    return {"speech": speech, "domain": domain, "codes_t": codes}
+
+
+def test_preprocessor_converts(preprocess: SpearPreprocessor) -> None:
+    out = preprocess("u", utterance(np.full((50, 4), 15, dtype=np.float32)))
+    assert out["domain"].tolist() == [1]
+    assert out["codes_t"].dtype == np.int16 and (out["codes_t"] == 15).all()
+    absent = preprocess("u", utterance(np.full((1, 4), -1, dtype=np.float32)))
+    assert absent["codes_t"].tolist() == [[-1] * 4]
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (utterance(np.zeros((50, 3))), r"'bad'.*\(50, 3\)"),
+        (utterance(np.full((50, 4), 16.0)), "'bad'.*expected 0..15"),
+        (utterance(np.zeros((40, 4))), "'bad'.*40 code frames"),
+        (utterance(np.zeros((60, 4))), "'bad'.*60 code frames"),
+        (utterance(np.zeros((50, 4)), domain="music"), "'bad'.*music"),
+        (utterance(np.zeros((50, 4)), samples=0), "'bad'.*audio of shape"),
+    ],
+)
+def test_preprocessor_names_the_utterance(preprocess, data, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        preprocess("bad", data)
+
+
+def test_stereo_is_refused(preprocess: SpearPreprocessor) -> None:
+    data = utterance(np.zeros((50, 4)))
+    data["speech"] = np.zeros((16000, 2), dtype=np.float32)
+    with pytest.raises(ValueError, match="mono"):
+        preprocess("u", data)

@@ -1,0 +1,225 @@
+"""Fbank and Zipformer against reference outputs, and their invariants."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from espnet2_spear.hub.load import load_model
+from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.zipformer.attention import relative_to_absolute
+from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.embed import ConvEmbed
+from espnet2_spear.zipformer.fbank import PADDING_VALUE, Fbank
+from espnet2_spear.zipformer.scaling import swoosh_l, swoosh_r
+
+GOLDEN_CONFIG = ZipformerConfig(
+    num_encoder_layers=(1, 1, 2, 1, 1, 1, 1),
+    feedforward_dim=(96,) * 7,
+    encoder_dim=(64,) * 7,
+    encoder_unmasked_dim=(48,) * 7,
+    num_heads=(4,) * 7,
+)
+
+
+def fill_by_rule(model: torch.nn.Module) -> None:
+    """Set parameters by the rule that the reference outputs were made with."""
+    for name, p in model.named_parameters():
+        seed = zlib.crc32(name.encode()) & 0x7FFFFFFF
+        z = np.random.RandomState(seed).standard_normal(p.shape).astype(np.float32)
+        if name.endswith(("log_scale", "bypass_scale")):
+            z = 0.5 + 0.1 * z
+        elif name.endswith("bias"):
+            z = 0.1 * z
+        else:
+            z = z / np.sqrt(np.prod(p.shape[1:]))
+        p.data.copy_(torch.as_tensor(z))
+
+
+@pytest.fixture(scope="module")
+def small() -> SpearEncoder:
+    torch.manual_seed(0)
+    return SpearEncoder(ZipformerConfig.from_name("tiny")).eval()
+
+
+def test_encoder_matches_reference(data_dir: Path) -> None:
+    ref = np.load(data_dir / "zipformer.npz")
+    model = SpearEncoder(GOLDEN_CONFIG).eval()
+    fill_by_rule(model)
+    x, x_lens = torch.tensor(ref["x"].astype(np.float32)), torch.tensor(ref["x_lens"])
+    with torch.no_grad():
+        embed = model.encoder_embed(x)
+        out = model.encode(x, x_lens)
+    step = int(ref["step"])
+    np.testing.assert_allclose(embed[:, ::step], ref["embed"], atol=1e-4)
+    np.testing.assert_allclose(out.encoder_out[:, ::step], ref["out"], atol=1e-4)
+    assert len(out.hidden_states) == 8
+    for i, h in enumerate(out.hidden_states):
+        np.testing.assert_allclose(h[:, ::step], ref[f"hidden{i}"], atol=1e-4)
+    assert out.encoder_out_lens.tolist() == ref["out_lens"].tolist()
+
+
+def test_encoder_matches_full_reference(golden_dir: Path) -> None:
+    ref = np.load(golden_dir / "zipformer.npz")
+    model = SpearEncoder(GOLDEN_CONFIG).eval()
+    params = {k[2:]: torch.tensor(v) for k, v in ref.items() if k.startswith("P:")}
+    missing, extra = model.load_state_dict(params, strict=False)
+    assert missing == ["mask_emb"] and not extra
+    with torch.no_grad():
+        out = model.encode(torch.tensor(ref["x"]), torch.tensor(ref["x_lens"]))
+    np.testing.assert_allclose(out.encoder_out, ref["out"], atol=1e-4)
+    for i, h in enumerate(out.hidden_states):
+        np.testing.assert_allclose(h, ref[f"hidden{i}"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["hf_tiny", "hf_tiny_25hz"])
+def test_released_layout_matches_reference(golden_dir: Path, name: str) -> None:
+    model = load_model(golden_dir / name)
+    ref = np.load(golden_dir / name / "expected.npz")
+    speech = torch.tensor(ref["audio"])
+    lengths = torch.tensor(ref["audio_lens"])
+    with torch.no_grad():
+        fbank, fbank_lens = model.fbank(speech, lengths)
+        out = model(speech, lengths)
+    np.testing.assert_allclose(fbank, ref["fbank"], atol=1e-3)
+    assert fbank_lens.tolist() == ref["fbank_lens"].tolist()
+    np.testing.assert_allclose(out.encoder_out, ref["encoder_out"], atol=1e-3)
+    assert out.encoder_out_lens.tolist() == ref["encoder_out_lens"].tolist()
+    assert out.encoder_out_lens.tolist() == model.output_lengths(lengths).tolist()
+    layers = json.loads((golden_dir / name / "config.json").read_text())
+    assert len(out.hidden_states) == sum(
+        map(int, layers["num_encoder_layers"].split(","))
+    )
+    for i, h in enumerate(out.hidden_states):
+        np.testing.assert_allclose(h, ref[f"hidden_{i:02d}"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("base", 93_289_489), ("large", 326_951_472), ("xlarge", 596_973_362)],
+)
+def test_named_sizes(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = SpearEncoder(ZipformerConfig.from_name(name))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_fbank_matches_kaldi() -> None:
+    """torchaudio's Kaldi fbank agrees where neither mirrors at the edges."""
+    kaldi = pytest.importorskip("torchaudio.compliance.kaldi")
+    torch.manual_seed(0)
+    speech = torch.randn(1, 16000) * 0.1
+    ours, _ = Fbank(128)(speech, torch.tensor([16000]))
+    theirs = kaldi.fbank(
+        speech,
+        num_mel_bins=128,
+        high_freq=-400.0,
+        dither=0.0,
+        energy_floor=0.0,
+        snip_edges=False,
+        use_energy=False,
+    )
+    # torchaudio mirrors the right edge differently; its last frames are left out.
+    np.testing.assert_allclose(ours[0, :-2], theirs[:-2], atol=1e-3)
+    assert (ours[0, :, 1] == np.float32(np.log(np.float32(1.1920929e-07)))).all()
+
+
+def test_fbank_of_utterance_is_independent_of_batch() -> None:
+    torch.manual_seed(0)
+    speech = torch.randn(3, 5000)
+    lengths = torch.tensor([5000, 1234, 100])
+    batch, lens = Fbank(80)(speech, lengths)
+    assert lens.tolist() == [31, 8, 1]
+    for i, n in enumerate(lengths.tolist()):
+        alone, _ = Fbank(80)(speech[i : i + 1, :n], torch.tensor([n]))
+        np.testing.assert_allclose(batch[i, : lens[i]], alone[0], atol=1e-5)
+        assert (batch[i, lens[i] :] == np.float32(PADDING_VALUE)).all()
+
+
+@pytest.mark.parametrize("lengths", [[0, 100], [100, 101]])
+def test_fbank_refuses_impossible_lengths(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="lengths"):
+        Fbank(80)(torch.zeros(2, 100), torch.tensor(lengths))
+
+
+def test_swoosh_gradient_is_right_and_finite() -> None:
+    x = torch.linspace(-20, 20, 41, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(swoosh_l, x)
+    assert torch.autograd.gradcheck(swoosh_r, x)
+    far = torch.tensor([-1e4, 93.0, 1e4], requires_grad=True)
+    (swoosh_l(far) + swoosh_r(far)).sum().backward()
+    np.testing.assert_allclose(far.grad, [-0.16, 1.84, 1.84], rtol=1e-5)
+
+
+def test_relative_to_absolute_reads_the_right_offsets() -> None:
+    t = 5
+    offsets = torch.arange(1.0 - t, t).expand(2, 3, t, 2 * t - 1).contiguous()
+    got = relative_to_absolute(offsets)
+    key, query = torch.arange(t), torch.arange(t)[:, None]
+    assert (got == (key - query)).all()
+
+
+def test_lengths_are_exact(small: SpearEncoder) -> None:
+    for samples in range(small.min_samples, small.min_samples + 700, 53):
+        n = torch.tensor([samples])
+        out = small(torch.randn(1, samples), n)
+        assert out.encoder_out.size(1) == small.output_lengths(samples)
+        assert out.encoder_out_lens.item() == small.output_lengths(samples)
+        assert all(
+            h.size(1) == small.hidden_lengths(samples) for h in out.hidden_states
+        )
+    with pytest.raises(ValueError, match="at least"):
+        small(torch.randn(1, 2000), torch.tensor([small.min_samples - 1]))
+
+
+def test_content_of_padding_does_not_matter(small: SpearEncoder) -> None:
+    """Samples behind an utterance's length never reach its frames."""
+    torch.manual_seed(0)
+    speech = torch.randn(2, 8000)
+    lengths = torch.tensor([8000, 5000])
+    other = speech.clone()
+    other[1, 5000:] = 100.0
+    with torch.no_grad():
+        a, b = small(speech, lengths), small(other, lengths)
+    torch.testing.assert_close(a.encoder_out, b.encoder_out)
+
+
+def test_gradients_reach_every_trainable_parameter() -> None:
+    torch.manual_seed(0)
+    model = SpearEncoder(ZipformerConfig.from_name("tiny"))
+    out = model(torch.randn(2, 8000), torch.tensor([8000, 6000]))
+    out.encoder_out.square().sum().backward()
+    without = [
+        n for n, p in model.named_parameters() if p.requires_grad and p.grad is None
+    ]
+    assert without == ["mask_emb"]  # used in masking only
+
+
+@pytest.mark.parametrize(
+    "conf, message",
+    [
+        ({"name": "hugo"}, "unknown size"),
+        ({"name": "tiny", "num_leads": 3}, "num_leads"),
+        ({"name": "tiny", "num_heads": "2,2"}, "one entry per stack"),
+        ({"name": "tiny", "encoder_dim": [32, 32, 64]}, "equal in all stacks"),
+        ({"name": "tiny", "causal": True}, "causal"),
+        ({"name": "tiny", "num_heads": "2,x,2"}, "num_heads"),
+    ],
+)
+def test_config_errors_name_the_key(conf: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ZipformerConfig.from_dict(conf)
+
+
+def test_config_round_trip() -> None:
+    config = ZipformerConfig.from_name("mini")
+    assert ZipformerConfig.from_dict(config.to_dict()) == config
+
+
+def test_embedding_lengths() -> None:
+    embed = ConvEmbed(128, 32, (2, 4, 8))
+    for t in (9, 10, 33):
+        assert embed(torch.randn(1, t, 128)).size(1) == embed.output_lengths(t)
