@@ -69,7 +69,9 @@ class ConvEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map fbank (B, T, num_mel_bins), T >= 9, to (B, (T - 7) // 2, dim)."""
-        x = x[:, None]
+        # Channels last: three times as fast on a CPU, forward and backward, where
+        # few channels make the default layout's convolutions slow.
+        x = x[:, None].to(memory_format=torch.channels_last)
         for conv in self.conv.values():
             x = swoosh_r(conv(x))
         x = self.convnext(x)
