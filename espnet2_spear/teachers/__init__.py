@@ -1,0 +1,107 @@
+"""Frozen teachers, by name: waveform in, embeddings out."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from espnet2_spear.teachers.base import Teacher, TeacherError
+
+__all__ = [
+    "TEACHERS",
+    "Teacher",
+    "TeacherError",
+    "build_teacher",
+    "load_teacher_config",
+]
+
+# Name of a teacher -> module and class; imported when first asked for.
+TEACHERS = {
+    "whisper": "espnet2_spear.teachers.whisper:WhisperTeacher",
+    "yamnet": "espnet2_spear.teachers.yamnet:YamnetTeacher",
+}
+
+
+def teacher_class(name: str) -> type[Teacher]:
+    """Return the class of a teacher.
+
+    Raises:
+        TeacherError: no such teacher; the message lists the known ones.
+    """
+    if name not in TEACHERS:
+        known = ", ".join(sorted(TEACHERS))
+        raise TeacherError(f"unknown teacher {name!r}; choose one of: {known}")
+    module, _, attribute = TEACHERS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _check_options(name: str, conf: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(teacher_class(name).__init__).parameters
+    known = {key: p for key, p in parameters.items() if key != "self"}
+    unknown = sorted(set(conf) - set(known))
+    needed = [k for k, p in known.items() if p.default is p.empty and k not in conf]
+    if unknown or needed:
+        wrong = [f"unknown option {key!r}" for key in unknown]
+        wrong += [f"option {key!r} is missing" for key in needed]
+        raise TeacherError(
+            f"teacher {name}: {', '.join(wrong)}; its options are: {', '.join(known)}"
+        )
+
+
+def build_teacher(name: str, conf: Mapping[str, Any] | None = None) -> Teacher:
+    """Build a frozen teacher, on the CPU.
+
+    Args:
+        name: one of :data:`TEACHERS`.
+        conf: options of the teacher's class.
+
+    Raises:
+        TeacherError: unknown name or option, weights missing or of another hash.
+    """
+    conf = dict(conf or {})
+    _check_options(name, conf)
+    teacher = teacher_class(name)(**conf)
+    teacher.name = name
+    teacher.conf = conf
+    return teacher.freeze()
+
+
+def load_teacher_config(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """Read and check a teacher's YAML: ``teacher: NAME`` and ``teacher_conf: {}``.
+
+    Returns:
+        the arguments of :func:`build_teacher`.
+
+    Raises:
+        TeacherError: unreadable file, unknown teacher or unknown key; the message
+            names the file and lists the choices.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as file:
+            config = yaml.safe_load(file)
+    except OSError as error:
+        raise TeacherError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TeacherError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("teacher"), str):
+        raise TeacherError(f"{path}: needs a line `teacher: NAME`")
+    unknown = sorted(set(map(str, config)) - {"teacher", "teacher_conf"})
+    if unknown:
+        raise TeacherError(
+            f"{path}: unknown keys {', '.join(unknown)}; known are teacher and "
+            "teacher_conf"
+        )
+    conf = config.get("teacher_conf") or {}
+    if not isinstance(conf, dict):
+        raise TeacherError(f"{path}: teacher_conf must be a table of options")
+    try:
+        _check_options(config["teacher"], conf)
+    except TeacherError as error:
+        raise TeacherError(f"{path}: {error}") from error
+    return config["teacher"], conf

