@@ -1,0 +1,183 @@
+"""Codes in Kaldi ark/scp files; the only module that uses omniio or kaldiio.
+
+A matrix of codes (frames, codebooks) is written as a Kaldi compressed matrix of one
+byte an element (compression method 6), which holds 0..255 exactly and which ESPnet's
+stock ``kaldi_ark`` type reads.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+try:
+    from omniio import kaldi
+except ImportError:  # ESPnet 202511 and older bring kaldiio instead
+    try:
+        import kaldiio as kaldi
+    except ImportError:
+        raise ImportError(
+            "Kaldi ark files need the package omniio (or kaldiio): pip install omniio"
+        ) from None
+
+MISSING = -1
+_UNSIGNED_BYTE = 6  # Kaldi's kOneByteUnsignedInteger
+
+
+class ArkError(ValueError):
+    """An ark or scp file is missing, malformed or truncated."""
+
+
+def read_scp(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read ``utterance file:offset`` lines.
+
+    Returns:
+        Utterance -> specifier for :func:`read_matrix`, in the file's order.
+
+    Raises:
+        ArkError: missing file, a line without two columns, a repeated utterance.
+    """
+    entries: dict[str, str] = {}
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                columns = line.rstrip("\r\n").split(maxsplit=1)
+                if len(columns) != 2:
+                    raise ArkError(
+                        f"{path}, line {number}: expected 'utterance file:offset', "
+                        f"found {line.rstrip()!r}"
+                    )
+                if columns[0] in entries:
+                    raise ArkError(
+                        f"{path}, line {number}: utterance '{columns[0]}' appears "
+                        "twice; keep one of its lines"
+                    )
+                entries[columns[0]] = columns[1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArkError(f"{path}: cannot read this scp file: {error}") from error
+    return entries
+
+
+def read_matrix(spec: str, utt: str | None = None) -> np.ndarray:
+    """Read one matrix.
+
+    Args:
+        spec: ``file.ark:offset`` as found in an scp file.
+        utt: utterance to name in errors.
+
+    Returns:
+        float32 (rows, columns).
+
+    Raises:
+        ArkError: missing or truncated file, or an offset at which no matrix starts.
+    """
+    where = f"{spec} (utterance '{utt}')" if utt else spec
+    remedy = "write it again (recipe stage 5: tokenization)"
+    path, _, offset = spec.rpartition(":")
+    if not path or not offset.isdigit():
+        raise ArkError(f"{where}: expected 'file.ark:offset'")
+    try:
+        with open(path, "rb") as ark:
+            # Every record is "key \0B<type> <data>": a stale offset shows here,
+            # before a reader takes arbitrary bytes for a matrix's size.
+            ark.seek(max(int(offset) - 1, 0))
+            head = ark.read(3)
+    except OSError as error:
+        raise ArkError(f"{where}: cannot open the ark file: {error}") from error
+    if head != b" \0B":
+        problem = "the file ends before" if len(head) < 3 else "no matrix starts at"
+        raise ArkError(f"{where}: {problem} this offset; {remedy}")
+    try:
+        matrix = kaldi.load_mat(spec)
+    except Exception as error:  # the readers raise whatever their parser meets
+        raise ArkError(
+            f"{where}: truncated or corrupt ark file ({error}); {remedy}"
+        ) from error
+    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2:
+        raise ArkError(f"{where}: holds no matrix; {remedy}")
+    return matrix
+
+
+class CodesWriter:
+    """Writes codes of one byte each to an ark file and its scp file.
+
+    The scp file appears only on a clean exit of the context, so that an existing scp
+    file says that its ark file is complete.
+
+    Args:
+        ark: path of the ark file; scp entries name it as it is given here.
+        scp: path of the scp file.
+    """
+
+    def __init__(
+        self, ark: str | os.PathLike[str], scp: str | os.PathLike[str]
+    ) -> None:
+        self.ark, self.scp = Path(ark), Path(scp)
+        self._lines: dict[str, str] = {}
+
+    def __enter__(self) -> CodesWriter:
+        self.ark.parent.mkdir(parents=True, exist_ok=True)
+        self.scp.parent.mkdir(parents=True, exist_ok=True)
+        self.scp.unlink(missing_ok=True)
+        self._file = open(self.ark, "wb")
+        return self
+
+    def write(self, utt: str, codes: np.ndarray) -> None:
+        """Append one utterance's codes, integers (frames, codebooks) in 0..255.
+
+        Raises:
+            ValueError: another shape, no frames, values outside 0..255, or an
+                utterance that was written before.
+        """
+        codes = np.asarray(codes)
+        if codes.ndim != 2 or codes.size == 0 or codes.dtype.kind not in "iu":
+            raise ValueError(
+                f"utterance '{utt}': codes are {codes.dtype} {codes.shape}, expected "
+                "integers (frames, codebooks) with at least one frame"
+            )
+        if codes.min() < 0 or codes.max() > 255:
+            raise ValueError(
+                f"utterance '{utt}': codes in {codes.min()}..{codes.max()} do not fit "
+                "a byte; use codebooks of at most 256 entries"
+            )
+        if utt in self._lines:
+            raise ValueError(f"utterance '{utt}' is written twice to {self.ark}")
+        self._lines[utt] = _append(
+            self._file, self.ark, utt, codes.astype(np.float32), _UNSIGNED_BYTE
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if kind is not None:
+            return
+        temporary = self.scp.with_name(self.scp.name + ".part")
+        with open(temporary, "w", encoding="utf-8") as scp:
+            scp.writelines(f"{utt} {spec}\n" for utt, spec in self._lines.items())
+        temporary.replace(self.scp)
+
+
+def write_missing_codes(ark: str | os.PathLike[str], num_codebooks: int) -> str:
+    """Write one row of -1 that stands for the codes of utterances without a teacher.
+
+    Returns:
+        The specifier that every such utterance's scp entry holds.
+    """
+    path = Path(ark)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = np.full((1, num_codebooks), MISSING, np.float32)
+    with open(path, "wb") as file:
+        return _append(file, path, "missing", row, None)
+
+
+def _append(file, path: Path, key: str, matrix: np.ndarray, method: int | None) -> str:
+    offset = file.tell() + len(key.encode()) + 1
+    kaldi.save_ark(file, {key: matrix}, compression_method=method)
+    return f"{path}:{offset}"
