@@ -40,7 +40,8 @@ def teacher_class(name: str) -> type[Teacher]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _check_options(name: str, conf: Mapping[str, Any]) -> None:
+def _check_options(name: str, conf: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the options of a teacher and return the defaults of all."""
     parameters = inspect.signature(teacher_class(name).__init__).parameters
     known = {key: p for key, p in parameters.items() if key != "self"}
     unknown = sorted(set(conf) - set(known))
@@ -51,6 +52,7 @@ def _check_options(name: str, conf: Mapping[str, Any]) -> None:
         raise TeacherError(
             f"teacher {name}: {', '.join(wrong)}; its options are: {', '.join(known)}"
         )
+    return {k: p.default for k, p in known.items() if p.default is not p.empty}
 
 
 def build_teacher(name: str, conf: Mapping[str, Any] | None = None) -> Teacher:
@@ -64,10 +66,10 @@ def build_teacher(name: str, conf: Mapping[str, Any] | None = None) -> Teacher:
         TeacherError: unknown name or option, weights missing or of another hash.
     """
     conf = dict(conf or {})
-    _check_options(name, conf)
+    defaults = _check_options(name, conf)
     teacher = teacher_class(name)(**conf)
     teacher.name = name
-    teacher.conf = conf
+    teacher.conf = {**defaults, **conf}
     return teacher.freeze()
 
 

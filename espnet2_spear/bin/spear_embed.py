@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Embed audio with a teacher, as training data of a quantizer."""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+from espnet2_spear.teachers import build_teacher, load_teacher_config
+from espnet2_spear.teachers.embed import INDEX, choose, store_embeddings
+from espnet2_spear.teachers.extract import read_utterances, select_domains
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--log_level", default="INFO")
+    parser.add_argument(
+        "--teacher_config", required=True, help="YAML, as conf/teachers/*.yaml"
+    )
+    parser.add_argument(
+        "--wav_scp", required=True, help="utterance and path of a 16 kHz file a line"
+    )
+    parser.add_argument("--utt2num_samples", help="lengths; by default beside wav_scp")
+    parser.add_argument(
+        "--utt2domain", help="domains of utterances; by default beside wav_scp"
+    )
+    parser.add_argument(
+        "--domains", help="only these, separated by commas; by default all"
+    )
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument(
+        "--max_frames",
+        type=int,
+        default=0,
+        help="embed utterances chosen at random until there are so many embeddings; "
+        "0 for all",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of that choice")
+    parser.add_argument(
+        "--batch_seconds",
+        type=float,
+        default=20.0,
+        help="audio in a batch, padding included",
+    )
+    parser.add_argument(
+        "--shard_seconds", type=float, default=600.0, help="audio in an output file"
+    )
+    parser.add_argument(
+        "--dtype", default="float16", choices=["float16", "float32"], help="as stored"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--num_threads", type=int, default=0, help="0 for torch's own choice"
+    )
+    return parser
+
+
+def main(cmd=None):
+    """Embed; see ``--help``.
+
+    Example:
+        % python -m espnet2_spear.bin.spear_embed --max_frames 200000 \
+            --teacher_config conf/teachers/whisper_tiny_en.yaml --domains speech \
+            --wav_scp dump/raw/train/wav.scp --output_dir exp/teachers/speech/embeddings
+    """
+    args = get_parser().parse_args(cmd)
+    logging.basicConfig(
+        level=args.log_level,
+        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
+    )
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    name, conf = load_teacher_config(args.teacher_config)
+    folder = Path(args.wav_scp).parent
+    utterances = read_utterances(
+        args.wav_scp, args.utt2num_samples or folder / "utt2num_samples"
+    )
+    if args.domains:
+        utterances = select_domains(
+            utterances,
+            args.utt2domain or folder / "utt2domain",
+            args.domains.split(","),
+        )
+    teacher = build_teacher(name, conf).to(args.device)
+    chosen = choose(utterances, teacher, args.max_frames, args.seed)
+    index = store_embeddings(
+        teacher,
+        chosen,
+        args.output_dir,
+        batch_seconds=args.batch_seconds,
+        shard_seconds=args.shard_seconds,
+        dtype=args.dtype,
+    )
+    frames = sum(file["frames"] for file in index["files"])
+    logging.info(
+        f"{args.output_dir}/{INDEX}: {frames} embeddings of {teacher.dim} from "
+        f"{len(chosen) - len(index['failed'])} of {len(utterances)} utterances, "
+        f"{len(index['failed'])} skipped"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Store a teacher's embeddings of audio, as training data of a quantizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from espnet2_spear.teachers.base import Teacher
+from espnet2_spear.teachers.extract import Utterance, embed_batch, make_batches
+from espnet2_spear.teachers.shards import (
+    Batches,
+    DoneMarks,
+    Progress,
+    deal,
+    duration,
+    fingerprint,
+    write_text,
+)
+
+INDEX = "embeddings.json"
+
+
+def choose(
+    utterances: Sequence[Utterance], teacher: Teacher, max_frames: int, seed: int
+) -> list[Utterance]:
+    """Choose utterances at random until they hold ``max_frames`` embeddings.
+
+    Args:
+        utterances: to choose from; those too short or too long for the teacher are
+            kept out of the count.
+        max_frames: 0 for all utterances.
+        seed: of the choice.
+    """
+    if max_frames == 0:
+        return list(utterances)
+    lengths = torch.tensor([u.samples for u in utterances], dtype=torch.int64)
+    frames = teacher.output_lengths(lengths).clamp(min=0).tolist()
+    chosen, count = [], 0
+    for i in np.random.default_rng(seed).permutation(len(utterances)):
+        if count >= max_frames:
+            break
+        chosen.append(utterances[i])
+        samples = utterances[i].samples
+        if samples >= teacher.min_samples and (
+            teacher.max_samples is None or samples <= teacher.max_samples
+        ):
+            count += frames[i]
+    return chosen
+
+
+def store_embeddings(
+    teacher: Teacher,
+    utterances: Sequence[Utterance],
+    output_dir: str | Path,
+    batch_seconds: float = 20.0,
+    shard_seconds: float = 600.0,
+    dtype: str = "float16",
+) -> dict[str, Any]:
+    """Write embeddings to ``embeddings.<shard>.npy`` and list them in an index.
+
+    The index ``embeddings.json`` appears last: {"dim", "frame_rate", "teacher":
+    result of ``Teacher.describe``, "dtype", "files": [{"file", "frames"}], "failed":
+    [[utterance, reason]]}; files are relative to its folder and hold (frames, dim).
+    A killed run goes on with the first unfinished shard.
+
+    Args:
+        teacher: on the device to compute on.
+        utterances: what to embed.
+        output_dir: made if it is not there.
+        batch_seconds: bound of a batch's audio, padding included.
+        shard_seconds: audio in a file.
+        dtype: ``float16`` or ``float32``, as stored.
+
+    Returns:
+        the index.
+
+    Raises:
+        ValueError: not one utterance could be embedded.
+    """
+    folder = Path(output_dir)
+    options = {"batch": batch_seconds, "shard": shard_seconds, "dtype": dtype}
+    marks = DoneMarks(folder, "embeddings", fingerprint(teacher, utterances, options))
+    marks.clear_stale()
+    (folder / INDEX).unlink(missing_ok=True)
+    shards = deal(make_batches(utterances, batch_seconds), shard_seconds)
+    todo = [i for i in range(len(shards)) if marks.read(i) is None]
+    if len(todo) < len(shards):
+        logging.info(f"{len(shards) - len(todo)} of {len(shards)} shards are done")
+    progress = Progress(sum(duration(shards[i]) for i in todo), len(todo))
+    for i in todo:
+        marks.write(i, _store_shard(teacher, shards[i], folder / _file(i), dtype))
+        progress.add(duration(shards[i]))
+    records = [marks.read(i) or {} for i in range(len(shards))]
+    index = {
+        "dim": teacher.dim,
+        "frame_rate": teacher.frame_rate,
+        "teacher": teacher.describe(),
+        "dtype": dtype,
+        "files": [
+            {"file": _file(i), "frames": record["frames"]}
+            for i, record in enumerate(records)
+            if record["frames"]
+        ],
+        "failed": [failure for record in records for failure in record["failed"]],
+    }
+    for utt, reason in index["failed"]:
+        logging.warning(f"skipped {utt}: {reason}")
+    if not index["files"]:
+        raise ValueError(
+            f"{folder}: none of the {len(utterances)} utterances could be embedded "
+            "(reasons above)"
+        )
+    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    return index
+
+
+def _file(shard: int) -> str:
+    return f"embeddings.{shard}.npy"
+
+
+def _store_shard(
+    teacher: Teacher, batches: Batches, path: Path, dtype: str
+) -> dict[str, Any]:
+    results = [embed_batch(teacher, batch) for batch in batches]
+    failed = [failure for result in results for failure in result.failed]
+    frames = [x.cpu().numpy() for result in results for x in result.frames]
+    if not frames:
+        return {"frames": 0, "failed": failed}
+    matrix = np.concatenate(frames)
+    if np.abs(matrix).max() > np.finfo(dtype).max:
+        raise ValueError(f"{path}: embeddings exceed {dtype}; use --dtype float32")
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        np.save(file, matrix.astype(dtype))
+    part.replace(path)
+    return {"frames": len(matrix), "failed": failed}

@@ -1,0 +1,154 @@
+"""Run a teacher over many audio files: batches of like lengths, bad files listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from espnet2_spear.fileio.audio import AudioError, read_audio
+from espnet2_spear.fileio.kaldi_ark import read_scp
+from espnet2_spear.teachers.base import SAMPLE_RATE, Teacher, TeacherError
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """An utterance: its name, 16 kHz file and length in samples."""
+
+    utt: str
+    path: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a teacher made of a batch.
+
+    Attributes:
+        utts: the utterances that could be embedded.
+        frames: for each, its embeddings (T, dim) float32, on the teacher's device.
+        failed: the others, with the reason.
+    """
+
+    utts: list[Utterance]
+    frames: list[Tensor]
+    failed: list[tuple[str, str]]
+
+
+def make_batches(
+    utterances: Iterable[Utterance], batch_seconds: float
+) -> list[list[Utterance]]:
+    """Group utterances of like lengths, shortest first.
+
+    Args:
+        utterances: in any order; the result does not depend on it.
+        batch_seconds: bound of a batch's audio, in seconds, padding included; an
+            utterance that is longer forms a batch of its own.
+    """
+    batches: list[list[Utterance]] = []
+    bound = batch_seconds * SAMPLE_RATE
+    for utterance in sorted(utterances, key=lambda u: (u.samples, u.utt)):
+        # Sorted: the last utterance of a batch is its longest.
+        if not batches or (len(batches[-1]) + 1) * utterance.samples > bound:
+            batches.append([])
+        batches[-1].append(utterance)
+    return batches
+
+
+def read_utterances(
+    wav_scp: str | Path, utt2num_samples: str | Path
+) -> list[Utterance]:
+    """Read a wav.scp of plain files and the lengths of its utterances.
+
+    Raises:
+        ArkError: a missing or malformed file, or a repeated utterance.
+        ValueError: an utterance without a length, or a length that is no number.
+    """
+    lengths = read_scp(utt2num_samples)
+    utterances = []
+    for utt, path in read_scp(wav_scp).items():
+        if not lengths.get(utt, "").isdigit():
+            raise ValueError(
+                f"{utt2num_samples}: has no number of samples for {utt} of {wav_scp}; "
+                "run stages 2 and 3 of the recipe again"
+            )
+        utterances.append(Utterance(utt, path, int(lengths[utt])))
+    return utterances
+
+
+def select_domains(
+    utterances: Iterable[Utterance], utt2domain: str | Path, domains: Iterable[str]
+) -> list[Utterance]:
+    """Keep the utterances of some domains.
+
+    Raises:
+        ValueError: an utterance without a domain, or a domain that none has.
+    """
+    domain_of = read_scp(utt2domain)
+    kept, wanted = [], set(domains)
+    for utterance in utterances:
+        if utterance.utt not in domain_of:
+            raise ValueError(f"{utt2domain}: has no domain for {utterance.utt}")
+        if domain_of[utterance.utt] in wanted:
+            kept.append(utterance)
+    absent = wanted - set(domain_of.values())
+    if absent:
+        known = ", ".join(sorted(set(domain_of.values())))
+        raise ValueError(
+            f"{utt2domain}: no utterance of domain {', '.join(sorted(absent))}; "
+            f"it has: {known}"
+        )
+    return kept
+
+
+def _read(utterance: Utterance, teacher: Teacher) -> np.ndarray:
+    """Read the audio of one utterance, raising AudioError or TeacherError."""
+    speech, rate = read_audio(utterance.path)
+    if rate != SAMPLE_RATE:
+        raise AudioError(
+            f"{utterance.path}: is sampled at {rate} Hz, teachers take {SAMPLE_RATE} "
+            "Hz; convert it (stage 2 of the recipe)"
+        )
+    if len(speech) != utterance.samples:
+        raise AudioError(
+            f"{utterance.path}: has {len(speech)} samples, utt2num_samples says "
+            f"{utterance.samples}; run stages 2 and 3 of the recipe again"
+        )
+    if not np.isfinite(speech).all():
+        raise AudioError(f"{utterance.path}: holds samples that are not numbers")
+    teacher.check_length(len(speech))
+    return speech
+
+
+def embed_batch(teacher: Teacher, batch: Sequence[Utterance]) -> Embedded:
+    """Read and embed one batch; what cannot be read or embedded is listed."""
+    utts, audio, failed = [], [], []
+    for utterance in batch:
+        try:
+            audio.append(torch.from_numpy(_read(utterance, teacher)))
+            utts.append(utterance)
+        except (AudioError, TeacherError, OSError) as error:
+            failed.append((utterance.utt, " ".join(str(error).split())))
+    if not utts:
+        return Embedded([], [], failed)
+    device = next(teacher.parameters()).device
+    lengths = torch.tensor([len(x) for x in audio], device=device)
+    speech = torch.nn.utils.rnn.pad_sequence(audio, batch_first=True).to(device)
+    with torch.inference_mode():
+        padded, frame_lengths = teacher(speech, lengths)
+    frames = [x[:n] for x, n in zip(padded, frame_lengths.tolist(), strict=True)]
+    # One reduction for the batch: what is no number here is so in one utterance.
+    if not bool(torch.isfinite(padded).all()):
+        good = [bool(torch.isfinite(x).all()) for x in frames]
+        failed += [
+            (u.utt, f"{u.path}: the teacher's output is not finite")
+            for u, ok in zip(utts, good, strict=True)
+            if not ok
+        ]
+        frames = [x for x, ok in zip(frames, good, strict=True) if ok]
+        utts = [u for u, ok in zip(utts, good, strict=True) if ok]
+    return Embedded(utts, frames, failed)

@@ -1,0 +1,125 @@
+"""Cut a long run into shards that a killed run need not compute again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from espnet2_spear.teachers.base import SAMPLE_RATE, Teacher
+from espnet2_spear.teachers.extract import Utterance
+
+Batches = list[list[Utterance]]
+
+
+def duration(batches: Iterable[Sequence[Utterance]]) -> float:
+    """Return the audio in some batches, in seconds."""
+    return sum(u.samples for batch in batches for u in batch) / SAMPLE_RATE
+
+
+def deal(batches: Batches, shard_seconds: float) -> list[Batches]:
+    """Deal batches out to shards of about ``shard_seconds`` of audio each.
+
+    Every shard gets batches of all lengths, so that shards take equally long. It
+    depends on nothing but the arguments: a resumed run finds the same shards.
+    """
+    count = max(1, min(round(duration(batches) / shard_seconds), len(batches)))
+    return [batches[i::count] for i in range(count)]
+
+
+def fingerprint(
+    teacher: Teacher, utterances: Iterable[Utterance], options: Mapping[str, Any]
+) -> str:
+    """Return a hash by which a run knows outputs made from the same things."""
+    facts = {**teacher.describe(), **options}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for utterance in utterances:
+        digest.update(f"{utterance}\n".encode())
+    return digest.hexdigest()
+
+
+class DoneMarks:
+    """The done marks ``NAME.<shard>.done`` of a run, in one folder.
+
+    A mark holds the run's fingerprint and a record of the shard; a mark of another
+    fingerprint counts as none.
+
+    Args:
+        folder: where shards and marks lie; made if it is not there.
+        name: first part of the marks' names.
+        run: fingerprint of the run.
+    """
+
+    def __init__(self, folder: str | Path, name: str, run: str) -> None:
+        self.folder, self.name, self.run = Path(folder), name, run
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{self.name}.{shard}.done"
+
+    def clear_stale(self) -> None:
+        """Remove the shards of runs with other inputs or options, and say so."""
+        stale = 0
+        for path in self.folder.glob(f"{self.name}.*.done"):
+            shard = path.name[len(self.name) + 1 : -len(".done")]
+            if shard.isdigit() and self.read(int(shard)) is None:
+                for file in self.folder.glob(f"{self.name}.{shard}.*"):
+                    file.unlink()
+                stale += 1
+        if stale:
+            logging.info(
+                f"{self.folder}: removed {stale} shards made from other inputs or with "
+                "other options"
+            )
+
+    def read(self, shard: int) -> dict[str, Any] | None:
+        """Return the record of a finished shard, None if it is yet to be done."""
+        try:
+            mark = json.loads(self._path(shard).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(mark, dict) or mark.get("run") != self.run:
+            return None
+        return mark["record"]
+
+    def write(self, shard: int, record: Mapping[str, Any]) -> None:
+        """Mark a shard as finished."""
+        text = json.dumps({"run": self.run, "record": record}, indent=1)
+        write_text(self._path(shard), text + "\n")
+
+
+class Progress:
+    """Log how far a run is, how fast, and how long it will take.
+
+    Args:
+        seconds: audio to go through, without what was done before.
+        shards: number of shards to do.
+    """
+
+    def __init__(self, seconds: float, shards: int) -> None:
+        self.total, self.shards = seconds, shards
+        self.seconds, self.done = 0.0, 0
+        self.start = time.monotonic()
+
+    def add(self, seconds: float) -> None:
+        """Count one more shard of so much audio."""
+        self.seconds += seconds
+        self.done += 1
+        elapsed = max(time.monotonic() - self.start, 1e-3)
+        left = elapsed * (self.total / max(self.seconds, 1e-9) - 1.0)
+        logging.info(
+            f"{self.done}/{self.shards} shards, {self.seconds:.0f} of "
+            f"{self.total:.0f} s of audio, {self.seconds / elapsed:.1f} x real time, "
+            f"{max(left, 0.0):.0f} s to go"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
