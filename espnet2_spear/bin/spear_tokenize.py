@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.teachers import load_teacher_config
 from espnet2_spear.teachers.extract import read_utterances, select_domains
 from espnet2_spear.teachers.tokenize import TokenizeOptions, TokenizeRun
@@ -82,6 +83,11 @@ def main(cmd=None):
     )
     name, conf = load_teacher_config(args.teacher_config)
     data_dir = Path(args.data_dir)
+    if (data_dir / "segments").exists():
+        raise DataDirError(
+            f"{data_dir}: has segments; tokenize the formatted data (dump/raw, made by "
+            "stage 2 of the recipe), where every utterance is a file"
+        )
     utterances = read_utterances(data_dir / "wav.scp", data_dir / "utt2num_samples")
     everyone = [utterance.utt for utterance in utterances]
     if args.domains:

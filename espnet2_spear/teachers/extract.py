@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from espnet2_spear.fileio.audio import AudioError, read_audio
-from espnet2_spear.fileio.kaldi_ark import read_scp
+from espnet2_spear.fileio.datadir import DataDirError, read_table
 from espnet2_spear.teachers.base import SAMPLE_RATE, Teacher, TeacherError
 
 
@@ -65,16 +65,16 @@ def read_utterances(
     """Read a wav.scp of plain files and the lengths of its utterances.
 
     Raises:
-        ArkError: a missing or malformed file, or a repeated utterance.
-        ValueError: an utterance without a length, or a length that is no number.
+        DataDirError: a missing or malformed file, a repeated utterance, an utterance
+            without a length.
     """
-    lengths = read_scp(utt2num_samples)
+    lengths = read_table(Path(utt2num_samples), "utterance samples")
     utterances = []
-    for utt, path in read_scp(wav_scp).items():
-        if not lengths.get(utt, "").isdigit():
-            raise ValueError(
-                f"{utt2num_samples}: has no number of samples for {utt} of {wav_scp}; "
-                "run stages 2 and 3 of the recipe again"
+    for utt, path in read_table(Path(wav_scp), "utterance file").items():
+        if not lengths.get(utt, "").isdecimal():
+            raise DataDirError(
+                f"{utt2num_samples}: has no number of samples for '{utt}' of "
+                f"{wav_scp}; run stages 2 and 3 of the recipe again"
             )
         utterances.append(Utterance(utt, path, int(lengths[utt])))
     return utterances
@@ -86,19 +86,22 @@ def select_domains(
     """Keep the utterances of some domains.
 
     Raises:
-        ValueError: an utterance without a domain, or a domain that none has.
+        DataDirError: a missing or malformed file, an utterance without a domain, or a
+            domain that none has.
     """
-    domain_of = read_scp(utt2domain)
+    domain_of = read_table(Path(utt2domain), "utterance domain")
     kept, wanted = [], set(domains)
     for utterance in utterances:
         if utterance.utt not in domain_of:
-            raise ValueError(f"{utt2domain}: has no domain for {utterance.utt}")
+            raise DataDirError(
+                f"{utt2domain}: has no domain for '{utterance.utt}'; add its line"
+            )
         if domain_of[utterance.utt] in wanted:
             kept.append(utterance)
     absent = wanted - set(domain_of.values())
     if absent:
         known = ", ".join(sorted(set(domain_of.values())))
-        raise ValueError(
+        raise DataDirError(
             f"{utt2domain}: no utterance of domain {', '.join(sorted(absent))}; "
             f"it has: {known}"
         )
@@ -108,18 +111,13 @@ def select_domains(
 def _read(utterance: Utterance, teacher: Teacher) -> np.ndarray:
     """Read the audio of one utterance, raising AudioError or TeacherError."""
     speech, rate = read_audio(utterance.path)
+    remedy = "run stages 2 and 3 of the recipe again"
     if rate != SAMPLE_RATE:
-        raise AudioError(
-            f"{utterance.path}: is sampled at {rate} Hz, teachers take {SAMPLE_RATE} "
-            "Hz; convert it (stage 2 of the recipe)"
-        )
+        detail = f"is sampled at {rate} Hz, not at the {SAMPLE_RATE} Hz of teachers"
+        raise AudioError(utterance.path, "bad_rate", detail, remedy)
     if len(speech) != utterance.samples:
-        raise AudioError(
-            f"{utterance.path}: has {len(speech)} samples, utt2num_samples says "
-            f"{utterance.samples}; run stages 2 and 3 of the recipe again"
-        )
-    if not np.isfinite(speech).all():
-        raise AudioError(f"{utterance.path}: holds samples that are not numbers")
+        detail = f"has {len(speech)} samples, {utterance.samples} in utt2num_samples"
+        raise AudioError(utterance.path, "wrong_length", detail, remedy)
     teacher.check_length(len(speech))
     return speech
 

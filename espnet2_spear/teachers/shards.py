@@ -38,7 +38,7 @@ def fingerprint(
     facts = {**teacher.describe(), **options}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for utterance in utterances:
-        digest.update(f"{utterance}\n".encode())
+        digest.update(repr(utterance).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
 
 
@@ -121,5 +121,5 @@ class Progress:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors="surrogateescape")
     part.replace(path)
