@@ -1,0 +1,165 @@
+"""Teacher embeddings on disk as training data of a quantizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INDEX = "embeddings.json"
+SEGMENT = 500  # neighbouring frames are alike: they are held out together
+MAX_HELD_OUT = 10000
+HELD_OUT_SHARE = 0.05
+
+
+class EmbeddingError(ValueError):
+    """Embeddings on disk are missing, malformed or of no use for training."""
+
+
+class EmbeddingSet:
+    """Frames of a folder of ``.npy`` files, memory-mapped, in two parts.
+
+    The folder holds ``embeddings.json`` ({"dim", "frame_rate", "teacher", "files":
+    [{"file", "frames"}]}) and the files it lists, float16 or float32 (frames, dim).
+    Runs of 500 neighbouring frames, 5 % of all frames and at most 10 000, are held
+    out. No frame stays in memory.
+
+    Args:
+        folder: as written by ``spear_embed``.
+        seed: which frames are held out.
+
+    Attributes:
+        index: what embeddings.json says.
+        num_train, num_held_out: frames in the two parts.
+
+    Raises:
+        EmbeddingError: a missing or malformed file, named.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], seed: int = 0) -> None:
+        self.folder = Path(folder)
+        self.index = _read_index(self.folder / INDEX)
+        self.dim: int = self.index["dim"]
+        self._paths = [self.folder / f["file"] for f in self.index["files"]]
+        self._files = [
+            self._open(path, f["frames"])
+            for path, f in zip(self._paths, self.index["files"], strict=True)
+        ]
+        counts = [len(file) for file in self._files]
+        self._file_starts = np.concatenate([[0], np.cumsum(counts)])
+        total = int(self._file_starts[-1])
+        length = min(SEGMENT, max(1, total // 100))
+        segments = np.arange(0, total, length)
+        if len(segments) < 2:
+            raise EmbeddingError(
+                f"{self.folder}: {total} frames are too few to train a quantizer; "
+                "embed more audio (recipe stage 4)"
+            )
+        wanted = min(MAX_HELD_OUT, HELD_OUT_SHARE * total)
+        order = np.random.default_rng(seed).permutation(len(segments))
+        held_out = np.sort(order[: max(1, int(wanted / length))])
+        self._held_out = _Segments(segments[held_out], length, total)
+        self._train = _Segments(np.delete(segments, held_out), length, total)
+        self.num_train = self._train.num_frames
+        self.num_held_out = self._held_out.num_frames
+
+    def _open(self, path: Path, frames: int) -> np.ndarray:
+        remedy = "embed again (recipe stage 4)"
+        try:
+            file = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise EmbeddingError(
+                f"{path}: missing or truncated ({error}); {remedy}"
+            ) from error
+        if file.shape != (frames, self.dim) or file.dtype.kind != "f":
+            raise EmbeddingError(
+                f"{path}: holds {file.dtype} {file.shape}, but {INDEX} says "
+                f"({frames}, {self.dim}); {remedy}"
+            )
+        return file
+
+    def fingerprint(self) -> str:
+        """Hash of the index: which teacher, which files, how many frames."""
+        text = json.dumps(self.index, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def train_frames(self, which: np.ndarray) -> Tensor:
+        """Frames float32 (len(which), dim) of the training part by number."""
+        return self._read(self._train.frames(which))
+
+    def held_out_frames(self) -> Tensor:
+        """All held-out frames, float32 (num_held_out, dim)."""
+        return self._read(self._held_out.frames(np.arange(self.num_held_out)))
+
+    def train_sample(self, count: int, seed: int) -> Tensor:
+        """At most ``count`` different training frames, drawn at random."""
+        count = min(count, self.num_train)
+        rng = np.random.default_rng(seed)
+        return self.train_frames(rng.choice(self.num_train, count, replace=False))
+
+    def train_batch(self, size: int, seed: int, step: int) -> Tensor:
+        """Training frames (size, dim), drawn with replacement by seed and step."""
+        rng = np.random.default_rng([seed, step])
+        return self.train_frames(rng.integers(0, self.num_train, size))
+
+    def train_chunks(self, count: int, seed: int, size: int = 4096) -> Iterator[Tensor]:
+        """As :meth:`train_sample`, in chunks of ``size`` frames."""
+        count = min(count, self.num_train)
+        rng = np.random.default_rng(seed)
+        which = rng.choice(self.num_train, count, replace=False)
+        for start in range(0, count, size):
+            yield self.train_frames(which[start : start + size])
+
+    def _read(self, frames: np.ndarray) -> Tensor:
+        """Frames float32 by their number in the whole set, in the order given."""
+        order = np.argsort(frames, kind="stable")  # read the disk forwards
+        frames = frames[order]
+        result = np.empty((len(frames), self.dim), np.float32)
+        cuts = np.searchsorted(frames, self._file_starts)
+        for n in np.flatnonzero(np.diff(cuts)):
+            rows = frames[cuts[n] : cuts[n + 1]] - self._file_starts[n]
+            values = self._files[n][rows]
+            finite = np.isfinite(values).all(axis=1)
+            if not finite.all():
+                raise EmbeddingError(
+                    f"{self._paths[n]}: frame {rows[~finite][0]} holds NaN or "
+                    "infinity; check the teacher and its audio, or store float32 if "
+                    "the values overflow float16, and embed again (recipe stage 4)"
+                )
+            result[order[cuts[n] : cuts[n + 1]]] = values
+        return torch.from_numpy(result)
+
+
+class _Segments:
+    """Frames of some segments, numbered without the gaps between them."""
+
+    def __init__(self, starts: np.ndarray, length: int, total: int) -> None:
+        self.starts = starts
+        lengths = np.minimum(length, total - starts)
+        self.ends = np.cumsum(lengths)
+        self.begins = self.ends - lengths
+        self.num_frames = int(self.ends[-1])
+
+    def frames(self, which: np.ndarray) -> np.ndarray:
+        segment = np.searchsorted(self.ends, which, side="right")
+        return self.starts[segment] + which - self.begins[segment]
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        list(map(int, [index["dim"], *(f["frames"] for f in index["files"])]))
+        [f["file"] for f in index["files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EmbeddingError(
+            f"{path}: missing or malformed ({error!r}); write it with "
+            "espnet2_spear.bin.spear_embed (recipe stage 4)"
+        ) from error
+    return index

@@ -1,0 +1,254 @@
+"""Two-phase training of a quantizer.
+
+Phase 1 trains twice as many codebooks of 16 centres. Neighbours are then merged to
+codebooks of 256 centres, all sums of two, and phase 2 trains those.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet
+from espnet2_spear.mvq.losses import quantizer_losses
+from espnet2_spear.mvq.quantizer import Quantizer
+
+PHASE_ONE_SIZE = 16
+STATS_FRAMES = 200_000
+
+
+class TrainingError(ValueError):
+    """Training cannot start or go on."""
+
+
+@dataclass(frozen=True)
+class MVQTrainingConfig:
+    """What the trained quantizer depends on, beside its embeddings.
+
+    Attributes:
+        num_codebooks: codebooks of 256 centres, a power of two: bytes per frame.
+        standardize: train on, and keep with the quantizer, per-channel mean and
+            standard deviation.
+        iters_phase1: steps with 2 * num_codebooks codebooks of 16 centres.
+        iters_phase2: steps with codebooks of 256 centres.
+        batch_frames: frames per step.
+        lr: of Adam in phase 1; half of it in phase 2; halved every quarter of a phase.
+        seed: of the initial values and the order of frames.
+    """
+
+    num_codebooks: int = 16
+    standardize: bool = True
+    iters_phase1: int = 10_000
+    iters_phase2: int = 10_000
+    batch_frames: int = 1024
+    lr: float = 0.005
+    seed: int = 0
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step, counted over both phases."""
+        if step < self.iters_phase1:
+            return self.lr * 0.5 ** (4 * step // self.iters_phase1)
+        step -= self.iters_phase1
+        return 0.5 * self.lr * 0.5 ** (4 * step // self.iters_phase2)
+
+    @property
+    def total_iters(self) -> int:
+        """Steps of both phases."""
+        return self.iters_phase1 + self.iters_phase2
+
+
+class MVQTrainer:
+    """Trains a quantizer, from the last checkpoint if there is one.
+
+    Args:
+        config: see there.
+        data: embeddings.
+        checkpoint: file that a killed run resumes from; removed at the end by
+            :meth:`finish`.
+        device: to train on.
+        log_interval: steps between entries of the history.
+        save_seconds: time between checkpoints, at least.
+
+    Attributes:
+        quantizer: as trained so far.
+        history: (step, losses) every ``log_interval`` steps, for the report.
+
+    Raises:
+        TrainingError: a checkpoint of other options or other embeddings.
+        EmbeddingError: constant embeddings.
+    """
+
+    def __init__(
+        self,
+        config: MVQTrainingConfig,
+        data: EmbeddingSet,
+        checkpoint: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        log_interval: int = 50,
+        save_seconds: float = 60.0,
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.checkpoint = Path(checkpoint)
+        self.device = torch.device(device)
+        self.log_interval = log_interval
+        self.save_seconds = save_seconds
+        self._saved = time.monotonic()
+        self.history: list[dict[str, float]] = []
+        self.step = 0
+        if self.checkpoint.exists():
+            self._resume()
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            self.quantizer = Quantizer(
+                data.dim, PHASE_ONE_SIZE, 2 * config.num_codebooks
+            )
+        self._set_statistics()
+        self._start_phase(self.quantizer)
+
+    def train(self, progress: Callable[[str], None] = logging.info) -> Quantizer:
+        """Take the steps that are left.
+
+        Args:
+            progress: gets a line now and then.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
+        """
+        recent: list[np.ndarray] = []
+        while self.step < self.config.total_iters:
+            if self.step == self.config.iters_phase1 and not self._in_phase_two:
+                self._start_phase(self.quantizer.product_quantizer())
+            recent.append(self._take_step())
+            self.step += 1
+            if self.step % self.log_interval == 0:
+                self._log(np.mean(recent, axis=0), progress)
+                recent.clear()
+                if time.monotonic() - self._saved >= self.save_seconds:
+                    self._save()
+        return self.quantizer.eval()
+
+    def finish(self) -> None:
+        """Remove the checkpoint, once the quantizer is stored."""
+        self.checkpoint.unlink(missing_ok=True)
+
+    @property
+    def _in_phase_two(self) -> bool:
+        return self.quantizer.num_codebooks == self.config.num_codebooks
+
+    def _set_statistics(self) -> None:
+        """Mean and standard deviation of a sample of the training frames."""
+        total = torch.zeros(self.data.dim, dtype=torch.float64)
+        square, count = torch.zeros_like(total), 0
+        for chunk in self.data.train_chunks(STATS_FRAMES, self.config.seed):
+            chunk = chunk.double()
+            total += chunk.sum(dim=0)
+            square += chunk.square().sum(dim=0)
+            count += len(chunk)
+        mean = total / count
+        var = (square / count - mean.square()).clamp(min=0)
+        constant = var <= 1e-10 * (mean.square() + 1e-20)
+        if constant.all():
+            raise EmbeddingError(
+                f"{self.data.folder}: all frames are equal; the teacher does not see "
+                "its audio, or the audio is silent"
+            )
+        if constant.any():
+            logging.warning(
+                f"{self.data.folder}: {int(constant.sum())} of {self.data.dim} "
+                "channels are constant"
+            )
+        if self.config.standardize:
+            self.quantizer.mean.copy_(mean)
+            self.quantizer.std.copy_(var.sqrt().masked_fill(constant, 1.0))
+
+    def _start_phase(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer.to(self.device).train()
+        self.optimizer = torch.optim.Adam(
+            self.quantizer.parameters(),
+            lr=self.config.lr,
+            betas=(0.9, 0.98),
+            eps=1e-9,
+            weight_decay=1e-6,
+        )
+
+    def _take_step(self) -> np.ndarray:
+        config = self.config
+        batch = self.data.train_batch(config.batch_frames, config.seed, self.step)
+        x = self.quantizer.standardise(batch.to(self.device))
+        passes = 1 + int(np.random.default_rng([config.seed, self.step, 1]).integers(2))
+        losses = quantizer_losses(self.quantizer, x, passes)
+        loss = losses.total()
+        values = torch.stack(losses).tolist()
+        if not np.isfinite(values).all():
+            raise TrainingError(
+                f"step {self.step}: the loss is {values}; lower --lr, or check the "
+                f"embeddings in {self.data.folder}"
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate(self.step)
+        self.optimizer.step()
+        return np.array(values)
+
+    def _log(self, losses: np.ndarray, progress: Callable[[str], None]) -> None:
+        names = ("reconstruction", "logprob", "logits_entropy", "index_entropy")
+        entry = dict(zip(names, losses.tolist(), strict=True))
+        self.history.append({"step": self.step, **entry})
+        phase = 2 if self._in_phase_two else 1
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in entry.items())
+        progress(
+            f"phase {phase}, step {self.step}/{self.config.total_iters}: {figures}"
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint must agree in."""
+        return {"config": asdict(self.config), "embeddings": self.data.fingerprint()}
+
+    def _save(self) -> None:
+        part = self.checkpoint.with_name(self.checkpoint.name + ".part")
+        torch.save(
+            {
+                **self._facts(),
+                "step": self.step,
+                "history": self.history,
+                "quantizer": self.quantizer.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            },
+            part,
+        )
+        part.replace(self.checkpoint)
+        self._saved = time.monotonic()
+
+    def _resume(self) -> None:
+        remedy = f"remove {self.checkpoint} to start anew"
+        try:
+            state = torch.load(
+                self.checkpoint, map_location=self.device, weights_only=True
+            )
+        except Exception as error:  # whatever the unpickler meets
+            raise TrainingError(
+                f"{self.checkpoint}: unreadable checkpoint ({error}); {remedy}"
+            ) from error
+        for name, value in self._facts().items():
+            if state[name] != value:
+                raise TrainingError(
+                    f"{self.checkpoint}: was made with {name} {state[name]}, this run "
+                    f"has {value}; use the same, or {remedy}"
+                )
+        self.step, self.history = state["step"], state["history"]
+        num, size, dim = state["quantizer"]["centers"].shape
+        self._start_phase(Quantizer(dim, size, num))
+        self.quantizer.load_state_dict(state["quantizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        logging.info(f"{self.checkpoint}: going on after step {self.step}")
