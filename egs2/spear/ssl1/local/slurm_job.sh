@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Run a command, or an array of jobs, by Slurm, and wait until all are done.
+# Takes the arguments of local/run_job.sh, and before them options of sbatch.
+set -euo pipefail
+
+sbatch_opts=(--wait --job-name=spear)
+job_opts=()
+array=1:1
+while [ $# -gt 0 ]; do
+    case $1 in
+    --gpu)
+        [ "$2" -eq 0 ] || sbatch_opts+=("--gres=gpu:$2")
+        job_opts+=(--gpu "$2")
+        shift 2
+        ;;
+    --num_threads)
+        sbatch_opts+=("--cpus-per-task=$2")
+        job_opts+=(--num_threads "$2")
+        shift 2
+        ;;
+    --*)
+        sbatch_opts+=("$1")
+        shift
+        ;;
+    JOB=*)
+        array=${1#JOB=}
+        shift
+        ;;
+    *) break ;;
+    esac
+done
+if [ $# -lt 2 ]; then
+    echo "Usage: $0 [sbatch options] [--gpu N] [--num_threads N] [JOB=first:last] <log> <command>..." >&2
+    exit 2
+fi
+log=$1
+mkdir -p "$(dirname "${log}")"
+script=${log//JOB/all}.sbatch
+{
+    echo "#!/usr/bin/env bash"
+    printf 'cd %q\n' "${PWD}"
+    # shellcheck disable=SC2016  # expanded on the node
+    printf 'exec local/run_job.sh %s JOB="${SLURM_ARRAY_TASK_ID}:${SLURM_ARRAY_TASK_ID}"' \
+        "${job_opts[*]}"
+    printf ' %q' "$@"
+    echo
+} >"${script}"
+if ! sbatch "${sbatch_opts[@]}" --array="${array/:/-}" \
+    --output="${log//JOB/all}.slurm-%a" "${script}"; then
+    echo "$0: sbatch or a job failed; see ${log//JOB/'<job>'}" >&2
+    exit 1
+fi

@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# SPEAR pre-training, from raw audio to a packed model. See --help.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') (run.sh) $*"; }
+start_seconds=${SECONDS}
+
+. ./path.sh
+. ./cmd.sh
+. ./db.sh
+
+help_message="Usage: ./run.sh [--stage 1] [--stop_stage 9] [options]
+
+Stages (inputs and outputs in this folder; what is finished is not done again)
+  1  data preparation                 -> data/{train,valid}, embedded: data/en_{train,dev,test}
+  2  format to 16 kHz mono            -> dump/raw/org/<set>
+  3  filter by length and level       -> dump/raw/<set> (skipped utterances: skipped.txt)
+  4  embeddings, quantizer training   -> exp/teachers/<teacher>
+  5  tokenization of all data         -> dump/codes/<set>/<teacher>.scp
+  6  checks of codes against audio
+  7  pre-training                     -> exp/spear_*
+  8  pack
+  9  upload (dry run unless --skip_upload false)
+
+General
+  --stage N, --stop_stage N   first and last stage                  [1, 9]
+  --nj N                      parallel jobs on CPUs                 [number of CPUs]
+  --ngpu N                    GPUs for training                     [all visible]
+  --datadir, --dumpdir, --expdir, --downloads   folders             [data dump exp downloads]
+
+Data (stage 1); without own folders the embedded default is fetched (97 MB)
+  --speech_dirs \"A B\"         own folders of speech; any folder of audio files, or
+  --audio_dirs \"C D\"          Kaldi data directories; the same for general audio
+                              (label=PATH names one; quote a path with spaces inside)
+  --speech_langs \"en ...\"     languages of the embedded default     [en es fr it ru]
+  --audio_sets \"ufoai ...\"    its general audio                     [ufoai sonicpi moh]
+  --valid_fraction X          part of the recordings held out       [0.025]
+  --max_piece_seconds X       longer recordings are cut (train, valid) [10]
+  --max_hours_speech X, --max_hours_audio X     use only a part     [inf]
+  --max_utts N                utterances per set, for smoke runs    [0: all]
+
+Format and filter (stages 2, 3)
+  --audio_format flac|wav                                           [flac]
+  --min_seconds X, --max_seconds X              others are skipped  [0.5, 30]
+  --min_peak_db X             quieter is silence (dB of full scale) [-60]"
+
+stage=1
+stop_stage=9
+nj=$(nproc)
+ngpu=
+datadir=data
+dumpdir=dump
+expdir=exp
+downloads=${DOWNLOADS}
+
+speech_dirs=${SPEECH_DIRS}
+audio_dirs=${AUDIO_DIRS}
+speech_langs="en es fr it ru"
+audio_sets="ufoai sonicpi moh"
+valid_fraction=0.025
+max_piece_seconds=10
+max_hours_speech=inf
+max_hours_audio=inf
+max_utts=0
+
+fs=16000
+audio_format=flac
+min_seconds=0.5
+max_seconds=30
+min_peak_db=-60
+
+. local/parse_options.sh
+if [ $# -gt 0 ]; then
+    log "ERROR: unexpected argument '$1' (see --help)"
+    exit 2
+fi
+
+wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
+
+# All sets that stage 1 wrote.
+data_sets() {
+    local dir
+    for dir in "${datadir}"/*/; do
+        [ -e "${dir}/wav.scp" ] && basename "${dir}"
+    done
+    return 0
+}
+
+if wanted 1; then
+    log "Stage 1: data preparation"
+    opts=(--speech_dirs "${speech_dirs}" --audio_dirs "${audio_dirs}"
+        --downloads "${downloads}" --datadir "${datadir}"
+        --speech_langs "${speech_langs}" --audio_sets "${audio_sets}"
+        --valid_fraction "${valid_fraction}" --max_piece_seconds "${max_piece_seconds}"
+        --max_hours_speech "${max_hours_speech}" --max_hours_audio "${max_hours_audio}"
+        --max_utts "${max_utts}")
+    mark=${datadir}/.done
+    if [ -e "${mark}" ] && [ "$(<"${mark}")" = "${opts[*]}" ]; then
+        log "${datadir} was prepared with these options before; delete ${mark} to redo it"
+    else
+        if [ -e "${mark}" ]; then
+            log "the options differ from those ${datadir} was prepared with: preparing it again"
+        fi
+        rm -f "${mark}"
+        local/data.sh "${opts[@]}" --nj "${nj}"
+        echo "${opts[*]}" >"${mark}"
+    fi
+fi
+
+if wanted 2 || wanted 3; then
+    sets=$(data_sets)
+    if [ -z "${sets}" ]; then
+        log "ERROR: no data sets in ${datadir}; run stage 1 first"
+        exit 1
+    fi
+fi
+
+if wanted 2; then
+    log "Stage 2: format to ${fs} Hz mono ${audio_format}"
+    for set in ${sets}; do
+        python -m espnet2_spear.bin.spear_format --in_dir "${datadir}/${set}" \
+            --out_dir "${dumpdir}/raw/org/${set}" --audio_format "${audio_format}" \
+            --fs "${fs}" --nj "${nj}"
+    done
+fi
+
+if wanted 3; then
+    log "Stage 3: filter by length and level"
+    for set in ${sets}; do
+        python -m espnet2_spear.bin.spear_filter --in_dir "${dumpdir}/raw/org/${set}" \
+            --out_dir "${dumpdir}/raw/${set}" --fs "${fs}" \
+            --min_seconds "${min_seconds}" --max_seconds "${max_seconds}" \
+            --min_peak_db "${min_peak_db}"
+    done
+fi
+
+log "Finished stages ${stage} to ${stop_stage} in $((SECONDS - start_seconds)) s"
