@@ -1,0 +1,129 @@
+"""ScaledAdam and Eden against reference trajectories."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from espnet2_spear.optimizers.scaled_adam import ScaledAdam
+from espnet2_spear.schedulers.eden import Eden, eden_factor
+
+NAMES = ("w", "w2", "b", "s")
+
+
+class Problem:
+    """The reference's regression problem with four parameters."""
+
+    def __init__(self, ref, named: bool = False) -> None:
+        self.ref = ref
+        self.params = {
+            n: torch.nn.Parameter(torch.tensor(ref[f"init_{n}"])) for n in NAMES
+        }
+        params = self.params.items() if named else self.params.values()
+        scale = float(ref["clipping_scale"])
+        self.opt = ScaledAdam(params, lr=float(ref["lr"]), clipping_scale=scale)
+
+    def step(self, t: int, scale: float = 1.0) -> None:
+        p = self.params
+        x, y = torch.tensor(self.ref["X"][t]), torch.tensor(self.ref["Y"][t])
+        out = p["s"] * (x @ (p["w"] + p["w2"]).T + p["b"])
+        loss = (out - y).square().sum() * (50 if t % 37 == 0 else 1) * scale
+        self.opt.zero_grad()
+        loss.backward()
+        self.opt.step()
+
+    def error(self, t: int) -> float:
+        return max(
+            np.abs(p.detach().numpy() - self.ref[f"traj_{n}"][t]).max()
+            for n, p in self.params.items()
+        )
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_scaled_adam_follows_reference(data_dir: Path, named: bool) -> None:
+    problem = Problem(np.load(data_dir / "scaled_adam.npz"), named)
+    for t in range(len(problem.ref["X"])):
+        problem.step(t)
+        assert problem.error(t) < 1e-4, t
+
+
+def test_scaled_adam_follows_full_reference(golden_dir: Path) -> None:
+    problem = Problem(np.load(golden_dir / "scaled_adam.npz"))
+    for t in range(len(problem.ref["X"])):
+        problem.step(t)
+        assert problem.error(t) < 1e-4, t
+
+
+def test_scaled_adam_ignores_the_scale_of_the_loss(data_dir: Path) -> None:
+    ref = np.load(data_dir / "scaled_adam.npz")
+    a, b = Problem(ref), Problem(ref)
+    for t in range(110):
+        a.step(t)
+        b.step(t, scale=1024.0)
+    for n in NAMES:
+        torch.testing.assert_close(a.params[n], b.params[n], rtol=1e-4, atol=1e-5)
+
+
+def test_scaled_adam_resumes_exactly(data_dir: Path, tmp_path: Path) -> None:
+    ref = np.load(data_dir / "scaled_adam.npz")
+    whole, first = Problem(ref), Problem(ref)
+    for t in range(120):
+        whole.step(t)
+        if t < 105:
+            first.step(t)
+    torch.save(first.opt.state_dict(), tmp_path / "opt.pth")
+    second = Problem(ref)
+    second.opt.load_state_dict(torch.load(tmp_path / "opt.pth", weights_only=True))
+    for n in NAMES:
+        second.params[n].data.copy_(first.params[n].data)
+    for t in range(105, 120):
+        second.step(t)
+    for n in NAMES:
+        assert torch.equal(whole.params[n], second.params[n])
+
+
+def test_scaled_adam_leaves_frozen_parameters_alone() -> None:
+    free, frozen = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    frozen.requires_grad = False
+    unused = torch.nn.Parameter(torch.ones(2))
+    opt = ScaledAdam([free, frozen, unused], lr=0.1)
+    free.sum().backward()
+    opt.step()
+    assert (free != 1).all() and (frozen == 1).all() and (unused == 1).all()
+
+
+def test_eden_follows_reference(data_dir: Path) -> None:
+    ref = np.load(data_dir / "eden.npz")
+    for epoch, batch, lr in ref["rows"]:
+        got = float(ref["base_lr"]) * eden_factor(
+            batch,
+            epoch,
+            float(ref["lr_batches"]),
+            float(ref["lr_epochs"]),
+            float(ref["warmup_batches"]),
+            0.5,
+        )
+        assert got == pytest.approx(lr, rel=1e-6)
+
+
+def test_eden_steps_and_resumes() -> None:
+    def make() -> Eden:
+        p = torch.nn.Parameter(torch.ones(2))
+        return Eden(ScaledAdam([p], lr=0.045), lr_hours=10.0, hours_per_batch=0.1)
+
+    whole, second = make(), make()
+    for _ in range(300):
+        whole.step()
+        if whole.last_epoch == 200:
+            second.load_state_dict(whole.state_dict())
+    for _ in range(100):
+        second.step()
+    expected = 0.045 * eden_factor(300, 30.0, 7500, 10.0, 500, 0.5)
+    assert whole.get_last_lr() == second.get_last_lr() == [pytest.approx(expected)]
+    assert type(whole.get_last_lr()[0]) is float
+
+
+def test_eden_refuses_nonsense() -> None:
+    with pytest.raises(ValueError, match="lr_batches"):
+        Eden(ScaledAdam([torch.nn.Parameter(torch.ones(2))]), lr_batches=0)
