@@ -1,0 +1,159 @@
+"""SpearFrontend and ZipformerEncoder in ESPnet's interfaces."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
+
+from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
+from espnet2_spear.asr.frontend.spear import SpearFrontend
+from espnet2_spear.hub.load import CheckpointError, load_model
+from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.zipformer.config import ZipformerConfig
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory) -> Path:
+    """A checkpoint as SpearTask leaves it: prefixed weights and config.yaml."""
+    folder = tmp_path_factory.mktemp("exp")
+    torch.manual_seed(1)
+    student = SpearEncoder(ZipformerConfig.from_name("tiny"))
+    state = {f"student.{k}": v for k, v in student.state_dict().items()}
+    state["heads.speech.weight"] = torch.zeros(3)
+    torch.save(state, folder / "valid.loss.best.pth")
+    conf = {"student": "tiny", "student_conf": student.config.to_dict()}
+    (folder / "config.yaml").write_text(yaml.safe_dump(conf))
+    return folder / "valid.loss.best.pth"
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(2, 8000) * 0.1, torch.tensor([8000, 4321])
+
+
+def test_lengths_and_sizes(ckpt: Path, batch) -> None:
+    frontend = SpearFrontend(fs="16k", ckpt=str(ckpt))
+    feats, lengths = frontend(*batch)
+    assert feats.shape == (2, int(lengths.max()), frontend.output_size())
+    assert lengths.tolist() == [frontend.output_lengths(n) for n in (8000, 4321)]
+
+
+def test_weighted_sum_starts_as_the_mean_and_learns(ckpt: Path, batch) -> None:
+    frontend = SpearFrontend(ckpt=str(ckpt), layer_norm=False)
+    feats, _ = frontend(*batch)
+    with torch.no_grad():
+        hidden = load_model(ckpt)(*batch).hidden_states
+    torch.testing.assert_close(feats, torch.stack(hidden).mean(0))
+    feats.square().sum().backward()
+    assert frontend.featurizer.weights.grad.abs().max() > 0
+
+
+def test_single_layer(ckpt: Path, batch) -> None:
+    last = SpearFrontend(ckpt=str(ckpt), layer=-1, layer_norm=False)
+    with torch.no_grad():
+        expected = load_model(ckpt)(*batch).encoder_out
+    torch.testing.assert_close(last(*batch)[0], expected)
+    with pytest.raises(ValueError, match="3 layers"):
+        SpearFrontend(ckpt=str(ckpt), layer=3)
+
+
+def test_frozen_stays_frozen_and_in_eval(ckpt: Path, batch) -> None:
+    frozen = SpearFrontend(ckpt=str(ckpt), freeze=True).train()
+    assert not frozen.upstream.training and frozen.featurizer.training
+    trained = [n for n, p in frozen.named_parameters() if p.requires_grad]
+    assert trained == ["featurizer.weights"]
+    tuned = SpearFrontend(ckpt=str(ckpt), freeze=False).train()
+    assert tuned.upstream.training
+    tuned(*batch)[0].square().sum().backward()
+    missing = [
+        n for n, p in tuned.named_parameters() if p.requires_grad and p.grad is None
+    ]
+    assert not missing
+
+
+def test_a_missing_checkpoint_never_trains_a_random_student(ckpt, batch) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        SpearFrontend(ckpt="nowhere/x.pth")
+    gone = SpearFrontend(ckpt="nowhere/x.pth", arch="tiny")
+    with pytest.raises(CheckpointError, match="nowhere/x.pth"):
+        gone(*batch)
+    gone.load_state_dict(gone.state_dict())  # carries nothing new
+    with pytest.raises(CheckpointError, match="nowhere/x.pth"):
+        gone(*batch)
+    there = SpearFrontend(ckpt=str(ckpt))
+    gone.load_state_dict(there.state_dict())
+    torch.testing.assert_close(gone(*batch)[0], there(*batch)[0])
+
+
+def test_other_rates_and_architectures_are_refused(ckpt: Path) -> None:
+    with pytest.raises(ValueError, match="8000 Hz"):
+        SpearFrontend(fs="8k", ckpt=str(ckpt))
+    with pytest.raises(CheckpointError, match="differs"):
+        SpearFrontend(ckpt=str(ckpt), arch="mini")
+
+
+def test_reload_after_espnet_initialisation(ckpt: Path) -> None:
+    frontend = SpearFrontend(ckpt=str(ckpt))
+    before = frontend.upstream.mask_emb.clone()
+    torch.nn.init.zeros_(frontend.upstream.mask_emb)
+    frontend.reload_pretrained_parameters()
+    assert torch.equal(frontend.upstream.mask_emb, before)
+
+
+def test_encoder_takes_waveforms_and_features(ckpt: Path, batch) -> None:
+    encoder = ZipformerEncoder(1, arch="tiny").eval()
+    holder = torch.nn.Module()
+    holder.encoder = encoder
+    load_pretrained_model(f"{ckpt}:student:encoder", holder, False)
+    with torch.no_grad():
+        expected = load_model(ckpt)(*batch)
+        out, lens, _ = encoder(batch[0][..., None], batch[1])
+        torch.testing.assert_close(out, expected.encoder_out)
+        assert lens.tolist() == expected.encoder_out_lens.tolist()
+        from_fbank = ZipformerEncoder(128, arch="tiny").eval()
+        from_fbank.load_state_dict(encoder.state_dict())
+        (out, hidden), _, _ = from_fbank(*encoder.fbank(*batch), return_all_hs=True)
+    torch.testing.assert_close(out, expected.encoder_out)
+    assert len(hidden) == 3
+    with pytest.raises(ValueError, match="input_size 80"):
+        ZipformerEncoder(80, arch="tiny")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("student.mask_emb"), "missing mask_emb"),
+        (lambda s: s.update({"student.more": torch.zeros(1)}), "extra more"),
+        (
+            lambda s: s.update({"student.mask_emb": torch.zeros(5)}),
+            r"mask_emb has shape \(5,\)",
+        ),
+        (
+            lambda s: s.pop("student.encoder_embed.conv.0.weight"),
+            "not a SPEAR checkpoint",
+        ),
+    ],
+)
+def test_bad_checkpoints_are_named(ckpt, tmp_path, change, message) -> None:
+    state = torch.load(ckpt, weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "bad.pth")
+    (tmp_path / "config.yaml").write_text((ckpt.parent / "config.yaml").read_text())
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_model(tmp_path / "bad.pth")
+    assert "bad.pth" in str(error.value)
+
+
+def test_a_checkpoint_never_executes_code(ckpt: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"student.mask_emb": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "config.yaml").write_text((ckpt.parent / "config.yaml").read_text())
+    with pytest.raises(CheckpointError, match="evil.pth"):
+        load_model(tmp_path / "evil.pth")
+    assert not (tmp_path / "executed").exists()
