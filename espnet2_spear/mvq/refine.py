@@ -8,6 +8,7 @@ never touches the vectors themselves, whose dimension is large.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,76 +84,116 @@ def refine(tables: GramTables, linear: Tensor, codes: Tensor, iters: int) -> Ten
     Returns:
         (B, N) int64.
     """
-    codes = codes.clone()
+    first = torch.arange(tables.num_codebooks, device=codes.device)
+    first = first * tables.codebook_size
+    result = codes + first  # rows of the tables
+    if iters == 0:
+        return codes
+    # Score of a centre: its linear term and its products with the present centres of
+    # the other codebooks.
+    scores = F.embedding_bag(result, tables.products, mode="sum")
+    scores = torch.add(linear, scores, alpha=2)
     active = torch.arange(len(codes), device=codes.device)
-    for _ in range(iters):
-        old = codes[active]
-        new = refine_once(tables, linear[active], old)
-        codes[active] = new
+    old = result.clone()
+    for i in range(iters):
+        new = _refine_once(tables, scores, old)
+        result[active] = new
         # A pass depends on nothing but the codes it starts from, so a vector whose
         # codes stay is finished.
-        active = active[(new != old).any(dim=1)]
-        if len(active) == 0:
+        moved = new != old
+        going = moved.any(dim=1).nonzero().squeeze(1)
+        if i == iters - 1 or len(going) == 0:
             break
-    return codes
+        if len(going) < len(active):
+            active, scores = active[going], scores[going]
+            old, new, moved = old[going], new[going], moved[going]
+        _update_scores(tables, scores, old, new, moved)
+        old = new
+    return result - first
 
 
-def refine_once(tables: GramTables, linear: Tensor, codes: Tensor) -> Tensor:
+def _update_scores(
+    tables: GramTables, scores: Tensor, old: Tensor, new: Tensor, moved: Tensor
+) -> None:
+    """Change scores (B, N*K) in place for codes that moved from old to new."""
+    count = moved.sum(dim=1)
+    rows = torch.stack([new[moved], old[moved]], dim=1).flatten()
+    weights = scores.new_tensor([2.0, -2.0]).repeat(len(rows) // 2)
+    scores += F.embedding_bag(
+        rows,
+        tables.products,
+        2 * (count.cumsum(0) - count),
+        mode="sum",
+        per_sample_weights=weights,
+    )
+
+
+def _refine_once(tables: GramTables, scores: Tensor, current: Tensor) -> Tensor:
     """One pass: candidates per codebook, joined pair by pair into one group.
 
-    Shapes are as in :func:`refine`. With e the error of the present codes, the score
-    of a candidate of some group of codebooks is the squared error ||e + d||^2 after
-    the group alone changes by d, up to a constant. Joining two groups adds 2 d_a.d_b.
+    With e the error of the present codes, the score of a candidate of some group of
+    codebooks is the squared error ||e + d||^2 after the group alone changes by d, up
+    to a constant. Joining two groups adds 2 d_a.d_b.
+
+    Args:
+        tables: inner products of the centres.
+        scores: (B, N*K) of all centres as candidates of their codebook.
+        current: (B, N) present centres, rows of the tables.
+
+    Returns:
+        (B, N) rows of the tables.
     """
-    num, size = tables.num_codebooks, tables.codebook_size
-    batch = len(codes)
-    first = torch.arange(num, device=codes.device) * size
-    current = codes + first  # rows of the tables of products
-    # Score of a centre: its linear term and its products with the current centres of
-    # the other codebooks.
-    scores = F.embedding_bag(current, tables.products, mode="sum")
-    scores = torch.add(linear, scores, alpha=2).view(batch, num, size)
-    kept = min(num_kept(1, size) if num > 1 else 1, size)
-    scores, best = _smallest(scores, kept)
-    # entries: rows of the tables of products; the current centre comes first.
-    entries = torch.cat([current.unsqueeze(-1), best + first.unsqueeze(-1)], dim=2)
-    width = kept + 1
-    # members: per group and candidate, positions in the group's entries.
-    members = torch.arange(width, device=codes.device).view(1, 1, width, 1)
-    members = members.expand(batch, num, width, 1)
+    groups, size = tables.num_codebooks, tables.codebook_size
+    batch = len(current)
+    first = torch.arange(groups, device=current.device) * size
+    kept = min(num_kept(1, size) if groups > 1 else 1, size)
+    scores, best = _smallest(scores.view(batch, groups, size), kept)
+    # Per group of codebooks: centres in use (rows of the tables), and candidates as
+    # positions in these, (batch, groups, candidates, codebooks). The present choice
+    # comes first and is no candidate.
+    centers = torch.cat([current.unsqueeze(-1), best + first.unsqueeze(-1)], dim=2)
+    members = torch.arange(kept + 1, device=current.device).view(1, 1, -1, 1)
+    members = members.expand(batch, groups, -1, 1)
     joined = 1
-    while num > 1:
-        num //= 2
-        span = joined * width
-        pairs = entries.view(batch, num, 2, span)
-        sides = members.view(batch, num, 2, -1, joined)
+    while groups > 1:
+        groups //= 2
+        span = centers.shape[-1]
+        pairs = centers.view(batch, groups, 2, span)
+        sides = members.view(batch, groups, 2, kept + 1, joined)
         cross = _cross_products(tables.products, pairs, sides)
-        # d_a.d_b, up to a constant, from products of centres.
-        cross = cross - cross[..., :1] - cross[..., :1, :]
-        scores = scores.view(batch, num, 2, -1)
-        scores = scores[:, :, 0].unsqueeze(-1) + scores[:, :, 1].unsqueeze(-2)
-        scores = torch.add(scores, cross[..., 1:, 1:], alpha=2)
-        count = scores.shape[-1]
+        scores = _join_scores(scores.view(batch, groups, 2, kept), cross)
         joined *= 2
-        scores = scores.flatten(2)
-        kept = min(num_kept(joined, size) if num > 1 else 1, scores.shape[-1])
+        old, kept = kept, num_kept(joined, size) if groups > 1 else 1
+        kept = min(kept, old * old)
         scores, best = _smallest(scores, kept)
-        left = F.pad(best // count + 1, (1, 0))
-        right = F.pad(best % count + 1, (1, 0))
-        index = torch.stack([left, right], dim=2)
-        sides = sides.gather(
-            3, index.unsqueeze(-1).expand(*index.shape, sides.shape[-1])
-        )
+        choice = torch.stack([best // old, best % old], dim=2)
+        choice = F.pad(choice + 1, (1, 0)).unsqueeze(-1)
+        sides = sides.gather(3, choice.expand(*choice.shape[:-1], sides.shape[-1]))
         members = torch.cat([sides[:, :, 0], sides[:, :, 1] + span], dim=-1)
-    return entries.view(batch, -1).gather(1, members[:, 0, 1]) - first
+        centers = centers.view(batch, groups, 2 * span)
+        if groups > 1:
+            centers, members = _drop_unused(centers, members)
+    return centers.view(batch, -1).gather(1, members[:, 0, 1])
 
 
 def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The smallest scores (..., count) of (..., C), in any order, and where they are."""
     if count == scores.shape[-1]:
         index = torch.arange(count, device=scores.device)
         return scores, index.expand(scores.shape)
     if count == 1:
         return scores.min(dim=-1, keepdim=True)
+    if scores.device.type == "cpu":
+        # NumPy's partition is several times as fast as topk.
+        values = scores.numpy()
+        limit = np.partition(values, count - 1, axis=-1)[..., count - 1 : count]
+        where = np.flatnonzero(values <= limit)
+        rows = scores.shape[:-1].numel()
+        if len(where) == rows * count:  # else some row has a tie at its limit
+            index = torch.from_numpy(where).view(rows, count)
+            index -= torch.arange(rows).unsqueeze(1) * scores.shape[-1]
+            index = index.view(*scores.shape[:-1], count)
+            return scores.gather(-1, index), index
     return scores.topk(count, dim=-1, largest=False, sorted=False)
 
 
@@ -161,22 +202,62 @@ def _cross_products(products: Tensor, pairs: Tensor, sides: Tensor) -> Tensor:
 
     Args:
         products: (N*K, N*K).
-        pairs: (B, G, 2, M) rows of ``products`` used by both groups of G pairs.
+        pairs: (B, G, 2, M) centres in use by both groups of G pairs.
         sides: (B, G, 2, C, L) positions in M of the L centres of C candidates.
 
     Returns:
-        (B, G, C, C): sum of the products of their centres.
+        (B, G, C, C): sums of the products of their centres.
     """
     batch, groups, _, span = pairs.shape
     count, joined = sides.shape[-2:]
-    index = pairs[:, :, 0].unsqueeze(-1) * len(products) + pairs[:, :, 1].unsqueeze(-2)
-    block = products.view(-1).take(index)
+    dtype = torch.int32 if products.numel() < 2**31 else torch.int64
+    left, right = (pairs * pairs.new_tensor([[len(products)], [1]])).to(dtype).unbind(2)
+    index = left.unsqueeze(-1) + right.unsqueeze(-2)
+    block = products.view(-1).index_select(0, index.view(-1))
     if joined == 1:
-        return block
+        return block.view(batch, groups, count, count)
     total = batch * groups
     start = torch.arange(total, device=pairs.device).view(batch, groups, 1, 1) * span
     for side in (0, 1):
         rows = (sides[:, :, side] + start).view(-1, joined)
         block = F.embedding_bag(rows, block.reshape(total * span, -1), mode="sum")
         block = block.view(total, count, -1).transpose(1, 2)
-    return block.reshape(batch, groups, count, count)
+    return block.unflatten(0, (batch, groups))
+
+
+def _join_scores(scores: Tensor, cross: Tensor) -> Tensor:
+    """Scores of all pairs of candidates.
+
+    Args:
+        scores: (B, G, 2, C) of two groups.
+        cross: (B, G, C + 1, C + 1) products of centres; the present choice is first.
+
+    Returns:
+        (B, G, C * C), up to a constant.
+    """
+    # d_a.d_b of the changes d, up to a constant, is a.b - a.b' - a'.b, with a' and b'
+    # the present choice.
+    left = torch.sub(scores[:, :, 0], cross[..., 1:, 0], alpha=2)
+    right = torch.sub(scores[:, :, 1], cross[..., 0, 1:], alpha=2)
+    joined = left.unsqueeze(-1) + right.unsqueeze(-2)
+    return joined.add_(cross[..., 1:, 1:], alpha=2).flatten(2)
+
+
+def _drop_unused(centers: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+    """Forget centres that no candidate uses, so that later blocks are small.
+
+    Args:
+        centers: (B, G, M) rows of the tables.
+        members: (B, G, C, L) positions in M.
+
+    Returns:
+        The same with a smaller M, padded to the longest.
+    """
+    used = torch.zeros(centers.shape, dtype=torch.int64, device=centers.device)
+    used.scatter_(2, members.flatten(2), 1)
+    place = used.cumsum(dim=2)
+    width = int(place[..., -1].max())
+    members = place.gather(2, members.flatten(2)).view(members.shape) - 1
+    place = torch.where(used > 0, place - 1, width)
+    kept = centers.new_zeros(*centers.shape[:2], width + 1)
+    return kept.scatter_(2, place, centers)[..., :width].contiguous(), members
