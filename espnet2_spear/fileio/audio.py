@@ -263,12 +263,7 @@ def _decode_av(path: Path) -> tuple[np.ndarray, int]:
             raise
         raise _unreadable(path, str(error)) from error
     if not chunks:
-        raise AudioError(
-            path,
-            "empty",
-            "the file holds no samples",
-            "fetch it again or remove its line from wav.scp",
-        )
+        raise _unreadable(path, "no samples could be decoded")
     return np.concatenate(chunks, axis=1).T, rate
 
 

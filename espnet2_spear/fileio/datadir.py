@@ -119,7 +119,6 @@ class DataDir:
             if name in require or (keys and name != "text"):
                 _agree(self.path, name, keys, utterances)
             elif keys - utterances:
-                _agree(self.path, name, keys, utterances | keys)
                 _unknown(self.path, name, keys - utterances)
         for utt, domain in self.utt2domain.items():
             if domain not in DOMAINS:
@@ -210,7 +209,8 @@ def combine(parts: Iterable[DataDir]) -> DataDir:
         result.utt2spk.update(part.utt2spk)
         result.utt2domain.update(part.utt2domain)
         result.text.update(part.text)
-        result.utt2num_samples.update(part.utt2num_samples)
+        if all(other.utt2num_samples for other in parts):
+            result.utt2num_samples.update(part.utt2num_samples)
         if result.segments is not None and part.segments is not None:
             result.segments.update(part.segments)
     return result

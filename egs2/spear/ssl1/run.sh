@@ -43,7 +43,17 @@ Data (stage 1); without own folders the embedded default is fetched (97 MB)
 Format and filter (stages 2, 3)
   --audio_format flac|wav                                           [flac]
   --min_seconds X, --max_seconds X              others are skipped  [0.5, 30]
-  --min_peak_db X             quieter is silence (dB of full scale) [-60]"
+  --min_peak_db X             quieter is silence (dB of full scale) [-60]
+
+Teachers (stages 4 to 6); their quantizers are trained on the domain of their name
+  --speech_teacher F, --audio_teacher F         [conf/teachers/whisper_tiny_en.yaml, yamnet.yaml]
+                              empty: without this teacher
+  --speech_codebooks N, --audio_codebooks N     codes per frame     [16, 8]
+  --speech_teacher_domains D, --audio_teacher_domains D
+                              what each teacher tokenizes; domains that the loss gives
+                              the teacher weight 0 need no codes    [speech,audio; audio]
+  --quantizer_frames N        embeddings to train a quantizer on    [200000]
+  --quantizer_iters N         steps in each of its two phases       [10000]"
 
 stage=1
 stop_stage=9
@@ -64,11 +74,19 @@ max_hours_speech=inf
 max_hours_audio=inf
 max_utts=0
 
-fs=16000
 audio_format=flac
 min_seconds=0.5
 max_seconds=30
 min_peak_db=-60
+
+speech_teacher=conf/teachers/whisper_tiny_en.yaml
+audio_teacher=conf/teachers/yamnet.yaml
+speech_codebooks=16
+audio_codebooks=8
+speech_teacher_domains=speech,audio
+audio_teacher_domains=audio
+quantizer_frames=200000
+quantizer_iters=10000
 
 . local/parse_options.sh
 if [ $# -gt 0 ]; then
@@ -76,16 +94,9 @@ if [ $# -gt 0 ]; then
     exit 2
 fi
 
-wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
+fs=16000 # Hz; the teachers and the student expect it
 
-# All sets that stage 1 wrote.
-data_sets() {
-    local dir
-    for dir in "${datadir}"/*/; do
-        [ -e "${dir}/wav.scp" ] && basename "${dir}"
-    done
-    return 0
-}
+wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
 
 if wanted 1; then
     log "Stage 1: data preparation"
@@ -109,11 +120,11 @@ if wanted 1; then
 fi
 
 if wanted 2 || wanted 3; then
-    sets=$(data_sets)
-    if [ -z "${sets}" ]; then
-        log "ERROR: no data sets in ${datadir}; run stage 1 first"
+    if [ ! -e "${datadir}/.done" ]; then
+        log "ERROR: ${datadir} has not been prepared; run stage 1 first"
         exit 1
     fi
+    sets=$(<"${datadir}/sets")
 fi
 
 if wanted 2; then
@@ -133,6 +144,62 @@ if wanted 3; then
             --min_seconds "${min_seconds}" --max_seconds "${max_seconds}" \
             --min_peak_db "${min_peak_db}"
     done
+fi
+
+if [ "${stop_stage}" -ge 4 ] && [ -z "${ngpu}" ]; then
+    ngpu=$(python -c "import torch; print(torch.cuda.device_count())")
+fi
+
+# train_quantizer <teacher> <configuration> <codebooks>
+train_quantizer() {
+    local dir=${expdir}/teachers/$1 device=cpu
+    [ -n "$2" ] || return 0
+    if [ -e "${dir}/quantizer.pt" ]; then
+        log "${dir}/quantizer.pt exists; delete ${dir} to train it again"
+        return
+    fi
+    [ "${ngpu}" -eq 0 ] || device=cuda
+    log "teacher '$1': embeddings of ${quantizer_frames} frames, log in ${dir}/embed.log"
+    ${cuda_cmd} --gpu "${ngpu}" --num_threads "${nj}" "${dir}/embed.log" \
+        python -m espnet2_spear.bin.spear_embed --teacher_config "$2" \
+        --wav_scp "${dumpdir}/raw/train/wav.scp" --domains "$1" \
+        --max_frames "${quantizer_frames}" --output_dir "${dir}/embeddings" \
+        --device "${device}" --num_threads "${nj}"
+    log "teacher '$1': quantizer of $3 codebooks, log in ${dir}/train.log"
+    ${cuda_cmd} --gpu "${ngpu}" --num_threads "${nj}" "${dir}/train.log" \
+        python -m espnet2_spear.bin.mvq_train --embeddings "${dir}/embeddings" \
+        --output "${dir}/quantizer.pt" --num_codebooks "$3" \
+        --iters_phase1 "${quantizer_iters}" --iters_phase2 "${quantizer_iters}" \
+        --device "${device}" --num_threads "${nj}"
+    tail -n 1 "${dir}/train.log"
+}
+
+# tokenize <teacher> <configuration> <domains>
+tokenize() {
+    local set dir
+    [ -n "$2" ] || return 0
+    for set in train valid; do
+        dir=${dumpdir}/codes/${set}
+        log "teacher '$1', set ${set}: tokenization, log in ${dir}/log/$1.log"
+        ${cuda_cmd} --gpu "${ngpu}" --num_threads 1 "${dir}/log/$1.log" \
+            python -m espnet2_spear.bin.spear_tokenize --teacher_config "$2" \
+            --quantizer "${expdir}/teachers/$1/quantizer.pt" --domains "$3" \
+            --data_dir "${dumpdir}/raw/${set}" --output_dir "${dir}" --name "$1" \
+            --nj "${nj}" --ngpu "${ngpu}"
+        tail -n 1 "${dir}/log/$1.log"
+    done
+}
+
+if wanted 4; then
+    log "Stage 4: embeddings and quantizer training"
+    train_quantizer speech "${speech_teacher}" "${speech_codebooks}"
+    train_quantizer audio "${audio_teacher}" "${audio_codebooks}"
+fi
+
+if wanted 5; then
+    log "Stage 5: tokenization"
+    tokenize speech "${speech_teacher}" "${speech_teacher_domains}"
+    tokenize audio "${audio_teacher}" "${audio_teacher_domains}"
 fi
 
 log "Finished stages ${stage} to ${stop_stage} in $((SECONDS - start_seconds)) s"

@@ -22,6 +22,7 @@ nj=2
 
 sources=()
 pool_opts=()
+sets="train valid"
 mkdir -p "${datadir}/local"
 
 if [ -n "${speech_dirs}${audio_dirs}" ]; then
@@ -79,6 +80,7 @@ else
         python local/asr_sets.py --source "${datadir}/local/asterisk_en" \
             --dev local/split_en_dev.txt --test local/split_en_test.txt \
             --max_utts "${max_utts}" --out_dir "${datadir}"
+        sets+=" en_train en_dev en_test"
     fi
     pool_opts=(--exclude local/split_en_dev.txt local/split_en_test.txt --)
 fi
@@ -87,3 +89,4 @@ python local/pool_data.py --out_dir "${datadir}" --nj "${nj}" \
     --valid_fraction "${valid_fraction}" --max_piece_seconds "${max_piece_seconds}" \
     --max_hours_speech "${max_hours_speech}" --max_hours_audio "${max_hours_audio}" \
     --max_utts "${max_utts}" "${pool_opts[@]}" "${sources[@]}"
+echo "${sets}" >"${datadir}/sets"

@@ -23,7 +23,9 @@ manifest=$1
 folder=$2
 shift 2
 
-own_audio="Without these packages, name your own folders of audio instead:
+own_audio="They are packages of Debian 12; other systems may have other versions. Leave some out by
+  ./run.sh --speech_langs \"en\" --audio_sets \"sonicpi\"    (see --help)
+or name your own folders of audio instead:
   ./run.sh --speech_dirs \"/path/to/speech\" --audio_dirs \"/path/to/sounds\"
 (any folder of audio files, or a Kaldi data directory)."
 
@@ -59,7 +61,7 @@ done
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || fail "apt-get is not on this system, so that these packages cannot be fetched:
   ${missing[*]}
-Copy their .deb files (names in ${manifest}) into ${folder}/debs, or leave them out.
+Copy their .deb files (names in ${manifest}) into ${folder}/debs.
 ${own_audio}"
     log "fetching ${#missing[@]} packages (about 8 MB each): ${missing[*]}"
     # As root apt-get would switch to a user that may not write here.

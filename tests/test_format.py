@@ -1,0 +1,190 @@
+"""Formatting and filtering of data directories (stages 2 and 3)."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from espnet2_spear.bin import spear_filter, spear_format
+from espnet2_spear.fileio.datadir import DataDir, DataDirError, Segment
+
+
+def noise(seconds: float, rate: int = 16000, channels: int = 1) -> np.ndarray:
+    shape = (round(seconds * rate), channels)
+    return np.random.default_rng(0).uniform(-0.3, 0.3, shape)
+
+
+@pytest.fixture
+def messy(tmp_path: Path) -> DataDir:
+    """A data directory with every kind of bad utterance among good ones."""
+    audio = tmp_path / "audio"
+    audio.mkdir()
+    files = {
+        "good": (noise(1.0), 16000),
+        "stereo": (noise(1.0, channels=2), 16000),
+        "rate": (noise(1.0, 44100), 44100),
+        "short": (noise(0.01), 16000),
+        "long": (noise(3.0), 16000),
+        "silent": (np.zeros(16000), 16000),
+        "offset": (np.full(16000, 0.25), 16000),
+        "faint": (noise(1.0) * 1e-3, 16000),
+        "badrate": (noise(1.0), 200),
+    }
+    for name, (samples, rate) in files.items():
+        soundfile.write(audio / f"{name}.wav", samples, rate)
+    (audio / "empty.wav").touch()
+    (audio / "text.wav").write_text("no audio")
+    names = [*files, "empty", "text", "gone"]
+    data = DataDir(
+        wav_scp={name: str(audio / f"{name}.wav") for name in names},
+        utt2spk={name: "s" for name in names},
+        utt2domain={name: "speech" for name in names},
+        text={name: f"TEXT OF {name}" for name in names},
+    )
+    data.write(tmp_path / "data")
+    return data
+
+
+def format_dir(tmp_path: Path, *options: str) -> DataDir:
+    spear_format.main(
+        ["--in_dir", str(tmp_path / "data"), "--out_dir", str(tmp_path / "org")]
+        + list(options)
+    )
+    return DataDir.load(tmp_path / "org")
+
+
+def skipped(folder: Path) -> dict[str, str]:
+    lines = (folder / "skipped.txt").read_text().splitlines()
+    return {line.split()[0]: line.split()[1] for line in lines}
+
+
+@pytest.mark.parametrize("audio_format", ["flac", "wav"])
+def test_bad_utterances_are_skipped_and_listed(
+    tmp_path: Path, messy: DataDir, audio_format: str
+) -> None:
+    data = format_dir(tmp_path, "--audio_format", audio_format, "--nj", "2")
+    data.validate(require=("utt2domain", "text", "utt2num_samples"))
+    assert skipped(tmp_path / "org") == {
+        "badrate": "bad_rate",
+        "empty": "empty",
+        "gone": "unreadable",
+        "text": "unreadable",
+    }
+    for utt, file in data.wav_scp.items():
+        info = soundfile.info(file)
+        assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "PCM_16")
+        assert info.format == audio_format.upper()
+        assert info.frames == data.utt2num_samples[utt]
+
+    spear_filter.main(
+        ["--in_dir", str(tmp_path / "org"), "--out_dir", str(tmp_path / "raw")]
+        + ["--max_seconds", "2"]
+    )
+    kept = DataDir.load(tmp_path / "raw")
+    kept.validate(require=("utt2domain", "text", "utt2num_samples"))
+    assert kept.utterances == ["good", "rate", "stereo"]
+    assert skipped(tmp_path / "raw") == {
+        **skipped(tmp_path / "org"),
+        "short": "too_short",
+        "long": "too_long",
+        "silent": "silence",
+        "offset": "silence",
+        "faint": "silence",
+    }
+    assert set(kept.utterances) | set(skipped(tmp_path / "raw")) == set(messy.wav_scp)
+
+
+def test_16_khz_mono_is_copied_bit_by_bit(tmp_path: Path, messy: DataDir) -> None:
+    data = format_dir(tmp_path)
+    before, _ = soundfile.read(messy.wav_scp["good"], dtype="int16")
+    after, _ = soundfile.read(data.wav_scp["good"], dtype="int16")
+    np.testing.assert_array_equal(after, before)
+
+
+def test_segments_are_cut(tmp_path: Path) -> None:
+    samples = noise(3.0)[:, 0]
+    soundfile.write(tmp_path / "r.flac", samples, 16000)
+    DataDir(
+        wav_scp={"r": str(tmp_path / "r.flac")},
+        segments={
+            "s-1": Segment("r", 0.0, 1.25),
+            "s-2": Segment("r", 1.25, -1.0),
+            "s-3": Segment("r", 2.0, 9.0),
+        },
+        utt2spk={"s-1": "s", "s-2": "s", "s-3": "s"},
+    ).write(tmp_path / "data")
+    data = format_dir(tmp_path)
+    assert data.segments is None
+    whole, _ = soundfile.read(tmp_path / "r.flac", dtype="int16")
+    parts = [soundfile.read(data.wav_scp[u], dtype="int16")[0] for u in data.utterances]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert skipped(tmp_path / "org") == {"s-3": "segment_past_end"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_a_killed_run_continues_to_the_same_result(
+    tmp_path: Path, messy: DataDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spear_format, "SHARD_UTTERANCES", 2)
+    format_dir(tmp_path)
+    complete = contents(tmp_path / "org")
+    shards = sorted((tmp_path / "org/.shards").iterdir())
+    assert len(shards) == 6
+    good = Path(DataDir.load(tmp_path / "org").wav_scp["good"])
+    # As if killed: a shard without its mark, a file not moved into place yet.
+    shards[0].unlink()
+    good.unlink()
+    (tmp_path / "org/wav.scp").unlink()
+    untouched = shards[1].stat().st_mtime_ns
+    format_dir(tmp_path)
+    assert contents(tmp_path / "org") == complete
+    assert shards[1].stat().st_mtime_ns == untouched
+
+
+def test_changed_audio_is_converted_again(tmp_path: Path, messy: DataDir) -> None:
+    assert format_dir(tmp_path).utt2num_samples["good"] == 16000
+    soundfile.write(messy.wav_scp["good"], noise(2.0), 16000)
+    assert format_dir(tmp_path).utt2num_samples["good"] == 32000
+
+
+def test_nothing_left_is_an_error(tmp_path: Path, messy: DataDir) -> None:
+    with pytest.raises(DataDirError, match="no utterance is left.*--min_seconds"):
+        format_dir(tmp_path)
+        spear_filter.main(
+            ["--in_dir", str(tmp_path / "org"), "--out_dir", str(tmp_path / "raw")]
+            + ["--min_seconds", "20"]
+        )
+    messy.select(["text", "gone"]).write(tmp_path / "data")
+    with pytest.raises(DataDirError, match="none of its 2 utterances.*skipped.txt"):
+        format_dir(tmp_path)
+
+
+def test_no_space_is_an_error_not_a_skip(
+    tmp_path: Path, messy: DataDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        format_dir(tmp_path)
+    assert not list((tmp_path / "org").rglob("*.part"))
+
+
+def test_duplicate_utterances_stop_before_any_work(
+    tmp_path: Path, messy: DataDir
+) -> None:
+    with open(tmp_path / "data/wav.scp", "a") as out:
+        out.write(f"good {messy.wav_scp['good']}\n")
+    with pytest.raises(DataDirError, match="'good' appears twice"):
+        format_dir(tmp_path)
+    assert not (tmp_path / "org").exists()

@@ -1,0 +1,491 @@
+"""Data preparation of the recipe (egs2/spear/ssl1/local), on miniatures."""
+
+import gzip
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import soundfile
+from test_audio import write_g722
+
+from espnet2_spear.fileio.datadir import DataDir, DataDirError
+
+RECIPE = Path(__file__).resolve().parent.parent / "egs2/spear/ssl1"
+LOCAL = RECIPE / "local"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, LOCAL / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # processes that pickle its functions look there
+    spec.loader.exec_module(module)
+    return module
+
+
+data_asterisk = load("data_asterisk")
+data_folders = load("data_folders")
+asr_sets = load("asr_sets")
+pool_data = load("pool_data")
+unzip_audio = load("unzip_audio")
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-0.3, 0.3, round(seconds * 16000))
+
+
+# --- Asterisk prompts -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("You don't have 2 messages.", "YOU DON'T HAVE TWO MESSAGES"),
+        ("at [@]", "AT"),
+        ("press * or #; then 10", "PRESS STAR OR POUND THEN ONE ZERO"),
+        ("H.323", "H THREE TWO THREE"),
+        ("visit www.asterisk.org.", "VISIT WWW DOT ASTERISK DOT ORG"),
+        ("Call-Forward ... on 'Busy'", "CALL FORWARD ON BUSY"),
+        ("It\u2019s 3D (beep)", "IT'S THREE D"),
+        ("[this is a beep]", ""),
+        ("", ""),
+    ],
+)
+def test_english_text_for_recognition(text: str, normal: str) -> None:
+    assert data_asterisk.normalize_english(text) == normal
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Miniature of the unpacked packages: 30 English prompts, some Spanish."""
+    root = tmp_path / "root"
+    english = {f"p{i:02d}": f"Prompt number {i}." for i in range(28)}
+    english |= {"digits/5": "five", "twin": "prompt number 1", "gone": "no audio"}
+    english |= {"beep": "[a beep tone]", "silence/1": "(1 second of silence)"}
+    spanish = {"p00": "Se\u00f1or (nota)", "digits/5": "cinco"}
+    folders = {"en": (english, english), "es": (spanish, {**english, "extra": ""})}
+    for lang, (texts, names) in folders.items():
+        doc = root / f"usr/share/doc/asterisk-core-sounds-{lang}"
+        doc.mkdir(parents=True)
+        with gzip.open(doc / f"core-sounds-{lang}.txt.gz", "wt", encoding="utf-8") as f:
+            f.write("; comment: of no prompt\n\n")
+            f.writelines(f"{name}: {text}\n" for name, text in texts.items())
+        sounds = root / "usr/share/asterisk/sounds" / data_asterisk.VOICES[lang]
+        for name in names:
+            path = sounds / f"{name}.g722"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name != "gone":
+                write_g722(path, noise(0.6))
+    return root
+
+
+def test_asterisk_prompts(prompts: Path) -> None:
+    english = data_asterisk.prepare(prompts, "en")
+    english.validate(require=("utt2domain", "text"))
+    assert len(english.utterances) == 30  # neither beep nor silence nor gone
+    assert english.text["en_allison-digits-5"] == "FIVE"
+    assert set(english.utt2spk.values()) == {"en_allison"}
+    assert set(english.utt2domain.values()) == {"speech"}
+    spanish = data_asterisk.prepare(prompts, "es")
+    assert len(spanish.utterances) == 31  # untranscribed ones too, but not the beep
+    assert spanish.text == {
+        "es_allison-p00": "Se\u00f1or",
+        "es_allison-digits-5": "cinco",
+    }
+    with pytest.raises(FileNotFoundError):
+        data_asterisk.prepare(prompts, "fr")
+
+
+def test_asr_sets_share_no_text(prompts: Path) -> None:
+    data = data_asterisk.prepare(prompts, "en")
+    sets = asr_sets.split(data, ["en_allison-p02"], ["en_allison-p03"])
+    assert {name: len(part.utterances) for name, part in sets.items()} == {
+        "en_dev": 1,
+        "en_test": 1,
+        "en_train": 28,
+    }
+    data.text["en_allison-p04"] = data.text["en_allison-p03"]
+    with pytest.raises(DataDirError, match="is in en_test and en_train"):
+        asr_sets.split(data, ["en_allison-p02"], ["en_allison-p03"])
+    with pytest.raises(DataDirError, match="'nobody' of split_en_dev.txt is missing"):
+        asr_sets.split(data, ["nobody"], [])
+
+
+def test_split_lists_of_the_repository() -> None:
+    dev = asr_sets.read_list(LOCAL / "split_en_dev.txt")
+    test = asr_sets.read_list(LOCAL / "split_en_test.txt")
+    assert len(dev) == 50 and len(test) == 80
+    assert len(set(dev) | set(test)) == 130
+    assert all(utt.startswith("en_allison-") for utt in dev + test)
+
+
+# --- Own folders ----------------------------------------------------------------------
+
+
+def test_folder_of_audio_files(tmp_path: Path) -> None:
+    folder = tmp_path / "my sounds"
+    for name in ["a b/c d.wav", "a_b/c_d.wav", "\u00e4.flac", "e.wav", "e.flac"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / name, noise(0.1), 16000)
+    for name in [".hidden.wav", "notes.txt"]:
+        (folder / name).touch()
+    data_folders.main(["--audio_dirs", str(folder), "--out_dir", str(tmp_path / "out")])
+    data = DataDir.load(tmp_path / "out/my_sounds")
+    data.validate(require=("utt2domain",))
+    assert data.utterances == [
+        "my_sounds-_",
+        "my_sounds-a_b-c_d",
+        "my_sounds-a_b-c_d_2",
+        "my_sounds-e",
+        "my_sounds-e_2",
+    ]
+    assert all(Path(path).is_file() for path in data.wav_scp.values())
+    assert set(data.utt2domain.values()) == {"audio"}
+
+
+def test_kaldi_directory_keeps_speakers_text_and_segments(tmp_path: Path) -> None:
+    kaldi = tmp_path / "kaldi"
+    kaldi.mkdir()
+    soundfile.write(kaldi / "r.wav", noise(3), 16000)
+    (kaldi / "wav.scp").write_text("r r.wav\n")
+    (kaldi / "segments").write_text("s-a r 0 1\ns-b r 1 3\n")
+    (kaldi / "utt2spk").write_text("s-a s\ns-b s\n")
+    (kaldi / "text").write_text("s-a HELLO\ns-b WORLD\n")
+    data_folders.main(
+        ["--speech_dirs", f"mine='{kaldi}'", "--out_dir", str(tmp_path / "out")]
+    )
+    data = DataDir.load(tmp_path / "out/mine")
+    data.validate(require=("utt2domain", "text"))
+    assert data.wav_scp == {"r": str(kaldi / "r.wav")}
+    assert set(data.utt2spk.values()) == {"s"} and data.segments["s-b"].end == 3
+    assert set(data.utt2domain.values()) == {"speech"}
+
+
+def test_bad_folders_are_named(tmp_path: Path) -> None:
+    out = ["--out_dir", str(tmp_path / "out")]
+    with pytest.raises(DataDirError, match="nowhere: no such folder"):
+        data_folders.main(["--speech_dirs", str(tmp_path / "nowhere"), *out])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataDirError, match="empty: no audio files found"):
+        data_folders.main(["--speech_dirs", str(tmp_path / "empty"), *out])
+    for parent in ("a", "b"):
+        (tmp_path / parent / "wavs").mkdir(parents=True)
+        soundfile.write(tmp_path / parent / "wavs/x.wav", noise(0.1), 16000)
+    both = f"{tmp_path}/a/wavs {tmp_path}/b/wavs"
+    with pytest.raises(DataDirError, match="have the same name"):
+        data_folders.main(["--speech_dirs", both, *out])
+    data_folders.main(["--speech_dirs", f"{tmp_path}/a/wavs b={tmp_path}/b/wavs", *out])
+    assert DataDir.load(tmp_path / "out/b").utterances == ["b-x"]
+
+
+def test_no_folders_means_none_not_the_current_one() -> None:
+    assert data_folders.parse_folders("") == []
+    assert data_folders.parse_folders(" ") == []
+
+
+# --- Pooling --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[Path]:
+    """Two sources: 60 short utterances of speech; 6 sounds, one of 25 s."""
+    folder = tmp_path / "wav"
+    folder.mkdir()
+    parts = []
+    for domain, lengths in (("speech", [1.0] * 60), ("audio", [2.0] * 5 + [25.0])):
+        names = [f"{domain}-{i:02d}" for i in range(len(lengths))]
+        for name, seconds in zip(names, lengths, strict=True):
+            soundfile.write(folder / f"{name}.wav", noise(seconds), 16000)
+        data = DataDir(
+            wav_scp={name: str(folder / f"{name}.wav") for name in names},
+            utt2spk={name: domain if domain == "speech" else name for name in names},
+            utt2domain=dict.fromkeys(names, domain),
+            text=dict.fromkeys(names, "WORDS") if domain == "speech" else {},
+        )
+        data.write(tmp_path / domain)
+        parts.append(tmp_path / domain)
+    return parts
+
+
+def pool(tmp_path: Path, sources: list[Path], *options: str) -> tuple[DataDir, DataDir]:
+    # Options with several values end by "--" before the sources, as in data.sh.
+    out = tmp_path / "data"
+    cmd = ["--out_dir", str(out), *options, "--", *map(str, sources)]
+    pool_data.main(cmd)
+    return DataDir.load(out / "train"), DataDir.load(out / "valid")
+
+
+def test_pool_cuts_and_holds_out(tmp_path: Path, sources: list[Path]) -> None:
+    (tmp_path / "exclude.txt").write_text("speech-07\nspeech-08\n")
+    options = ["--exclude", str(tmp_path / "exclude.txt"), "--valid_fraction", "0.1"]
+    train, valid = pool(tmp_path, sources, *options)
+    train.validate(require=("utt2domain",))
+    valid.validate(require=("utt2domain",))
+    assert not set(train.wav_scp) & set(valid.wav_scp)
+    recordings = set(train.wav_scp) | set(valid.wav_scp)
+    assert len(recordings) == 64 and not recordings & {"speech-07", "speech-08"}
+    for domain in ("speech", "audio"):
+        held = {r for r in valid.wav_scp if r.startswith(domain)}
+        assert 1 <= len(held) <= 13
+    long = [
+        data.segments[utt]
+        for data in (train, valid)
+        for utt in data.utterances
+        if utt.startswith("audio-05")
+    ]
+    assert [round(s.end - s.start, 2) for s in long] == [8.33, 8.33, 8.33]
+    assert [round(s.start, 2) for s in long] == [0.0, 8.33, 16.67] and long[2].end == 25
+    assert {s.recording for s in long} == {"audio-05"}
+
+
+def test_hold_out_does_not_change_when_data_is_added(
+    tmp_path: Path, sources: list[Path]
+) -> None:
+    _, before = pool(tmp_path, sources[:1], "--valid_fraction", "0.1")
+    _, after = pool(tmp_path, sources, "--valid_fraction", "0.1")
+    speech = [utt for utt in after.utterances if after.utt2domain[utt] == "speech"]
+    assert speech == before.utterances
+
+
+def test_limits(tmp_path: Path, sources: list[Path]) -> None:
+    train, _ = pool(tmp_path, sources, "--max_hours_speech", str(10 / 3600))
+    domains = [train.utt2domain[utt] for utt in train.utterances]
+    assert domains.count("speech") == 10
+    assert domains.count("audio") > 1
+    train, valid = pool(tmp_path, sources, "--max_utts", "4", "--nj", "2")
+    assert sorted(train.utt2domain.values()) == ["audio"] * 2 + ["speech"] * 2
+    assert 1 <= len(valid.utterances) <= 4
+
+
+def test_unreadable_recordings_are_left_to_the_format_stage(
+    tmp_path: Path, sources: list[Path]
+) -> None:
+    (tmp_path / "wav/speech-03.wav").write_bytes(b"")
+    train, valid = pool(tmp_path, sources)
+    segment = {**train.segments, **valid.segments}["speech-03"]
+    assert (segment.start, segment.end) == (0.0, -1.0)
+
+
+# --- Archives and packages ------------------------------------------------------------
+
+
+def test_unzip_takes_audio_only_and_stays_inside(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pk3", "w") as archive:
+        archive.writestr("sound/x.ogg", b"audio")
+        archive.writestr("sound/run.lua", b"code")
+    assert unzip_audio.unzip(tmp_path / "a.pk3", tmp_path / "out") == 1
+    files = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.*")]
+    assert files == [Path("sound/x.ogg")]
+    for name in ("../evil.ogg", "/evil.ogg", "a/../../evil.ogg"):
+        with zipfile.ZipFile(tmp_path / "b.pk3", "w") as archive:
+            archive.writestr(name, b"audio")
+        with pytest.raises(ValueError, match="unsafe member name"):
+            unzip_audio.unzip(tmp_path / "b.pk3", tmp_path / "out")
+
+
+@pytest.fixture
+def deb(tmp_path: Path) -> Path:
+    """A package file of one text, and a manifest (tmp_path/manifest) that lists it."""
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("dpkg-deb is not on this system")
+    content = tmp_path / "content"
+    (content / "DEBIAN").mkdir(parents=True)
+    (content / "DEBIAN/control").write_text(
+        "Package: tiny\nVersion: 1.0-1\nArchitecture: all\n"
+        "Maintainer: Nobody <nobody@example.org>\nDescription: for a test\n"
+    )
+    (content / "usr").mkdir()
+    (content / "usr/tiny.txt").write_text("hello")
+    path = tmp_path / "tiny_1.0-1_all.deb"
+    subprocess.run(["dpkg-deb", "-b", str(content), str(path)], check=True)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "manifest").write_text(f"{digest}  {path.name}\n")
+    return path
+
+
+def fetch(tmp_path: Path, apt_get: str | None = None) -> subprocess.CompletedProcess:
+    """Run fetch_debs.sh with only the commands it needs and this apt-get, if any."""
+    bin_dir = tmp_path / "bin"
+    if not bin_dir.exists():
+        bin_dir.mkdir()
+        commands = (
+            "bash sh date mkdir awk sha256sum cut tail rm mv touch cp dpkg-deb tar"
+        )
+        for command in commands.split():
+            (bin_dir / command).symlink_to(shutil.which(command))
+    if apt_get is not None:
+        (bin_dir / "apt-get").write_text(f"#!/bin/sh\n{apt_get}\n")
+        (bin_dir / "apt-get").chmod(0o755)
+    return subprocess.run(
+        ["bash", LOCAL / "fetch_debs.sh", tmp_path / "manifest", "down loads", "tiny"],
+        cwd=tmp_path,
+        env={"PATH": str(bin_dir)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_fetch_unpacks_and_is_not_repeated(tmp_path: Path, deb: Path) -> None:
+    result = fetch(tmp_path, f"cp '{deb}' .")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "down loads/root/usr/tiny.txt").read_text() == "hello"
+    result = fetch(tmp_path, "echo should not be called >&2; exit 1")
+    assert result.returncode == 0, result.stderr
+
+
+def test_fetch_gets_its_own_package_lists(tmp_path: Path, deb: Path) -> None:
+    # A system without lists: only with those that "update" fetched there is a download.
+    apt_get = f"""
+case "$*" in
+*Dir::State::lists=*update) touch "{tmp_path}/updated" ;;
+*Dir::State::lists=*download*) [ -e "{tmp_path}/updated" ] && cp "{deb}" . ;;
+*) exit 100 ;;
+esac"""
+    result = fetch(tmp_path, apt_get)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "down loads/root/usr/tiny.txt").exists()
+
+
+def test_fetch_refuses_a_wrong_hash(tmp_path: Path, deb: Path) -> None:
+    result = fetch(tmp_path, f"cp '{deb}' . && echo more >>{deb.name}")
+    assert result.returncode == 1
+    assert "tiny_1.0-1_all.deb as fetched does not match its sha256" in result.stderr
+    assert not list((tmp_path / "down loads").rglob("*.deb"))
+    assert not list((tmp_path / "down loads/root").rglob("*"))
+    # the same for a file put there by hand, which is the user's and is kept
+    by_hand = tmp_path / "down loads/debs" / deb.name
+    by_hand.write_bytes(b"something else")
+    result = fetch(tmp_path)
+    assert result.returncode == 1 and "does not match its sha256" in result.stderr
+    assert "delete the file" in result.stderr and by_hand.exists()
+    shutil.copy(deb, by_hand)
+    assert fetch(tmp_path, "exit 1").returncode == 0
+
+
+def test_fetch_without_apt_says_what_to_do(tmp_path: Path, deb: Path) -> None:
+    result = fetch(tmp_path)
+    assert result.returncode == 1
+    assert "apt-get is not on this system" in result.stderr
+    assert "--speech_dirs" in result.stderr and "--audio_dirs" in result.stderr
+    result = fetch(tmp_path, "echo E: no network >&2; exit 100")
+    assert result.returncode == 1
+    assert "E: no network" in result.stderr and "could not fetch" in result.stderr
+
+
+# --- run.sh ---------------------------------------------------------------------------
+
+
+def run_sh(*options: str, cwd: Path) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [RECIPE / "run.sh", *options], cwd=cwd, env=env, capture_output=True, text=True
+    )
+
+
+def test_stages_1_to_3_on_own_folders(tmp_path: Path) -> None:
+    for folder, count in (("my speech", 12), ("sounds", 6)):
+        (tmp_path / folder).mkdir()
+        for i in range(count):
+            soundfile.write(tmp_path / folder / f"{i}.wav", noise(0.7, i), 8000)
+    (tmp_path / "sounds/bad.wav").write_text("no audio")
+    options = ["--stop_stage", "3", "--nj", "1", "--valid_fraction", "0.2"]
+    options += ["--speech_dirs", str(tmp_path / "my speech")]
+    options += ["--audio_dirs", str(tmp_path / "sounds")]
+    options += ["--datadir", str(tmp_path / "data"), f"--dumpdir={tmp_path / 'dump'}"]
+    result = run_sh(*options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    sets = [DataDir.load(tmp_path / "dump/raw" / name) for name in ("train", "valid")]
+    for data in sets:
+        data.validate(require=("utt2domain", "utt2num_samples"))
+        assert set(data.utt2domain.values()) == {"speech", "audio"}
+        assert set(data.utt2num_samples.values()) == {22400}
+    assert sum(len(data.utterances) for data in sets) == 18
+    listed = "".join(
+        (data.path / "skipped.txt").read_text() for data in sets
+    ).splitlines()
+    assert len(listed) == 1 and listed[0].startswith("sounds-bad unreadable")
+    again = run_sh(*options, cwd=tmp_path)
+    assert (
+        again.returncode == 0 and "prepared with these options before" in again.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--no_such_option", "1"], "unknown option --no_such_option"),
+        (["--stage"], "option --stage needs a value"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--stage", "2", "--stop_stage", "2", "--datadir", "none"], "run stage 1"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, options: list[str], message: str) -> None:
+    result = run_sh(*options, cwd=tmp_path)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+
+
+def test_help_names_every_option(tmp_path: Path) -> None:
+    result = run_sh("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    script = (RECIPE / "run.sh").read_text()
+    defaults = script[script.index('\nhelp_message="') : script.index("parse_options")]
+    defaults = defaults[defaults.index('"\n\n') :]
+    names = [
+        line.partition("=")[0]
+        for line in defaults.splitlines()
+        if "=" in line and not line.startswith((" ", "#"))
+    ]
+    assert len(names) > 15
+    for name in names:
+        assert f"--{name}" in result.stdout, name
+
+
+# --- job runners ----------------------------------------------------------------------
+
+
+def test_local_jobs(tmp_path: Path) -> None:
+    command = 'echo "$1 JOB $OMP_NUM_THREADS"; [ JOB != "$2" ]'
+    base = [LOCAL / "run_job.sh", "--num_threads", "3", "JOB=1:3", "log/a.JOB.log"]
+    base += ["bash", "-c", command, "x", "two words"]
+    result = subprocess.run([*base, "0"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0
+    for job in "123":
+        text = (tmp_path / f"log/a.{job}.log").read_text()
+        assert text.endswith(f"two words {job} 3\n")
+    result = subprocess.run([*base, "2"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "1 of 3 jobs failed: 2" in result.stderr
+    assert "log/a.2.log" in result.stderr
+
+
+def test_slurm_jobs_by_a_stand_in_of_sbatch(tmp_path: Path) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        "#!/bin/bash\n"
+        f'printf "%s\\n" "$@" >"{tmp_path}/sbatch.args"\n'
+        "for SLURM_ARRAY_TASK_ID in 1 2; do\n"
+        '  export SLURM_ARRAY_TASK_ID; bash "${@: -1}" || exit 1\ndone\n'
+    )
+    sbatch.chmod(0o755)
+    result = subprocess.run(
+        [LOCAL / "slurm_job.sh", "--partition=p", "--gpu", "2", "--num_threads", "4"]
+        + ["JOB=1:2", tmp_path / "log/a.JOB.log", "echo", "a  b;JOB"],
+        cwd=RECIPE,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    args = (tmp_path / "sbatch.args").read_text().splitlines()
+    assert {"--wait", "--partition=p", "--gres=gpu:2", "--array=1-2"} <= set(args)
+    assert "--cpus-per-task=4" in args
+    for job in "12":
+        assert (tmp_path / f"log/a.{job}.log").read_text().endswith(f"a  b;{job}\n")
