@@ -137,17 +137,18 @@ def test_a_killed_run_continues_to_the_same_result(
     monkeypatch.setattr(spear_format, "SHARD_UTTERANCES", 2)
     format_dir(tmp_path)
     complete = contents(tmp_path / "org")
-    shards = sorted((tmp_path / "org/.shards").iterdir())
-    assert len(shards) == 6
-    good = Path(DataDir.load(tmp_path / "org").wav_scp["good"])
-    # As if killed: a shard without its mark, a file not moved into place yet.
-    shards[0].unlink()
-    good.unlink()
+    marks = list((tmp_path / "org/.shards").iterdir())
+    assert len(marks) == 6
+    # As if killed: a shard without its mark, a file of another not moved into place.
+    with_good = next(mark for mark in marks if '"good"' in mark.read_text())
+    lost, kept = [mark for mark in marks if mark != with_good][:2]
+    lost.unlink()
+    Path(DataDir.load(tmp_path / "org").wav_scp["good"]).unlink()
     (tmp_path / "org/wav.scp").unlink()
-    untouched = shards[1].stat().st_mtime_ns
+    untouched = kept.stat().st_mtime_ns
     format_dir(tmp_path)
     assert contents(tmp_path / "org") == complete
-    assert shards[1].stat().st_mtime_ns == untouched
+    assert kept.stat().st_mtime_ns == untouched
 
 
 def test_changed_audio_is_converted_again(tmp_path: Path, messy: DataDir) -> None:
