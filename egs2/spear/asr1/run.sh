@@ -1,0 +1,240 @@
+#!/usr/bin/env bash
+# A recognizer on top of a pre-trained SPEAR student, or without one. See --help.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') (run.sh) $*"; }
+start_seconds=${SECONDS}
+
+. ./path.sh
+. ./cmd.sh
+. ./db.sh
+
+help_message="Usage: ./run.sh [--stage 1] [--stop_stage 7] [options]
+
+Stages (what is finished is not done again)
+  1  data: check and link 16 kHz sets    -> dump/raw/<set>
+  2  token list                          -> data/token_list/<type>
+  3  training                            -> exp/asr_<tag>
+  4  decoding                            -> exp/asr_<tag>/<decode>/<set>
+  5  scoring: WER, CER                   -> exp/asr_<tag>/{RESULTS.md,score.json}
+  6  pack                                -> exp/asr_<tag>/packed.zip
+  7  proof: unpack elsewhere and decode  -> a temporary folder
+
+  --stage N, --stop_stage N      first and last stage          [1, 7]
+  --ngpu N                       GPUs for training             [all visible]
+  --gpu_inference true|false     decode on a GPU               [false]
+  --asr_config FILE              training configuration        [conf/train_asr_spear_frozen.yaml]
+  --asr_args \"...\"               further options of asr_train  []
+  --asr_tag TAG                  name of the recognizer        [<config>_<token type>_s<seed>]
+  --seed N                       seed of training              [0]
+  --ckpt PATH                    pre-trained student, for frontend: spear
+  --token_type char|bpe          kind of tokens                [char]
+  --nbpe N                       size of the bpe vocabulary    [100]
+  --inference_config FILE        decoding configuration        [conf/decode_asr_ctc.yaml]
+  --inference_asr_model NAME     model file to decode with     [valid.cer_ctc.ave.pth]
+  --train_set, --valid_set, --test_sets \"A B\"   sets           [en_train, en_dev, en_dev en_test]
+  --datadir, --dumpdir, --expdir folders                       [data dump exp]
+  --python CMD                   Python that knows the plugin  [python -m espnet2_spear.launcher]
+  --dry_run true                 only print the commands of stages 3 to 5"
+
+stage=1
+stop_stage=7
+ngpu=
+gpu_inference=false
+asr_config=conf/train_asr_spear_frozen.yaml
+asr_args=
+asr_tag=
+seed=0
+ckpt=
+token_type=char
+nbpe=100
+inference_config=conf/decode_asr_ctc.yaml
+inference_asr_model=valid.cer_ctc.ave.pth
+train_set=en_train
+valid_set=en_dev
+test_sets="en_dev en_test"
+datadir=data
+dumpdir=dump
+expdir=exp
+python="python -m espnet2_spear.launcher"
+dry_run=false
+
+. local/parse_options.sh
+if [ $# -gt 0 ]; then
+    log "ERROR: unexpected argument '$1' (see --help)"
+    exit 2
+fi
+
+if [ -z "${ngpu}" ]; then
+    ngpu=$(nvidia-smi -L 2>/dev/null | grep -c "^GPU" || true)
+fi
+case ${token_type} in
+char) token_dir=${datadir}/token_list/char bpemodel= ;;
+bpe) token_dir=${datadir}/token_list/bpe${nbpe} bpemodel=${token_dir}/bpe.model ;;
+*)
+    log "ERROR: --token_type must be char or bpe, not '${token_type}'"
+    exit 2
+    ;;
+esac
+if [ ! -e "${asr_config}" ]; then
+    log "ERROR: ${asr_config}: no such configuration; conf/ has $(echo conf/train_asr_*.yaml)"
+    exit 1
+fi
+config_name=$(basename "${asr_config}" .yaml)
+system=${config_name#train_asr_}
+: "${asr_tag:=${system}_${token_type}_s${seed}}"
+asr_exp=${expdir}/asr_${asr_tag}
+decode_dir=${asr_exp}/$(basename "${inference_config}" .yaml)
+all_sets=$(tr ' ' '\n' <<<"${train_set} ${valid_set} ${test_sets}" | sort -u)
+
+wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
+
+say() { [ "${dry_run}" = true ] || log "$@"; }
+
+# run <gpus> <log> <module> <arguments>: a Python module as a job, or print it.
+run() {
+    if [ "${dry_run}" = true ]; then
+        printf '%q ' "${@:2}"
+        echo
+    else
+        # shellcheck disable=SC2086
+        ${cuda_cmd} --gpu "$1" "$2" ${python} -m "${@:3}"
+    fi
+}
+
+need() { # need <file> <stage that makes it>
+    if [ "${dry_run}" = false ] && [ ! -e "$1" ]; then
+        log "ERROR: $1 is missing; run stage $2 first"
+        exit 1
+    fi
+}
+
+if wanted 1 && [ "${dry_run}" = false ]; then
+    log "Stage 1: data"
+    for set in ${all_sets}; do
+        python local/data.py --in_dir "${SSL_DATA}/${set}" --root "${SSL_ROOT}" \
+            --out_dir "${dumpdir}/raw/${set}"
+    done
+fi
+
+if wanted 2 && [ "${dry_run}" = false ]; then
+    log "Stage 2: token list -> ${token_dir}/tokens.txt"
+    need "${dumpdir}/raw/${train_set}/text" 1
+    mkdir -p "${token_dir}"
+    if [ "${token_type}" = bpe ]; then
+        python local/tokens.py --text "${dumpdir}/raw/${train_set}/text" \
+            --train "${token_dir}/bpe" --nbpe "${nbpe}"
+    else
+        python -m espnet2.bin.tokenize_text --token_type char --field 2- \
+            --input "${dumpdir}/raw/${train_set}/text" \
+            --output "${token_dir}/tokens.txt" --write_vocabulary true \
+            --add_symbol "<blank>:0" --add_symbol "<unk>:1" --add_symbol "<sos/eos>:-1"
+    fi
+    for set in ${train_set} ${valid_set}; do
+        python local/tokens.py --text "${dumpdir}/raw/${set}/text" \
+            --shape "${token_dir}/text_shape.${set}" --bpemodel "${bpemodel}"
+    done
+fi
+
+if wanted 3; then
+    say "Stage 3: training -> ${asr_exp}"
+    need "${token_dir}/tokens.txt" 2
+    need "${dumpdir}/raw/${valid_set}/wav.scp" 1
+    args=(--use_preprocessor true --token_type "${token_type}"
+        --token_list "${token_dir}/tokens.txt" --non_linguistic_symbols none
+        --cleaner none --g2p none)
+    [ -z "${bpemodel}" ] || args+=(--bpemodel "${bpemodel}")
+    for part in train valid; do
+        set=${part}_set
+        set=${!set}
+        dir=${dumpdir}/raw/${set}
+        args+=("--${part}_data_path_and_name_and_type" "${dir}/wav.scp,speech,sound"
+            "--${part}_data_path_and_name_and_type" "${dir}/text,text,text"
+            "--${part}_shape_file" "${dir}/utt2num_samples"
+            "--${part}_shape_file" "${token_dir}/text_shape.${set}")
+    done
+    if grep -Eq '^frontend: *spear *$' "${asr_config}"; then
+        if [ -z "${ckpt}" ] && ! grep -Eq '^ +ckpt: *[^ #]' "${asr_config}"; then
+            log "ERROR: ${asr_config} has frontend: spear; name the student with --ckpt" >&2
+            exit 1
+        fi
+        if [ -n "${ckpt}" ]; then
+            if [ ! -e "${ckpt}" ]; then
+                log "ERROR: --ckpt ${ckpt}: no such file or folder; pre-train with ../ssl1" >&2
+                exit 1
+            fi
+            args+=(--frontend_conf "ckpt=${ckpt}")
+        fi
+    fi
+    if [ -e "${asr_exp}/${inference_asr_model}" ]; then
+        say "${asr_exp}/${inference_asr_model} is there: trained before"
+    else
+        # shellcheck disable=SC2206
+        args+=(--config "${asr_config}" --output_dir "${asr_exp}" --ngpu "${ngpu}"
+            --seed "${seed}" --resume true ${asr_args})
+        run "${ngpu}" "${asr_exp}/train.log" espnet2.bin.asr_train "${args[@]}"
+    fi
+fi
+
+# A set is decoded when there is a line for each utterance.
+decoded() {
+    local hyp=${decode_dir}/$1/1best_recog/text ref=${dumpdir}/raw/$1/text
+    [ -e "${hyp}" ] && [ "$(wc -l <"${hyp}")" -eq "$(wc -l <"${ref}")" ] &&
+        [ "${hyp}" -nt "${asr_exp}/${inference_asr_model}" ]
+}
+
+if wanted 4; then
+    need "${asr_exp}/${inference_asr_model}" 3
+    for set in ${test_sets}; do
+        say "Stage 4: decoding ${set} -> ${decode_dir}/${set}"
+        if decoded "${set}"; then
+            say "${set} was decoded before"
+            continue
+        fi
+        gpus=0
+        [ "${gpu_inference}" = false ] || gpus=1
+        run "${gpus}" "${decode_dir}/${set}/decode.log" espnet2.bin.asr_inference \
+            --config "${inference_config}" --ngpu "${gpus}" \
+            --data_path_and_name_and_type "${dumpdir}/raw/${set}/wav.scp,speech,sound" \
+            --asr_train_config "${asr_exp}/config.yaml" \
+            --asr_model_file "${asr_exp}/${inference_asr_model}" \
+            --output_dir "${decode_dir}/${set}"
+    done
+fi
+
+if wanted 5; then
+    say "Stage 5: scoring -> ${asr_exp}/RESULTS.md"
+    args=(--exp_dir "${asr_exp}" --system "${system}" --seed "${seed}")
+    for set in ${test_sets}; do
+        need "${decode_dir}/${set}/1best_recog/text" 4
+        args+=(--score_set "${set}" "${dumpdir}/raw/${set}/text"
+            "${decode_dir}/${set}/1best_recog/text")
+    done
+    run 0 "${asr_exp}/score.log" espnet2_spear.bin.asr_score "${args[@]}"
+    [ "${dry_run}" = true ] || grep -v '^#' "${asr_exp}/RESULTS.md"
+fi
+
+if wanted 6 && [ "${dry_run}" = false ]; then
+    log "Stage 6: pack -> ${asr_exp}/packed.zip"
+    need "${asr_exp}/${inference_asr_model}" 3
+    options=()
+    [ ! -e "${asr_exp}/RESULTS.md" ] || options=(--option "${asr_exp}/RESULTS.md")
+    # shellcheck disable=SC2086
+    ${python} -m espnet2_spear.bin.asr_pack \
+        --asr_train_config "${asr_exp}/config.yaml" \
+        --asr_model_file "${asr_exp}/${inference_asr_model}" \
+        --outpath "${asr_exp}/packed.zip" "${options[@]}"
+fi
+
+if wanted 7 && [ "${dry_run}" = false ]; then
+    log "Stage 7: unpack into another folder and decode there"
+    need "${asr_exp}/packed.zip" 6
+    set=${test_sets##* }
+    read -r _ wav <"${dumpdir}/raw/${set}/wav.scp"
+    # shellcheck disable=SC2086
+    ${python} local/decode_packed.py --packed "${asr_exp}/packed.zip" --wav "${wav}" \
+        --out_dir "$(mktemp -d)" --forbid "${PWD}" --forbid "$(cd .. && pwd)/ssl1"
+fi
+
+say "Finished stages ${stage} to ${stop_stage} in $((SECONDS - start_seconds)) s"
