@@ -88,6 +88,13 @@ audio_teacher_domains=audio
 quantizer_frames=200000
 quantizer_iters=10000
 
+train_config=conf/train_spear_mini.yaml
+train_args=
+tag=
+inference_model=valid.loss.best.pth
+hf_repo=
+skip_upload=true
+
 . local/parse_options.sh
 if [ $# -gt 0 ]; then
     log "ERROR: unexpected argument '$1' (see --help)"
@@ -190,6 +197,23 @@ tokenize() {
     done
 }
 
+check_codes() {
+    local set opts
+    for set in train valid; do
+        opts=()
+        if [ -n "${speech_teacher}" ]; then
+            opts+=(--codes "speech=${dumpdir}/codes/${set}/speech.scp"
+                --domains "speech=${speech_teacher_domains}")
+        fi
+        if [ -n "${audio_teacher}" ]; then
+            opts+=(--codes "audio=${dumpdir}/codes/${set}/audio.scp"
+                --domains "audio=${audio_teacher_domains}")
+        fi
+        python -m espnet2_spear.bin.spear_check_codes --data_dir "${dumpdir}/raw/${set}" \
+            --output_dir "${dumpdir}/codes/${set}" "${opts[@]}"
+    done
+}
+
 if wanted 4; then
     log "Stage 4: embeddings and quantizer training"
     train_quantizer speech "${speech_teacher}" "${speech_codebooks}"
@@ -200,6 +224,65 @@ if wanted 5; then
     log "Stage 5: tokenization"
     tokenize speech "${speech_teacher}" "${speech_teacher_domains}"
     tokenize audio "${audio_teacher}" "${audio_teacher_domains}"
+fi
+
+if wanted 6; then
+    log "Stage 6: checks of codes against audio"
+    check_codes
+fi
+
+if wanted 7 || wanted 8 || wanted 9; then
+    log "ERROR: stages 7 to 9 are still to be written; stop before by --stop_stage 6"
+    exit 1
+fi
+
+if [ -z "${tag}" ]; then
+    tag=$(basename "${train_config}" .yaml)
+    tag=${tag#train_}
+fi
+exp=${expdir}/${tag}
+packed=${exp}/${tag}_${inference_model%.pth}.zip
+
+if wanted 7; then
+    log "Stage 7: pre-training, log in ${exp}/train.log"
+    opts=()
+    for part in train valid; do
+        raw=${dumpdir}/raw/${part}
+        codes=${dumpdir}/codes/${part}
+        opts+=("--${part}_data_path_and_name_and_type" "${raw}/wav.scp,speech,sound"
+            "--${part}_data_path_and_name_and_type" "${raw}/utt2domain,domain,text"
+            "--${part}_shape_file" "${raw}/utt2num_samples")
+        for teacher in ${speech_teacher:+speech} ${audio_teacher:+audio}; do
+            opts+=("--${part}_data_path_and_name_and_type"
+                "${codes}/${teacher}.scp,codes_${teacher},kaldi_ark")
+        done
+    done
+    # shellcheck disable=SC2086
+    ${cuda_cmd} --gpu "${ngpu}" --num_threads "${nj}" "${exp}/train.log" \
+        python -m espnet2_spear.bin.spear_train --config "${train_config}" \
+        --output_dir "${exp}" --ngpu "${ngpu}" --resume true \
+        --multiprocessing_distributed true "${opts[@]}" ${train_args}
+    grep "results:" "${exp}/train.log" | tail -n 1 | cut -c 1-400
+fi
+
+if wanted 8; then
+    log "Stage 8: pack -> ${packed}"
+    if [ ! -e "${exp}/${inference_model}" ]; then
+        log "ERROR: ${exp}/${inference_model} is missing; run stage 7 first"
+        exit 1
+    fi
+    # The link is resolved to the epoch that it stands for.
+    cp -L "${exp}/${inference_model}" "${exp}/packed.pth"
+    options=()
+    [ ! -d "${exp}/images" ] || options+=("${exp}/images")
+    python -m espnet2_spear.bin.spear_pack --train_config "${exp}/config.yaml" \
+        --model_file "${exp}/packed.pth" --outpath "${packed}" --option "${options[@]}"
+fi
+
+if wanted 9; then
+    log "Stage 9: upload"
+    python -m espnet2_spear.bin.spear_upload --packed "${packed}" \
+        --repo_id "${hf_repo:-user/${tag}}" --dry_run "${skip_upload}"
 fi
 
 log "Finished stages ${stage} to ${stop_stage} in $((SECONDS - start_seconds)) s"
