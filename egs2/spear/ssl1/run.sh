@@ -48,12 +48,20 @@ Format and filter (stages 2, 3)
 Teachers (stages 4 to 6); their quantizers are trained on the domain of their name
   --speech_teacher F, --audio_teacher F         [conf/teachers/whisper_tiny_en.yaml, yamnet.yaml]
                               empty: without this teacher
-  --speech_codebooks N, --audio_codebooks N     codes per frame     [16, 8]
+  --speech_codebooks N, --audio_codebooks N     codes per frame     [8, 4]
   --speech_teacher_domains D, --audio_teacher_domains D
                               what each teacher tokenizes; domains that the loss gives
                               the teacher weight 0 need no codes    [speech,audio; audio]
   --quantizer_frames N        embeddings to train a quantizer on    [200000]
-  --quantizer_iters N         steps in each of its two phases       [10000]"
+  --quantizer_iters N         steps in each of its two phases       [1000]
+
+Pre-training, packing, upload (stages 7 to 9)
+  --train_config F            its teachers table must fit stage 4   [conf/train_spear_mini.yaml]
+  --train_args \"...\"        further options of spear_train, such as \"--max_epoch 5\"
+  --tag TAG                   name in exp/                          [from the configuration]
+  --inference_model NAME      what is packed                        [valid.loss.best.pth]
+  --hf_repo USER/NAME         where stage 9 uploads to
+  --skip_upload true|false    true only lists what would be sent    [true]"
 
 stage=1
 stop_stage=9
@@ -81,12 +89,12 @@ min_peak_db=-60
 
 speech_teacher=conf/teachers/whisper_tiny_en.yaml
 audio_teacher=conf/teachers/yamnet.yaml
-speech_codebooks=16
-audio_codebooks=8
+speech_codebooks=8
+audio_codebooks=4
 speech_teacher_domains=speech,audio
 audio_teacher_domains=audio
 quantizer_frames=200000
-quantizer_iters=10000
+quantizer_iters=1000
 
 train_config=conf/train_spear_mini.yaml
 train_args=
