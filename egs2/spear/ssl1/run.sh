@@ -239,11 +239,6 @@ if wanted 6; then
     check_codes
 fi
 
-if wanted 7 || wanted 8 || wanted 9; then
-    log "ERROR: stages 7 to 9 are still to be written; stop before by --stop_stage 6"
-    exit 1
-fi
-
 if [ -z "${tag}" ]; then
     tag=$(basename "${train_config}" .yaml)
     tag=${tag#train_}
