@@ -1,5 +1,6 @@
 """ScaledAdam and Eden against reference trajectories."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,73 @@ def test_scaled_adam_leaves_frozen_parameters_alone() -> None:
     free.sum().backward()
     opt.step()
     assert (free != 1).all() and (frozen == 1).all() and (unused == 1).all()
+
+
+def test_scaled_adam_clips_when_first_parameter_has_no_gradient() -> None:
+    first, second = (torch.nn.Parameter(torch.ones(n)) for n in (2, 3))
+    opt = ScaledAdam([first, second], lr=0.01)
+    for t in range(155):
+        opt.zero_grad()
+        used = second.square().sum() + (first.square().sum() if t < 150 else 0)
+        (used * (1e6 if t == 154 else 1)).backward()
+        before = opt.state[second].get("exp_avg_sq", torch.zeros(3)).clone()
+        opt.step()
+    added = opt.state[second]["exp_avg_sq"] - 0.98 * before
+    norm = opt.state[second]["param_rms"] * (added / 0.02).sum().sqrt()
+    assert norm <= 1.01 * opt.state[first]["model_norm_threshold"]
+
+
+def test_scaled_adam_follows_freezing_and_new_groups(tmp_path: Path) -> None:
+    """Parameters join and leave stacks in mid-training, and a resume agrees."""
+    torch.manual_seed(0)
+    start = [torch.randn(4) for _ in range(3)]
+
+    def make() -> tuple[list[torch.nn.Parameter], ScaledAdam]:
+        params = [torch.nn.Parameter(x.clone()) for x in start]
+        return params, ScaledAdam(params[:2], lr=0.02)
+
+    def run(params, opt: ScaledAdam, steps: int) -> None:
+        for _ in range(steps):
+            opt.zero_grad()
+            sum((p - 3).square().sum() for p in params if p.requires_grad).backward()
+            opt.step()
+
+    params, opt = make()
+    params[1].requires_grad = False
+    run(params, opt, 5)
+    assert torch.equal(params[1], start[1]) and not torch.equal(params[0], start[0])
+    params[1].requires_grad = True
+    run(params, opt, 5)
+    assert not torch.equal(params[1], start[1])
+    params[0].requires_grad = False
+    kept = params[0].detach().clone()
+    opt.add_param_group({"params": [params[2]]})
+    run(params, opt, 5)
+    assert torch.equal(params[0], kept) and not torch.equal(params[2], start[2])
+
+    others, resumed = make()
+    others[0].requires_grad = False
+    resumed.add_param_group({"params": [others[2]]})
+    for p, other in zip(params, others, strict=True):
+        other.data.copy_(p)
+    torch.save(opt.state_dict(), tmp_path / "opt.pth")
+    resumed.load_state_dict(torch.load(tmp_path / "opt.pth", weights_only=True))
+    for sides in ((params, opt), (others, resumed)):
+        sides[0][0].requires_grad = True
+        run(*sides, 5)
+    for p, other in zip(params, others, strict=True):
+        assert torch.equal(p, other)
+
+
+def test_scaled_adam_can_be_copied(data_dir: Path) -> None:
+    problem = Problem(dict(np.load(data_dir / "scaled_adam.npz")))
+    for t in range(5):
+        problem.step(t)
+    twin = copy.deepcopy(problem)
+    problem.step(5)
+    assert problem.error(5) < 1e-4 < twin.error(5)
+    twin.step(5)
+    assert twin.error(5) < 1e-4
 
 
 def test_eden_follows_reference(data_dir: Path) -> None:

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _NORM_PERIOD = 100  # steps between two updates of the clipping threshold
+_SCALAR_STATE = ("delta", "exp_avg_sq")
+_STATE = (*_SCALAR_STATE, "param_rms", "scale_exp_avg_sq", "scale_grads")
+
+
+@dataclass
+class _Stack:
+    """Parameters of one shape that are updated as one tensor.
+
+    Row i of every tensor in ``state`` is the state of ``params[i]``; the optimizer's
+    own state of that parameter holds views of these rows, so that a checkpoint does
+    not depend on which parameters were stacked.
+    """
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    step: int
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ScaledAdam(torch.optim.Optimizer):
@@ -21,7 +39,9 @@ class ScaledAdam(torch.optim.Optimizer):
     loss changes nothing. Switch other gradient clipping off (ESPnet:
     ``grad_clip: 1.0e+9``).
 
-    Parameters of equal shape are updated together as one stacked tensor.
+    Parameters of equal shape are updated together as one stacked tensor. Parameters
+    may be frozen and unfrozen between steps. A tensor that starts as zeros grows only
+    slowly at first, because steps are relative to its size.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts of groups.
@@ -67,29 +87,48 @@ class ScaledAdam(torch.optim.Optimizer):
             scalar_max=scalar_max,
             size_update_period=size_update_period,
         )
-        self._cached: list[list[list[Tensor]]] | None = None
+        self._stacks: list[_Stack] | None = None
+        self._trainable: list[bool] = []
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see torch.optim.Optimizer."""
         super().add_param_group(param_group)
-        self._cached = None
+        self._stacks = None
 
-    def _batches(self) -> list[list[list[Tensor]]]:
-        """Trainable parameters of every group, listed by shape.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a checkpoint or a copy."""
+        super().__setstate__(state)
+        self._stacks = None
 
-        The first parameter of a list owns the state of the whole list.
-        """
-        if self._cached is None:
-            self._cached = []
-            for group in self.param_groups:
-                by_shape: dict[tuple, list[Tensor]] = {}
-                for p in group["params"]:
-                    if p.requires_grad:
-                        key = (p.dtype, p.device, p.shape)
-                        by_shape.setdefault(key, []).append(p)
-                self._cached.append(list(by_shape.values()))
-        return self._cached
+    def _stack_parameters(self) -> list[_Stack]:
+        """Trainable parameters by group, type, shape and steps done."""
+        trainable = [p.requires_grad for g in self.param_groups for p in g["params"]]
+        if self._stacks is not None and trainable == self._trainable:
+            return self._stacks
+        self._stacks, self._trainable = [], trainable
+        for group in self.param_groups:
+            by_kind: dict[tuple, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.requires_grad:
+                    step = self.state[p].get("step", 0) if p in self.state else 0
+                    key = (p.dtype, p.device, p.shape, step)
+                    by_kind.setdefault(key, []).append(p)
+            for (*_, step), params in by_kind.items():
+                stack = _Stack(group, params, step)
+                if step:
+                    rows = [self.state[p] for p in params]
+                    names = _STATE if params[0].numel() > 1 else _SCALAR_STATE
+                    stack.state = {n: torch.stack([r[n] for r in rows]) for n in names}
+                    self._share(stack)
+                self._stacks.append(stack)
+        return self._stacks
+
+    def _share(self, stack: _Stack) -> None:
+        """Make the states of single parameters views of the stack's."""
+        for name, rows in stack.state.items():
+            for p, row in zip(stack.params, rows.unbind(), strict=True):
+                self.state[p][name] = row
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -99,85 +138,86 @@ class ScaledAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = []
-        for group, batches in zip(self.param_groups, self._batches(), strict=True):
-            for params in batches:
-                if all(p.grad is None for p in params):
-                    continue
-                grads = [
-                    torch.zeros_like(p) if p.grad is None else p.grad for p in params
-                ]
-                if any(g.is_sparse for g in grads):
-                    raise RuntimeError("ScaledAdam does not support sparse gradients")
-                grad, value = torch.stack(grads), torch.stack(params)
-                state = self.state[params[0]]
-                if not state:
-                    self._init_state(state, group, value)
-                work.append((group, params, value, grad, state))
+        for stack in self._stack_parameters():
+            if all(p.grad is None for p in stack.params):
+                continue
+            grads = [
+                torch.zeros_like(p) if p.grad is None else p.grad for p in stack.params
+            ]
+            if any(g.is_sparse for g in grads):
+                raise RuntimeError("ScaledAdam does not support sparse gradients")
+            grad, value = torch.stack(grads), torch.stack(stack.params)
+            if not stack.state:
+                self._init_state(stack, value)
+            work.append((stack, value, grad))
         clip = self._clipping_factor(work)
-        for group, params, value, grad, state in work:
+        for stack, value, grad in work:
             if clip is not None:
-                grad = grad * clip
+                grad = grad * clip.to(grad)
             if value[0].numel() == 1:
-                self._step_scalars(group, value, grad, state)
+                self._step_scalars(stack, value, grad)
             else:
-                self._step_tensors(group, value, grad, state)
-            state["step"] += 1
-            torch._foreach_copy_(params, list(value.unbind()))
+                self._step_tensors(stack, value, grad)
+            stack.step += 1
+            for p in stack.params:
+                self.state[p]["step"] = stack.step
+            torch._foreach_copy_(stack.params, list(value.unbind()))
         return loss
 
-    @staticmethod
-    def _init_state(state: dict[str, Any], group: dict, value: Tensor) -> None:
-        state["step"] = 0
+    def _init_state(self, stack: _Stack, value: Tensor) -> None:
+        state = stack.state
         state["delta"] = torch.zeros_like(value)
         state["exp_avg_sq"] = torch.zeros_like(value)
         if value[0].numel() > 1:
-            rms = _rms(value)
-            state["param_rms"] = rms
-            state["scale_exp_avg_sq"] = torch.zeros_like(rms)
-            period = group["size_update_period"]
-            state["scale_grads"] = rms.new_zeros(period, *rms.shape)
+            state["param_rms"] = _rms(value)
+            state["scale_exp_avg_sq"] = torch.zeros_like(state["param_rms"])
+            period = stack.group["size_update_period"]
+            state["scale_grads"] = value.new_zeros(len(value), period)
+        self._share(stack)
 
     def _clipping_factor(self, work: list[tuple]) -> Tensor | None:
         """Return min(1, threshold / norm), or None while there is no threshold.
 
         The norm is of gradients times the sizes of their parameters, so that it
         measures the effect of a unit relative step. Everything stays on the
-        device: no synchronisation.
+        device: no synchronisation. The norms are kept with the very first
+        parameter, whether or not it has a gradient itself.
         """
-        if not work or self.param_groups[0]["clipping_scale"] is None:
+        scale = self.param_groups[0]["clipping_scale"]
+        if not work or scale is None:
             return None
-        device = work[0][2].device
-        total = torch.zeros((), device=device)
-        for _, _, value, grad, state in work:
+        owner = self.param_groups[0]["params"][0]
+        history = self.state[owner]
+        total = torch.zeros((), device=owner.device)
+        for stack, value, grad in work:
             if value[0].numel() > 1:
-                grad = grad * state["param_rms"]
-            total += grad.float().square().sum().to(device)
+                grad = grad * _like(stack.state["param_rms"], grad)
+            total += grad.float().square().sum().to(owner.device)
         norm = total.sqrt()
-        owner = work[0][4]
-        step = owner["step"]
-        if "model_norms" not in owner:
-            owner["model_norms"] = torch.zeros(_NORM_PERIOD, device=device)
-        owner["model_norms"][step % _NORM_PERIOD] = norm
+        step = history.get("num_norms", 0)
+        if step == 0:
+            history["model_norms"] = torch.zeros(_NORM_PERIOD, device=owner.device)
+        history["num_norms"] = step + 1
+        history["model_norms"][step % _NORM_PERIOD] = norm
         if step < _NORM_PERIOD:
             return None
         if step % _NORM_PERIOD == 0:
-            median = owner["model_norms"].sort()[0][_NORM_PERIOD // 2]
-            scale = self.param_groups[0]["clipping_scale"]
-            owner["model_norm_threshold"] = scale * median
-        return (owner["model_norm_threshold"] / (norm + 1e-20)).clamp(max=1.0)
+            median = history["model_norms"].sort()[0][_NORM_PERIOD // 2]
+            history["model_norm_threshold"] = scale * median
+        return (history["model_norm_threshold"] / (norm + 1e-20)).clamp(max=1.0)
 
     @staticmethod
-    def _step_tensors(group: dict, value: Tensor, grad: Tensor, state: dict) -> None:
+    def _step_tensors(stack: _Stack, value: Tensor, grad: Tensor) -> None:
         """Update a stack of tensors in place: relative step and scale step."""
+        group, state, step = stack.group, stack.state, stack.step
         beta1, beta2 = group["betas"]
-        step, period = state["step"], group["size_update_period"]
+        period = group["size_update_period"]
         delta, rms = state["delta"], state["param_rms"]
         delta.mul_(beta1)
-        dims = tuple(range(1, value.dim()))
-        state["scale_grads"][step % period] = (value * grad).sum(dims, keepdim=True)
+        state["scale_grads"][:, step % period] = (value * grad).flatten(1).sum(1)
         if step % period == period - 1:
             rms.copy_(_rms(value))
-            scale_step = ScaledAdam._scale_step(group, state)
+            scale_step = _like(ScaledAdam._scale_step(stack), value)
             delta.addcmul_(value, scale_step, value=1 - beta1)
         second = state["exp_avg_sq"]
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -186,30 +226,32 @@ class ScaledAdam(torch.optim.Optimizer):
             correction = 1.0
         denominator = (second / correction).sqrt_().add_(group["eps"])
         size = rms.clamp(min=group["param_min_rms"]) * (-group["lr"] * (1 - beta1))
-        delta.add_(grad.div(denominator).mul_(size))
+        delta.add_(grad.div(denominator).mul_(_like(size, value)))
         value.add_(delta)
 
     @staticmethod
-    def _scale_step(group: dict, state: dict) -> Tensor:
-        """Relative change of the scales, from the gradients of the last steps."""
+    def _scale_step(stack: _Stack) -> Tensor:
+        """Relative changes of the scales, from the gradients of the last steps."""
+        group, state = stack.group, stack.state
         period, rms = group["size_update_period"], state["param_rms"]
         grads, second = state["scale_grads"], state["scale_exp_avg_sq"]
         beta2 = group["betas"][1] ** period
-        second.mul_(beta2).add_(grads.square().mean(dim=0), alpha=1 - beta2)
-        correction = 1 - beta2 ** ((state["step"] + 1) // period)
+        second.mul_(beta2).add_(grads.square().mean(dim=1), alpha=1 - beta2)
+        correction = 1 - beta2 ** ((stack.step + 1) // period)
         lr = group["lr"] * group["scalar_lr_scale"]
-        step = grads.sum(dim=0) / (second.sqrt() + group["eps"])
+        step = grads.sum(dim=1) / (second.sqrt() + group["eps"])
         step.mul_(-lr * correction**0.5)
         step.masked_fill_(rms < group["param_min_rms"], 0.0)
         return torch.minimum(step, (group["param_max_rms"] - rms) / rms)
 
     @staticmethod
-    def _step_scalars(group: dict, value: Tensor, grad: Tensor, state: dict) -> None:
+    def _step_scalars(stack: _Stack, value: Tensor, grad: Tensor) -> None:
         """Update a stack of one-element parameters in place, as Adam would."""
+        group, state = stack.group, stack.state
         beta1, beta2 = group["betas"]
         second, delta = state["exp_avg_sq"], state["delta"]
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        correction = 1 - beta2 ** (state["step"] + 1)
+        correction = 1 - beta2 ** (stack.step + 1)
         denominator = (second / correction).sqrt_().add_(group["eps"])
         lr = group["lr"] * group["scalar_lr_scale"]
         delta.mul_(beta1).addcdiv_(grad, denominator, value=-lr * (1 - beta1))
@@ -217,5 +259,10 @@ class ScaledAdam(torch.optim.Optimizer):
 
 
 def _rms(value: Tensor) -> Tensor:
-    """Root mean square of every tensor of a stack, keeping dimensions."""
-    return value.square().mean(tuple(range(1, value.dim())), keepdim=True).sqrt()
+    """Root mean squares (S,) of a stack (S, ...) of tensors."""
+    return value.flatten(1).square().mean(dim=1).sqrt()
+
+
+def _like(per_tensor: Tensor, stack: Tensor) -> Tensor:
+    """Reshape (S,) so that it multiplies a stack (S, ...)."""
+    return per_tensor.view(-1, *[1] * (stack.dim() - 1))
