@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # SPEAR pre-training, from raw audio to a packed model. See --help.
+# shellcheck source-path=SCRIPTDIR
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

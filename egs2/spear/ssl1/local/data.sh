@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1: Kaldi data directories data/{train,valid}, and data/en_{train,dev,test} of
 # the embedded default. Called by run.sh in the recipe's folder.
+# shellcheck source-path=SCRIPTDIR/..
 set -euo pipefail
 
 log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') (data.sh) $*"; }
