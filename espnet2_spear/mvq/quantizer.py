@@ -6,6 +6,7 @@ additive, not residual, and without an order of the codebooks.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -87,6 +88,14 @@ class Quantizer(nn.Module):
     def identity(self) -> str:
         """Eight hexadecimal digits that name this quantizer."""
         return bytes(self.id_buf.tolist()).decode()
+
+    def stamp(self) -> None:
+        """Derive the identity from the parameters, so that equal ones share it."""
+        digest = hashlib.sha256()
+        for value in self.parameters():
+            digest.update(value.detach().cpu().numpy().tobytes())
+        identity = digest.hexdigest()[:8].encode()
+        self.id_buf.copy_(torch.tensor(list(identity), dtype=torch.uint8))
 
     def standardise(self, x: Tensor) -> Tensor:
         """Subtract the mean and divide by the standard deviation; (..., D)."""
@@ -226,8 +235,8 @@ class Quantizer(nn.Module):
             ) from None
         except Exception as error:  # whatever the unpickler meets
             raise QuantizerError(
-                f"{path}: not a readable quantizer file ({error}); copy or train it "
-                "again"
+                f"{path}: not a readable quantizer file ({type(error).__name__}); copy "
+                "or train it again"
             ) from error
         metadata: dict[str, Any] = {}
         if isinstance(content, dict) and content.get("format") == FORMAT:

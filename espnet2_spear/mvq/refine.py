@@ -177,7 +177,7 @@ def _refine_once(tables: GramTables, scores: Tensor, current: Tensor) -> Tensor:
 
 
 def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The smallest scores (..., count) of (..., C), in any order, and where they are."""
+    """The ``count`` smallest of scores (..., C), in any order, and where they are."""
     if count == scores.shape[-1]:
         index = torch.arange(count, device=scores.device)
         return scores, index.expand(scores.shape)

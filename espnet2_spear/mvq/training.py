@@ -42,6 +42,9 @@ class MVQTrainingConfig:
         batch_frames: frames per step.
         lr: of Adam in phase 1; half of it in phase 2; halved every quarter of a phase.
         seed: of the initial values and the order of frames.
+
+    Raises:
+        TrainingError: values out of range.
     """
 
     num_codebooks: int = 16
@@ -51,6 +54,15 @@ class MVQTrainingConfig:
     batch_frames: int = 1024
     lr: float = 0.005
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("iters_phase1", "iters_phase2", "batch_frames"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} is {getattr(self, name)}; at least 1")
+        if self.num_codebooks not in (1, 2, 4, 8, 16, 32):
+            raise TrainingError(
+                f"num_codebooks is {self.num_codebooks}; choose 1, 2, 4, 8, 16 or 32"
+            )
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, counted over both phases."""
@@ -135,6 +147,7 @@ class MVQTrainer:
                 recent.clear()
                 if time.monotonic() - self._saved >= self.save_seconds:
                     self._save()
+        self.quantizer.stamp()
         return self.quantizer.eval()
 
     def finish(self) -> None:
@@ -238,7 +251,8 @@ class MVQTrainer:
             )
         except Exception as error:  # whatever the unpickler meets
             raise TrainingError(
-                f"{self.checkpoint}: unreadable checkpoint ({error}); {remedy}"
+                f"{self.checkpoint}: unreadable checkpoint ({type(error).__name__}); "
+                f"{remedy}"
             ) from error
         for name, value in self._facts().items():
             if state[name] != value:

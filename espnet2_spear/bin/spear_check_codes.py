@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Check codes against the audio that they were made from."""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from espnet2_spear.fileio.datadir import DataDir
+from espnet2_spear.fileio.kaldi_ark import read_scp
+from espnet2_spear.mvq.check import CodesCheck, check_codes
+from espnet2_spear.spear.targets import TeacherCodes
+from espnet2_spear.train.preprocessor import MAX_MISSING_ROWS
+
+PROBLEMS = "codes_problems.txt"
+SUMMARY = "codes_check.json"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--log_level", default="INFO")
+    parser.add_argument(
+        "--data_dir", required=True, help="with wav.scp, utt2num_samples, utt2domain"
+    )
+    parser.add_argument(
+        "--codes",
+        required=True,
+        action="append",
+        type=_named,
+        metavar="TEACHER=SCP",
+        help="scp file of a teacher's codes; once for each teacher",
+    )
+    parser.add_argument(
+        "--shape",
+        default=[],
+        action="append",
+        type=_named,
+        metavar="TEACHER=N,K,HZ",
+        help="codebooks, entries in each and frames per second; by default as "
+        "TEACHER.json beside the scp file says",
+    )
+    parser.add_argument(
+        "--domains",
+        default=[],
+        action="append",
+        type=_named,
+        metavar="TEACHER=A,B",
+        help="domains whose utterances must have codes; by default all",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=int,
+        default=MAX_MISSING_ROWS,
+        help="frames by which codes may be longer or shorter than their audio",
+    )
+    parser.add_argument(
+        "--max_without",
+        type=float,
+        default=0.01,
+        help="share of the utterances that may be without codes because the teacher "
+        "could not read them",
+    )
+    parser.add_argument(
+        "--output_dir", required=True, help=f"for {PROBLEMS} and {SUMMARY}"
+    )
+    return parser
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"expected TEACHER=..., found '{text}'")
+    return name, value
+
+
+def _shape(name: str, text: str | None, scp: Path) -> TeacherCodes:
+    """Shape of a teacher's codes, from the option or from what stage 5 wrote."""
+    if text is not None:
+        try:
+            num, size, rate = text.split(",")
+            return TeacherCodes(int(num), int(size), float(rate))
+        except ValueError:
+            raise SystemExit(f"--shape {name}={text}: expected N,K,HZ") from None
+    path = scp.with_name(f"{name}.json")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return TeacherCodes(
+            facts["num_codebooks"], facts["codebook_size"], facts["frame_rate"]
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"{path}: missing or malformed ({error!r}); tokenize (stage 5), or give "
+            f"--shape {name}=N,K,HZ"
+        ) from None
+
+
+def _log(name: str, scp: Path, check: CodesCheck) -> None:
+    facts = check.summary()
+    logging.info(
+        f"teacher {name}: {check.utterances} utterances, {check.frames} frames, "
+        f"{len(check.without)} without codes, {len(check.problems)} problems"
+    )
+    if check.frames:
+        bits, perplexity = facts["entropy_bits"], facts["perplexity"]
+        logging.info(
+            f"teacher {name}: entropy {min(bits):.2f}..{max(bits):.2f} bits, "
+            f"perplexity {min(perplexity):.0f}..{max(perplexity):.0f} of "
+            f"{check.teacher.codebook_size}, {sum(facts['unused_codes'])} unused codes"
+        )
+    for kind, count in check.kinds().items():
+        logging.error(f"{scp}: {count} x {kind}")
+
+
+def main(cmd=None):
+    """Check; see ``--help``. Exit status 1 says that something is wrong.
+
+    Example:
+        % python -m espnet2_spear.bin.spear_check_codes --data_dir dump/raw/train \
+            --codes speech=dump/codes/train/speech.scp \
+            --codes audio=dump/codes/train/audio.scp --domains audio=audio \
+            --output_dir dump/codes/train
+    """
+    args = get_parser().parse_args(cmd)
+    logging.basicConfig(
+        level=args.log_level,
+        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
+    )
+    data = DataDir.load(args.data_dir)
+    data.validate(require=("utt2num_samples", "utt2domain"))
+    shapes, domains = dict(args.shape), dict(args.domains)
+    for option, names in (("--shape", shapes), ("--domains", domains)):
+        if unknown := names.keys() - dict(args.codes).keys():
+            raise SystemExit(f"{option} names {sorted(unknown)}, --codes does not")
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lines, summary, failures = [], {}, []
+    for name, path in args.codes:
+        scp = Path(path)
+        wanted = set(data.utt2domain.values())
+        if name in domains:
+            wanted = set(domains[name].split(","))
+        required = sum(domain in wanted for domain in data.utt2domain.values())
+        teacher = _shape(name, shapes.get(name), scp)
+        check = check_codes(data, read_scp(scp), teacher, wanted, args.tolerance)
+        _log(name, scp, check)
+        summary[name] = check.summary()
+        lines += [f"{utt} {name} {kind}: {text}" for utt, kind, text in check.problems]
+        lines += [f"{utt} {name} without codes" for utt in check.without]
+        if check.problems:
+            failures.append(f"{name}: {len(check.problems)} problems")
+        if len(check.without) > args.max_without * required:
+            failures.append(
+                f"{name}: {len(check.without)} of {required} utterances without codes"
+            )
+    problems = output_dir / PROBLEMS
+    problems.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (output_dir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    if failures:
+        logging.error(
+            f"{'; '.join(failures)}. They are listed in {problems}. Remove the codes "
+            "of these teachers and tokenize again (recipe stage 5)"
+        )
+        sys.exit(1)
+    logging.info(f"codes of {', '.join(summary)} are sound; {output_dir / SUMMARY}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Checks of codes on disk against the audio they were made from."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from espnet2_spear.fileio.datadir import DataDir
+from espnet2_spear.fileio.kaldi_ark import MISSING, ArkError, read_matrix
+from espnet2_spear.mvq.report import code_entropy_bits
+from espnet2_spear.spear.targets import TeacherCodes
+
+SAMPLE_RATE = 16000
+
+
+@dataclass
+class CodesCheck:
+    """What a check of one teacher's codes found.
+
+    Attributes:
+        teacher: shape that the codes must have.
+        problems: (utterance, kind, details) of everything that is wrong.
+        without: utterances that should have codes but point to the row of -1: the
+            teacher could not read them.
+        utterances, frames: number of those with sound codes.
+        usage: how often each code occurs, int64 (N, K).
+    """
+
+    teacher: TeacherCodes
+    problems: list[tuple[str, str, str]] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)
+    utterances: int = 0
+    frames: int = 0
+
+    def __post_init__(self) -> None:
+        shape = (self.teacher.num_codebooks, self.teacher.codebook_size)
+        self.usage = np.zeros(shape, np.int64)
+
+    def kinds(self) -> dict[str, int]:
+        """Number of problems of every kind."""
+        return dict(Counter(kind for _, kind, _ in self.problems))
+
+    def summary(self) -> dict[str, Any]:
+        """Figures for a report; entropies and perplexities one a codebook."""
+        entropy = []
+        if self.frames:
+            entropy = code_entropy_bits(torch.from_numpy(self.usage).double()).tolist()
+        return {
+            "utterances": self.utterances,
+            "frames": self.frames,
+            "without_codes": len(self.without),
+            "problems": self.kinds(),
+            "entropy_bits": entropy,
+            "perplexity": [2.0**bits for bits in entropy],
+            "unused_codes": (self.usage == 0).sum(axis=1).tolist(),
+        }
+
+
+def check_codes(
+    data: DataDir,
+    specs: Mapping[str, str],
+    teacher: TeacherCodes,
+    domains: set[str],
+    tolerance: int,
+) -> CodesCheck:
+    """Read all codes of one teacher.
+
+    Args:
+        data: with lengths and domains of all utterances.
+        specs: utterance -> ``ark:offset``.
+        teacher: shape of the codes.
+        domains: whose utterances must have codes; others may have the row of -1.
+        tolerance: rows by which codes may be longer or shorter than their audio.
+    """
+    result = CodesCheck(teacher)
+    for count, (utt, samples) in enumerate(data.utt2num_samples.items(), 1):
+        if utt not in specs:
+            result.problems.append((utt, "no entry", "no line in the scp file"))
+            continue
+        try:
+            codes = read_matrix(specs[utt], utt)
+        except ArkError as error:
+            result.problems.append((utt, "unreadable", str(error)))
+            continue
+        missing = np.full((1, teacher.num_codebooks), MISSING)
+        if np.array_equal(codes, missing):
+            if data.utt2domain[utt] in domains:
+                result.without.append(utt)
+            continue
+        if problem := _problem(codes, samples, teacher, tolerance):
+            result.problems.append((utt, *problem))
+            continue
+        result.utterances += 1
+        result.frames += len(codes)
+        first = np.arange(teacher.num_codebooks) * teacher.codebook_size
+        rows = (codes.astype(np.int64) + first).ravel()
+        usage = np.bincount(rows, minlength=result.usage.size)
+        result.usage += usage.reshape(result.usage.shape)
+        if count % 10000 == 0:
+            logging.info(f"{count} of {len(data.utt2num_samples)} utterances")
+    for utt in sorted(specs.keys() - data.utt2num_samples.keys()):
+        result.problems.append((utt, "unknown", "not in the data directory"))
+    return result
+
+
+def _problem(
+    codes: np.ndarray, samples: int, teacher: TeacherCodes, tolerance: int
+) -> tuple[str, str] | None:
+    if codes.shape[1] != teacher.num_codebooks:
+        return "wrong width", f"{codes.shape[1]} codes, not {teacher.num_codebooks}"
+    low, high = codes.min(initial=0), codes.max(initial=0)
+    if low < 0 or high >= teacher.codebook_size or (codes != np.rint(codes)).any():
+        last = teacher.codebook_size - 1
+        return "wrong values", f"codes in {low:g}..{high:g}, not whole in 0..{last}"
+    expected = samples * teacher.frame_rate / SAMPLE_RATE
+    if not len(codes) or abs(len(codes) - expected) > tolerance:
+        return (
+            "wrong length",
+            f"{len(codes)} frames for {samples} samples, expected {expected:.1f}",
+        )
+    return None

@@ -1,0 +1,151 @@
+"""Codes in ark/scp files, with both libraries that read and write them."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from espnet2_spear.fileio import kaldi_ark
+from espnet2_spear.fileio.kaldi_ark import (
+    ArkError,
+    CodesWriter,
+    read_matrix,
+    read_scp,
+    write_missing_codes,
+)
+
+LIBRARIES = ("omniio.tools.kaldi", "kaldiio")
+
+
+def library(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        pytest.skip(f"{name} is not installed")
+
+
+@pytest.fixture
+def codes() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    utts = {
+        f"utt{i}": rng.integers(0, 256, (rng.integers(1, 60), 16)) for i in range(5)
+    }
+    # Extremes of a compressed matrix: constant, a single element, a tiny range.
+    utts |= {
+        "zeros": np.zeros((7, 4), int),
+        "full": np.full((3, 8), 255),
+        "single": np.array([[17]]),
+        "range": np.array([[3, 4], [4, 3]]),
+    }
+    return {utt: value.astype(np.uint8) for utt, value in utts.items()}
+
+
+def write(folder: Path, codes) -> dict[str, str]:
+    with CodesWriter(folder / "c.ark", folder / "c.scp") as writer:
+        for utt, value in codes.items():
+            writer.write(utt, value)
+    return read_scp(folder / "c.scp")
+
+
+@pytest.mark.parametrize("writer", LIBRARIES)
+@pytest.mark.parametrize("reader", LIBRARIES)
+def test_exact_with_both_libraries(tmp_path, monkeypatch, codes, writer, reader):
+    monkeypatch.setattr(kaldi_ark, "kaldi", library(writer))
+    specs = write(tmp_path, codes)
+    assert list(specs) == list(codes)
+    monkeypatch.setattr(kaldi_ark, "kaldi", library(reader))
+    for utt, spec in specs.items():
+        got = read_matrix(spec, utt)
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, codes[utt])
+    # As ESPnet's data set reads them, too.
+    loaded = library(reader).load_scp(str(tmp_path / "c.scp"))
+    np.testing.assert_array_equal(loaded["full"], codes["full"])
+
+
+def test_one_byte_a_code(tmp_path, codes):
+    utt = {"utt": np.zeros((1000, 16), np.uint8)}
+    write(tmp_path, utt)
+    assert (tmp_path / "c.ark").stat().st_size < 1000 * 16 + 64
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_missing_codes(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(kaldi_ark, "kaldi", library(name))
+    spec = write_missing_codes(tmp_path / "m.ark", 16)
+    np.testing.assert_array_equal(read_matrix(spec), np.full((1, 16), -1))
+
+
+def test_scp_appears_only_when_complete(tmp_path, codes):
+    write(tmp_path, codes)
+    with pytest.raises(RuntimeError):
+        with CodesWriter(tmp_path / "c.ark", tmp_path / "c.scp") as writer:
+            writer.write("utt0", codes["utt0"])
+            raise RuntimeError
+    assert not (tmp_path / "c.scp").exists()
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (np.zeros((0, 4), np.uint8), "at least one frame"),
+        (np.zeros(4, np.uint8), "expected integers"),
+        (np.zeros((2, 4), np.float32), "expected integers"),
+        (np.full((2, 4), 256), "do not fit a byte"),
+        (np.full((2, 4), -1), "do not fit a byte"),
+    ],
+)
+def test_refuses_other_codes(tmp_path, bad, message):
+    with CodesWriter(tmp_path / "c.ark", tmp_path / "c.scp") as writer:
+        with pytest.raises(ValueError, match=f"'bad'.*{message}"):
+            writer.write("bad", bad)
+
+
+def test_refuses_an_utterance_twice(tmp_path, codes):
+    with CodesWriter(tmp_path / "c.ark", tmp_path / "c.scp") as writer:
+        writer.write("utt0", codes["utt0"])
+        with pytest.raises(ValueError, match="'utt0' is written twice"):
+            writer.write("utt0", codes["utt0"])
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_truncated_missing_and_stale_files(tmp_path, monkeypatch, codes, name):
+    monkeypatch.setattr(kaldi_ark, "kaldi", library(name))
+    specs = write(tmp_path, codes)
+    ark = tmp_path / "c.ark"
+    path, offset = specs["utt3"].rsplit(":", 1)
+    for stale in (int(offset) + 1, int(offset) - 1, 0):
+        with pytest.raises(ArkError, match="utt3.*no matrix starts"):
+            read_matrix(f"{path}:{stale}", "utt3")
+    content = ark.read_bytes()
+    ark.write_bytes(content[: int(offset) + 40])
+    with pytest.raises(ArkError, match="c.ark.*utt3.*truncated"):
+        read_matrix(specs["utt3"], "utt3")
+    with pytest.raises(ArkError, match="utt4.*ends before this offset"):
+        read_matrix(specs["utt4"], "utt4")
+    np.testing.assert_array_equal(read_matrix(specs["utt0"]), codes["utt0"])
+    ark.unlink()
+    with pytest.raises(ArkError, match="c.ark.*utt0.*cannot open"):
+        read_matrix(specs["utt0"], "utt0")
+    with pytest.raises(ArkError, match="expected 'file.ark:offset'"):
+        read_matrix("c.ark")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("a x.ark:1\nb\n", "line 2: expected"),
+        ("a x.ark:1\na x.ark:9\n", "line 2: utterance 'a' appears twice"),
+    ],
+)
+def test_malformed_scp(tmp_path, content, message):
+    path = tmp_path / "c.scp"
+    path.write_text(content)
+    with pytest.raises(ArkError, match=f"c.scp, {message}"):
+        read_scp(path)
+
+
+def test_missing_scp(tmp_path):
+    with pytest.raises(ArkError, match="none.scp: cannot read"):
+        read_scp(tmp_path / "none.scp")

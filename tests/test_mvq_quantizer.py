@@ -1,0 +1,306 @@
+"""Quantizer: codes equal to the reference, search, files, bad input."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from espnet2_spear.mvq.losses import quantizer_losses
+from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
+from espnet2_spear.mvq.refine import num_kept
+
+
+@pytest.fixture
+def reference(data_dir):
+    """Vectors, codes after 0, 1, 2 and 5 passes, sums of centres."""
+    return np.load(data_dir / "mvq.npz")
+
+
+@pytest.fixture
+def library_file(data_dir):
+    """As the multi-quantization library saved it."""
+    return data_dir / "mvq_library.pt"
+
+
+def random_quantizer(dim: int, size: int, num: int, seed: int = 0) -> Quantizer:
+    torch.manual_seed(seed)
+    quantizer = Quantizer(dim, size, num)
+    with torch.no_grad():
+        quantizer.centers += 0.1 * torch.randn(quantizer.centers.shape)
+        quantizer.logits_scale.fill_(0.1)
+        quantizer.centers_scale.fill_(0.05)
+    return quantizer
+
+
+def random_vectors(quantizer: Quantizer, count: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, quantizer.num_codebooks)
+    codes = torch.randint(quantizer.codebook_size, shape, generator=generator)
+    x = quantizer.decode(codes).detach()
+    return x + x.std() * torch.randn(x.shape, generator=generator)
+
+
+def plain_search(quantizer: Quantizer, x: torch.Tensor, passes: int) -> torch.Tensor:
+    """The search as the method describes it: on vectors, one frame at a time."""
+    centers = quantizer.scaled_centers().detach().double()
+    size, num = quantizer.codebook_size, quantizer.num_codebooks
+    results = []
+    for frame in x.double():
+        logits = quantizer.logits(frame.float().unsqueeze(0))[0]
+        codes = logits.argmax(dim=-1).tolist()
+        for _ in range(passes):
+            present = torch.stack([centers[n, k] for n, k in enumerate(codes)])
+            error = present.sum(dim=0) - frame
+            # Every group is a list of (choice of codes, change of the error).
+            groups = [
+                [((k,), centers[n, k] - present[n]) for k in range(size)]
+                for n in range(num)
+            ]
+            while True:
+                keep = num_kept(len(groups[0][0][0]), size) if len(groups) > 1 else 1
+                groups = [
+                    sorted(group, key=lambda g: float((error + g[1]).square().sum()))
+                    for group in groups
+                ]
+                groups = [group[:keep] for group in groups]
+                if len(groups) == 1:
+                    break
+                groups = [
+                    [(a + b, da + db) for a, da in left for b, db in right]
+                    for left, right in zip(groups[::2], groups[1::2], strict=True)
+                ]
+            codes = list(groups[0][0][0])
+        results.append(codes)
+    return torch.tensor(results)
+
+
+def squared_errors(quantizer, x, codes) -> torch.Tensor:
+    return (quantizer.sum_centers(codes).double() - x).square().sum(dim=-1).detach()
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2, 5])
+def test_codes_equal_reference(reference, library_file, passes):
+    quantizer = Quantizer.load(library_file)
+    codes = quantizer.encode(torch.tensor(reference["x"]), refine_iters=passes)
+    assert codes.dtype == torch.int64
+    np.testing.assert_array_equal(codes, reference[f"idx{passes}"])
+
+
+def test_decode_equals_library(reference, library_file):
+    quantizer = Quantizer.load(library_file)
+    decoded = quantizer.decode(torch.tensor(reference["idx5"].astype(np.int64)))
+    np.testing.assert_allclose(decoded.detach(), reference["decoded"], atol=1e-5)
+
+
+def test_library_identity(library_file):
+    assert Quantizer.load(library_file).identity == "94e7c8e6"
+
+
+def test_losses_equal_reference(reference, library_file):
+    quantizer = Quantizer.load(library_file)
+    losses = quantizer_losses(quantizer, torch.tensor(reference["x"]), 2)
+    expected = (0.36663, 4.92493, 0.02627, 0.04123)
+    for loss, value in zip(losses, expected, strict=True):
+        assert float(loss.detach()) == pytest.approx(value, abs=1e-5)
+    assert losses.reconstruction.requires_grad and losses.logprob.requires_grad
+    assert not losses.index_entropy.requires_grad
+
+
+def test_codes_equal_full_reference(golden_dir):
+    ref = np.load(golden_dir / "mvq.npz")
+    quantizer = Quantizer(16, 16, 4)
+    with torch.no_grad():
+        quantizer.to_logits.weight.copy_(torch.tensor(ref["W"]))
+        quantizer.to_logits.bias.copy_(torch.tensor(ref["b"]))
+        quantizer.centers.copy_(torch.tensor(ref["centers"]))
+        quantizer.logits_scale.fill_(float(ref["logits_scale"]))
+        quantizer.centers_scale.fill_(float(ref["centers_scale"]))
+    for passes in (0, 1, 2, 5):
+        codes = quantizer.encode(torch.tensor(ref["x"]), passes)
+        np.testing.assert_array_equal(codes, ref[f"idx{passes}"])
+
+
+@pytest.mark.parametrize(
+    "dim, size, num",
+    [(12, 64, 1), (12, 4, 2), (24, 2, 8), (24, 256, 2), (24, 32, 8), (32, 16, 16)],
+)
+def test_search_equals_plain_search(dim, size, num):
+    quantizer = random_quantizer(dim, size, num)
+    x = random_vectors(quantizer, 6)
+    for passes in (1, 3):
+        got, expected = quantizer.encode(x, passes), plain_search(quantizer, x, passes)
+        better = squared_errors(quantizer, x, expected)
+        # Equal but for ties within rounding.
+        torch.testing.assert_close(
+            squared_errors(quantizer, x, got), better, rtol=1e-5, atol=0
+        )
+        assert (got == expected).all(dim=1).sum() >= 5
+
+
+def test_kept_candidates():
+    assert [num_kept(2**i, 256) for i in range(5)] == [16, 16, 32, 32, 64]
+    assert [num_kept(2**i, 16) for i in range(6)] == [8, 8, 16, 16, 32, 32]
+    assert num_kept(4**5, 256) == 128
+
+
+def test_refinement_lowers_the_error():
+    quantizer = random_quantizer(32, 256, 8)
+    x = random_vectors(quantizer, 100)
+    errors = [
+        float(squared_errors(quantizer, x, quantizer.encode(x, passes)).sum())
+        for passes in (0, 1, 5)
+    ]
+    assert errors[1] < 0.9 * errors[0] and errors[2] < errors[1]
+
+
+def test_chunks_and_leading_dimensions():
+    quantizer = random_quantizer(16, 16, 8)
+    x = random_vectors(quantizer, 60)
+    codes = quantizer.encode(x)
+    assert torch.equal(quantizer.encode(x, max_frames=7), codes)
+    assert torch.equal(quantizer.encode(x.view(3, 20, 16)), codes.view(3, 20, 8))
+    assert torch.equal(quantizer.encode(x[5]), codes[5])
+    assert quantizer.encode(x[:0]).shape == (0, 8)
+    assert quantizer.decode(codes.view(3, 20, 8)).shape == (3, 20, 16)
+
+
+def test_equal_centers_are_no_trouble():
+    quantizer = random_quantizer(16, 64, 4)
+    with torch.no_grad():
+        quantizer.centers[:, 32:] = quantizer.centers[:, :32]
+    x = random_vectors(quantizer, 50)
+    single = random_quantizer(16, 32, 4)
+    with torch.no_grad():
+        single.centers.copy_(quantizer.centers[:, :32])
+    error = squared_errors(quantizer, x, quantizer.encode(x))
+    assert error.sum() < 1.1 * squared_errors(single, x, single.encode(x)).sum()
+
+
+def test_large_common_offset_costs_no_accuracy():
+    quantizer = random_quantizer(32, 64, 4)
+    x = random_vectors(quantizer, 20)
+    offset = 100 * torch.randn(32, generator=torch.Generator().manual_seed(2))
+    codes = plain_search(quantizer, x, 2)
+    with torch.no_grad():
+        quantizer.centers[0] += offset / np.exp(10 * 0.05)
+        quantizer.to_logits.bias -= np.exp(1.0) * (quantizer.to_logits.weight @ offset)
+    moved = quantizer.encode(x + offset, 2)
+    assert (moved == codes).float().mean() > 0.97
+
+
+def test_tables_follow_the_centers():
+    quantizer = random_quantizer(16, 16, 4)
+    x = random_vectors(quantizer, 40)
+    before = quantizer.encode(x)
+    other = random_quantizer(16, 16, 4, seed=5)
+    quantizer.load_state_dict(other.state_dict())
+    assert not torch.equal(quantizer.encode(x), before)
+    assert torch.equal(quantizer.encode(x), other.encode(x))
+
+
+def test_standardisation():
+    quantizer = random_quantizer(16, 256, 4)
+    x = random_vectors(quantizer, 40)
+    codes, decoded = quantizer.encode(x), quantizer.decode(quantizer.encode(x))
+    mean, std = torch.randn(16), torch.rand(16) + 0.5
+    quantizer.mean.copy_(mean)
+    quantizer.std.copy_(std)
+    assert (quantizer.encode(x * std + mean) == codes).float().mean() > 0.99
+    torch.testing.assert_close(quantizer.decode(codes), decoded * std + mean)
+
+
+def test_half_precision_input():
+    quantizer = random_quantizer(16, 16, 4)
+    x = random_vectors(quantizer, 40).half()
+    assert torch.equal(quantizer.encode(x), quantizer.encode(x.float()))
+
+
+def test_product_quantizer():
+    quantizer = random_quantizer(16, 16, 8)
+    quantizer.mean.fill_(0.5)
+    merged = quantizer.product_quantizer()
+    assert (merged.num_codebooks, merged.codebook_size) == (4, 256)
+    codes = torch.randint(16, (30, 8))
+    # Code k1 of the even and k2 of the odd codebook become k1 * 16 + k2.
+    pairs = codes[:, ::2] * 16 + codes[:, 1::2]
+    torch.testing.assert_close(merged.decode(pairs), quantizer.decode(codes))
+    x = random_vectors(quantizer, 30)
+    logits = quantizer.logits(x)
+    best = logits.argmax(dim=-1)
+    assert torch.equal(
+        merged.logits(x).argmax(dim=-1), best[:, ::2] * 16 + best[:, 1::2]
+    )
+
+
+def test_bad_input():
+    quantizer = random_quantizer(16, 16, 4)
+    x = random_vectors(quantizer, 10)
+    with pytest.raises(QuantizerError, match="dimension 15, but .* 16"):
+        quantizer.encode(x[:, :15])
+    for value in (float("nan"), float("inf")):
+        x[7, 3] = value
+        with pytest.raises(QuantizerError, match="vector 7 of 10 holds NaN"):
+            quantizer.encode(x, max_frames=4)
+
+
+@pytest.mark.parametrize("size, num", [(100, 4), (256, 3), (0, 4), (1, 4)])
+def test_bad_sizes(size, num):
+    with pytest.raises(QuantizerError):
+        Quantizer(16, size, num)
+
+
+def test_save_and_load(tmp_path):
+    quantizer = random_quantizer(16, 16, 4)
+    quantizer.mean.fill_(0.3)
+    metadata = {"teacher": {"name": "whisper", "layer": 3}, "frame_rate": 50.0}
+    quantizer.save(tmp_path / "q.pt", metadata)
+    loaded = Quantizer.load(tmp_path / "q.pt")
+    x = random_vectors(quantizer, 40)
+    assert torch.equal(loaded.encode(x), quantizer.encode(x))
+    assert loaded.metadata == metadata
+    assert loaded.identity == quantizer.identity
+    assert os.listdir(tmp_path) == ["q.pt"]
+
+
+def test_stamp_is_derived_from_the_parameters():
+    first, second = random_quantizer(8, 4, 2), random_quantizer(8, 4, 2)
+    assert first.identity != second.identity
+    first.stamp(), second.stamp()
+    assert first.identity == second.identity
+    other = random_quantizer(8, 4, 2, seed=1)
+    other.stamp()
+    assert other.identity != first.identity
+
+
+class Executed:
+    """Leaves a trace if a file's code runs."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def test_foreign_and_corrupt_files(tmp_path, library_file):
+    path = tmp_path / "q.pt"
+    with pytest.raises(QuantizerError, match="q.pt: no such quantizer"):
+        Quantizer.load(path)
+    path.write_bytes(library_file.read_bytes()[:3000])
+    with pytest.raises(QuantizerError, match="q.pt: not a readable"):
+        Quantizer.load(path)
+    torch.save({"weight": torch.zeros(3)}, path)
+    with pytest.raises(QuantizerError, match="q.pt: neither"):
+        Quantizer.load(path)
+    state = torch.load(library_file, weights_only=True)
+    state["to_logits.bias"] = torch.zeros(3)
+    torch.save(state, path)
+    with pytest.raises(QuantizerError, match="(?s)q.pt: .*to_logits.bias"):
+        Quantizer.load(path)
+    trace = tmp_path / "trace"
+    path.write_bytes(pickle.dumps(Executed(str(trace)), protocol=2))
+    with pytest.raises(QuantizerError, match="q.pt: not a readable"):
+        Quantizer.load(path)
+    assert not trace.exists()

@@ -1,0 +1,253 @@
+"""Training of quantizers: result, determinism, resuming, bad input."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from espnet2_spear.bin import mvq_train
+from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet
+from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.report import evaluate, write_report
+from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingError
+
+CONFIG = MVQTrainingConfig(
+    num_codebooks=2, iters_phase1=30, iters_phase2=20, batch_frames=128, lr=0.02
+)
+TEACHER = {"name": "made", "layer": 3}
+
+
+def write_embeddings(folder, arrays, dim=None, **index):
+    folder.mkdir(exist_ok=True)
+    files = []
+    for n, array in enumerate(arrays):
+        np.save(folder / f"e.{n}.npy", array)
+        files.append({"file": f"e.{n}.npy", "frames": len(array)})
+    facts = {"dim": dim or arrays[0].shape[1], "frame_rate": 50.0, "teacher": TEACHER}
+    text = json.dumps({**facts, "files": files, **index})
+    (folder / "embeddings.json").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def arrays():
+    """Vectors that two bytes describe well, with a mean and unequal channels."""
+    rng = np.random.default_rng(0)
+    centers = rng.standard_normal((4, 16, 12))
+    codes = rng.integers(0, 16, (3000, 4))
+    x = centers[np.arange(4), codes].sum(axis=1)
+    x += 0.1 * rng.standard_normal(x.shape)
+    x = x * np.linspace(0.1, 5, 12) + 20
+    return [x[:1000].astype(np.float16), x[1000:].astype(np.float32)]
+
+
+@pytest.fixture
+def folder(tmp_path, arrays):
+    return write_embeddings(tmp_path / "emb", arrays)
+
+
+def parameters(quantizer):
+    return torch.cat([p.detach().flatten() for p in quantizer.parameters()])
+
+
+def test_parts_and_values(folder, arrays):
+    data = EmbeddingSet(folder)
+    everything = np.concatenate([a.astype(np.float32) for a in arrays])
+    train = data.train_frames(np.arange(data.num_train)).numpy()
+    held_out = data.held_out_frames().numpy()
+    assert len(held_out) == data.num_held_out
+    assert 0.03 * len(everything) < len(held_out) <= 0.05 * len(everything)
+    both = np.concatenate([train, held_out])
+    assert len(both) == len(everything)
+    order = np.lexsort(both.T), np.lexsort(everything.T)
+    np.testing.assert_array_equal(both[order[0]], everything[order[1]])
+    # In the order asked for, across files.
+    which = np.array([2500, 3, 1500, 3])
+    np.testing.assert_array_equal(data.train_frames(which), train[which])
+    other = EmbeddingSet(folder, seed=1).held_out_frames()
+    assert not np.array_equal(other, held_out)
+
+
+def test_batches_depend_on_seed_and_step(folder):
+    data = EmbeddingSet(folder)
+    batch = data.train_batch(64, seed=3, step=5)
+    assert torch.equal(batch, data.train_batch(64, seed=3, step=5))
+    assert not torch.equal(batch, data.train_batch(64, seed=3, step=6))
+    assert not torch.equal(batch, data.train_batch(64, seed=4, step=5))
+
+
+def test_chunks_hold_the_sample(folder):
+    data = EmbeddingSet(folder)
+    chunks = torch.cat(list(data.train_chunks(500, seed=0, size=64)))
+    assert torch.equal(chunks, data.train_sample(500, seed=0))
+    assert len(torch.unique(chunks, dim=0)) == 500
+    assert len(data.train_sample(10**6, seed=0)) == data.num_train
+
+
+def test_training_finds_the_structure(folder, tmp_path):
+    data = EmbeddingSet(folder)
+    config = replace(CONFIG, iters_phase1=150, iters_phase2=50)
+    trainer = MVQTrainer(config, data, tmp_path / "checkpoint")
+    train = data.train_frames(np.arange(data.num_train))
+    torch.testing.assert_close(trainer.quantizer.mean, train.mean(dim=0))
+    torch.testing.assert_close(trainer.quantizer.std, train.std(dim=0, correction=0))
+    quantizer = trainer.train()
+    assert (quantizer.num_codebooks, quantizer.codebook_size) == (2, 256)
+    summary = evaluate(quantizer, data, config)
+    # Two scalar codes, of 2 of the 12 equally important channels, would leave 0.83.
+    assert summary["held_out"]["relative_error"] < 0.25
+    assert summary["train"]["relative_error"] < 0.25
+    assert min(summary["train"]["entropy_bits"]) > 6.5
+    assert summary["train"]["dead"] == [
+        256 - len(torch.unique(column))
+        for column in quantizer.encode(data.train_sample(10000, config.seed)).T
+    ]
+
+
+def test_same_seed_same_quantizer(folder, tmp_path):
+    data = EmbeddingSet(folder)
+    first, again, other = (
+        MVQTrainer(replace(CONFIG, seed=seed), data, tmp_path / "c").train()
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(parameters(first), parameters(again))
+    assert first.identity == again.identity != other.identity
+
+
+@pytest.mark.parametrize("killed_at", [10, 30, 40])
+def test_killed_run_resumes_to_the_same_result(folder, tmp_path, killed_at):
+    data = EmbeddingSet(folder)
+    options = {"log_interval": 10, "save_seconds": 0.0}
+    whole = MVQTrainer(CONFIG, data, tmp_path / "whole", **options)
+    expected = parameters(whole.train())
+
+    class Killed(Exception):
+        pass
+
+    def kill(line):
+        if f"step {killed_at + 10}/" in line:
+            raise Killed
+
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(Killed):
+        MVQTrainer(CONFIG, data, checkpoint, **options).train(kill)
+    resumed = MVQTrainer(CONFIG, data, checkpoint, **options)
+    assert resumed.step == killed_at
+    assert torch.equal(parameters(resumed.train()), expected)
+    assert resumed.history == whole.history
+    resumed.finish()
+    assert not checkpoint.exists()
+
+
+def test_checkpoint_of_another_run(folder, tmp_path, arrays):
+    data = EmbeddingSet(folder)
+    checkpoint = tmp_path / "checkpoint"
+    options = {"log_interval": 10, "save_seconds": 0.0}
+    MVQTrainer(CONFIG, data, checkpoint, **options).train()
+    with pytest.raises(TrainingError, match="checkpoint: was made with config.*remove"):
+        MVQTrainer(replace(CONFIG, lr=0.1), data, checkpoint)
+    other = EmbeddingSet(write_embeddings(tmp_path / "other", arrays[:1]))
+    with pytest.raises(TrainingError, match="was made with embeddings"):
+        MVQTrainer(CONFIG, other, checkpoint)
+    checkpoint.write_bytes(b"nonsense")
+    with pytest.raises(TrainingError, match="unreadable checkpoint.*remove"):
+        MVQTrainer(CONFIG, data, checkpoint)
+
+
+def test_learning_rate_schedule():
+    config = MVQTrainingConfig(iters_phase1=100, iters_phase2=40, lr=0.8)
+    steps = (0, 24, 25, 99, 100, 109, 110, 139)
+    rates = [config.learning_rate(step) for step in steps]
+    assert rates == pytest.approx([0.8, 0.8, 0.4, 0.1, 0.4, 0.4, 0.2, 0.05])
+
+
+@pytest.mark.parametrize(
+    "option", [{"iters_phase2": 0}, {"batch_frames": 0}, {"num_codebooks": 12}]
+)
+def test_bad_options(option):
+    with pytest.raises(TrainingError, match=next(iter(option))):
+        replace(CONFIG, **option)
+
+
+def test_nan_in_embeddings(tmp_path, arrays):
+    arrays[1][123, 4] = np.nan
+    data = EmbeddingSet(write_embeddings(tmp_path / "emb", arrays))
+    with pytest.raises(EmbeddingError, match=r"e\.1\.npy: frame 123 holds NaN"):
+        MVQTrainer(CONFIG, data, tmp_path / "c").train()
+        data.held_out_frames()
+
+
+def test_constant_embeddings(tmp_path):
+    folder = write_embeddings(tmp_path / "emb", [np.full((500, 8), 3.3, np.float32)])
+    with pytest.raises(EmbeddingError, match="emb: all frames are equal"):
+        MVQTrainer(CONFIG, EmbeddingSet(folder), tmp_path / "c")
+
+
+def test_constant_channel(tmp_path, arrays, caplog):
+    arrays[0][:, 3] = arrays[1][:, 3] = 7
+    data = EmbeddingSet(write_embeddings(tmp_path / "emb", arrays))
+    quantizer = MVQTrainer(CONFIG, data, tmp_path / "c").train()
+    assert "1 of 12 channels are constant" in caplog.text
+    assert quantizer.std[3] == 1 and torch.isfinite(parameters(quantizer)).all()
+
+
+def test_diverging_training(folder, tmp_path):
+    config = replace(CONFIG, lr=1e6)
+    with pytest.raises(TrainingError, match="the loss is .*lower --lr"):
+        MVQTrainer(config, EmbeddingSet(folder), tmp_path / "c").train()
+
+
+def test_bad_embedding_files(tmp_path, arrays, folder):
+    with pytest.raises(EmbeddingError, match=r"none/embeddings\.json: missing"):
+        EmbeddingSet(tmp_path / "none")
+    content = (folder / "e.0.npy").read_bytes()
+    (folder / "e.0.npy").write_bytes(content[:-100])
+    with pytest.raises(EmbeddingError, match=r"e\.0\.npy: missing or truncated"):
+        EmbeddingSet(folder)
+    np.save(folder / "e.0.npy", arrays[0][:, :5])
+    with pytest.raises(EmbeddingError, match=r"e\.0\.npy: holds .*5\), but"):
+        EmbeddingSet(folder)
+    (folder / "e.0.npy").unlink()
+    with pytest.raises(EmbeddingError, match=r"e\.0\.npy: missing"):
+        EmbeddingSet(folder)
+    (folder / "embeddings.json").write_text('{"dim": 12}')
+    with pytest.raises(EmbeddingError, match="missing or malformed.*files"):
+        EmbeddingSet(folder)
+    tiny = write_embeddings(tmp_path / "tiny", [arrays[0][:1]])
+    with pytest.raises(EmbeddingError, match="1 frames are too few"):
+        EmbeddingSet(tiny)
+
+
+def test_command(folder, tmp_path):
+    output = tmp_path / "exp" / "quantizer.pt"
+    mvq_train.main(
+        f"--embeddings {folder} --output {output} --num_codebooks 2 --iters_phase1 50 "
+        "--iters_phase2 50 --batch_frames 64 --num_threads 1 --lr 0.02".split()
+    )
+    quantizer = Quantizer.load(output)
+    assert quantizer.metadata["teacher"] == TEACHER
+    assert quantizer.metadata["frame_rate"] == 50.0
+    report = json.loads((output.parent / "report" / "report.json").read_text())
+    error = report["held_out"]["relative_error"]
+    assert quantizer.metadata["training"]["held_out"]["relative_error"] == error
+    page = (output.parent / "report" / "report.md").read_text()
+    assert f"{error:.4f}" in page and quantizer.identity in page
+    for plot in ("training.png", "usage.png"):
+        assert plot in page
+        assert (output.parent / "report" / plot).read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in output.parent.iterdir()) == [
+        "quantizer.pt",
+        "report",
+    ]
+
+
+def test_report_without_matplotlib(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    data = EmbeddingSet(folder)
+    summary = evaluate(Quantizer(12, 16, 2), data, CONFIG)
+    write_report(tmp_path / "report", summary, [])
+    assert "matplotlib is missing" in caplog.text
+    assert "No plots" in (tmp_path / "report" / "report.md").read_text()
