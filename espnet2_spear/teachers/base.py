@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -130,6 +130,29 @@ class Teacher(nn.Module, abc.ABC):
     def freeze(self) -> Teacher:
         """Switch off gradients and training behaviour."""
         return self.requires_grad_(False).eval()
+
+
+def without_padding(
+    embed: Callable[[Tensor], Tensor], speech: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Embed a batch by a network in whose results padding would count.
+
+    Args:
+        embed: maps (B, samples), without padding, to (B, T, dim).
+        speech: (B, samples).
+        lengths: (B,); utterances of one length are embedded together.
+
+    Returns:
+        (B, T, dim), zero past the lengths, and the lengths (B,).
+    """
+    frames: list[Tensor] = [speech[:0]] * len(speech)
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero()[:, 0]
+        results = embed(speech[rows, :length])
+        for row, result in zip(rows.tolist(), results, strict=True):
+            frames[row] = result
+    counts = torch.tensor([len(x) for x in frames], device=speech.device)
+    return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True), counts
 
 
 def padding_mask(lengths: Tensor, size: int) -> Tensor:

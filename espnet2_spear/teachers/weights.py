@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from espnet2_spear.teachers.base import TeacherError
@@ -63,3 +66,18 @@ def check_sha256(path: Path, expected: str | None) -> str:
             "used, set `sha256` of the teacher's configuration to its hash"
         )
     return found
+
+
+@contextlib.contextmanager
+def tensors_only() -> Iterator[None]:
+    """Make torch.load, in whatever library, read tensors and execute nothing."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -114,11 +114,22 @@ class WhisperTeacher(Teacher):
         if kind != "WhisperSpec":
             raise TeacherError(f"{path}: holds a {kind}, not a Whisper model")
         state = {name[len("encoder/") :]: tensor for name, tensor in state.items()}
+        if any(tensor.dtype == torch.int8 for tensor in state.values()):
+            raise TeacherError(
+                f"{path}: is quantised to 8 bits; convert the model with "
+                "--quantization float16 or float32"
+            )
         blocks = len({n.split("/")[0] for n in state if re.match(r"layer_\d", n)})
         if not 1 <= layer <= blocks:
             raise TeacherError(f"{path}: layer must be from 1 to {blocks}, not {layer}")
-        self._build(state, layer, last=layer == blocks)
-        self._load(state)
+        try:
+            self._build(state, layer, last=layer == blocks)
+            self._load(state)
+        except (KeyError, RuntimeError) as error:
+            raise TeacherError(
+                f"{path}: the encoder lacks tensor {error}, or it is of a wrong size; "
+                "convert the model again"
+            ) from error
         self.max_samples = _HOP * (2 * self.positions.size(0)) + _HOP - 1
 
     def _build(self, state: dict[str, Tensor], layer: int, last: bool) -> None:
