@@ -1,0 +1,32 @@
+# `make` or `make help` lists what there is. Nothing needs to be installed before.
+SHELL := /bin/bash
+PYTHON_VENV := .venv/bin/python
+SHELL_SCRIPTS = $(shell git ls-files '*.sh' .ci/run)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test demo demo-full lint setup-espnet202511
+
+help: ## this list
+	@echo "espnet2-spear: SPEAR pre-training and its students in ESPnet2"
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
+
+setup: ## virtual environment .venv with everything (1 to 10 minutes, once)
+	@tools/setup.sh
+
+test: setup ## set up and run the tests (a few minutes)
+	@echo "test: running the tests, a few minutes"
+	$(PYTHON_VENV) -m pytest
+
+demo: setup ## set up and run the main job on the embedded data (at most 40 minutes on 2 cores)
+	bash egs2/spear/demo.sh
+
+demo-full: setup ## the same on all of the embedded data, without a limit of time
+	bash egs2/spear/demo.sh --full true
+
+lint: setup ## ruff and shellcheck
+	$(PYTHON_VENV) -m ruff format --check .
+	$(PYTHON_VENV) -m ruff check .
+	.venv/bin/shellcheck --external-sources $(SHELL_SCRIPTS)
+
+setup-espnet202511: ## a second environment, .venv-espnet202511, with the older ESPnet
+	@tools/setup.sh espnet202511
