@@ -200,6 +200,28 @@ def test_tables_follow_the_centers():
     assert torch.equal(quantizer.encode(x), other.encode(x))
 
 
+def test_tables_follow_an_optimizer_that_hides_its_steps():
+    quantizer = random_quantizer(16, 16, 4).train()
+    x = random_vectors(quantizer, 40)
+    before = quantizer.encode(x)
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.1, fused=True)
+    quantizer_losses(quantizer, x, 1).total().backward()
+    optimizer.step()
+    stepped = random_quantizer(16, 16, 4)
+    stepped.load_state_dict(quantizer.state_dict())
+    assert not torch.equal(quantizer.encode(x), before)
+    assert torch.equal(quantizer.encode(x), stepped.encode(x))
+    assert torch.equal(quantizer.eval().encode(x), stepped.encode(x))
+
+
+def test_inference_mode():
+    quantizer = random_quantizer(16, 16, 4)
+    x = random_vectors(quantizer, 40)
+    with torch.inference_mode():
+        made_here = random_quantizer(16, 16, 4).eval()
+        assert torch.equal(made_here.encode(x), quantizer.eval().encode(x))
+
+
 def test_standardisation():
     quantizer = random_quantizer(16, 256, 4)
     x = random_vectors(quantizer, 40)

@@ -16,7 +16,7 @@ from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingEr
 
 CONFIG = MVQTrainingConfig(
     num_codebooks=2, iters_phase1=30, iters_phase2=20, batch_frames=128, lr=0.02
-)
+)  # 30 is no multiple of STEPS_PER_TABLES
 TEACHER = {"name": "made", "layer": 3}
 
 
@@ -117,7 +117,7 @@ def test_same_seed_same_quantizer(folder, tmp_path):
     assert first.identity == again.identity != other.identity
 
 
-@pytest.mark.parametrize("killed_at", [10, 30, 40])
+@pytest.mark.parametrize("killed_at", [10, 30, 40, 50])
 def test_killed_run_resumes_to_the_same_result(folder, tmp_path, killed_at):
     data = EmbeddingSet(folder)
     options = {"log_interval": 10, "save_seconds": 0.0}
@@ -128,14 +128,14 @@ def test_killed_run_resumes_to_the_same_result(folder, tmp_path, killed_at):
         pass
 
     def kill(line):
-        if f"step {killed_at + 10}/" in line:
+        if f"step {killed_at}/" in line:
             raise Killed
 
     checkpoint = tmp_path / "checkpoint"
     with pytest.raises(Killed):
         MVQTrainer(CONFIG, data, checkpoint, **options).train(kill)
     resumed = MVQTrainer(CONFIG, data, checkpoint, **options)
-    assert resumed.step == killed_at
+    assert killed_at - 4 <= resumed.step < killed_at
     assert torch.equal(parameters(resumed.train()), expected)
     assert resumed.history == whole.history
     resumed.finish()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espnet2_spear.mvq.quantizer import Quantizer
-from espnet2_spear.mvq.refine import refine
+from espnet2_spear.mvq.refine import GramTables, refine
 
 LOGITS_ENTROPY_WEIGHT = 0.01
 
@@ -43,17 +43,24 @@ class QuantizerLosses(NamedTuple):
 
 
 def quantizer_losses(
-    quantizer: Quantizer, x: Tensor, refine_iters: int
+    quantizer: Quantizer,
+    x: Tensor,
+    refine_iters: int,
+    tables: GramTables | None = None,
 ) -> QuantizerLosses:
-    """Compute the losses of standardised vectors x (B, D).
+    """Compute the losses of a batch; the choice of codes carries no gradient.
 
-    The choice of codes carries no gradient.
+    Args:
+        quantizer: to train.
+        x: standardised vectors (B, D).
+        refine_iters: passes of the search for the codes.
+        tables: of the centres to search with; by default the present ones.
     """
     logits = quantizer.logits(x)
     with torch.no_grad():
         codes = logits.argmax(dim=-1)
         if refine_iters > 0:
-            tables = quantizer.tables()
+            tables = tables or quantizer.tables()
             codes = refine(tables, tables.linear_terms(x), codes, refine_iters)
         mean = quantizer.scaled_centers().mean(dim=1).sum(dim=0)
         spread = (x - mean).square().sum() + 1e-20

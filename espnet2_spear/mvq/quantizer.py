@@ -110,15 +110,21 @@ class Quantizer(nn.Module):
         logits = self.to_logits(x * (SCALE_SPEED * self.logits_scale).exp())
         return logits.view(len(x), self.num_codebooks, self.codebook_size)
 
+    def train(self, mode: bool = True) -> Quantizer:
+        """As of any module; forgets what was computed from the parameters."""
+        self._tables = None
+        return super().train(mode)
+
+    @torch.no_grad()
     def tables(self) -> GramTables:
-        """Inner products of the centres, computed once while the centres stay."""
+        """Inner products of the centres; in eval mode they are computed once."""
+        centers = (self.centers, self.centers_scale)
+        # Some optimizers step without a new version, but not in eval mode.
         version = tuple(
-            (p.data_ptr(), p._version, p.device)
-            for p in (self.centers, self.centers_scale)
+            (p.data_ptr(), 0 if p.is_inference() else p._version) for p in centers
         )
-        if self._tables is None or self._tables[0] != version:
-            with torch.no_grad():
-                self._tables = (version, GramTables(self.scaled_centers()))
+        if self.training or self._tables is None or self._tables[0] != version:
+            self._tables = (version, GramTables(self.scaled_centers()))
         return self._tables[1]
 
     @torch.no_grad()
@@ -145,6 +151,7 @@ class Quantizer(nn.Module):
         codes = torch.empty(
             len(flat), self.num_codebooks, dtype=torch.int64, device=x.device
         )
+        tables = self.tables() if refine_iters > 0 else None
         for start in range(0, len(flat), max_frames):
             part = self.standardise(flat[start : start + max_frames])
             if not torch.isfinite(part).all():
@@ -153,16 +160,11 @@ class Quantizer(nn.Module):
                     f"vector {bad} of {len(flat)} holds NaN or infinity: the teacher "
                     "failed on this input"
                 )
-            codes[start : start + max_frames] = self.search(part, refine_iters)
+            best = self.logits(part).argmax(dim=-1)
+            if tables is not None:
+                best = refine(tables, tables.linear_terms(part), best, refine_iters)
+            codes[start : start + max_frames] = best
         return codes.view(*x.shape[:-1], self.num_codebooks)
-
-    def search(self, x: Tensor, refine_iters: int) -> Tensor:
-        """Codes (B, N) of standardised vectors (B, D)."""
-        codes = self.logits(x).argmax(dim=-1)
-        if refine_iters > 0:
-            tables = self.tables()
-            codes = refine(tables, tables.linear_terms(x), codes, refine_iters)
-        return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """Approximate vectors (..., D) of codes (..., N)."""

@@ -18,11 +18,15 @@ import numpy as np
 import torch
 
 from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet
-from espnet2_spear.mvq.losses import quantizer_losses
+from espnet2_spear.mvq.losses import QuantizerLosses, quantizer_losses
 from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.refine import GramTables
 
 PHASE_ONE_SIZE = 16
 STATS_FRAMES = 200_000
+# The inner products of all centres cost more than the rest of a step of phase 2. In so
+# few steps they change by little, and the search for codes may use those of before.
+STEPS_PER_TABLES = 4
 
 
 class TrainingError(ValueError):
@@ -115,6 +119,7 @@ class MVQTrainer:
         self.save_seconds = save_seconds
         self._saved = time.monotonic()
         self.history: list[dict[str, float]] = []
+        self._recent: list[list[float]] = []  # losses since the last entry
         self.step = 0
         if self.checkpoint.exists():
             self._resume()
@@ -136,23 +141,28 @@ class MVQTrainer:
         Raises:
             TrainingError: the loss is no longer finite.
         """
-        recent: list[np.ndarray] = []
         while self.step < self.config.total_iters:
             if self.step == self.config.iters_phase1 and not self._in_phase_two:
                 self._start_phase(self.quantizer.product_quantizer())
-            recent.append(self._take_step())
-            self.step += 1
-            if self.step % self.log_interval == 0:
-                self._log(np.mean(recent, axis=0), progress)
-                recent.clear()
+            if self._needs_tables:
                 if time.monotonic() - self._saved >= self.save_seconds:
                     self._save()
+                self._tables = self.quantizer.tables()
+            self._recent.append(self._take_step(self._tables))
+            self.step += 1
+            if self.step % self.log_interval == 0:
+                self._log(progress)
         self.quantizer.stamp()
         return self.quantizer.eval()
 
     def finish(self) -> None:
         """Remove the checkpoint, once the quantizer is stored."""
         self.checkpoint.unlink(missing_ok=True)
+
+    @property
+    def _needs_tables(self) -> bool:
+        step = self.step - (self.config.iters_phase1 if self._in_phase_two else 0)
+        return not self._in_phase_two or step % STEPS_PER_TABLES == 0
 
     @property
     def _in_phase_two(self) -> bool:
@@ -192,14 +202,15 @@ class MVQTrainer:
             betas=(0.9, 0.98),
             eps=1e-9,
             weight_decay=1e-6,
+            fused=True,
         )
 
-    def _take_step(self) -> np.ndarray:
+    def _take_step(self, tables: GramTables) -> list[float]:
         config = self.config
         batch = self.data.train_batch(config.batch_frames, config.seed, self.step)
         x = self.quantizer.standardise(batch.to(self.device))
         passes = 1 + int(np.random.default_rng([config.seed, self.step, 1]).integers(2))
-        losses = quantizer_losses(self.quantizer, x, passes)
+        losses = quantizer_losses(self.quantizer, x, passes, tables)
         loss = losses.total()
         values = torch.stack(losses).tolist()
         if not np.isfinite(values).all():
@@ -212,11 +223,12 @@ class MVQTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate(self.step)
         self.optimizer.step()
-        return np.array(values)
+        return values
 
-    def _log(self, losses: np.ndarray, progress: Callable[[str], None]) -> None:
-        names = ("reconstruction", "logprob", "logits_entropy", "index_entropy")
-        entry = dict(zip(names, losses.tolist(), strict=True))
+    def _log(self, progress: Callable[[str], None]) -> None:
+        losses = np.mean(self._recent, axis=0).tolist()
+        self._recent.clear()
+        entry = dict(zip(QuantizerLosses._fields, losses, strict=True))
         self.history.append({"step": self.step, **entry})
         phase = 2 if self._in_phase_two else 1
         figures = ", ".join(f"{name} {value:.4f}" for name, value in entry.items())
@@ -235,6 +247,7 @@ class MVQTrainer:
                 **self._facts(),
                 "step": self.step,
                 "history": self.history,
+                "recent": self._recent,
                 "quantizer": self.quantizer.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             },
@@ -261,6 +274,7 @@ class MVQTrainer:
                     f"has {value}; use the same, or {remedy}"
                 )
         self.step, self.history = state["step"], state["history"]
+        self._recent = state["recent"]
         num, size, dim = state["quantizer"]["centers"].shape
         self._start_phase(Quantizer(dim, size, num))
         self.quantizer.load_state_dict(state["quantizer"])
