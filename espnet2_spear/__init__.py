@@ -1,25 +1,32 @@
-"""SPEAR pre-training, frontend and encoder for ESPnet2.
+"""SPEAR pre-training, frontend and encoder as a plugin of ESPnet2.
 
 Importing this package makes frontend ``spear``, encoder ``zipformer``, optimizer
-``scaledadam`` and scheduler ``eden`` known to ESPnet; it imports neither ESPnet nor
-torch. ``load_model(path)`` opens a checkpoint.
+``scaledadam`` and scheduler ``eden`` known to ESPnet2's tasks, whether these are
+imported before or after. It imports neither torch nor ESPnet itself.
 """
 
-from espnet2_spear._hook import install as register
+from ._hook import install as register
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_model", "register"]
+__all__ = ["SpearEncoder", "__version__", "load_model", "register"]
 
-register()
+# What is worth having at the top, imported when first asked for.
+_LAZY = {
+    "SpearEncoder": "espnet2_spear.spear.encoder",
+    "load_model": "espnet2_spear.hub.load",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name == "load_model":
-        from espnet2_spear.hub.load import load_model
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return load_model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_LAZY})
+
+
+register()

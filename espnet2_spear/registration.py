@@ -1,125 +1,119 @@
-"""The one table of what this package adds to ESPnet, and how a row is added.
+"""The plugin's classes, and the modules of ESPnet that offer a choice of such classes.
 
-Cheap to import: neither ESPnet nor torch. ESPnet has no search for plugins; each of
-its choices is a dictionary at the top of a module, so a row of the table is added by
-putting the class into that dictionary, after its module was imported and before the
-argument parser is built (see ``_hook``).
+This is the one table of what is registered where. Importing it imports neither torch
+nor ESPnet; a class is imported when a module that it belongs in has been imported.
 """
 
-from __future__ import annotations
-
-import warnings
-
-TYPE_CHECKING = False  # typing's own costs a millisecond at every start
-if TYPE_CHECKING:
-    from types import ModuleType
-
-# (kind, name in ESPnet, module:class)
-CLASSES = (
-    ("frontend", "spear", "espnet2_spear.asr.frontend.spear:SpearFrontend"),
-    (
-        "encoder",
-        "zipformer",
-        "espnet2_spear.asr.encoder.zipformer_encoder:ZipformerEncoder",
-    ),
-    ("optim", "scaledadam", "espnet2_spear.optimizers.scaled_adam:ScaledAdam"),
-    ("scheduler", "eden", "espnet2_spear.schedulers.eden:Eden"),
-)
-
-# What classes of a kind must derive from where ESPnet's dictionary does not say it.
-BASES = {
-    "optim": "torch.optim:Optimizer",
-    "scheduler": "espnet2.schedulers.abs_scheduler:AbsScheduler",
+# What is put into a module's choices: its variable -> name -> "module:class".
+CLASSES = {
+    "frontend_choices": {"spear": "espnet2_spear.asr.frontend.spear:SpearFrontend"},
+    "encoder_choices": {
+        "zipformer": "espnet2_spear.asr.encoder.zipformer_encoder:ZipformerEncoder"
+    },
+    "optim_classes": {"scaledadam": "espnet2_spear.optimizers.scaled_adam:ScaledAdam"},
+    "scheduler_classes": {"eden": "espnet2_spear.schedulers.eden:Eden"},
 }
 
-_ABS_TASK = "espnet2.tasks.abs_task"
-_ESPNET3_ASR = "espnet3.systems.esp2_asr.task"
-_ENH_S2T = "espnet2.tasks.enh_s2t"
+# What a class in a plain dictionary must derive from; ClassChoices say it themselves.
+BASES = {
+    "optim_classes": "torch.optim:Optimizer",
+    "scheduler_classes": "espnet2.schedulers.abs_scheduler:AbsScheduler",
+}
 
-# Tasks that read features by the interface AbsFrontend. mt's is an embedding of text.
-_FRONTEND_TASKS = (
-    "aqa asr asr_transducer asvspoof cls diar hubert lid s2st s2t s2t_ctc slu spk ssl "
-    "st uasr"
-)
-# Tasks that call an encoder as asr does; spk, lid, hubert and beats do it differently.
-_ENCODER_TASKS = "asr asvspoof cls diar s2st s2t s2t_ctc slu ssl st"
+_BOTH = ("frontend_choices", "encoder_choices")
+_FRONTEND = ("frontend_choices",)
 
-# Where: (kind, module, attribute). enh_s2t holds copies, made when it is imported.
-PLACES = (
-    *(
-        ("frontend", f"espnet2.tasks.{task}", "frontend_choices")
-        for task in _FRONTEND_TASKS.split()
-    ),
-    ("frontend", _ESPNET3_ASR, "frontend_choices"),
-    ("frontend", _ENH_S2T, "diar_frontend_choices"),
-    *(
-        ("encoder", f"espnet2.tasks.{task}", "encoder_choices")
-        for task in _ENCODER_TASKS.split()
-    ),
-    ("encoder", _ESPNET3_ASR, "encoder_choices"),
-    ("encoder", _ENH_S2T, "asr_encoder_choices"),
-    ("encoder", _ENH_S2T, "st_encoder_choices"),
-    ("encoder", _ENH_S2T, "diar_encoder_choices"),
-    ("optim", _ABS_TASK, "optim_classes"),
-    ("scheduler", _ABS_TASK, "scheduler_classes"),
-)
-
-TARGETS = frozenset(module for _, module, _ in PLACES)
-
-
-def load_class(path: str) -> type:
-    """Import the class that ``module:class`` names."""
-    import importlib
-
-    module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)
+# The encoders of spk and lid are called without lengths, that of hubert with targets,
+# those of enh turn waveforms into spectra, and mt reads text: none can be a zipformer.
+TARGETS = {
+    "espnet2.tasks.abs_task": ("optim_classes", "scheduler_classes"),
+    "espnet2.tasks.aqa": _FRONTEND,
+    "espnet2.tasks.asr": _BOTH,
+    "espnet2.tasks.asr_transducer": _FRONTEND,
+    "espnet2.tasks.asvspoof": _BOTH,
+    "espnet2.tasks.cls": _BOTH,
+    "espnet2.tasks.diar": _BOTH,
+    "espnet2.tasks.hubert": _FRONTEND,
+    "espnet2.tasks.lid": _FRONTEND,
+    "espnet2.tasks.s2st": _BOTH,
+    "espnet2.tasks.s2t": _BOTH,
+    "espnet2.tasks.s2t_ctc": _BOTH,
+    "espnet2.tasks.slu": _BOTH,
+    "espnet2.tasks.spk": _FRONTEND,
+    "espnet2.tasks.ssl": _BOTH,
+    "espnet2.tasks.st": _BOTH,
+    "espnet2.tasks.uasr": _FRONTEND,
+    "espnet3.systems.esp2_asr.src.transducer_task": _FRONTEND,
+    "espnet3.systems.esp2_asr.task": _BOTH,
+}
 
 
-def register_into(module: ModuleType) -> None:
-    """Add every class that belongs into a module of ESPnet.
+class RegistrationWarning(RuntimeWarning):
+    """A class of the plugin could not be registered; ESPnet works without it."""
 
-    Names that are taken stay as they are: ours then gets the prefix ``spear_``.
-    Nothing is raised: what goes wrong becomes a warning, and ESPnet runs on without
-    that class.
 
-    Args:
-        module: an imported module, one of TARGETS.
+# What went wrong so far in this process; the doctor prints it.
+problems: list[str] = []
+
+
+def load(spec: str) -> object:
+    """Import ``module:attribute``."""
+    from importlib import import_module
+
+    module, attribute = spec.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def entries(module: object, variable: str) -> dict:
+    """The dictionary name -> class behind a variable of a task module.
+
+    Raises:
+        LookupError: this version of ESPnet has no such choice there.
     """
-    for kind, module_name, attribute in PLACES:
-        # Which attributes there are differs between versions of ESPnet.
-        if module_name != module.__name__ or not hasattr(module, attribute):
-            continue
-        for class_kind, name, path in CLASSES:
-            if class_kind != kind:
-                continue
+    choices = getattr(module, variable, None)
+    found = getattr(choices, "classes", choices)
+    if not isinstance(found, dict):
+        raise LookupError(f"{module.__name__} has no {variable}")
+    return found
+
+
+def register_into(module: object) -> None:
+    """Add the plugin's classes to the choices of one imported module of ``TARGETS``.
+
+    A name that is there already is kept, and ours is registered as ``spear_<name>``.
+    Whatever goes wrong is a :class:`RegistrationWarning`, never an error.
+    """
+    for variable in TARGETS[module.__name__]:
+        for name, spec in CLASSES[variable].items():
             try:
-                _register(getattr(module, attribute), kind, name, path)
+                message = _add(module, variable, name, spec)
             except Exception as error:
-                warnings.warn(
-                    f"espnet2_spear: {kind} {name!r} is not available in "
-                    f"{module_name}: {type(error).__name__}: {error}. "
-                    "`python -m espnet2_spear.doctor` tells more.",
-                    stacklevel=2,
-                )
+                message = f"not registered, {type(error).__name__}: {error}"
+            if message:
+                _warn(f"{name!r} in {module.__name__}.{variable}: {message}")
 
 
-def _register(choices: object, kind: str, name: str, path: str) -> None:
-    """Put a class into a plain dictionary or the one inside a ClassChoices."""
-    classes = choices if isinstance(choices, dict) else choices.classes
-    new = load_class(path)
-    base = getattr(choices, "base_type", None)
-    if base is None and kind in BASES:
-        base = load_class(BASES[kind])
-    if base is not None and not issubclass(new, base):
-        raise TypeError(f"{path} is no {base.__module__}.{base.__name__}")
-    old = classes.setdefault(name, new)
-    if old is new:
-        return
-    alias = f"spear_{name}"
-    if classes.setdefault(alias, new) is not new:
-        raise KeyError(f"the names {name!r} and {alias!r} are taken")
-    warnings.warn(
-        f"espnet2_spear: the {kind} {name!r} is {old.__module__}.{old.__qualname__}; "
-        f"the one of espnet2_spear is {alias!r}",
-        stacklevel=2,
+def _warn(message: str) -> None:
+    import warnings
+
+    problems.append(message)
+    warnings.warn(f"espnet2_spear: {message}", RegistrationWarning, stacklevel=3)
+
+
+def _add(module: object, variable: str, name: str, spec: str) -> str | None:
+    """Add one class; returns what is to be said about it, if anything."""
+    known = entries(module, variable)
+    cls = load(spec)
+    base = getattr(getattr(module, variable), "base_type", None)
+    if base is None and variable in BASES:
+        base = load(BASES[variable])
+    if base is not None and not issubclass(cls, base):
+        return f"{cls.__name__} is not a {base.__module__}.{base.__name__}"
+    if known.setdefault(name, cls) is cls:
+        return None
+    other = f"spear_{name}"
+    known.setdefault(other, cls)
+    return (
+        f"the name is taken by {known[name].__module__}.{known[name].__qualname__}, "
+        f"which is kept; ours is {other!r}"
     )

