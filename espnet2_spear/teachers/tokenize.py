@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import current_process, get_context, parent_process
 from pathlib import Path
@@ -107,15 +109,11 @@ def _tokenize_shard(tokenizer: Tokenizer, batches: Batches, stem: str) -> dict:
     """Write one shard; returns the record of its done mark."""
     frames: int = 0
     failed: list[tuple[str, str]] = []
-    parent = parent_process()
     with CodesWriter(f"{stem}.ark", f"{stem}.scp") as writer:
         for batch in batches:
             for utt, codes in tokenizer.encode(batch, failed):
                 writer.write(utt, codes)
                 frames += len(codes)
-            # A worker whose run was killed must not write beside the next run.
-            if parent is not None and not parent.is_alive():
-                raise SystemExit("the main process has gone")
     return {
         "frames": frames,
         "failed": failed,
@@ -129,10 +127,19 @@ _tokenizer: Tokenizer | None = None
 
 def _start_worker(options: TokenizeOptions, devices: Sequence[str], threads: int):
     global _tokenizer
+    # A worker whose run was killed would wait for ever, or write beside the next run.
+    threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(threads)
     # Spawned workers are numbered from 1.
     number = int(current_process().name.rpartition("-")[2] or 0)
     _tokenizer = Tokenizer(options, devices[number % len(devices)])
+
+
+def _follow_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(batches: Batches, stem: str) -> dict:
@@ -245,6 +252,12 @@ class TokenizeRun:
             try:
                 for job in as_completed(jobs):
                     yield jobs[job], job.result()
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    f"{self.folder}: a process was killed, perhaps for lack of memory; "
+                    "run it again with a smaller --nj or --batch_seconds (finished "
+                    "shards are kept)"
+                ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

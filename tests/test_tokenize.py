@@ -1,0 +1,413 @@
+"""spear_embed and spear_tokenize: from a data directory to embeddings and codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from teacher_files import whisper_tensors, write_ctranslate2
+
+from espnet2_spear.bin import spear_embed, spear_tokenize
+from espnet2_spear.fileio.datadir import DataDirError
+from espnet2_spear.fileio.kaldi_ark import read_matrix, read_scp
+from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.teachers import TeacherError, build_teacher
+from espnet2_spear.teachers.extract import Utterance, make_batches
+from espnet2_spear.teachers.shards import deal, duration
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """Write a small teacher, its configuration and a random quantizer for it."""
+    folder = tmp_path_factory.mktemp("setup")
+    weights = write_ctranslate2(folder / "model.bin", whisper_tensors())
+    config = folder / "teacher.yaml"
+    config.write_text(
+        f"teacher: whisper\nteacher_conf: {{weights: {weights}, layer: 2}}\n"
+    )
+    teacher = build_teacher("whisper", {"weights": str(weights), "layer": 2})
+    torch.manual_seed(0)
+    quantizer = Quantizer(32, 256, 4)
+    quantizer.save(folder / "quantizer.pt", {"teacher": teacher.describe()})
+    return {
+        "config": str(config),
+        "weights": str(weights),
+        "quantizer": str(folder / "quantizer.pt"),
+        "teacher": teacher,
+    }
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """Write a data directory of 12 clips of noise, every third one general audio."""
+    return write_data(tmp_path / "data", [8000 + 731 * (i % 7) for i in range(12)])
+
+
+def write_data(folder, lengths):
+    """Write noise of these lengths in samples as a data directory."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    tables = {"wav.scp": [], "utt2num_samples": [], "utt2domain": []}
+    for i, samples in enumerate(lengths):
+        utt, path = f"utt{i:02d}", folder / f"utt{i:02d}.wav"
+        soundfile.write(path, 0.1 * rng.standard_normal(samples), 16000)
+        tables["wav.scp"].append(f"{utt} {path}")
+        tables["utt2num_samples"].append(f"{utt} {samples}")
+        tables["utt2domain"].append(f"{utt} {'speech' if i % 3 else 'audio'}")
+    for name, lines in tables.items():
+        (folder / name).write_text("".join(line + "\n" for line in lines))
+    return folder
+
+
+def spoil(data_dir):
+    """Make five utterances unusable, each in another way."""
+    (data_dir / "utt01.wav").unlink()
+    (data_dir / "utt02.wav").write_bytes(b"no audio" * 100)
+    soundfile.write(data_dir / "utt04.wav", np.zeros(9000), 8000)
+    soundfile.write(data_dir / "utt05.wav", np.zeros(100), 16000)
+    soundfile.write(data_dir / "utt07.wav", np.zeros(12345), 16000)
+    lines = (data_dir / "utt2num_samples").read_text().splitlines()
+    lines[5] = "utt05 100"
+    (data_dir / "utt2num_samples").write_text("\n".join(lines) + "\n")
+    return {
+        "utt01": "no such file",
+        "utt02": "cannot be decoded",
+        "utt04": "8000 Hz",
+        "utt05": "shorter than the 400",
+        "utt07": "12345 samples",
+    }
+
+
+def embed(setup, data_dir, output, *options):
+    """Run spear_embed; returns its index."""
+    spear_embed.main(
+        [
+            *("--teacher_config", setup["config"]),
+            *("--wav_scp", str(data_dir / "wav.scp")),
+            *("--output_dir", str(output)),
+            *map(str, options),
+        ]
+    )
+    return json.loads((output / "embeddings.json").read_text())
+
+
+def tokenize_command(setup, data_dir, output, *options):
+    """Return the options of spear_tokenize."""
+    return [
+        *("--teacher_config", setup["config"]),
+        *("--quantizer", setup["quantizer"]),
+        *("--data_dir", str(data_dir)),
+        *("--output_dir", str(output)),
+        *("--name", "speech"),
+        *("--ngpu", "0"),
+        *map(str, options),
+    ]
+
+
+def tokenize(setup, data_dir, output, *options):
+    """Run spear_tokenize in this process; returns its summary."""
+    command = tokenize_command(setup, data_dir, output, "--nj", 1, *options)
+    spear_tokenize.main(command)
+    return json.loads((output / "speech.json").read_text())
+
+
+def arks(folder):
+    """Return the contents of the ark files of a folder by name."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.ark")}
+
+
+def alone(setup, data_dir, utt):
+    """Embed one utterance by itself, (T, 32)."""
+    speech, _ = soundfile.read(data_dir / f"{utt}.wav", dtype="float32")
+    frames, _ = setup["teacher"](
+        torch.from_numpy(speech)[None], torch.tensor([len(speech)])
+    )
+    return frames[0]
+
+
+def test_batches_are_bounded_and_complete():
+    rng = np.random.default_rng(0)
+    utterances = [
+        Utterance(f"u{i}", f"u{i}.wav", int(n))
+        for i, n in enumerate(rng.integers(1000, 90000, 200))
+    ]
+    utterances.append(Utterance("long", "long.wav", 16000 * 30))
+    batches = make_batches(utterances, 20.0)
+    assert sorted(u.utt for b in batches for u in b) == sorted(
+        u.utt for u in utterances
+    )
+    sizes = [len(b) * max(u.samples for u in b) / 16000 for b in batches]
+    assert all(size <= 20.0 for size, b in zip(sizes, batches, strict=True) if b[1:])
+    assert make_batches(reversed(utterances), 20.0) == batches
+    assert duration(batches) > 0.9 * sum(sizes), "padding wastes more than 10 %"
+    shards = deal(batches, 100.0)
+    assert sorted(map(str, sum(shards, []))) == sorted(map(str, batches))
+    seconds = [duration(shard) for shard in shards]
+    assert 60.0 < min(seconds) and max(seconds) < 140.0
+
+
+def test_embeddings_are_those_of_the_teacher(setup, data_dir, tmp_path):
+    index = embed(setup, data_dir, tmp_path / "out", "--dtype", "float32")
+    assert index["dim"] == 32 and index["frame_rate"] == 50.0
+    assert index["teacher"] == setup["teacher"].describe()
+    (file,) = index["files"]
+    matrix = np.load(tmp_path / "out" / file["file"])
+    lengths = {f"utt{i:02d}": 8000 + 731 * (i % 7) for i in range(12)}
+    order = sorted(lengths, key=lambda utt: (lengths[utt], utt))
+    expected = torch.cat([alone(setup, data_dir, utt) for utt in order])
+    assert matrix.dtype == np.float32 and file["frames"] == len(matrix)
+    np.testing.assert_allclose(matrix, expected, atol=1e-4)
+
+
+def test_embeddings_of_a_random_choice(setup, data_dir, tmp_path):
+    options = ("--max_frames", 100, "--domains", "speech", "--seed")
+    indexes, matrices = [], []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        indexes.append(embed(setup, data_dir, tmp_path / name, *options, seed))
+        files = [file["file"] for file in indexes[-1]["files"]]
+        matrices.append(np.concatenate([np.load(tmp_path / name / f) for f in files]))
+    assert matrices[0].dtype == np.float16
+    assert 100 <= len(matrices[0]) < 100 + 39  # the longest clip has 39 frames
+    np.testing.assert_array_equal(matrices[0], matrices[1])
+    assert matrices[0].shape != matrices[2].shape or (matrices[0] != matrices[2]).any()
+    audio = alone(setup, data_dir, "utt00").half().numpy()
+    everything = embed(setup, data_dir, tmp_path / "all", "--domains", "speech")
+    (file,) = everything["files"]
+    rows = {row.tobytes() for row in np.load(tmp_path / "all" / file["file"])}
+    assert not rows & {row.tobytes() for row in audio}
+
+
+def test_embedding_lists_bad_utterances_and_goes_on(setup, data_dir, tmp_path):
+    whole = embed(setup, data_dir, tmp_path / "whole")
+    reasons = spoil(data_dir)
+    index = embed(setup, data_dir, tmp_path / "out")
+    failed = dict(index["failed"])
+    assert failed.keys() == reasons.keys()
+    for utt, reason in reasons.items():
+        assert reason in failed[utt], failed[utt]
+    lost = sum((8000 + 731 * (i % 7)) // 320 + 1 for i in (1, 2, 4, 5, 7))
+    frames = sum(file["frames"] for file in index["files"])
+    assert abs(sum(f["frames"] for f in whole["files"]) - frames - lost) <= 5
+
+
+def test_embedding_resumes_and_replaces(setup, data_dir, tmp_path):
+    out = tmp_path / "out"
+    options = ("--batch_seconds", 1.5, "--shard_seconds", 2)
+    index = embed(setup, data_dir, out, *options)
+    assert len(index["files"]) >= 3
+    before = {f: (out / f).read_bytes() for f in os.listdir(out)}
+    (out / "embeddings.1.done").unlink()
+    (out / "embeddings.1.npy").write_bytes(b"half written")
+    (out / "embeddings.json").unlink()
+    times = {f: (out / f).stat().st_mtime_ns for f in os.listdir(out)}
+    embed(setup, data_dir, out, *options)
+    assert {f: (out / f).read_bytes() for f in os.listdir(out)} == before
+    for i in (0, 2):
+        file = f"embeddings.{i}.npy"
+        assert (out / file).stat().st_mtime_ns == times[file], "computed again"
+    index = embed(setup, data_dir, out)
+    assert [file["file"] for file in index["files"]] == ["embeddings.0.npy"]
+    assert not (out / "embeddings.1.npy").exists(), "left from other options"
+
+
+def test_nothing_to_embed(setup, data_dir, tmp_path):
+    for path in data_dir.glob("*.wav"):
+        path.unlink()
+    with pytest.raises(ValueError, match="none of the 12 utterances"):
+        embed(setup, data_dir, tmp_path / "out")
+    assert not (tmp_path / "out" / "embeddings.json").exists()
+
+
+def test_codes_are_those_of_teacher_and_quantizer(setup, data_dir, tmp_path):
+    out = tmp_path / "codes"
+    summary = tokenize(setup, data_dir, out, "--domains", "speech")
+    scp = read_scp(out / "speech.scp")
+    assert list(scp) == [f"utt{i:02d}" for i in range(12)]
+    quantizer = Quantizer.load(setup["quantizer"])
+    same = total = 0
+    for i, (utt, spec) in enumerate(scp.items()):
+        codes = read_matrix(spec)
+        if i % 3 == 0:
+            np.testing.assert_array_equal(codes, np.full((1, 4), -1.0))
+            continue
+        expected = quantizer.encode(alone(setup, data_dir, utt)).numpy()
+        assert codes.shape == expected.shape
+        same += int((codes == expected).sum())
+        total += expected.size
+    # Rounding may tip a near tie the other way in another batch.
+    assert same >= 0.99 * total
+    assert summary["tokenized"] == 8 and summary["not_asked_for"] == 4
+    assert summary["failed"] == 0 and (out / "speech.failed").read_text() == ""
+    assert summary["frames"] * 4 == total
+    assert summary["teacher"] == setup["teacher"].describe()
+
+
+def test_bad_utterances_are_listed_and_have_no_codes(setup, data_dir, tmp_path):
+    out = tmp_path / "codes"
+    reasons = spoil(data_dir)
+    summary = tokenize(setup, data_dir, out)
+    lines = (out / "speech.failed").read_text().splitlines()
+    failed = dict(line.split(maxsplit=1) for line in lines)
+    assert failed.keys() == reasons.keys() and summary["failed"] == 5
+    for utt, reason in reasons.items():
+        assert reason in failed[utt], failed[utt]
+    scp = read_scp(out / "speech.scp")
+    assert len(scp) == 12
+    for utt, spec in scp.items():
+        missing = (read_matrix(spec) == -1).all()
+        assert missing == (utt in reasons)
+
+
+def test_processes_and_resumption_change_nothing(setup, data_dir, tmp_path):
+    options = ("--batch_seconds", 1.5, "--shard_seconds", 2)
+    one = tmp_path / "one"
+    tokenize(setup, data_dir, one, *options)
+    expected = arks(one)
+    assert len(expected) >= 4
+    two = tmp_path / "two"
+    command = tokenize_command(setup, data_dir, two, *options, "--nj", 2)
+    subprocess.run(
+        [sys.executable, "-m", "espnet2_spear.bin.spear_tokenize", *command],
+        cwd=ROOT,
+        check=True,
+    )
+    assert arks(two) == expected
+    assert (two / "speech.scp").read_text().replace(str(two), str(one)) == (
+        one / "speech.scp"
+    ).read_text()
+    # Done marks that do not count: none, of a truncated ark, of a lost scp, garbage.
+    (one / "speech.0.done").unlink()
+    (one / "speech.1.ark").write_bytes(expected["speech.1.ark"][:-7])
+    (one / "speech.2.scp").unlink()
+    (one / "speech.scp").unlink()
+    tokenize(setup, data_dir, one, *options)
+    assert arks(one) == expected
+    assert read_scp(one / "speech.scp").keys() == read_scp(two / "speech.scp").keys()
+
+
+def children(pid):
+    """Return the process ids of a process's children (Linux)."""
+    return [
+        int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ]
+
+
+def is_alive(pid):
+    """Say whether a process is there and no zombie (Linux)."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_killed_run_goes_on_to_the_same_result(setup, tmp_path):
+    data_dir = write_data(tmp_path / "data", [16000 + i for i in range(40)])
+    # So many passes of the search that shards take a while.
+    options = ("--batch_seconds", 2.5, "--shard_seconds", 2, "--refine_iters", 500)
+    out = tmp_path / "killed"
+    command = tokenize_command(setup, data_dir, out, *options, "--nj", 2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "espnet2_spear.bin.spear_tokenize", *command], cwd=ROOT
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("*.done")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        workers = children(process.pid)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert len(list(out.glob("*.done"))) < 20 and not (out / "speech.scp").exists()
+    deadline = time.monotonic() + 30
+    while any(is_alive(pid) for pid in workers):
+        assert time.monotonic() < deadline, "workers outlive their run"
+        time.sleep(0.05)
+    tokenize(setup, data_dir, out, *options)
+    whole = tmp_path / "whole"
+    tokenize(setup, data_dir, whole, *options)
+    assert arks(out) == arks(whole) and len(arks(out)) == 21
+
+
+def test_other_options_or_inputs_are_computed_again(setup, data_dir, tmp_path):
+    out = tmp_path / "codes"
+    tokenize(setup, data_dir, out)
+    before = arks(out)
+    tokenize(setup, data_dir, out, "--refine_iters", 0)
+    assert arks(out) != before
+    torch.manual_seed(1)
+    other = tmp_path / "other.pt"
+    Quantizer(32, 256, 4).save(other, {"teacher": setup["teacher"].describe()})
+    tokenize({**setup, "quantizer": str(other)}, data_dir, out)
+    assert arks(out) != before
+    tokenize(setup, data_dir, out)
+    assert arks(out) == before
+
+
+def test_quantizer_of_another_teacher(setup, data_dir, tmp_path, caplog):
+    out, path = tmp_path / "codes", tmp_path / "q.pt"
+    other = {**setup, "quantizer": str(path)}
+    weights = {"weights": setup["weights"]}
+    description = build_teacher("whisper", {**weights, "layer": 1}).describe()
+    Quantizer(32, 256, 4).save(path, {"teacher": description})
+    with pytest.raises(
+        TeacherError, match="another teacher .layer 1 against 2.*stage 4"
+    ):
+        tokenize(other, data_dir, out)
+    Quantizer(16, 256, 4).save(path, {"teacher": description})
+    with pytest.raises(
+        TeacherError, match="of 16 dimensions, teacher whisper gives 32"
+    ):
+        tokenize(other, data_dir, out)
+    Quantizer(32, 512, 4).save(path, {})
+    with pytest.raises(TeacherError, match="at most 256"):
+        tokenize(other, data_dir, out)
+    assert not out.exists()
+    Quantizer(32, 256, 4).save(path, {})
+    tokenize(other, data_dir, out)
+    assert "does not say on which teacher" in caplog.text
+
+
+def test_bad_data_directories(setup, data_dir, tmp_path):
+    out = tmp_path / "codes"
+    with pytest.raises(
+        DataDirError, match="no utterance of domain music; it has: audio"
+    ):
+        tokenize(setup, data_dir, out, "--domains", "speech,music")
+    (data_dir / "segments").write_text("utt00 rec 0.0 1.0\n")
+    with pytest.raises(DataDirError, match="has segments"):
+        tokenize(setup, data_dir, out)
+    (data_dir / "segments").unlink()
+    table = data_dir / "utt2num_samples"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[1:]))
+    with pytest.raises(DataDirError, match="no number of samples for 'utt00'"):
+        tokenize(setup, data_dir, out)
+    table.write_text("".join([lines[0], *lines]))
+    with pytest.raises(DataDirError, match="line 2: 'utt00' appears twice"):
+        tokenize(setup, data_dir, out)
+    table.unlink()
+    with pytest.raises(DataDirError, match="utt2num_samples: cannot be read"):
+        tokenize(setup, data_dir, out)
+    assert not out.exists()
+
+
+def test_nothing_to_tokenize(setup, data_dir, tmp_path):
+    for path in data_dir.glob("*.wav"):
+        path.unlink()
+    with pytest.raises(
+        ValueError, match="none of the 12 utterances could be tokenized"
+    ):
+        tokenize(setup, data_dir, tmp_path / "codes")
+    assert not (tmp_path / "codes" / "speech.scp").exists()
