@@ -5,7 +5,13 @@ must be extended before a parser or model is built, in spawned processes too. So
 finder in front of ``sys.meta_path`` lets the ordinary finders find such a module and
 registers right after its body has run. Nothing that costs time is imported here: this
 runs wherever the plugin is imported, whether ESPnet is used or not.
+
+Processes that multiprocessing spawns begin with a fresh interpreter that imports the
+main module again, which need not import the plugin. So ``install`` travels in the data
+that they unpickle before that, and unpickling it imports the plugin.
 """
+
+from __future__ import annotations
 
 import os
 import sys
@@ -16,30 +22,42 @@ DISABLE = "SPEAR_ESPNET_DISABLE"
 _SPAWN = "multiprocessing.spawn"
 _PLUGIN_KEY = "espnet2_spear"
 
+TYPE_CHECKING = False  # importing typing costs more than all of this
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
 
 class _Loader:
     """Stands in for the loader of one module until the module's body has run."""
 
-    def __init__(self, loader):
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
 
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType) -> None:
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        register_into(module)
+        _after_import(module)
 
 
 class _Finder:
     """Finds the modules of the registration table by asking the other finders."""
 
-    def find_spec(self, name, path=None, target=None):
-        if name not in TARGETS:
+    def find_spec(
+        self,
+        name: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if (name not in TARGETS and name != _SPAWN) or disabled():
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -54,6 +72,26 @@ class _Finder:
 
 
 _FINDER = _Finder()
+
+
+def _after_import(module: ModuleType) -> None:
+    if module.__name__ == _SPAWN:
+        _register_in_children(module)
+    else:
+        register_into(module)
+
+
+def _register_in_children(spawn: ModuleType) -> None:
+    """Put ``install`` into what spawned children unpickle first."""
+    prepare = getattr(spawn, "get_preparation_data", None)
+    if prepare is None or hasattr(prepare, _PLUGIN_KEY):
+        return
+
+    def get_preparation_data(name: str) -> dict[str, object]:
+        return {**prepare(name), _PLUGIN_KEY: install}
+
+    setattr(get_preparation_data, _PLUGIN_KEY, True)
+    spawn.get_preparation_data = get_preparation_data
 
 
 def disabled() -> bool:
@@ -71,7 +109,7 @@ def install() -> None:
         return
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-    for name in TARGETS:
+    for name in (*TARGETS, _SPAWN):
         module = sys.modules.get(name)
         if module is not None:
-            register_into(module)
+            _after_import(module)
