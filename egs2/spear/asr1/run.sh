@@ -103,6 +103,13 @@ run() {
     fi
 }
 
+newer() { # newer <file> <sources>: the file is there and newer than all sources
+    local source
+    for source in "${@:2}"; do
+        [ "$1" -nt "${source}" ] || return 1
+    done
+}
+
 need() { # need <file> <stage that makes it>
     if [ "${dry_run}" = false ] && [ ! -e "$1" ]; then
         log "ERROR: $1 is missing; run stage $2 first"
@@ -113,6 +120,11 @@ need() { # need <file> <stage that makes it>
 if wanted 1 && [ "${dry_run}" = false ]; then
     log "Stage 1: data"
     for set in ${all_sets}; do
+        if newer "${dumpdir}/raw/${set}/wav.scp" \
+            "${SSL_DATA}/${set}"/{wav.scp,text,utt2num_samples}; then
+            log "${dumpdir}/raw/${set} is up to date"
+            continue
+        fi
         python local/data.py --in_dir "${SSL_DATA}/${set}" --root "${SSL_ROOT}" \
             --out_dir "${dumpdir}/raw/${set}"
     done
@@ -122,16 +134,20 @@ if wanted 2 && [ "${dry_run}" = false ]; then
     log "Stage 2: token list -> ${token_dir}/tokens.txt"
     need "${dumpdir}/raw/${train_set}/text" 1
     mkdir -p "${token_dir}"
-    if [ "${token_type}" = bpe ]; then
+    if newer "${token_dir}/tokens.txt" "${dumpdir}/raw/${train_set}/text"; then
+        log "${token_dir}/tokens.txt is up to date"
+    elif [ "${token_type}" = bpe ]; then
         python local/tokens.py --text "${dumpdir}/raw/${train_set}/text" \
             --train "${token_dir}/bpe" --nbpe "${nbpe}"
     else
         python -m espnet2.bin.tokenize_text --token_type char --field 2- \
             --input "${dumpdir}/raw/${train_set}/text" \
-            --output "${token_dir}/tokens.txt" --write_vocabulary true \
+            --output "${token_dir}/tokens.part" --write_vocabulary true \
             --add_symbol "<blank>:0" --add_symbol "<unk>:1" --add_symbol "<sos/eos>:-1"
+        mv "${token_dir}/tokens.part" "${token_dir}/tokens.txt"
     fi
     for set in ${train_set} ${valid_set}; do
+        need "${dumpdir}/raw/${set}/text" 1
         python local/tokens.py --text "${dumpdir}/raw/${set}/text" \
             --shape "${token_dir}/text_shape.${set}" --bpemodel "${bpemodel}"
     done
