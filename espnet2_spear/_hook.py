@@ -7,8 +7,8 @@ registers right after its body has run. Nothing that costs time is imported here
 runs wherever the plugin is imported, whether ESPnet is used or not.
 
 Processes that multiprocessing spawns begin with a fresh interpreter that imports the
-main module again, which need not import the plugin. So ``install`` travels in the data
-that they unpickle before that, and unpickling it imports the plugin.
+main module again, which need not import the plugin. So an import of it travels in the
+data that they unpickle before that.
 """
 
 from __future__ import annotations
@@ -74,6 +74,19 @@ class _Finder:
 _FINDER = _Finder()
 
 
+class _ImportInChild:
+    """Is unpickled as an import of the plugin.
+
+    Children get the parent's sys.path only afterwards, in place of their own, so where
+    the plugin is must be told: it may be known by the folder of the main script alone.
+    """
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        code = f"import sys; sys.path.append({root!r}); import {_PLUGIN_KEY}"
+        return exec, (code, {})
+
+
 def _after_import(module: ModuleType) -> None:
     if module.__name__ == _SPAWN:
         _register_in_children(module)
@@ -82,13 +95,13 @@ def _after_import(module: ModuleType) -> None:
 
 
 def _register_in_children(spawn: ModuleType) -> None:
-    """Put ``install`` into what spawned children unpickle first."""
+    """Put the import of the plugin into what spawned children unpickle first."""
     prepare = getattr(spawn, "get_preparation_data", None)
     if prepare is None or hasattr(prepare, _PLUGIN_KEY):
         return
 
     def get_preparation_data(name: str) -> dict[str, object]:
-        return {**prepare(name), _PLUGIN_KEY: install}
+        return {**prepare(name), _PLUGIN_KEY: _ImportInChild()}
 
     setattr(get_preparation_data, _PLUGIN_KEY, True)
     spawn.get_preparation_data = get_preparation_data
