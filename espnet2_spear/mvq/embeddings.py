@@ -94,9 +94,11 @@ class EmbeddingSet:
         """Frames float32 (len(which), dim) of the training part by number."""
         return self._read(self._train.frames(which))
 
-    def held_out_frames(self) -> Tensor:
-        """All held-out frames, float32 (num_held_out, dim)."""
-        return self._read(self._held_out.frames(np.arange(self.num_held_out)))
+    def held_out_frames(self, count: int | None = None) -> Tensor:
+        """Held-out frames float32 (frames, dim): all, or ``count`` spread evenly."""
+        count = min(count or self.num_held_out, self.num_held_out)
+        which = np.arange(count) * self.num_held_out // count
+        return self._read(self._held_out.frames(which))
 
     def train_sample(self, count: int, seed: int) -> Tensor:
         """At most ``count`` different training frames, drawn at random."""

@@ -17,7 +17,7 @@ from espnet2_spear.mvq.losses import code_usage, entropy
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.training import MVQTrainingConfig
 
-EVALUATED_FRAMES = 10_000
+EVALUATED_FRAMES = 5_000
 
 
 def evaluate(
@@ -37,7 +37,7 @@ def evaluate(
     device = quantizer.mean.device
     parts = {
         "train": data.train_sample(EVALUATED_FRAMES, config.seed),
-        "held_out": data.held_out_frames(),
+        "held_out": data.held_out_frames(EVALUATED_FRAMES),
     }
     summary: dict[str, Any] = {
         "identity": quantizer.identity,

@@ -23,7 +23,7 @@ from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.refine import GramTables
 
 PHASE_ONE_SIZE = 16
-STATS_FRAMES = 200_000
+STATS_FRAMES = 50_000
 # The inner products of all centres cost more than the rest of a step of phase 2. In so
 # few steps they change by little, and the search for codes may use those of before.
 STEPS_PER_TABLES = 4
