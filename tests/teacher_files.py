@@ -7,8 +7,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+import pytest
 
 # CTranslate2's numbers of data types.
 CT2_DTYPES = {"float32": 0, "int8": 1, "int16": 2, "float16": 4}
@@ -79,6 +78,9 @@ def write_yamnet(path: Path, seed: int = 0) -> Path:
 
     Weights lie in an external file and pass quantisation nodes.
     """
+    pytest.importorskip("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
     rng = np.random.default_rng(seed)
     blobs, initializers, nodes = [], [], []
 
@@ -152,18 +154,20 @@ def write_yamnet(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def unquantised(path: Path) -> onnx.ModelProto:
+def unquantised(path: Path):
     """Load a zip of ONNX with its quantisation nodes removed, for a reference run."""
+    onnx = pytest.importorskip("onnx")
+    external, default = onnx.TensorProto.EXTERNAL, onnx.TensorProto.DEFAULT
     with zipfile.ZipFile(path) as archive:
         names = {Path(n).name: n for n in archive.namelist()}
         model = onnx.load_model_from_string(archive.read(names["model.onnx"]))
         data = archive.read(names["model.data"])
     for proto in model.graph.initializer:
-        if proto.data_location == TensorProto.EXTERNAL:
+        if proto.data_location == external:
             where = {entry.key: entry.value for entry in proto.external_data}
             start = int(where["offset"])
             proto.raw_data = data[start : start + int(where["length"])]
-            proto.data_location = TensorProto.DEFAULT
+            proto.data_location = default
             proto.ClearField("external_data")
     source, kept = {}, []
     for node in model.graph.node:

