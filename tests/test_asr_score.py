@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from espnet2_spear.bin import asr_score, asr_table
+from espnet2_spear.bin import asr_ctc_greedy, asr_score, asr_table
 
 
 def _write(path, lines):
@@ -92,6 +92,13 @@ def test_results_and_minutes(tmp_path, capsys, seconds_as):
     wer, cer = results.split("### WER")[1].split("### CER")
     assert "|en_test|1|2|50.0|0.0|50.0|0.0|50.0|100.0|" in wer
     assert "|en_test|1|7|42.9|0.0|57.1|0.0|57.1|100.0|" in cer
+
+
+def test_greedy_path():
+    # blank 0; "5 5 0 5" is two tokens, "3 3" one.
+    path = torch.tensor([0, 0, 5, 5, 0, 5, 3, 3, 0])
+    assert asr_ctc_greedy.collapse(path) == [5, 5, 3]
+    assert asr_ctc_greedy.collapse(torch.zeros(4, dtype=torch.long)) == []
 
 
 def _scored(folder, system, seed, wer, cer, minutes=None):

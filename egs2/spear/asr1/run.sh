@@ -24,6 +24,7 @@ Stages (what is finished is not done again)
   --stage N, --stop_stage N      first and last stage          [1, 7]
   --ngpu N                       GPUs for training             [all visible]
   --gpu_inference true|false     decode on a GPU               [false]
+  --search greedy|beam           best path, or ESPnet's prefix search, slow on CPUs [greedy]
   --asr_config FILE              training configuration        [conf/train_asr_spear_frozen.yaml]
   --asr_args \"...\"               further options of asr_train  []
   --asr_tag TAG                  name of the recognizer        [<config>_<token type>_s<seed>]
@@ -31,7 +32,7 @@ Stages (what is finished is not done again)
   --ckpt PATH                    pre-trained student, for frontend: spear
   --token_type char|bpe          kind of tokens                [char]
   --nbpe N                       size of the bpe vocabulary    [100]
-  --inference_config FILE        decoding configuration        [conf/decode_asr_ctc.yaml]
+  --inference_config FILE        decoding configuration        [conf/decode_asr_ctc.yaml] (beam)
   --inference_asr_model NAME     model file to decode with     [valid.cer_ctc.ave.pth]
   --train_set, --valid_set, --test_sets \"A B\"   sets           [en_train, en_dev, en_dev en_test]
   --datadir, --dumpdir, --expdir folders                       [data dump exp]
@@ -49,6 +50,7 @@ seed=0
 ckpt=
 token_type=char
 nbpe=100
+search=greedy
 inference_config=conf/decode_asr_ctc.yaml
 inference_asr_model=valid.cer_ctc.ave.pth
 train_set=en_train
@@ -85,7 +87,14 @@ config_name=$(basename "${asr_config}" .yaml)
 system=${config_name#train_asr_}
 : "${asr_tag:=${system}_${token_type}_s${seed}}"
 asr_exp=${expdir}/asr_${asr_tag}
-decode_dir=${asr_exp}/$(basename "${inference_config}" .yaml)
+case ${search} in
+greedy) decode_dir=${asr_exp}/decode_ctc_greedy ;;
+beam) decode_dir=${asr_exp}/$(basename "${inference_config}" .yaml) ;;
+*)
+    log "ERROR: --search must be greedy or beam, not '${search}'"
+    exit 2
+    ;;
+esac
 all_sets=$(tr ' ' '\n' <<<"${train_set} ${valid_set} ${test_sets}" | sort -u)
 
 wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
@@ -210,12 +219,16 @@ if wanted 4; then
         fi
         gpus=0
         [ "${gpu_inference}" = false ] || gpus=1
-        run "${gpus}" "${decode_dir}/${set}/decode.log" espnet2.bin.asr_inference \
-            --config "${inference_config}" --ngpu "${gpus}" \
-            --data_path_and_name_and_type "${dumpdir}/raw/${set}/wav.scp,speech,sound" \
-            --asr_train_config "${asr_exp}/config.yaml" \
-            --asr_model_file "${asr_exp}/${inference_asr_model}" \
-            --output_dir "${decode_dir}/${set}"
+        args=(--ngpu "${gpus}" --output_dir "${decode_dir}/${set}"
+            --data_path_and_name_and_type "${dumpdir}/raw/${set}/wav.scp,speech,sound"
+            --asr_train_config "${asr_exp}/config.yaml"
+            --asr_model_file "${asr_exp}/${inference_asr_model}")
+        module=espnet2_spear.bin.asr_ctc_greedy
+        if [ "${search}" = beam ]; then
+            module=espnet2.bin.asr_inference
+            args+=(--config "${inference_config}")
+        fi
+        run "${gpus}" "${decode_dir}/${set}/decode.log" "${module}" "${args[@]}"
     done
 fi
 
@@ -228,7 +241,7 @@ if wanted 5; then
             "${decode_dir}/${set}/1best_recog/text")
     done
     run 0 "${asr_exp}/score.log" espnet2_spear.bin.asr_score "${args[@]}"
-    [ "${dry_run}" = true ] || grep -v '^#' "${asr_exp}/RESULTS.md"
+    [ "${dry_run}" = true ] || sed -n '/^## asr_/,$p' "${asr_exp}/RESULTS.md"
 fi
 
 if wanted 6 && [ "${dry_run}" = false ]; then

@@ -69,8 +69,8 @@ def work(jobs: list) -> None:
 
 def main() -> None:
     args = get_parser().parse_args()
-    for module in ("asr_train", "asr_inference"):
-        importlib.import_module(f"espnet2.bin.{module}")
+    for module in ("espnet2.bin.asr_train", "espnet2_spear.bin.asr_score"):
+        importlib.import_module(module)
     context = multiprocessing.get_context("fork")
     # All seeds of a system before the next would leave the slow ones to the end.
     waiting = [(s, seed) for seed in args.seeds for s in reversed(args.systems)]
