@@ -29,6 +29,7 @@ NEEDED = {
     "av": "pip install av",
     "soxr": "pip install soxr",
     "safetensors": "pip install safetensors",
+    "jiwer": "pip install jiwer",
     "editdistance": "pip install editdistance (ESPnet's ASR training imports it)",
 }
 OPTIONAL = {

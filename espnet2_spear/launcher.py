@@ -100,8 +100,9 @@ def _run(command: list[str]) -> None:
         elif not os.path.exists(mode):
             sys.exit(f"spear-python: can't open file {os.path.abspath(mode)!r}")
         else:
-            # run_path puts a folder or an archive first itself.
+            # run_path puts a folder or an archive first itself, as it is given.
             _set_first_path(None)
+            mode = os.path.abspath(mode)
         runpy.run_path(mode, run_name="__main__")
 
 

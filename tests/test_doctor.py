@@ -1,0 +1,58 @@
+"""The doctor names versions, registrations, faults and remedies."""
+
+import os
+import sys
+
+import pytest
+
+from espnet2_spear import __version__, doctor
+
+ABS_TASK = ["--tasks", "espnet2.tasks.abs_task"]
+
+
+@pytest.mark.second_env
+def test_report_of_a_sound_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(doctor.DISABLE, raising=False)
+    # The PATH of whoever runs the tests is not what is tested.
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
+    status = doctor.main(ABS_TASK)
+    out = capsys.readouterr().out
+    assert status == 0, out
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert lines["espnet2-spear"].split()[1] == __version__
+    assert sys.executable in lines["python"]
+    for package in ("torch", "torchaudio", "espnet", "soundfile", "av"):
+        assert lines[package].split()[1][0].isdigit()
+    assert lines["abs_task"].split(maxsplit=1)[1] == "optim scaledadam, scheduler eden"
+
+
+def test_disabled_registration_is_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from espnet2.tasks import abs_task
+
+    monkeypatch.setenv(doctor.DISABLE, "1")
+    monkeypatch.delitem(abs_task.optim_classes, "scaledadam")
+    assert doctor.main(ABS_TASK) == 1
+    out = capsys.readouterr().out
+    assert "scheduler eden, NOT optim scaledadam" in out
+    assert f"remedy: unset {doctor.DISABLE}" in out
+
+
+def test_missing_package_is_named_with_its_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(doctor.NEEDED, "no-such-package", "pip install no-such-package")
+    assert doctor.main(ABS_TASK) == 1
+    out = capsys.readouterr().out
+    assert "no-such-package is not installed" in out
+    assert "remedy: pip install no-such-package" in out
+
+
+def test_unknown_task_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        doctor.main(["--tasks", "espnet2.tasks.tea"])
+    assert error.value.code == 2
+    assert "espnet2.tasks.tea is none of" in capsys.readouterr().err
