@@ -142,4 +142,5 @@ def test_children_register(folder: Path, args: list[str]) -> None:
     """The console script; the scripts themselves know nothing of the plugin."""
     console = Path(sysconfig.get_path("scripts")) / "spear-python"
     done = run([str(console), *args], folder)
-    assert done.stdout == "True\n", done.stderr
+    # The last line: ESPnet 202511 prints what it lacks before.
+    assert done.stdout.splitlines()[-1:] == ["True"], done.stderr
