@@ -26,7 +26,7 @@ demo-full: setup ## the same on all of the embedded data, without a limit of tim
 lint: setup ## ruff and shellcheck
 	$(PYTHON_VENV) -m ruff format --check .
 	$(PYTHON_VENV) -m ruff check .
-	.venv/bin/shellcheck --external-sources $(SHELL_SCRIPTS)
+	.venv/bin/shellcheck --external-sources --source-path=SCRIPTDIR $(SHELL_SCRIPTS)
 
 setup-espnet202511: ## a second environment, .venv-espnet202511, with the older ESPnet
 	@tools/setup.sh espnet202511
