@@ -44,7 +44,7 @@ In an ESPnet recipe: `frontend: spear`, `frontend_conf: {{ckpt: {config_dir}}}`,
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = argparse.ArgumentParser(
-        description="Pack a pre-trained student with its configuration and a model card",
+        description="Pack a pre-trained student with configuration and card",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--train_config", type=Path, required=True, help="config.yaml")

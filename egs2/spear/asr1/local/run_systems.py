@@ -12,6 +12,7 @@ import importlib
 import multiprocessing
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -56,6 +57,7 @@ def commands(args: argparse.Namespace, system: str, seed: int, exp_tag: str) -> 
 
 def work(jobs: list) -> None:
     """Run modules one after the other, each with its log, in a forked process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for log, module, rest in jobs:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a") as stream:
@@ -77,27 +79,33 @@ def main() -> None:
     folders = [
         args.expdir / f"asr_{s}_s{seed}" for s in args.systems for seed in args.seeds
     ]
-    running: dict = {}
     failed = []
-    while waiting or running:
-        while waiting and len(running) < args.jobs:
-            system, seed = waiting.pop(0)
-            tag = f"{system}_s{seed}"
-            if (args.expdir / f"asr_{tag}" / "score.json").exists():
-                print(f"{tag}: done before", flush=True)
-                continue
-            jobs = commands(args, system, seed, tag)
-            process = context.Process(target=work, args=(jobs,))
-            process.start()
-            running[process] = (tag, jobs[0][0], time.monotonic())
-        for process in [p for p in running if not p.is_alive()]:
-            tag, log, start = running.pop(process)
-            minutes = (time.monotonic() - start) / 60
-            state = "done" if process.exitcode == 0 else "FAILED"
-            print(f"{tag}: {state} in {minutes:.1f} minutes", flush=True)
-            if process.exitcode != 0:
-                failed.append(f"{tag} (see the logs in {log.parent})")
-        time.sleep(0.2)
+    running: dict = {}
+    # Killed, it takes the recognizers in training with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                system, seed = waiting.pop(0)
+                tag = f"{system}_s{seed}"
+                if (args.expdir / f"asr_{tag}" / "score.json").exists():
+                    print(f"{tag}: done before", flush=True)
+                    continue
+                jobs = commands(args, system, seed, tag)
+                process = context.Process(target=work, args=(jobs,))
+                process.start()
+                running[process] = (tag, jobs[0][0], time.monotonic())
+            for process in [p for p in running if not p.is_alive()]:
+                tag, log, start = running.pop(process)
+                minutes = (time.monotonic() - start) / 60
+                state = "done" if process.exitcode == 0 else "FAILED"
+                print(f"{tag}: {state} in {minutes:.1f} minutes", flush=True)
+                if process.exitcode != 0:
+                    failed.append(f"{tag} (see the logs beside {log})")
+            time.sleep(0.2)
+    finally:
+        for process in running:
+            process.terminate()
     if failed:
         sys.exit(f"run_systems.py: failed: {', '.join(failed)}")
     cmd = ["--score_set", args.score_set, "--exp_dirs", *map(str, folders)]

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# The main job on the embedded data: audio -> teachers -> codes -> student -> recognizers.
+# What is finished is not done again; an interrupted run goes on where it was.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+full=false
+jobs=$(nproc)
+while [ $# -gt 0 ]; do
+    case $1 in
+    --full) full=$2 ;;
+    --jobs) jobs=$2 ;;
+    *)
+        echo "Usage: $0 [--full true|false] [--jobs N]
+  --full true   three times the steps of pre-training, more of the teachers' frames
+  --jobs N      recognizers trained at once [number of CPUs]" >&2
+        exit 2
+        ;;
+    esac
+    shift 2
+done
+
+say() { echo "=== $(date '+%H:%M:%S') demo: $*"; }
+start=${SECONDS}
+tag=spear_mini
+ssl_opts=(--quantizer_iters 250 --quantizer_frames 150000)
+if [ "${full}" = true ]; then
+    tag=spear_mini_full
+    ssl_opts=(--quantizer_iters 2000 --quantizer_frames 500000)
+    ssl_opts+=(--train_args "--max_epoch 48 --scheduler_conf warmup_steps_list=[0,300,14400]")
+    say "all of the data and three times the steps, about 90 minutes on 2 CPU cores"
+else
+    say "about 40 minutes on 2 CPU cores"
+fi
+
+say "1/3 data, teachers, codes, pre-training (exp/${tag}), packed student"
+ssl1/run.sh --stage 1 --stop_stage 8 --tag "${tag}" "${ssl_opts[@]}"
+pretraining=$(((SECONDS - start) / 60))
+
+say "2/3 recognizers: log-mel, frozen student, fine-tuned student, three seeds each"
+cd asr1
+./run.sh --stage 1 --stop_stage 2
+(
+    # shellcheck source=asr1/path.sh
+    . ./path.sh
+    python local/run_systems.py --ckpt "../ssl1/exp/${tag}/valid.loss.best.pth" \
+        --expdir "exp/${tag}" --jobs "${jobs}" --table "exp/${tag}/table.md"
+)
+
+say "3/3 the fine-tuned recognizer, packed, unpacked elsewhere, decoding a file there"
+./run.sh --stage 6 --stop_stage 7 --expdir "exp/${tag}" --asr_tag spear_finetune_s0 \
+    --asr_config conf/train_asr_spear_finetune.yaml
+cd ..
+
+say "results on en_test (also in asr1/exp/${tag}/table.md)"
+cat "asr1/exp/${tag}/table.md"
+say "curves of pre-training: ssl1/exp/${tag}/images/*.png"
+say "$(((SECONDS - start) / 60)) minutes, of which ${pretraining} up to the packed student"
