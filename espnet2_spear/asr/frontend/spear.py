@@ -94,6 +94,8 @@ class SpearFrontend(AbsFrontend):
                 f"frontend spear works on {SAMPLE_RATE} Hz audio, not {fs} Hz: "
                 "format the data with fs 16k (asr.sh --fs 16k)"
             )
+        # Denormal numbers in attention weights would halve the speed of a CPU.
+        torch.set_flush_denormal(True)
         self.ckpt = ckpt
         self.freeze = freeze
         self.hop_length = 320
