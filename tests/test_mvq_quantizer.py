@@ -239,6 +239,14 @@ def test_half_precision_input():
     assert torch.equal(quantizer.encode(x), quantizer.encode(x.float()))
 
 
+def test_autocast_changes_no_code():
+    quantizer = random_quantizer(32, 256, 4).eval()
+    x = random_vectors(quantizer, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes = quantizer.encode(x)
+    assert torch.equal(codes, random_quantizer(32, 256, 4).encode(x))
+
+
 def test_product_quantizer():
     quantizer = random_quantizer(16, 16, 8)
     quantizer.mean.fill_(0.5)

@@ -124,7 +124,8 @@ class Quantizer(nn.Module):
             (p.data_ptr(), 0 if p.is_inference() else p._version) for p in centers
         )
         if self.training or self._tables is None or self._tables[0] != version:
-            self._tables = (version, GramTables(self.scaled_centers()))
+            with torch.autocast(self.centers.device.type, enabled=False):
+                self._tables = (version, GramTables(self.scaled_centers()))
         return self._tables[1]
 
     @torch.no_grad()
@@ -160,11 +161,18 @@ class Quantizer(nn.Module):
                     f"vector {bad} of {len(flat)} holds NaN or infinity: the teacher "
                     "failed on this input"
                 )
-            best = self.logits(part).argmax(dim=-1)
-            if tables is not None:
-                best = refine(tables, tables.linear_terms(part), best, refine_iters)
-            codes[start : start + max_frames] = best
+            codes[start : start + max_frames] = self._search(part, refine_iters, tables)
         return codes.view(*x.shape[:-1], self.num_codebooks)
+
+    def _search(
+        self, x: Tensor, refine_iters: int, tables: GramTables | None
+    ) -> Tensor:
+        """Codes (B, N) of standardised vectors (B, D); float32 under autocast too."""
+        with torch.autocast(x.device.type, enabled=False):
+            codes = self.logits(x).argmax(dim=-1)
+            if tables is None:
+                return codes
+            return refine(tables, tables.linear_terms(x), codes, refine_iters)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Approximate vectors (..., D) of codes (..., N)."""
@@ -242,7 +250,7 @@ class Quantizer(nn.Module):
             ) from error
         metadata: dict[str, Any] = {}
         if isinstance(content, dict) and content.get("format") == FORMAT:
-            metadata, content = content["metadata"], content["state_dict"]
+            metadata, content = content.get("metadata", {}), content.get("state_dict")
         if not isinstance(content, dict) or not LIBRARY_KEYS <= content.keys():
             raise QuantizerError(
                 f"{path}: neither a quantizer of this package nor one of the "
