@@ -28,9 +28,9 @@ if [ "${full}" = true ]; then
     tag=spear_mini_full
     ssl_opts=(--quantizer_iters 2000 --quantizer_frames 500000)
     ssl_opts+=(--train_args "--max_epoch 48 --scheduler_conf warmup_steps_list=[0,300,14400]")
-    say "all of the data and three times the steps, about 90 minutes on 2 CPU cores"
+    say "all of the data and three times the steps, up to two hours on 2 CPU cores"
 else
-    say "about 40 minutes on 2 CPU cores"
+    say "up to an hour on 2 CPU cores"
 fi
 
 say "1/3 data, teachers, codes, pre-training (exp/${tag}), packed student"
