@@ -34,7 +34,7 @@ def mel_filterbank(num_mel_bins: int) -> Tensor:
     def mel(freq: Tensor) -> Tensor:
         return 1127.0 * torch.log(1.0 + freq / 700.0)
 
-    low, high = mel(torch.tensor([LOW_FREQ, HIGH_FREQ], dtype=torch.float64))
+    low, high = (1127.0 * math.log1p(f / 700.0) for f in (LOW_FREQ, HIGH_FREQ))
     edges = torch.linspace(0, 1, num_mel_bins + 2, dtype=torch.float64)
     edges = low + (high - low) * edges
     bins = torch.arange(FFT_SIZE // 2, dtype=torch.float64) * SAMPLE_RATE / FFT_SIZE
