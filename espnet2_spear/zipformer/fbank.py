@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,19 +32,18 @@ def mel_filterbank(num_mel_bins: int) -> Tensor:
         (FFT_SIZE // 2 + 1, num_mel_bins) float32.
     """
 
-    def mel(freq: Tensor) -> Tensor:
-        return 1127.0 * torch.log(1.0 + freq / 700.0)
+    def mel(freq: np.ndarray | float) -> np.ndarray:
+        return 1127.0 * np.log1p(np.asarray(freq) / 700.0)
 
-    low, high = (1127.0 * math.log1p(f / 700.0) for f in (LOW_FREQ, HIGH_FREQ))
-    edges = torch.linspace(0, 1, num_mel_bins + 2, dtype=torch.float64)
-    edges = low + (high - low) * edges
-    bins = torch.arange(FFT_SIZE // 2, dtype=torch.float64) * SAMPLE_RATE / FFT_SIZE
-    m = mel(bins)[:, None]
+    # In numpy: the filters exist whatever torch's default device is, meta included.
+    edges = np.linspace(mel(LOW_FREQ), mel(HIGH_FREQ), num_mel_bins + 2)
+    m = mel(np.arange(FFT_SIZE // 2) * (SAMPLE_RATE / FFT_SIZE))[:, None]
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     up = (m - left) / (centre - left)
     down = (right - m) / (right - centre)
-    weights = torch.minimum(up, down).clamp(min=0.0)
-    return torch.cat([weights, torch.zeros(1, num_mel_bins)]).float()
+    weights = np.zeros((FFT_SIZE // 2 + 1, num_mel_bins), dtype=np.float32)
+    weights[:-1] = np.minimum(up, down).clip(min=0.0)
+    return torch.from_numpy(weights)
 
 
 def num_frames(samples: Tensor | int) -> Tensor | int:
