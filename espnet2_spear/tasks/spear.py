@@ -156,7 +156,7 @@ class SpearTask(AbsTask):
             ValueError: the configuration does not fit together.
         """
         # Trained attention weights and their gradients reach denormal numbers, which
-        # halve the speed of a CPU; threads started later inherit the setting.
+        # slow a CPU down; threads that start later inherit the setting.
         torch.set_flush_denormal(True)
         config = ZipformerConfig.from_dict({"name": args.student, **args.student_conf})
         # Written out, so that config.yaml describes the network by itself.

@@ -94,7 +94,7 @@ class SpearFrontend(AbsFrontend):
                 f"frontend spear works on {SAMPLE_RATE} Hz audio, not {fs} Hz: "
                 "format the data with fs 16k (asr.sh --fs 16k)"
             )
-        # Denormal numbers in attention weights would halve the speed of a CPU.
+        # Denormal numbers in attention weights would slow a CPU down.
         torch.set_flush_denormal(True)
         self.ckpt = ckpt
         self.freeze = freeze
