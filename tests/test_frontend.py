@@ -51,6 +51,21 @@ def test_weighted_sum_starts_as_the_mean_and_learns(ckpt: Path, batch) -> None:
     assert frontend.featurizer.weights.grad.abs().max() > 0
 
 
+def test_stacked_frames_are_neighbours(ckpt: Path, batch) -> None:
+    plain, lengths = SpearFrontend(ckpt=str(ckpt))(*batch)
+    frontend = SpearFrontend(ckpt=str(ckpt), stack=2)
+    feats, stacked_lengths = frontend(*batch)
+    assert stacked_lengths.tolist() == (lengths // 2).tolist()
+    assert stacked_lengths.tolist() == [frontend.output_lengths(n) for n in (8000, 4321)]
+    assert feats.shape[-1] == frontend.output_size()
+    expected = torch.cat([plain[:, 0:-1:2], plain[:, 1::2]], dim=-1)
+    torch.testing.assert_close(feats, expected[:, : feats.shape[1]])
+    with pytest.raises(ValueError, match="stack=40"):
+        SpearFrontend(ckpt=str(ckpt), stack=40)(*batch)
+    with pytest.raises(ValueError, match="at least 1"):
+        SpearFrontend(ckpt=str(ckpt), stack=0)
+
+
 def test_single_layer(ckpt: Path, batch) -> None:
     last = SpearFrontend(ckpt=str(ckpt), layer=-1, layer_norm=False)
     with torch.no_grad():

@@ -55,6 +55,7 @@ Teachers (stages 4 to 6); their quantizers are trained on the domain of their na
                               the teacher weight 0 need no codes    [speech,audio; audio]
   --quantizer_frames N        embeddings to train a quantizer on    [200000]
   --quantizer_iters N         steps in each of its two phases       [1000]
+  --quantizer_args \"...\"    further options of mvq_train, such as \"--batch_frames 128\"
 
 Pre-training, packing, upload (stages 7 to 9)
   --train_config F            its teachers table must fit stage 4   [conf/train_spear_mini.yaml]
@@ -96,6 +97,7 @@ speech_teacher_domains=speech,audio
 audio_teacher_domains=audio
 quantizer_frames=200000
 quantizer_iters=1000
+quantizer_args=
 
 train_config=conf/train_spear_mini.yaml
 train_args=
@@ -166,28 +168,43 @@ if [ "${stop_stage}" -ge 4 ] && [ -z "${ngpu}" ]; then
     ngpu=$(python -c "import torch; print(torch.cuda.device_count())")
 fi
 
-# train_quantizer <teacher> <configuration> <codebooks>
+# train_quantizer <teacher> <configuration> <codebooks> <threads>
 train_quantizer() {
     local dir=${expdir}/teachers/$1 device=cpu
-    [ -n "$2" ] || return 0
     if [ -e "${dir}/quantizer.pt" ]; then
         log "${dir}/quantizer.pt exists; delete ${dir} to train it again"
         return
     fi
     [ "${ngpu}" -eq 0 ] || device=cuda
     log "teacher '$1': embeddings of ${quantizer_frames} frames, log in ${dir}/embed.log"
-    ${cuda_cmd} --gpu "${ngpu}" --num_threads "${nj}" "${dir}/embed.log" \
+    ${cuda_cmd} --gpu "${ngpu}" --num_threads "$4" "${dir}/embed.log" \
         python -m espnet2_spear.bin.spear_embed --teacher_config "$2" \
         --wav_scp "${dumpdir}/raw/train/wav.scp" --domains "$1" \
         --max_frames "${quantizer_frames}" --output_dir "${dir}/embeddings" \
-        --device "${device}" --num_threads "${nj}"
+        --device "${device}" --num_threads "$4"
     log "teacher '$1': quantizer of $3 codebooks, log in ${dir}/train.log"
-    ${cuda_cmd} --gpu "${ngpu}" --num_threads "${nj}" "${dir}/train.log" \
+    # shellcheck disable=SC2086
+    ${cuda_cmd} --gpu "${ngpu}" --num_threads "$4" "${dir}/train.log" \
         python -m espnet2_spear.bin.mvq_train --embeddings "${dir}/embeddings" \
         --output "${dir}/quantizer.pt" --num_codebooks "$3" \
         --iters_phase1 "${quantizer_iters}" --iters_phase2 "${quantizer_iters}" \
-        --device "${device}" --num_threads "${nj}"
+        ${quantizer_args} --device "${device}" --num_threads "$4"
     tail -n 1 "${dir}/train.log"
+}
+
+# Both at once, for they would have to share no GPU.
+train_both_quantizers() {
+    local threads=$(((nj + 1) / 2)) groups=() group failed=0
+    set -m # a process group each, so that an interruption reaches all of it
+    train_quantizer speech "${speech_teacher}" "${speech_codebooks}" "${threads}" &
+    groups+=("$!")
+    train_quantizer audio "${audio_teacher}" "${audio_codebooks}" "${threads}" &
+    groups+=("$!")
+    set +m
+    trap 'trap - INT TERM; kill -- "${groups[@]/#/-}" 2>/dev/null; exit 143' INT TERM
+    for group in "${groups[@]}"; do wait "${group}" || failed=1; done
+    trap - INT TERM
+    [ "${failed}" -eq 0 ] || exit 1
 }
 
 # tokenize <teacher> <configuration> <domains>
@@ -225,8 +242,14 @@ check_codes() {
 
 if wanted 4; then
     log "Stage 4: embeddings and quantizer training"
-    train_quantizer speech "${speech_teacher}" "${speech_codebooks}"
-    train_quantizer audio "${audio_teacher}" "${audio_codebooks}"
+    if [ -n "${speech_teacher}" ] && [ -n "${audio_teacher}" ] && [ "${ngpu}" -ne 1 ]; then
+        train_both_quantizers
+    else
+        [ -z "${speech_teacher}" ] ||
+            train_quantizer speech "${speech_teacher}" "${speech_codebooks}" "${nj}"
+        [ -z "${audio_teacher}" ] ||
+            train_quantizer audio "${audio_teacher}" "${audio_codebooks}" "${nj}"
+    fi
 fi
 
 if wanted 5; then

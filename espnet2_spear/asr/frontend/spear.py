@@ -55,7 +55,7 @@ class Featurizer(nn.Module):
 
 
 class SpearFrontend(AbsFrontend):
-    """Features from a SPEAR student, 50 frames per second.
+    """Features from a SPEAR student, 50 frames per second unless stacked.
 
     The features of an utterance can depend slightly on the padding of its batch,
     as in the published code. Use ``normalize: null`` in the configuration: the
@@ -70,10 +70,12 @@ class SpearFrontend(AbsFrontend):
         arch: named size or fields of ZipformerConfig; needed without ``ckpt``.
         layer: index of a single layer, or None for a learned weighted sum.
         layer_norm: normalise every layer before the sum.
+        stack: consecutive frames made one, of as many times the channels; what is
+            left over at the end is dropped. 2 gives 25 frames per second.
         freeze: keep the student fixed and in eval mode; no gradient is computed.
 
     Raises:
-        ValueError: another sampling rate, or a layer that does not exist.
+        ValueError: another sampling rate, a layer that does not exist, or stack < 1.
         CheckpointError: a checkpoint that is absent (without ``arch``), unreadable or
             of another architecture than ``arch``.
     """
@@ -85,6 +87,7 @@ class SpearFrontend(AbsFrontend):
         arch: str | Mapping[str, Any] | None = None,
         layer: int | None = None,
         layer_norm: bool = True,
+        stack: int = 1,
         freeze: bool = True,
     ) -> None:
         super().__init__()
@@ -94,11 +97,14 @@ class SpearFrontend(AbsFrontend):
                 f"frontend spear works on {SAMPLE_RATE} Hz audio, not {fs} Hz: "
                 "format the data with fs 16k (asr.sh --fs 16k)"
             )
+        if stack < 1:
+            raise ValueError(f"frontend spear: stack is {stack}; at least 1")
         # Denormal numbers in attention weights would slow a CPU down.
         torch.set_flush_denormal(True)
         self.ckpt = ckpt
         self.freeze = freeze
-        self.hop_length = 320
+        self.stack = stack
+        self.hop_length = 320 * stack
         self.frontend_type = "spear"
         self.upstream, self._has_weights = _build_upstream(ckpt, arch)
         # Nothing below masks the fbank: without this DDP would wait for a gradient.
@@ -131,11 +137,11 @@ class SpearFrontend(AbsFrontend):
 
     def output_size(self) -> int:
         """Channels of the features."""
-        return self.upstream.output_size()
+        return self.upstream.output_size() * self.stack
 
     def output_lengths(self, samples: Tensor | int) -> Tensor | int:
         """Exact number of frames for so many samples (16 kHz)."""
-        return self.upstream.hidden_lengths(samples)
+        return self.upstream.hidden_lengths(samples) // self.stack
 
     def forward(self, input: Tensor, input_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Compute features.
@@ -158,7 +164,17 @@ class SpearFrontend(AbsFrontend):
             )
         with torch.no_grad() if self.freeze else nullcontext():
             out = self.upstream(input, input_lengths)
-        return self.featurizer(out.hidden_states), out.hidden_states_lens
+        features, lengths = self.featurizer(out.hidden_states), out.hidden_states_lens
+        if self.stack == 1:
+            return features, lengths
+        if int(lengths.min()) < self.stack:
+            raise ValueError(
+                f"frontend spear: an utterance of {int(lengths.min())} frames is "
+                f"shorter than stack={self.stack}"
+            )
+        whole = features[:, : features.shape[1] // self.stack * self.stack]
+        stacked = whole.unflatten(1, (-1, self.stack)).flatten(2)
+        return stacked, lengths // self.stack
 
 
 def _build_upstream(
