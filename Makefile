@@ -17,7 +17,7 @@ test: setup ## set up and run the tests (a few minutes)
 	@echo "test: running the tests, a few minutes"
 	$(PYTHON_VENV) -m pytest
 
-demo: setup ## set up and run the main job on the embedded data (up to an hour on 2 cores)
+demo: setup ## set up and run the main job on the embedded data (about 40 minutes on 2 cores)
 	bash egs2/spear/demo.sh
 
 demo-full: setup ## the same on all of the embedded data, without a limit of time

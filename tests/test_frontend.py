@@ -56,7 +56,9 @@ def test_stacked_frames_are_neighbours(ckpt: Path, batch) -> None:
     frontend = SpearFrontend(ckpt=str(ckpt), stack=2)
     feats, stacked_lengths = frontend(*batch)
     assert stacked_lengths.tolist() == (lengths // 2).tolist()
-    assert stacked_lengths.tolist() == [frontend.output_lengths(n) for n in (8000, 4321)]
+    assert stacked_lengths.tolist() == [
+        frontend.output_lengths(n) for n in (8000, 4321)
+    ]
     assert feats.shape[-1] == frontend.output_size()
     expected = torch.cat([plain[:, 0:-1:2], plain[:, 1::2]], dim=-1)
     torch.testing.assert_close(feats, expected[:, : feats.shape[1]])
