@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 full=false
-jobs=$(nproc)
+jobs=$(env -u OMP_NUM_THREADS nproc)
 while [ $# -gt 0 ]; do
     case $1 in
     --full) full=$2 ;;
@@ -27,7 +27,7 @@ ssl_opts=(--quantizer_iters 600 --quantizer_frames 150000)
 if [ "${full}" = true ]; then
     tag=spear_mini_full
     ssl_opts=(--quantizer_iters 2000 --quantizer_frames 500000)
-    ssl_opts+=(--train_args "--max_epoch 30 --scheduler_conf warmup_steps_list=[0,300,15000]")
+    ssl_opts+=(--train_args "--max_epoch 30 --scheduler_conf warmup_steps_list=[0,300,13500]")
     say "all of the data and three times the steps, up to two hours on 2 CPU cores"
 else
     say "about 40 minutes on 2 CPU cores"

@@ -67,7 +67,7 @@ Pre-training, packing, upload (stages 7 to 9)
 
 stage=1
 stop_stage=9
-nj=$(nproc)
+nj=$(env -u OMP_NUM_THREADS nproc) # which obeys path.sh's 1
 ngpu=
 datadir=data
 dumpdir=dump
