@@ -128,14 +128,22 @@ class Quantizer(nn.Module):
                 self._tables = (version, GramTables(self.scaled_centers()))
         return self._tables[1]
 
+    @staticmethod
+    def default_max_frames(device: torch.device) -> int:
+        """Vectors computed at once: what a CPU's caches hold, or what fills a GPU."""
+        return 512 if device.type == "cpu" else 8192
+
     @torch.no_grad()
-    def encode(self, x: Tensor, refine_iters: int = 5, max_frames: int = 512) -> Tensor:
+    def encode(
+        self, x: Tensor, refine_iters: int = 5, max_frames: int | None = None
+    ) -> Tensor:
         """Quantize.
 
         Args:
             x: (..., D) floating point; computed in float32.
             refine_iters: passes of the joint search; 0 takes each codebook's argmax.
-            max_frames: vectors computed at once, which bounds the memory.
+            max_frames: vectors computed at once, which bounds the memory; by default
+                as :meth:`default_max_frames` says.
 
         Returns:
             (..., N) int64 in 0..K-1.
@@ -153,6 +161,7 @@ class Quantizer(nn.Module):
             len(flat), self.num_codebooks, dtype=torch.int64, device=x.device
         )
         tables = self.tables() if refine_iters > 0 else None
+        max_frames = max_frames or self.default_max_frames(x.device)
         for start in range(0, len(flat), max_frames):
             part = self.standardise(flat[start : start + max_frames])
             if not torch.isfinite(part).all():
