@@ -18,6 +18,7 @@ from roofline import frame_cost, measure_activity, report, timed
 from torch import Tensor
 
 from espnet2_spear.mvq.embeddings import EmbeddingSet
+from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer
 
 
@@ -97,7 +98,7 @@ def peak_of_long_utterance(
 ) -> tuple[float, float]:
     """Peak resident memory in MB before and after encoding; in a fresh process."""
     torch.set_num_threads(threads)
-    quantizer = Quantizer.load(quantizer_file)
+    quantizer = load_quantizer(quantizer_file)
     x = np.memmap(file, np.float16, "c", shape=(frames, quantizer.dim))
     x = torch.from_numpy(x)
     quantizer.encode(x[:1], **options)  # its tables
@@ -166,7 +167,7 @@ def encoding(args: argparse.Namespace) -> None:
     """Measure encoding."""
     device = torch.device(args.device)
     if args.quantizer:
-        quantizer = Quantizer.load(args.quantizer)
+        quantizer = load_quantizer(args.quantizer)
     else:
         quantizer = random_quantizer(
             args.dim, args.codebook_size, args.num_codebooks, args.seed

@@ -8,12 +8,14 @@ environment has it, the same for h5py.
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from espnet2_spear.mvq.files import export_library
 from espnet2_spear.mvq.quantizer import Quantizer
 
 REMEDY = "see benchmarks/README.md for how to install it, or give --peer none"
@@ -44,11 +46,16 @@ def load_peer(folder: str) -> ModuleType | None:
 
 
 def peer_quantizer(peer: ModuleType, quantizer: Quantizer):
-    """The same quantizer in the library, without the standardisation."""
+    """The same quantizer in the library, through the file that we write for it.
+
+    The library knows no standardisation: it is to be given standardised vectors.
+    """
     dim, size, num = quantizer.dim, quantizer.codebook_size, quantizer.num_codebooks
     other = peer.Quantizer(dim, size, num)
-    state = quantizer.state_dict()
-    other.load_state_dict({k: v for k, v in state.items() if k not in ("mean", "std")})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "quantizer.pt"
+        export_library(quantizer, file, with_statistics=True)
+        other.load_state_dict(torch.load(file, weights_only=True)["quantizer"])
     return other.to(quantizer.centers.device).eval()
 
 
