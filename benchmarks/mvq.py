@@ -247,6 +247,9 @@ def main(cmd=None):
         return encoding(args)
     if not args.embeddings:
         raise SystemExit("--train needs --embeddings, a folder of spear_embed")
+    if args.iters % 4:
+        # The library halves its learning rate where step % (iters / 4) is 0.
+        raise SystemExit(f"--iters {args.iters}: give a multiple of 4")
     from mvq_training import compare_training
 
     compare_training(args)

@@ -155,7 +155,8 @@ class CodeStore(Mapping[str, np.ndarray]):
         return number
 
     def _find(self, utt: str) -> int | None:
-        value = _hash(utt)
+        # A plain integer would make NumPy search a copy, converted to float64.
+        value = np.uint64(_hash(utt))
         place = int(np.searchsorted(self._hashes, value))
         while place < len(self._hashes) and self._hashes[place] == value:
             number = int(self._order[place])
