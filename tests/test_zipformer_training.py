@@ -9,6 +9,12 @@ import torch
 import yaml
 from espnet2.main_funcs.average_nbest_models import average_nbest_models
 from espnet2.train.reporter import Reporter
+from test_training_step import (  # noqa: F401  (data is a fixture)
+    CODEBOOKS,
+    data,
+    data_options,
+    train_twice,
+)
 from test_zipformer_exact import NARROW
 
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
@@ -531,3 +537,28 @@ def test_no_schedule_changes_after_the_stated_end() -> None:
             scheduled.append(module.skip)
     last = [s[-1][0] for s in scheduled if isinstance(s, tuple)]
     assert len(last) > 50 and max(last) == SCHEDULES_END
+
+
+def test_a_resumed_training_goes_on_counting(
+    data: dict[str, str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Through ESPnet's trainer, a causal network with everything switched on."""
+    from espnet2_spear.bin.spear_train import main
+
+    options = ["--student", "tiny", "--use_matplotlib", "false"]
+    for field in ("regularize=true", "causal=true", "padding=exact"):
+        options += ["--student_conf", field]
+    for name, frame_rate in {"speech": 50.0, "audio": 25.0}.items():
+        options += [
+            *("--teachers", f"{name}.num_codebooks={CODEBOOKS[name]}"),
+            *("--teachers", f"{name}.codebook_size=256"),
+            *("--teachers", f"{name}.frame_rate={frame_rate}"),
+        ]
+    types = {"speech": "sound", "domain": "text"}
+    types |= {"codes_speech": "kaldi_ark", "codes_audio": "kaldi_ark"}
+    states = train_twice(main, options + data_options(data, types), tmp_path / "exp")
+    first, second = (float(s["schedule.batches"]) for s in states)
+    assert first > 0 and second == pytest.approx(2 * first)  # equal batches
+    config = load_model(tmp_path / "exp" / "2epoch.pth").config
+    assert config.causal and config.regularize and config.padding == "exact"
