@@ -20,11 +20,13 @@ from test_zipformer_exact import NARROW
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.hub.load import load_model
+from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.spear.espnet_model import SpearPretrainModel
 from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.zipformer import attention, embed, layer, regularizers, scaling
 from espnet2_spear.zipformer.attention import AttentionWeights
 from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.embed import ConvEmbed
 from espnet2_spear.zipformer.encoder import layer_skip
 from espnet2_spear.zipformer.frames import Frames
 from espnet2_spear.zipformer.layer import ZipformerLayer
@@ -339,6 +341,70 @@ def test_deeper_layers_settle_later() -> None:
         assert begin == pytest.approx(end)
     assert [p[1] for p in layer_skip(0, 0, base)] == [0.5, 0.035]
     assert layer_skip(3, 2, base)[1][1] == pytest.approx(0.035 * 8**0.5)
+
+
+def test_embedding_is_skipped_and_its_first_gradient_scaled() -> None:
+    count = BatchCount()
+    plain = ConvEmbed(24, 16, (2, 4, 4))
+    embedding = ConvEmbed(24, 16, (2, 4, 4), count)
+    embedding.load_state_dict(plain.state_dict())
+    x = torch.randn(300, 4, 3, 5)
+    for count.value, share in [(0.0, 0.2), (20000.0, 0.015)]:
+        with torch.no_grad():
+            same = (embedding.convnext(x) == x).all(dim=(1, 2, 3)).float().mean()
+        assert same.item() == pytest.approx(share, abs=0.07)
+
+    fbank = torch.randn(4, 60, 24)
+    weight = torch.randn(4, 26, 16)
+
+    def mean_gradients(model: ConvEmbed, passes: int) -> tuple[float, float]:
+        model.zero_grad()
+        for _ in range(passes):
+            (model(fbank) * weight).sum().backward()
+        first, second = model.conv["0"].weight.grad, model.conv["4"].weight.grad
+        return first.norm().item() / passes, second.norm().item() / passes
+
+    expected, got = mean_gradients(plain, 1), mean_gradients(embedding, 60)
+    assert got[0] / expected[0] == pytest.approx(0.2, abs=0.04)
+    assert got[1] / expected[1] == pytest.approx(1.0, abs=0.2)
+
+
+def test_positional_encoding_drops_out() -> None:
+    seen = []
+    stack = ZipformerStudent(REGULARIZED).encoder.encoders[0]
+    stack.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[1].pos))
+    x, frames = torch.randn(1, 60, 16), Frames(torch.zeros(1, 60, dtype=torch.bool))
+    stack(x, frames)
+    stack.eval()(x, frames)
+    dropped, full = (pos[:, -1] for pos in seen)  # the constant column
+    assert (full == 1).all()
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.15, abs=0.1)
+    torch.testing.assert_close(dropped[dropped > 0].unique(), torch.tensor([1 / 0.85]))
+
+
+def test_a_regularised_student_learns() -> None:
+    """Sounds of three pitches are told apart after a few steps."""
+    model = ZipformerStudent(replace(REGULARIZED, regularize_batch_seconds=0.01))
+    head = torch.nn.Linear(16, 3)
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = ScaledAdam([p for p in parameters if p.requires_grad], lr=0.03)
+    labels = torch.arange(12) % 3
+    fbank = torch.randn(12, 30, 128) * 0.5 - 8
+    for i, label in enumerate(labels.tolist()):
+        fbank[i, :, 40 * label : 40 * label + 40] += 6
+    lens, losses = torch.full((12,), 30), []
+    for _ in range(50):
+        optimizer.zero_grad()
+        out = model.encode(fbank, lens).encoder_out.mean(dim=1)
+        loss = torch.nn.functional.cross_entropy(head(out), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    model.eval()
+    with torch.no_grad():
+        out = model.encode(fbank, lens).encoder_out.mean(dim=1)
+        assert (head(out).argmax(dim=1) == labels).float().mean() > 0.9
 
 
 def test_feature_masks() -> None:
