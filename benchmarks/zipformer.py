@@ -3,14 +3,17 @@
 
 Both encode the same features with the same weights; every measurement is a process of
 its own, and the two implementations take turns, so that neither gains from a quiet
-moment. The package needs an environment of its own (torch of the same version):
+moment. The package asks for an older torch: unpack it and the light packages that it
+imports into a folder of their own, which only the peer's process sees, and both run on
+the same torch:
 
-    uv venv /tmp/peer && uv pip install -p /tmp/peer --no-deps zipformer==0.1.3
-    uv pip install -p /tmp/peer torch numpy
-    python benchmarks/zipformer.py --peer_python /tmp/peer/bin/python
+    uv pip install --no-deps --target peer zipformer==0.1.3 atdataset kaldialign \\
+        kaldifst simple-sentencepiece webdataset braceexpand modelscope \\
+        onnxconverter_common
+    python benchmarks/zipformer.py --peer_path peer --num_threads 2
 
-Without --peer_python ours is measured alone. --peer_path adds a folder to the search
-path of the peer's process, for a package that is unpacked anywhere.
+Without --peer_path and --peer_python (another interpreter for the peer) ours is
+measured alone. The peer's count of batches is set behind most schedules, as is ours.
 """
 
 from __future__ import annotations
@@ -65,8 +68,9 @@ def main(cmd=None):
         weights = Path(folder) / "weights.pt"
         config = save_weights(args, weights)
         jobs = [("ours", sys.executable, "")]
-        if args.peer_python:
-            jobs.append(("peer", args.peer_python, args.peer_path))
+        if args.peer_python or args.peer_path:
+            python = args.peer_python or sys.executable
+            jobs.append(("peer", python, args.peer_path))
         for mode in args.modes:
             results: dict[str, list[dict]] = {name: [] for name, *_ in jobs}
             for _ in range(args.rounds):
@@ -100,7 +104,7 @@ def run_child(python: str, path: str, job: dict) -> dict:
     """Run one measurement in a process of its own."""
     env = dict(os.environ, OMP_NUM_THREADS=str(job["num_threads"]))
     if path:
-        env["PYTHONPATH"] = path
+        env["PYTHONPATH"] = str(Path(path).resolve())
     command = [python, __file__, "--job", json.dumps(job)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
