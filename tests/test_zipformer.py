@@ -11,7 +11,7 @@ import torch
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.attention import relative_to_absolute
-from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.embed import ConvEmbed
 from espnet2_spear.zipformer.fbank import PADDING_VALUE, Fbank
 from espnet2_spear.zipformer.scaling import swoosh_l, swoosh_r
@@ -205,12 +205,21 @@ def test_gradients_reach_every_trainable_parameter() -> None:
         ({"name": "tiny", "num_leads": 3}, "num_leads"),
         ({"name": "tiny", "num_heads": "2,2"}, "one entry per stack"),
         ({"name": "tiny", "encoder_dim": [32, 32, 64]}, "equal in all stacks"),
-        ({"name": "tiny", "causal": True}, "causal"),
         ({"name": "tiny", "num_heads": "2,x,2"}, "num_heads"),
+        ({"name": "tiny", "num_heads": [2, 0, 2]}, "num_heads"),
+        ({"name": "tiny", "pos_dim": 4.5}, "pos_dim"),
+        ({"name": "tiny", "encoder_unmasked_dim": [40] * 3}, "exceeds"),
+        ({"name": "tiny", "padding": "some"}, "padding 'some'"),
+        ({"name": "tiny", "regularize": "yes"}, "regularize"),
+        ({"name": "tiny", "regularize_batch_seconds": 0}, "batch_seconds"),
+        ({"name": "base", "causal": True, "chunk_size": 12}, "a multiple of 8"),
+        ({"name": "base", "causal": True, "train_chunk_size": "8,9"}, "size 9"),
+        ({"name": "base", "causal": True, "train_chunk_size": []}, "empty"),
+        ({"name": "base", "causal": True, "left_context_frames": -2}, "context -2"),
     ],
 )
 def test_config_errors_name_the_key(conf: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         ZipformerConfig.from_dict(conf)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
 
-from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.student import ZipformerStudent
 
 # Keys of a released config.json that say nothing about the network.
 _HF_ONLY = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype")
@@ -24,7 +25,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be opened; the message names the file and remedy."""
 
 
-def load_model(path: str | Path) -> SpearEncoder:
+def load_model(path: str | Path, padding: str | None = None) -> ZipformerStudent:
     """Open a SPEAR student, in eval mode, on the CPU.
 
     Args:
@@ -32,6 +33,9 @@ def load_model(path: str | Path) -> SpearEncoder:
             ``model.safetensors``), an experiment folder or packed model of ours
             (``config.yaml`` and weights), or one of our ``.pth`` files with
             ``config.yaml`` beside it. Nothing is downloaded.
+        padding: ``exact`` makes an utterance's output independent of its batch,
+            ``compatible`` is as in the published code; None takes what the
+            checkpoint's configuration says (``compatible`` if nothing).
 
     Returns:
         the encoder; ``model(speech, lengths)`` gives ``encoder_out``,
@@ -40,6 +44,7 @@ def load_model(path: str | Path) -> SpearEncoder:
     Raises:
         CheckpointError: no checkpoint there, or one with missing, extra or
             misshapen tensors.
+        ConfigError: a ``padding`` that does not exist.
     """
     path = Path(path)
     if not path.exists():
@@ -49,8 +54,10 @@ def load_model(path: str | Path) -> SpearEncoder:
         )
     config_file, weights = _find(path)
     config = read_config(config_file)
+    if padding is not None:
+        config = replace(config, padding=padding)
     state = strip_prefix(read_tensors(weights), weights)
-    model = SpearEncoder(config)
+    model = ZipformerStudent(config)
     check_tensors(state, model.state_dict(), weights)
     model.load_state_dict(state)
     return model.eval()

@@ -14,7 +14,6 @@ from espnet2.train.trainer import Trainer
 from espnet2.utils.nested_dict_action import NestedDictAction
 from espnet2.utils.types import str2bool
 
-from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.spear.espnet_model import SpearPretrainModel
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.targets import IGNORE, TeacherCodes
@@ -22,6 +21,7 @@ from espnet2_spear.train.codes_facts import check_codes_facts
 from espnet2_spear.train.data_types import register_data_types
 from espnet2_spear.train.preprocessor import SpearPreprocessor
 from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.student import ZipformerStudent
 
 model_choices = ClassChoices(
     "model",
@@ -177,14 +177,18 @@ class SpearTask(AbsTask):
             masker = SpanMasker(**args.masker_conf)
         except TypeError as error:
             raise ValueError(f"masker_conf: {error}") from None
-        return model_choices.get_class(args.model)(
-            student=SpearEncoder(config),
+        student = ZipformerStudent(config)
+        model = model_choices.get_class(args.model)(
+            student=student,
             teachers=build_teacher_codes(args.teachers),
             domains=args.domains,
             loss_weights=args.loss_weights,
             masker=masker,
             **args.model_conf,
         )
+        # Outside the student, whose tensors stay those of released checkpoints.
+        model.schedule = student.batch_count_state()
+        return model
 
 
 def build_teacher_codes(teachers: dict[str, dict]) -> dict[str, TeacherCodes]:

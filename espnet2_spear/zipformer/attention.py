@@ -7,9 +7,20 @@ import math
 import torch
 from torch import Tensor, nn
 
+from espnet2_spear.zipformer.frames import Frames, Past
+from espnet2_spear.zipformer.regularizers import (
+    balancer,
+    chance,
+    penalize_large,
+    whiten,
+    whitening_limit,
+)
 from espnet2_spear.zipformer.scaling import scaled_linear
+from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
 
 MASKED_SCORE = -1000.0  # finite, as in the reference: rows of padding stay finite
+POS_SKIP: Scheduled = ((0, 0.5), (4000, 0.0))
+SCORE_LIMIT, SCORE_PENALTY, SCORE_PROB = 25.0, 1.0e-4, 0.1
 
 
 class RelPositionalEncoding(nn.Module):
@@ -28,14 +39,24 @@ class RelPositionalEncoding(nn.Module):
         self.pos_dim = pos_dim
         self.register_buffer("table", torch.zeros(0, pos_dim), persistent=False)
 
-    def forward(self, frames: int, device: torch.device) -> Tensor:
-        """Return (2 frames - 1, pos_dim); row r is offset r - (frames - 1)."""
+    def forward(self, frames: int, device: torch.device, left: int = 0) -> Tensor:
+        """Encode the offsets key - query of so many frames.
+
+        Args:
+            frames: queries, which are the last of the keys.
+            device: of the result.
+            left: keys before the first query.
+
+        Returns:
+            (2 frames + left - 1, pos_dim); row r is offset r - (frames + left - 1).
+        """
         longest = (self.table.size(0) + 1) // 2
-        if longest < frames or self.table.device != device:
-            longest = max(longest, frames)
+        if longest < frames + left or self.table.device != device:
+            # Twice as long each time: a stream with unlimited context grows steadily.
+            longest = max(2 * longest if left else longest, frames + left)
             self.table = self._encode(longest).to(device)
-        start = longest - frames
-        return self.table[start : start + 2 * frames - 1]
+        start = longest - frames - left
+        return self.table[start : start + 2 * frames + left - 1]
 
     def _encode(self, frames: int) -> Tensor:
         t = torch.arange(1 - frames, frames, dtype=torch.float64)[:, None]
@@ -48,19 +69,21 @@ class RelPositionalEncoding(nn.Module):
         return table.float()
 
 
-def relative_to_absolute(scores: Tensor) -> Tensor:
+def relative_to_absolute(scores: Tensor, left: int = 0) -> Tensor:
     """Turn scores by offset into scores by key position, without copying.
 
     Args:
-        scores: (B, H, T, 2 T - 1), last axis = key - query + T - 1; contiguous.
+        scores: (B, H, T, 2 T + left - 1), last axis = key - query + T + left - 1, in
+            positions; contiguous.
+        left: keys before the first query.
 
     Returns:
-        (B, H, T, T) view, last axis = key.
+        (B, H, T, left + T) view, last axis = key.
     """
-    b, h, t, r = scores.shape
+    b, h, t, _ = scores.shape
     s = scores.stride()
     return scores.as_strided(
-        (b, h, t, t),
+        (b, h, t, left + t),
         (s[0], s[1], s[2] - s[3], s[3]),
         scores.storage_offset() + (t - 1) * s[3],
     )
@@ -75,6 +98,7 @@ class AttentionWeights(nn.Module):
         query_head_dim: width of a query or key head.
         pos_head_dim: width of a positional query head.
         pos_dim: width of the positional encoding.
+        count: given, the regularisers of training are on.
     """
 
     def __init__(
@@ -84,6 +108,7 @@ class AttentionWeights(nn.Module):
         query_head_dim: int,
         pos_head_dim: int,
         pos_dim: int,
+        count: BatchCount | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -95,29 +120,53 @@ class AttentionWeights(nn.Module):
         self.linear_pos = nn.Linear(pos_dim, num_heads * pos_head_dim, bias=False)
         with torch.no_grad():
             self.linear_pos.weight.mul_(0.05)
+        self.count = count
+        self.balance_keys = balancer(
+            count,
+            min_positive=0.4,
+            max_positive=0.6,
+            min_abs=0.0,
+            max_abs=100.0,
+            prob=0.025,
+        )
+        self.whiten_keys = whiten(
+            count, whitening_limit(3.0), groups=num_heads, grad_scale=0.025
+        )
 
-    def forward(self, x: Tensor, pos: Tensor, padding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames, past: Past | None = None) -> Tensor:
         """Compute attention weights.
 
         Args:
             x: (B, T, dim).
-            pos: (2 T - 1, pos_dim) positional encoding.
-            padding: (B, T) bool, True in the padding, or None.
+            frames: positions and masks.
+            past: keys kept in streaming.
 
         Returns:
-            (B, H, T, T), rows (queries) sum to 1.
+            (B, H, T, S), rows (queries) sum to 1; S = T plus the kept keys.
         """
         b, t, _ = x.shape
         h, qd, pd = self.num_heads, self.query_head_dim, self.pos_head_dim
         q, k, p = self.in_proj(x).split([h * qd, h * qd, h * pd], dim=-1)
+        k = self.whiten_keys(self.balance_keys(k))
+        if past is not None:
+            k = past.extend("keys", k, frames.left)
         q = q.reshape(b, t, h, qd).transpose(1, 2)
-        k = k.reshape(b, t, h, qd).permute(0, 2, 3, 1)
-        p = p.reshape(b, t, h, pd).transpose(1, 2)
-        r = self.linear_pos(pos).reshape(-1, h, pd).permute(1, 2, 0)
-        by_offset = torch.matmul(p, r)
-        scores = torch.matmul(q, k) + relative_to_absolute(by_offset)
-        if padding is not None:
-            scores = scores.masked_fill(padding[:, None, None, :], MASKED_SCORE)
+        k = k.reshape(b, -1, h, qd).permute(0, 2, 3, 1)
+        regularize = self.training and self.count is not None
+        if regularize and chance(self.count.at(POS_SKIP)):
+            # In the graph all the same: DDP waits for every gradient.
+            scores = torch.matmul(q + 0.0 * self.linear_pos.weight.sum(), k)
+        else:
+            p = p.reshape(b, t, h, pd).transpose(1, 2)
+            r = self.linear_pos(frames.pos).reshape(-1, h, pd).permute(1, 2, 0)
+            by_offset = torch.matmul(p, r)
+            scores = torch.matmul(q, k)
+            scores = scores + relative_to_absolute(by_offset, k.size(-1) - t)
+        if regularize and chance(SCORE_PROB):
+            scores = penalize_large(scores, SCORE_LIMIT, SCORE_PENALTY)
+        if frames.blocked is not None:
+            scores = scores.masked_fill(frames.blocked, MASKED_SCORE)
+        scores = scores.masked_fill(frames.key_padding[:, None, None, :], MASKED_SCORE)
         return scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
 
 
@@ -128,20 +177,33 @@ class SelfAttention(nn.Module):
         dim: channels.
         num_heads: heads.
         value_head_dim: width of a value head.
+        count: given, the regularisers of training are on.
     """
 
-    def __init__(self, dim: int, num_heads: int, value_head_dim: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        value_head_dim: int,
+        count: BatchCount | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.in_proj = nn.Linear(dim, num_heads * value_head_dim)
         self.out_proj = scaled_linear(num_heads * value_head_dim, dim, 0.05)
+        self.whiten = whiten(count, whitening_limit(7.5, 3.0))
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Apply weights (B, H, T, T) to x (B, T, dim)."""
+    def forward(
+        self, x: Tensor, weights: Tensor, frames: Frames, past: Past | None = None
+    ) -> Tensor:
+        """Apply weights (B, H, T, S) to x (B, T, dim)."""
         b, t, _ = x.shape
-        v = self.in_proj(x).reshape(b, t, self.num_heads, -1).transpose(1, 2)
+        v = self.in_proj(x)
+        if past is not None:
+            v = past.extend("values", v, frames.left)
+        v = v.reshape(b, v.size(1), self.num_heads, -1).transpose(1, 2)
         out = torch.matmul(weights, v).transpose(1, 2).reshape(b, t, -1)
-        return self.out_proj(out)
+        return self.whiten(self.out_proj(out))
 
 
 class NonlinAttention(nn.Module):
@@ -149,16 +211,31 @@ class NonlinAttention(nn.Module):
 
     Args:
         dim: channels; the hidden width is 3/4 of it.
+        count: given, the regularisers of training are on.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, count: BatchCount | None = None) -> None:
         super().__init__()
         hidden = 3 * dim // 4
         self.in_proj = nn.Linear(dim, 3 * hidden)
         self.out_proj = scaled_linear(hidden, dim, 0.05)
+        self.balance = balancer(
+            count,
+            min_positive=((0, 0.25), (20000, 0.05)),
+            max_positive=((0, 0.75), (20000, 0.95)),
+            min_abs=0.5,
+            max_abs=5.0,
+        )
+        self.whiten_values = whiten(count, whitening_limit(5.0))
+        self.whiten = whiten(count, whitening_limit(5.0, 3.0))
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Apply weights (B, H, T, T) to x (B, T, dim)."""
+    def forward(
+        self, x: Tensor, weights: Tensor, frames: Frames, past: Past | None = None
+    ) -> Tensor:
+        """Apply weights (B, H, T, S) to x (B, T, dim)."""
         s, v, y = self.in_proj(x).chunk(3, dim=-1)
-        v = torch.matmul(weights[:, 0], v * s.tanh())
-        return self.out_proj(v * y)
+        v = self.whiten_values(v) * self.balance(s).tanh()
+        if past is not None:
+            v = past.extend("values", v, frames.left)
+        v = torch.matmul(weights[:, 0], v)
+        return self.whiten(self.out_proj(v * y))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+PADDING_MODES = ("compatible", "exact")
 STACK_FIELDS = (
     "downsampling_factor",
     "num_encoder_layers",
@@ -15,6 +17,18 @@ STACK_FIELDS = (
     "cnn_module_kernel",
     "num_heads",
 )
+_LISTS = ("embed_channels", "train_chunk_size", "train_left_context_frames")
+_INTEGERS = ("num_mel_bins", "output_downsampling_factor", "pos_dim", "chunk_size")
+_INTEGERS += ("left_context_frames", "query_head_dim", "pos_head_dim")
+_INTEGERS += ("value_head_dim",)
+# Options of a run: they change no tensor of a checkpoint.
+_RUN_FIELDS = ("chunk_size", "left_context_frames", "train_chunk_size")
+_RUN_FIELDS += ("train_left_context_frames", "padding", "regularize")
+_RUN_FIELDS += ("regularize_batch_seconds", "regularize_start")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built; the message names the field."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +37,10 @@ class ZipformerConfig:
 
     Fields in ``STACK_FIELDS`` hold one entry per stack; the names are those of the
     released checkpoints' ``config.json``. Fields after ``left_context_frames`` are
-    constants there and options here.
+    constants there and options here. ``base``, ``large`` and ``xlarge`` train with
+    regularisers unless told otherwise, as the published students did; ``mini`` and
+    ``tiny``, and released checkpoints opened for fine-tuning, without: schedules that
+    last for 50000 batches of 600 s would only hold back a short training.
 
     Attributes:
         num_mel_bins: width of the log-mel fbank.
@@ -37,13 +54,24 @@ class ZipformerConfig:
         cnn_module_kernel: odd kernel width of the depthwise convolutions (frames).
         num_heads: attention heads of each stack.
         pos_dim: width of the relative positional encoding; even.
-        causal: streaming variant (checkpoints of it are refused for now).
-        chunk_size: frames (50 Hz) of a streaming chunk.
-        left_context_frames: frames (50 Hz) of left context when streaming.
+        causal: streaming variant: frames see their own chunk and those before it.
+        chunk_size: frames (50 Hz) of a chunk outside training, a multiple of all
+            downsampling factors; -1: no chunks, everything is seen.
+        left_context_frames: frames (50 Hz) of attention's left context outside
+            training, rounded down to whole chunks but at least one; -1: all.
         query_head_dim: width of a query or key head.
         pos_head_dim: width of a positional query head.
         value_head_dim: width of a value head.
         embed_channels: output channels of the embedding's three convolutions.
+        train_chunk_size: chunk sizes that causal training draws from, per batch.
+        train_left_context_frames: left contexts that it draws from.
+        padding: ``compatible`` lets the padding of a batch reach the last frames of
+            shorter utterances, as the published code does; with ``exact`` an
+            utterance's output is what it is for that utterance alone.
+        regularize: train with balancers, whitening, dropout, skipping and masks.
+        regularize_batch_seconds: audio (seconds, padding included, all ranks) that
+            counts as one batch of their schedules.
+        regularize_start: batches that count as done at the start (fine-tuning).
     """
 
     num_mel_bins: int = 128
@@ -63,36 +91,84 @@ class ZipformerConfig:
     pos_head_dim: int = 4
     value_head_dim: int = 12
     embed_channels: tuple[int, int, int] = (8, 32, 128)
+    train_chunk_size: tuple[int, ...] = (8, 32, 64, -1)
+    train_left_context_frames: tuple[int, ...] = (128, 256, -1)
+    padding: str = "compatible"
+    regularize: bool = False
+    regularize_batch_seconds: float = 600.0
+    regularize_start: float = 0.0
 
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in STACK_FIELDS}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(
+        if len(set(lengths.values())) != 1 or not self.num_encoder_layers:
+            raise ConfigError(
                 f"every per-stack list needs one entry per stack, got lengths {lengths}"
             )
+        if len(self.embed_channels) != 3:
+            raise ConfigError(f"embed_channels {self.embed_channels}: three widths")
+        for name in {*STACK_FIELDS, *_INTEGERS, "embed_channels"} - {*_RUN_FIELDS}:
+            value = getattr(self, name)
+            if min((value,) if isinstance(value, int) else value) < 1:
+                raise ConfigError(f"{name} {value}: at least 1")
         if len(set(self.encoder_dim)) != 1:
-            raise ValueError(
+            raise ConfigError(
                 f"encoder_dim must be equal in all stacks, got {self.encoder_dim}"
             )
-        if any(d < 1 for d in self.downsampling_factor):
-            raise ValueError(f"downsampling_factor {self.downsampling_factor} < 1")
-        if any(k % 2 == 0 for k in self.cnn_module_kernel):
-            raise ValueError(f"cnn_module_kernel {self.cnn_module_kernel} must be odd")
-        if any((3 * f) % 4 or (5 * f) % 4 for f in self.feedforward_dim):
-            raise ValueError(f"feedforward_dim {self.feedforward_dim}: multiples of 4")
-        if self.encoder_dim[0] % 4:
-            raise ValueError(f"encoder_dim {self.encoder_dim[0]}: a multiple of 4")
-        if self.output_downsampling_factor not in (1, 2):
-            raise ValueError("output_downsampling_factor must be 1 or 2")
-        if self.pos_dim % 2:
-            raise ValueError(f"pos_dim {self.pos_dim} must be even")
-        if len(self.embed_channels) != 3:
-            raise ValueError(f"embed_channels {self.embed_channels}: three widths")
-        if self.causal:
-            raise ValueError(
-                "causal (streaming) checkpoints are not supported yet; "
-                "use a checkpoint with causal: false"
+        if any(
+            u > d
+            for u, d in zip(self.encoder_unmasked_dim, self.encoder_dim, strict=True)
+        ):
+            raise ConfigError(
+                f"encoder_unmasked_dim {self.encoder_unmasked_dim} exceeds encoder_dim"
             )
+        if any(k % 2 == 0 for k in self.cnn_module_kernel):
+            raise ConfigError(f"cnn_module_kernel {self.cnn_module_kernel} must be odd")
+        if any((3 * f) % 4 or (5 * f) % 4 for f in self.feedforward_dim):
+            raise ConfigError(f"feedforward_dim {self.feedforward_dim}: multiples of 4")
+        if self.encoder_dim[0] % 4:
+            raise ConfigError(f"encoder_dim {self.encoder_dim[0]}: a multiple of 4")
+        if self.output_downsampling_factor not in (1, 2):
+            raise ConfigError("output_downsampling_factor must be 1 or 2")
+        if self.pos_dim % 2:
+            raise ConfigError(f"pos_dim {self.pos_dim} must be even")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Check the fields that change no tensor."""
+        for name in ("causal", "regularize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} {getattr(self, name)!r}: true or false")
+        if self.padding not in PADDING_MODES:
+            raise ConfigError(f"padding '{self.padding}': one of {PADDING_MODES}")
+        if not self.regularize_batch_seconds > 0 or not self.regularize_start >= 0:
+            raise ConfigError(
+                f"regularize_batch_seconds {self.regularize_batch_seconds} must be "
+                f"positive, regularize_start {self.regularize_start} not negative"
+            )
+        if not self.causal:
+            return
+        self.check_chunk(self.chunk_size, self.left_context_frames)
+        if not self.train_chunk_size or not self.train_left_context_frames:
+            raise ConfigError("train_chunk_size, train_left_context_frames: are empty")
+        for chunk in self.train_chunk_size:
+            for left in self.train_left_context_frames:
+                self.check_chunk(chunk, left)
+
+    def check_chunk(self, chunk_size: int, left_context_frames: int) -> None:
+        """Raise ConfigError unless chunks fit the downsampled stacks."""
+        unit = math.lcm(*self.downsampling_factor, self.output_downsampling_factor)
+        if chunk_size != -1 and (chunk_size < 1 or chunk_size % unit):
+            raise ConfigError(f"chunk size {chunk_size}: a multiple of {unit}, or -1")
+        if left_context_frames < -1:
+            raise ConfigError(f"left context {left_context_frames}: frames, or -1")
+
+    def architecture(self) -> ZipformerConfig:
+        """Return the same with the options of a run at their defaults.
+
+        Checkpoints fit a network if these are equal.
+        """
+        default = {f.name: f.default for f in fields(self) if f.name in _RUN_FIELDS}
+        return replace(self, **default)
 
     @property
     def frame_rate(self) -> float:
@@ -108,10 +184,10 @@ class ZipformerConfig:
                 published ones, ``mini`` and ``tiny`` are for two CPU cores and tests).
 
         Raises:
-            ValueError: unknown name; the message lists the known ones.
+            ConfigError: unknown name; the message lists the known ones.
         """
         if name not in NAMED_CONFIGS:
-            raise ValueError(f"unknown size '{name}', one of {sorted(NAMED_CONFIGS)}")
+            raise ConfigError(f"unknown size '{name}', one of {sorted(NAMED_CONFIGS)}")
         return NAMED_CONFIGS[name]
 
     @classmethod
@@ -122,14 +198,14 @@ class ZipformerConfig:
         named size that the other keys change.
 
         Raises:
-            ValueError: a key that is no field, or values that do not fit together.
+            ConfigError: a key that is no field, or values that do not fit together.
         """
         conf = dict(conf)
         start = cls.from_name(conf.pop("name")) if "name" in conf else cls()
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(conf) - known)
         if unknown:
-            raise ValueError(f"unknown keys {unknown}; known: {sorted(known)}")
+            raise ConfigError(f"unknown keys {unknown}; known: {sorted(known)}")
         return replace(start, **{key: _plain(key, conf[key]) for key in conf})
 
     @classmethod
@@ -147,14 +223,27 @@ class ZipformerConfig:
 
 
 def _plain(key: str, value: Any) -> Any:
-    """Turn a list or a comma-separated string into a tuple of ints."""
-    if key in STACK_FIELDS or key == "embed_channels":
-        parts = value.split(",") if isinstance(value, str) else value
-        try:
-            return tuple(int(p) for p in parts)
-        except (TypeError, ValueError):
-            raise ValueError(f"{key}: expected whole numbers, got {value!r}") from None
+    """Turn what YAML or JSON may hold into a field's type: lists into tuples, ..."""
+    try:
+        if key in STACK_FIELDS or key in _LISTS:
+            parts = value.split(",") if isinstance(value, str) else value
+            return tuple(_whole(p) for p in parts)
+        if key in _INTEGERS:
+            return _whole(value)
+        if key in ("regularize_batch_seconds", "regularize_start"):
+            return float(value)
+        if key in ("causal", "regularize") and value in (0, 1):
+            return bool(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{key}: expected numbers, got {value!r}") from None
     return value
+
+
+def _whole(value: Any) -> int:
+    number = int(value)
+    if isinstance(value, bool) or (isinstance(value, float) and value != number):
+        raise ValueError
+    return number
 
 
 def _uniform(
@@ -166,6 +255,7 @@ def _uniform(
         encoder_dim=(dim,) * n,
         feedforward_dim=(ff,) * n,
         encoder_unmasked_dim=(unmasked,) * n,
+        regularize=True,
     )
 
 

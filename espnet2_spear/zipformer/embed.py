@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet2_spear.zipformer.regularizers import (
+    balancer,
+    scale_grad,
+    sequence_mask,
+    shared_dropout,
+    whiten,
+)
 from espnet2_spear.zipformer.scaling import BiasNorm, swoosh_l, swoosh_r
+from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
+
+CONVNEXT_SKIP: Scheduled = ((0, 0.2), (20000, 0.015))
+FIRST_GRAD_SCALE = 0.2
+CONVNEXT_REACH = 3  # frames that the ConvNeXt block looks back and ahead
 
 
 class ConvNeXt(nn.Module):
@@ -13,10 +26,12 @@ class ConvNeXt(nn.Module):
 
     Args:
         channels: input and output channels; the hidden ones are three times as many.
+        count: given, the regularisers of training are on.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, count: BatchCount | None = None) -> None:
         super().__init__()
+        self.count = count
         self.depthwise_conv = nn.Conv2d(
             channels, channels, kernel_size=7, padding=3, groups=channels
         )
@@ -25,11 +40,41 @@ class ConvNeXt(nn.Module):
         with torch.no_grad():
             self.pointwise_conv2.weight.mul_(0.01)
             self.pointwise_conv2.bias.uniform_(-0.001, 0.001)
+        self.balance_hidden = balancer(
+            count,
+            min_positive=0.3,
+            max_positive=1.0,
+            min_abs=0.75,
+            max_abs=5.0,
+            channel_dim=1,
+        )
+        self.balance_out = balancer(
+            count,
+            min_positive=0.4,
+            max_positive=0.6,
+            min_abs=1.0,
+            max_abs=6.0,
+            channel_dim=1,
+        )
+        self.whiten = whiten(count, 5.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, T, F) to the same shape."""
-        y = swoosh_l(self.pointwise_conv1(self.depthwise_conv(x)))
-        return x + self.pointwise_conv2(y)
+        """Map (B, C, T, F) to the same shape; zeros surround the frames."""
+        return self._residual(x, self.depthwise_conv(x))
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Map (B, C, 3 + T + 3, F) to the T frames that have all neighbours."""
+        conv = self.depthwise_conv
+        y = F.conv2d(x, conv.weight, conv.bias, padding=(0, 3), groups=conv.groups)
+        return self._residual(x[:, :, CONVNEXT_REACH:-CONVNEXT_REACH], y)
+
+    def _residual(self, x: Tensor, y: Tensor) -> Tensor:
+        y = swoosh_l(self.balance_hidden(self.pointwise_conv1(y)))
+        y = self.pointwise_conv2(y)
+        if self.training and self.count is not None:
+            y = y * sequence_mask(y, self.count.at(CONVNEXT_SKIP))
+        x = self.balance_out(x + y)
+        return self.whiten(x.transpose(1, 3)).transpose(1, 3)
 
 
 class ConvEmbed(nn.Module):
@@ -42,12 +87,18 @@ class ConvEmbed(nn.Module):
         num_mel_bins: width of the fbank.
         dim: output channels.
         channels: output channels of the three convolutions.
+        count: given, the regularisers of training are on.
     """
 
     def __init__(
-        self, num_mel_bins: int, dim: int, channels: tuple[int, int, int]
+        self,
+        num_mel_bins: int,
+        dim: int,
+        channels: tuple[int, int, int],
+        count: BatchCount | None = None,
     ) -> None:
         super().__init__()
+        self.count = count
         c1, c2, c3 = channels
         # Keys as in the released checkpoints, whose other slots hold functions.
         self.conv = nn.ModuleDict(
@@ -57,23 +108,65 @@ class ConvEmbed(nn.Module):
                 "7": nn.Conv2d(c2, c3, kernel_size=3, stride=(1, 2)),
             }
         )
-        self.convnext = ConvNeXt(c3)
+        self.balance = nn.ModuleList(
+            balancer(count, max_abs=max_abs, channel_dim=1)
+            for max_abs in (1.0, 4.0, 4.0)
+        )
+        self.convnext = ConvNeXt(c3, count)
         freq = ((num_mel_bins - 1) // 2 - 1) // 2
         self.out = nn.Linear(c3 * freq, dim)
-        self.out_norm = BiasNorm(dim)
+        self.whiten = whiten(count, ((0, 4.0), (20000, 8.0)), grad_scale=0.02)
+        self.out_norm = BiasNorm(dim, count)
+        self.dropout = shared_dropout(count)
 
     @staticmethod
     def output_lengths(lengths: Tensor | int) -> Tensor | int:
         """Frames (50 Hz) for so many fbank frames (100 Hz)."""
         return (lengths - 7) // 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map fbank (B, T, num_mel_bins), T >= 9, to (B, (T - 7) // 2, dim)."""
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Embed.
+
+        Args:
+            x: (B, T, num_mel_bins) fbank, T >= 9.
+            lengths: (B,) frames of each, if what lies behind them must not reach the
+                last frames before (``padding="exact"``).
+
+        Returns:
+            (B, (T - 7) // 2, dim).
+        """
+        x = self.convolve(x)
+        if lengths is not None:
+            x = silence(x, self.output_lengths(lengths))
+        return self.project(self.convnext(x))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Map fbank (B, T, num_mel_bins) to (B, C, (T - 7) // 2, F)."""
         # Channels last: three times as fast on a CPU, forward and backward, where
         # few channels make the default layout's convolutions slow.
         x = x[:, None].to(memory_format=torch.channels_last)
-        for conv in self.conv.values():
-            x = swoosh_r(conv(x))
-        x = self.convnext(x)
-        x = self.out(x.transpose(1, 2).flatten(2))
-        return self.out_norm(x)
+        for i, (conv, balance) in enumerate(
+            zip(self.conv.values(), self.balance, strict=True)
+        ):
+            x = conv(x)
+            if i == 0 and self.training and self.count is not None:
+                x = scale_grad(x, FIRST_GRAD_SCALE)
+            x = swoosh_r(balance(x))
+        return x
+
+    def project(self, x: Tensor) -> Tensor:
+        """Map (B, C, T, F) to (B, T, dim)."""
+        x = self.whiten(self.out(x.transpose(1, 2).flatten(2)))
+        return self.dropout(self.out_norm(x))
+
+
+def silence(x: Tensor, lengths: Tensor, start: int = 0) -> Tensor:
+    """Zero what lies behind the end of each utterance.
+
+    Args:
+        x: (B, C, T, F), whose first frame has index ``start``.
+        lengths: (B,) frames of each.
+    """
+    position = torch.arange(start, start + x.size(2), device=x.device)
+    behind = position >= lengths[:, None].to(x.device)
+    return x.masked_fill(behind[:, None, :, None], 0.0)

@@ -7,8 +7,32 @@ from torch import Tensor, nn
 
 from espnet2_spear.zipformer.attention import RelPositionalEncoding
 from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.frames import Frames, Past
 from espnet2_spear.zipformer.layer import ZipformerLayer
 from espnet2_spear.zipformer.scaling import Bypass
+from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
+
+FRAME_RATE = 50.0  # of the embedded frames
+POS_DROPOUT = 0.15
+FEATURE_MASK_PROB = 0.125
+WARMUP_BATCHES = 4000.0
+LAYER_SKIP = 0.5  # before a layer's part of the warm-up
+LAYER_SKIP_END = 0.035  # after it, times the square root of the stack's factor
+
+
+def layer_skip(stack: int, layer: int, config: ZipformerConfig) -> Scheduled:
+    """Schedule of skipping a layer: deeper stacks settle later in the warm-up.
+
+    Args:
+        stack: index of the stack.
+        layer: index of the layer within it.
+        config: sizes.
+    """
+    part = WARMUP_BATCHES / (len(config.num_encoder_layers) + 1)
+    step = part / config.num_encoder_layers[stack]
+    begin = part * (stack + 1) + step * layer
+    end = LAYER_SKIP_END * config.downsampling_factor[stack] ** 0.5
+    return ((begin, LAYER_SKIP), (begin + step, end))
 
 
 class Downsample(nn.Module):
@@ -41,14 +65,20 @@ class ZipformerStack(nn.Module):
         config: sizes.
         index: which stack.
         pos: positional encoding, shared by all stacks.
+        count: given, the regularisers of training are on.
     """
 
     def __init__(
-        self, config: ZipformerConfig, index: int, pos: RelPositionalEncoding
+        self,
+        config: ZipformerConfig,
+        index: int,
+        pos: RelPositionalEncoding,
+        count: BatchCount | None = None,
     ) -> None:
         super().__init__()
         # In a tuple so that the shared encoding is not registered once per stack.
         self._pos = (pos,)
+        self.count = count
         self.layers = nn.ModuleList(
             ZipformerLayer(
                 dim=config.encoder_dim[index],
@@ -59,17 +89,34 @@ class ZipformerStack(nn.Module):
                 pos_dim=config.pos_dim,
                 feedforward_dim=config.feedforward_dim[index],
                 kernel=config.cnn_module_kernel[index],
+                causal=config.causal,
+                count=count,
+                layer_skip=layer_skip(index, layer, config),
             )
-            for _ in range(config.num_encoder_layers[index])
+            for layer in range(config.num_encoder_layers[index])
         )
 
-    def forward(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Map (B, T, C); return the output and the output of every layer."""
-        pos = self._pos[0](x.size(1), x.device).to(x.dtype)
+    def forward(self, x: Tensor, frames: Frames) -> tuple[Tensor, list[Tensor]]:
+        """Map (B, T, C); return the output and the output of every layer.
+
+        In training the two differ by the feature mask.
+        """
+        past, key_padding = frames.past, frames.padding
+        if past is not None:
+            key_padding = past.extend("padding", key_padding, frames.left)
+        left = key_padding.size(1) - x.size(1)
+        pos = self._pos[0](x.size(1), x.device, left).to(x.dtype)
+        if self.training and self.count is not None:
+            pos = nn.functional.dropout(pos, POS_DROPOUT)
+        frames = frames.with_keys(pos, key_padding)
+        if frames.feature_mask is not None:
+            x = x * frames.feature_mask
         hidden_states = []
-        for layer in self.layers:
-            x = layer(x, pos, padding)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, frames, None if past is None else past.child(str(i)))
             hidden_states.append(x)
+            if frames.feature_mask is not None:
+                x = x * frames.feature_mask
         return x, hidden_states
 
 
@@ -80,26 +127,33 @@ class DownsampledStack(nn.Module):
         config: sizes.
         index: which stack.
         pos: positional encoding, shared by all stacks.
+        count: given, the regularisers of training are on.
     """
 
     def __init__(
-        self, config: ZipformerConfig, index: int, pos: RelPositionalEncoding
+        self,
+        config: ZipformerConfig,
+        index: int,
+        pos: RelPositionalEncoding,
+        count: BatchCount | None = None,
     ) -> None:
         super().__init__()
         self.factor = config.downsampling_factor[index]
         self.downsample = Downsample(self.factor)
-        self.encoder = ZipformerStack(config, index, pos)
-        self.out_combiner = Bypass(config.encoder_dim[index])
+        self.encoder = ZipformerStack(config, index, pos, count)
+        self.out_combiner = Bypass(config.encoder_dim[index], count)
 
-    def forward(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, frames: Frames) -> tuple[Tensor, list[Tensor]]:
         """Map (B, T, C) to (B, T, C); hidden states are repeated up to T frames."""
-        t = x.size(1)
-        low = None if padding is None else padding[:, :: self.factor]
-        _, hidden_states = self.encoder(self.downsample(x), low)
-        hidden_states = [
-            h.repeat_interleave(self.factor, dim=1)[:, :t] for h in hidden_states
-        ]
-        return self.out_combiner(x, hidden_states[-1]), hidden_states
+        low = self.downsample(frames.hold_last(x))
+        low, hidden_states = self.encoder(low, frames.at(self.factor))
+        hidden_states = [self._upsample(h, x) for h in hidden_states]
+        masked = frames.feature_mask is not None
+        up = self._upsample(low, x) if masked else hidden_states[-1]
+        return self.out_combiner(x, up), hidden_states
+
+    def _upsample(self, low: Tensor, like: Tensor) -> Tensor:
+        return low.repeat_interleave(self.factor, dim=1)[:, : like.size(1)]
 
 
 class Zipformer(nn.Module):
@@ -107,13 +161,24 @@ class Zipformer(nn.Module):
 
     Args:
         config: sizes.
+
+    Attributes:
+        count: batches trained on, if ``config.regularize``; else None.
     """
 
     def __init__(self, config: ZipformerConfig) -> None:
         super().__init__()
+        self.config = config
+        self.count = None
+        if config.regularize:
+            self.count = BatchCount(
+                config.regularize_batch_seconds, config.regularize_start
+            )
         pos = RelPositionalEncoding(config.pos_dim)
         self.encoders = nn.ModuleList(
-            (ZipformerStack if factor == 1 else DownsampledStack)(config, i, pos)
+            (ZipformerStack if factor == 1 else DownsampledStack)(
+                config, i, pos, self.count
+            )
             for i, factor in enumerate(config.downsampling_factor)
         )
         self.downsample_output = (
@@ -127,6 +192,9 @@ class Zipformer(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Encode.
 
+        Training of a causal network draws the chunk size and the left context from
+        ``train_chunk_size`` and ``train_left_context_frames``.
+
         Args:
             x: (B, T, C) embedded frames, 50 Hz.
             lengths: (B,) frames of each.
@@ -135,12 +203,105 @@ class Zipformer(nn.Module):
             encoder_out (B, T', C), its lengths (B,), and one hidden state (B, T, C)
             per layer at 50 Hz, taken before the stack's out_combiner.
         """
-        padding = torch.arange(x.size(1), device=x.device)[None] >= lengths[:, None]
+        if self.training and torch.is_grad_enabled() and self.count is not None:
+            self.count.advance(x.size(0) * x.size(1) / FRAME_RATE)
+        chunk, left_chunks = self._draw_chunk()
+        frames = Frames(
+            _padding(x, lengths),
+            exact=self.config.padding == "exact",
+            causal=self.config.causal,
+            chunk=chunk,
+            left_chunks=left_chunks,
+            feature_mask=self._draw_feature_mask(x),
+        )
+        return self._encode(x, lengths, frames)
+
+    def streaming_forward(
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        past: Past,
+        first: bool,
+        chunk: int,
+        left_context: int,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Encode one chunk, given what was kept of the chunks before it.
+
+        Args:
+            x: (B, n, C) embedded frames, 50 Hz; n is ``chunk``, at the very end of a
+                stream also less.
+            lengths: (B,) how many of the n belong to each utterance.
+            past: kept tensors, replaced by those of the next step.
+            first: whether this is the first chunk.
+            chunk: frames of a chunk.
+            left_context: frames of left context, -1 for all.
+
+        Returns:
+            as ``forward``, of these n frames.
+        """
+        frames = Frames(
+            _padding(x, lengths),
+            exact=self.config.padding == "exact",
+            causal=True,
+            chunk=chunk,
+            left_chunks=_left_chunks(left_context, chunk),
+            first=first,
+            past=past,
+        )
+        return self._encode(x, lengths, frames)
+
+    def _encode(
+        self, x: Tensor, lengths: Tensor, frames: Frames
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         hidden_states: list[Tensor] = []
-        for stack in self.encoders:
-            x, states = stack(x, padding)
+        for i, stack in enumerate(self.encoders):
+            x, states = stack(x, frames.child(str(i)))
             hidden_states.extend(states)
         if self.downsample_output is not None:
-            x = self.downsample_output(x)
+            x = self.downsample_output(frames.hold_last(x))
             lengths = (lengths + 1) // 2
         return x, lengths, hidden_states
+
+    def _draw_chunk(self) -> tuple[int, int]:
+        """Return chunk size in frames and left context in chunks; -1: no limit."""
+        config = self.config
+        if not config.causal:
+            return -1, -1
+        chunk, left = config.chunk_size, config.left_context_frames
+        if self.training:
+            chunk = _draw(config.train_chunk_size)
+            left = _draw(config.train_left_context_frames)
+        return chunk, _left_chunks(left, chunk)
+
+    def _draw_feature_mask(self, x: Tensor) -> Tensor | None:
+        """Return (B, 1, C) of 0 and 1 in training.
+
+        Channels from the unmasked dimension on are dropped per sequence by one draw,
+        their upper half by a second one as well.
+        """
+        if not self.training or self.count is None:
+            return None
+        dim, kept = self.config.encoder_dim[0], self.config.encoder_unmasked_dim[0]
+        keep = torch.rand(2, x.size(0), 1, 1, device=x.device) >= FEATURE_MASK_PROB
+        first, second = keep[0].to(x.dtype), keep.all(dim=0).to(x.dtype)
+        mask = x.new_ones(x.size(0), 1, dim)
+        middle = kept + (dim - kept) // 2
+        mask[..., kept:middle] = first
+        mask[..., middle:] = second
+        return mask
+
+
+def _padding(x: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T) bool, True behind the end of each utterance of x (B, T, C)."""
+    return torch.arange(x.size(1), device=x.device) >= lengths[:, None].to(x.device)
+
+
+def _left_chunks(left_context: int, chunk: int) -> int:
+    """Whole chunks of left context: at least one; -1 (all) without chunks."""
+    if left_context < 0 or chunk < 0:
+        return -1
+    return max(1, left_context // chunk)
+
+
+def _draw(choices: tuple[int, ...]) -> int:
+    return choices[int(torch.randint(len(choices), ()))]

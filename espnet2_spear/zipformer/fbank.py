@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espnet2_spear.zipformer.checks import InputError
+
 SAMPLE_RATE = 16000
 FRAME_LENGTH = 400  # samples, 25 ms
 FRAME_SHIFT = 160  # samples, 10 ms
@@ -18,7 +20,7 @@ HIGH_FREQ = 7600.0
 LOG_FLOOR = 1.1920928955078125e-07  # float32 epsilon
 PADDING_VALUE = math.log(1e-10)
 # The window of frame t is centred on sample 160 t + 80.
-_LEFT = FRAME_LENGTH // 2 - FRAME_SHIFT // 2
+LEFT = FRAME_LENGTH // 2 - FRAME_SHIFT // 2
 
 
 def mel_filterbank(num_mel_bins: int) -> Tensor:
@@ -82,12 +84,12 @@ class Fbank(nn.Module):
             lengths (B,), (samples + 80) // 160 each.
 
         Raises:
-            ValueError: a length that is 0 or greater than the tensor.
+            InputError: a length that is 0 or greater than the tensor.
         """
         if speech.dim() != 2:
-            raise ValueError(f"speech must be (B, samples), got {tuple(speech.shape)}")
+            raise InputError(f"speech must be (B, samples), got {tuple(speech.shape)}")
         if bool(((lengths < 1) | (lengths > speech.size(1))).any()):
-            raise ValueError(
+            raise InputError(
                 f"lengths {lengths.tolist()} must be in 1..{speech.size(1)} samples"
             )
         with torch.autocast(device_type=speech.device.type, enabled=False):
@@ -97,7 +99,7 @@ class Fbank(nn.Module):
         out_lens = num_frames(lengths)
         frames = int(num_frames(speech.size(1)))
         position = torch.arange(
-            -_LEFT, (frames - 1) * FRAME_SHIFT + FRAME_LENGTH - _LEFT
+            -LEFT, (frames - 1) * FRAME_SHIFT + FRAME_LENGTH - LEFT
         ).to(speech.device)
         position = torch.where(position < 0, -1 - position, position)
         n = lengths[:, None].to(speech.device)

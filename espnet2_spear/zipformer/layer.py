@@ -1,9 +1,8 @@
-"""One Zipformer layer and its feed-forward and convolution modules."""
+"""One Zipformer layer and its feed-forward module."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet2_spear.zipformer.attention import (
@@ -11,13 +10,26 @@ from espnet2_spear.zipformer.attention import (
     NonlinAttention,
     SelfAttention,
 )
+from espnet2_spear.zipformer.convolution import Convolution
+from espnet2_spear.zipformer.frames import Frames, Past
+from espnet2_spear.zipformer.regularizers import (
+    balancer,
+    sequence_mask,
+    shared_dropout,
+    whiten,
+    whitening_limit,
+)
 from espnet2_spear.zipformer.scaling import (
     BiasNorm,
     Bypass,
     scaled_linear,
     swoosh_l,
-    swoosh_r,
 )
+from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
+
+ATTENTION_SKIP: Scheduled = ((0, 0.2), (4000, 0.05), (16000, 0.0))
+CONVOLUTION_SKIP: Scheduled = ATTENTION_SKIP
+FEED_FORWARD_SKIP: Scheduled = ((0, 0.1), (4000, 0.01), (50000, 0.0))
 
 
 class FeedForward(nn.Module):
@@ -26,58 +38,23 @@ class FeedForward(nn.Module):
     Args:
         dim: channels.
         hidden: width between the two linears.
+        count: given, the regularisers of training are on.
     """
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, count: BatchCount | None = None) -> None:
         super().__init__()
         self.in_proj = nn.Linear(dim, hidden)
         self.out_proj = scaled_linear(hidden, dim, 0.1)
+        self.balance = balancer(
+            count, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0
+        )
+        self.dropout = shared_dropout(count)
+        self.whiten = whiten(count, whitening_limit(7.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., dim) to (..., dim)."""
-        return self.out_proj(swoosh_l(self.in_proj(x)))
-
-
-class Convolution(nn.Module):
-    """Gated depthwise convolution over time.
-
-    Args:
-        dim: channels.
-        kernel: odd width in frames.
-    """
-
-    def __init__(self, dim: int, kernel: int) -> None:
-        super().__init__()
-        self.in_proj = nn.Linear(dim, 2 * dim)
-        self.depthwise_conv = nn.Conv1d(
-            dim, dim, kernel, padding=kernel // 2, groups=dim
-        )
-        self.out_proj = scaled_linear(dim, dim, 0.05)
-
-    def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
-        """Map (B, T, dim) to (B, T, dim); frames where padding (B, T) count as 0."""
-        x, gate = self.in_proj(x).chunk(2, dim=-1)
-        x = x * gate.sigmoid()
-        if padding is not None:
-            x = x.masked_fill(padding[..., None], 0.0)
-        return self.out_proj(swoosh_r(self._depthwise(x)))
-
-    def _depthwise(self, x: Tensor) -> Tensor:
-        """Convolve (B, T, dim) over time.
-
-        (B, T, dim) is what a channels-last (B, dim, T, 1) image looks like in memory:
-        as a 2-D convolution it needs no copy and runs 4 to 7 times as fast on a CPU.
-        """
-        conv = self.depthwise_conv
-        image = x.transpose(1, 2)[..., None]
-        y = F.conv2d(
-            image,
-            conv.weight[..., None],
-            conv.bias,
-            padding=(conv.padding[0], 0),
-            groups=conv.groups,
-        )
-        return y.squeeze(-1).transpose(1, 2)
+        """Map (B, T, dim) to (B, T, dim)."""
+        x = self.dropout(swoosh_l(self.balance(self.in_proj(x))))
+        return self.whiten(self.out_proj(x))
 
 
 class ZipformerLayer(nn.Module):
@@ -92,6 +69,9 @@ class ZipformerLayer(nn.Module):
         pos_dim: width of the positional encoding.
         feedforward_dim: hidden width of the middle feed-forward module.
         kernel: width of the depthwise convolutions in frames.
+        causal: whether convolutions look ahead within a chunk only.
+        count: given, the regularisers of training are on.
+        layer_skip: share of sequences that skip the layer in training.
     """
 
     def __init__(
@@ -104,43 +84,87 @@ class ZipformerLayer(nn.Module):
         pos_dim: int,
         feedforward_dim: int,
         kernel: int,
+        causal: bool = False,
+        count: BatchCount | None = None,
+        layer_skip: Scheduled = 0.0,
     ) -> None:
         super().__init__()
+        self.count = count
         self.self_attn_weights = AttentionWeights(
-            dim, num_heads, query_head_dim, pos_head_dim, pos_dim
+            dim, num_heads, query_head_dim, pos_head_dim, pos_dim, count
         )
-        self.self_attn1 = SelfAttention(dim, num_heads, value_head_dim)
-        self.self_attn2 = SelfAttention(dim, num_heads, value_head_dim)
-        self.nonlin_attention = NonlinAttention(dim)
-        self.feed_forward1 = FeedForward(dim, feedforward_dim * 3 // 4)
-        self.feed_forward2 = FeedForward(dim, feedforward_dim)
-        self.feed_forward3 = FeedForward(dim, feedforward_dim * 5 // 4)
-        self.conv_module1 = Convolution(dim, kernel)
-        self.conv_module2 = Convolution(dim, kernel)
-        self.norm = BiasNorm(dim)
-        self.bypass = Bypass(dim)
-        self.bypass_mid = Bypass(dim)
+        self.self_attn1 = SelfAttention(dim, num_heads, value_head_dim, count)
+        self.self_attn2 = SelfAttention(dim, num_heads, value_head_dim, count)
+        self.nonlin_attention = NonlinAttention(dim, count)
+        self.feed_forward1 = FeedForward(dim, feedforward_dim * 3 // 4, count)
+        self.feed_forward2 = FeedForward(dim, feedforward_dim, count)
+        self.feed_forward3 = FeedForward(dim, feedforward_dim * 5 // 4, count)
+        self.conv_module1 = Convolution(dim, kernel, causal, count)
+        self.conv_module2 = Convolution(dim, kernel, causal, count)
+        self.norm = BiasNorm(dim, count)
+        self.bypass = Bypass(dim, count, layer_skip)
+        self.bypass_mid = Bypass(dim, count)
         # Released checkpoints carry this vector although nothing reads it: it is kept
         # for round trips, and without a gradient so that DDP does not wait for one.
         self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5), requires_grad=False)
 
-    def forward(self, x: Tensor, pos: Tensor, padding: Tensor | None) -> Tensor:
+        branch = {"min_positive": 0.3, "max_positive": 0.7, "prob": 0.05}
+        self.balance_nonlin = balancer(
+            count, min_abs=((0, 0.004), (4000, 0.02)), **branch
+        )
+        self.balance_ff2 = balancer(
+            count, min_abs=((0, 0.0), (4000, 0.1)), max_abs=2.0, **branch
+        )
+        self.balance_ff3 = balancer(
+            count, min_abs=((0, 0.0), (4000, 0.2)), max_abs=4.0, **branch
+        )
+        stream = {"min_positive": 0.45, "max_positive": 0.55}
+        self.balance_sum = balancer(count, min_abs=0.2, max_abs=4.0, **stream)
+        self.balance_out = balancer(count, min_abs=0.1, max_abs=4.0, **stream)
+        self.whiten = whiten(count, whitening_limit(4.0, 3.0))
+
+    def forward(self, x: Tensor, frames: Frames, past: Past | None = None) -> Tensor:
         """Map x (B, T, dim).
 
         Args:
             x: input frames.
-            pos: (2 T - 1, pos_dim) positional encoding.
-            padding: (B, T) bool, True in the padding, or None.
+            frames: their positions and masks.
+            past: frames kept in streaming.
         """
+
+        def kept(name: str) -> Past | None:
+            return None if past is None else past.child(name)
+
         start = x
-        weights = self.self_attn_weights(x, pos, padding)
+        weights = self.self_attn_weights(x, frames, kept("attention"))
         x = x + self.feed_forward1(x)
-        x = x + self.nonlin_attention(x, weights)
-        x = x + self.self_attn1(x, weights)
-        x = x + self.conv_module1(x, padding)
-        x = x + self.feed_forward2(x)
+        attends = self._keep(x, ATTENTION_SKIP)
+        y = self.nonlin_attention(x, weights, frames, kept("nonlin"))
+        x = _add(x, self.balance_nonlin(y), attends)
+        y = self.self_attn1(x, weights, frames, kept("attention1"))
+        x = _add(x, y, attends)
+        y = self.conv_module1(x, frames, kept("conv1"))
+        x = _add(x, y, self._keep(x, CONVOLUTION_SKIP))
+        y = self.balance_ff2(self.feed_forward2(x))
+        x = _add(x, y, self._keep(x, FEED_FORWARD_SKIP))
         x = self.bypass_mid(start, x)
-        x = x + self.self_attn2(x, weights)
-        x = x + self.conv_module2(x, padding)
-        x = x + self.feed_forward3(x)
-        return self.bypass(start, self.norm(x))
+        y = self.self_attn2(x, weights, frames, kept("attention2"))
+        x = _add(x, y, attends)
+        y = self.conv_module2(x, frames, kept("conv2"))
+        x = _add(x, y, self._keep(x, CONVOLUTION_SKIP))
+        y = self.balance_ff3(self.feed_forward3(x))
+        x = _add(x, y, self._keep(x, FEED_FORWARD_SKIP))
+        x = self.bypass(start, self.norm(self.balance_sum(x)))
+        return self.whiten(self.balance_out(x))
+
+    def _keep(self, x: Tensor, skip: Scheduled) -> Tensor | None:
+        """Return which sequences a branch is added for; None: all."""
+        if not self.training or self.count is None:
+            return None
+        rate = self.count.at(skip)
+        return sequence_mask(x, rate) if rate > 0.0 else None
+
+
+def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+    """Add a residual branch, times ``keep`` (B, 1, 1) if given."""
+    return x + branch if keep is None else torch.addcmul(x, branch, keep)

@@ -6,6 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet2_spear.zipformer.regularizers import limit_parameter, sequence_mask
+from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
+
+BYPASS_MIN: Scheduled = ((0, 0.9), (20000, 0.2))
+LOG_SCALE_LIMIT = 1.5
+
 
 class _Swoosh(torch.autograd.Function):
     """softplus(x - shift) - 0.08 x - offset, keeping only x for the backward pass."""
@@ -42,17 +48,22 @@ class BiasNorm(nn.Module):
 
     Args:
         num_channels: size of the last dimension.
+        count: given, training keeps ``log_scale`` within +-1.5.
     """
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(self, num_channels: int, count: BatchCount | None = None) -> None:
         super().__init__()
+        self.count = count
         self.log_scale = nn.Parameter(torch.tensor(1.0))
         self.bias = nn.Parameter(torch.empty(num_channels).normal_(std=1e-4))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., num_channels)."""
         rms = (x - self.bias).square().mean(dim=-1, keepdim=True).rsqrt()
-        return x * (rms * self.log_scale.exp())
+        log_scale = self.log_scale
+        if self.training and self.count is not None:
+            log_scale = limit_parameter(log_scale, -LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)
+        return x * (rms * log_scale.exp())
 
 
 class Bypass(nn.Module):
@@ -60,15 +71,33 @@ class Bypass(nn.Module):
 
     Args:
         num_channels: size of the last dimension.
+        count: given, training keeps the scale between ``BYPASS_MIN`` and 1.
+        skip: with ``count``, share of sequences for which training returns
+            ``original``.
     """
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        count: BatchCount | None = None,
+        skip: Scheduled = 0.0,
+    ) -> None:
         super().__init__()
+        self.count = count
+        self.skip = skip
         self.bypass_scale = nn.Parameter(torch.full((num_channels,), 0.5))
 
     def forward(self, original: Tensor, x: Tensor) -> Tensor:
-        """Combine two (..., num_channels) tensors."""
-        return torch.lerp(original, x, self.bypass_scale)
+        """Combine two (B, ..., num_channels) tensors."""
+        scale = self.bypass_scale
+        if self.training and self.count is not None:
+            scale = limit_parameter(scale, self.count.at(BYPASS_MIN), 1.0)
+            skip = self.count.at(self.skip)
+            if skip > 0.0:
+                scale = scale * sequence_mask(x, skip)
+        if original.dtype == x.dtype == scale.dtype:
+            return torch.lerp(original, x, scale)
+        return original + (x - original) * scale  # under autocast
 
 
 def scaled_linear(in_dim: int, out_dim: int, scale: float) -> nn.Linear:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from espnet2.asr.frontend.abs_frontend import AbsFrontend
 from torch import Tensor, nn
 
 from espnet2_spear.hub.load import CheckpointError, load_model
-from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
+from espnet2_spear.zipformer.student import ZipformerStudent
 
 
 class Featurizer(nn.Module):
@@ -58,8 +59,9 @@ class SpearFrontend(AbsFrontend):
     """Features from a SPEAR student, 50 frames per second unless stacked.
 
     The features of an utterance can depend slightly on the padding of its batch,
-    as in the published code. Use ``normalize: null`` in the configuration: the
-    usual utterance normalisation would change the features in place.
+    as in the published code, unless ``padding`` is ``exact``. Use ``normalize: null``
+    in the configuration: the usual utterance normalisation would change the features
+    in place.
 
     Args:
         fs: sampling rate of the data, a number or a string such as ``16k``; only
@@ -67,12 +69,17 @@ class SpearFrontend(AbsFrontend):
         ckpt: local checkpoint, see ``espnet2_spear.load_model``. Where the file is
             gone (a packed model elsewhere), the network is built from ``arch`` and
             its weights must come with the model's own state.
-        arch: named size or fields of ZipformerConfig; needed without ``ckpt``.
+        arch: named size or fields of ZipformerConfig; needed without ``ckpt``. Next to
+            ``ckpt`` it must describe the same network; its options of a run
+            (``regularize``, ``chunk_size``, ...) go before those of the checkpoint.
         layer: index of a single layer, or None for a learned weighted sum.
         layer_norm: normalise every layer before the sum.
         stack: consecutive frames made one, of as many times the channels; what is
             left over at the end is dropped. 2 gives 25 frames per second.
-        freeze: keep the student fixed and in eval mode; no gradient is computed.
+        freeze: keep the student fixed and in eval mode; no gradient is computed. A
+            student that is trained on keeps the regularisers of its configuration,
+            with their schedules at the end unless ``arch`` says otherwise.
+        padding: ``exact`` or ``compatible``, see ZipformerConfig; None: as configured.
 
     Raises:
         ValueError: another sampling rate, a layer that does not exist, or stack < 1.
@@ -89,6 +96,7 @@ class SpearFrontend(AbsFrontend):
         layer_norm: bool = True,
         stack: int = 1,
         freeze: bool = True,
+        padding: str | None = None,
     ) -> None:
         super().__init__()
         fs = humanfriendly.parse_size(fs) if isinstance(fs, str) else fs
@@ -106,11 +114,13 @@ class SpearFrontend(AbsFrontend):
         self.stack = stack
         self.hop_length = 320 * stack
         self.frontend_type = "spear"
-        self.upstream, self._has_weights = _build_upstream(ckpt, arch)
+        self.upstream, self._has_weights = _build_upstream(ckpt, arch, padding)
         # Nothing below masks the fbank: without this DDP would wait for a gradient.
         self.upstream.mask_emb.requires_grad_(False)
         if freeze:
             self.upstream.requires_grad_(False)
+        else:
+            self.schedule = self.upstream.batch_count_state()
         self.featurizer = Featurizer(self.upstream.num_layers, layer, layer_norm)
         self.upstream.register_load_state_dict_pre_hook(self._note_loading)
         self.train(self.training)
@@ -178,18 +188,25 @@ class SpearFrontend(AbsFrontend):
 
 
 def _build_upstream(
-    ckpt: str | None, arch: str | Mapping[str, Any] | None
-) -> tuple[SpearEncoder, bool]:
+    ckpt: str | None, arch: str | Mapping[str, Any] | None, padding: str | None
+) -> tuple[ZipformerStudent, bool]:
     """Return the student and whether it holds weights from a file."""
     config = None if arch is None else ZipformerConfig.build(arch)
+    if config is not None and padding is not None:
+        config = replace(config, padding=padding)
     if ckpt is not None and (Path(ckpt).exists() or config is None):
-        upstream = load_model(ckpt)
-        if config is not None and config != upstream.config:
+        upstream = load_model(ckpt, padding)
+        if config is None:
+            upstream.end_schedules()
+            return upstream, True
+        if config.architecture() != upstream.config.architecture():
             raise CheckpointError(f"{ckpt}: its architecture differs from `arch`")
-        return upstream, True
+        student = ZipformerStudent(config)
+        student.load_state_dict(upstream.state_dict())
+        return student, True
     if config is None:
         raise ValueError("frontend spear: give `ckpt`, or `arch` without weights")
     if ckpt is not None:
         logging.warning(f"{ckpt} is absent: weights must come with the model's state")
     # Without any checkpoint named, a random student is what was asked for.
-    return SpearEncoder(config), ckpt is None
+    return ZipformerStudent(config), ckpt is None

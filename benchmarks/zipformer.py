@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Speed and peak memory of our Zipformer and of the public package zipformer 0.1.3.
+
+Both encode the same features with the same weights; every measurement is a process of
+its own, and the two implementations take turns, so that neither gains from a quiet
+moment. The package asks for an older torch: unpack it and the light packages that it
+imports into a folder of their own, which only the peer's process sees, and both run on
+the same torch:
+
+    uv pip install --no-deps --target peer zipformer==0.1.3 atdataset kaldialign \\
+        kaldifst simple-sentencepiece webdataset braceexpand modelscope \\
+        onnxconverter_common
+    python benchmarks/zipformer.py --peer_path peer --num_threads 2
+
+Without --peer_path and --peer_python (another interpreter for the peer) ours is
+measured alone. The peer's count of batches is set behind most schedules, as is ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+MODES = ("inference", "training")
+BATCHES_DONE = 20000.0  # count that the schedules of training are set to
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", default="base")
+    parser.add_argument("--utterances", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each")
+    parser.add_argument("--trials", type=int, default=5, help="per process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each kind")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--num_threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile ours")
+    parser.add_argument("--peak_tflops", type=float, help="of the device, for its use")
+    parser.add_argument("--peer_python")
+    parser.add_argument("--peer_path", default="")
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # of a child process
+    return parser
+
+
+def main(cmd=None):
+    """Measure; see ``--help``."""
+    args = get_parser().parse_args(cmd)
+    if args.job:
+        print(json.dumps(run_job(json.loads(args.job))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.pt"
+        config = save_weights(args, weights)
+        jobs = [("ours", sys.executable, "")]
+        if args.peer_python or args.peer_path:
+            python = args.peer_python or sys.executable
+            jobs.append(("peer", python, args.peer_path))
+        for mode in args.modes:
+            results: dict[str, list[dict]] = {name: [] for name, *_ in jobs}
+            for _ in range(args.rounds):
+                for name, python, path in jobs:
+                    job = {**vars(args), "mode": mode, "name": name}
+                    job.update(config=config, weights=str(weights))
+                    results[name].append(run_child(python, path, job))
+            report(mode, results, args)
+
+
+def save_weights(args: argparse.Namespace, path: Path) -> dict:
+    """Write random weights that both load; return the configuration."""
+    from espnet2_spear.zipformer.config import ZipformerConfig
+    from espnet2_spear.zipformer.student import ZipformerStudent
+
+    torch.manual_seed(0)
+    config = ZipformerConfig.from_dict(
+        {
+            "name": args.size,
+            "output_downsampling_factor": 2,  # the peer knows no other
+            "regularize": True,
+            "regularize_start": BATCHES_DONE,
+        }
+    ).to_dict()
+    student = ZipformerStudent(ZipformerConfig.from_dict(config))
+    torch.save(student.state_dict(), path)
+    return config
+
+
+def run_child(python: str, path: str, job: dict) -> dict:
+    """Run one measurement in a process of its own."""
+    env = dict(os.environ, OMP_NUM_THREADS=str(job["num_threads"]))
+    if path:
+        env["PYTHONPATH"] = str(Path(path).resolve())
+    command = [python, __file__, "--job", json.dumps(job)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{job['name']}, {job['mode']}: failed\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_job(job: dict) -> dict:
+    """Measure one implementation in one mode; runs in the child process."""
+    torch.set_num_threads(job["num_threads"])
+    device = torch.device(job["device"])
+    training = job["mode"] == "training"
+    encode, modules = (build_ours if job["name"] == "ours" else build_peer)(job)
+    for module in modules:
+        module.to(device).train(training)
+    generator = torch.Generator().manual_seed(1)
+    frames = int(job["seconds"] * 100)
+    shape = (job["utterances"], frames, job["config"]["num_mel_bins"])
+    fbank = (torch.randn(shape, generator=generator) * 3 - 8).to(device)
+    lens = torch.full((len(fbank),), frames, device=device)
+
+    def step() -> torch.Tensor:
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=job["bf16"])
+        with autocast, contextlib.nullcontext() if training else torch.no_grad():
+            out = encode(fbank, lens)
+        if training:
+            out.float().square().mean().backward()
+            for module in modules:
+                module.zero_grad(set_to_none=True)
+        return out.detach()
+
+    out = step()  # the first one does not count
+    if job["compile"]:
+        step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(job["trials"]):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = {"times": times, "peak": peak, "sum": float(out.double().abs().mean())}
+    if job["name"] == "ours" and not job["compile"]:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            step()
+        result["flops"] = counter.get_total_flops()
+    return result
+
+
+def build_ours(job: dict):
+    """Return a function of features and lengths, and the modules it uses."""
+    from espnet2_spear.zipformer.config import ZipformerConfig
+    from espnet2_spear.zipformer.student import ZipformerStudent
+
+    torch.set_flush_denormal(True)
+    student = ZipformerStudent(ZipformerConfig.from_dict(job["config"]))
+    student.load_state_dict(torch.load(job["weights"], weights_only=True))
+    encode = torch.compile(student.encode) if job["compile"] else student.encode
+    return lambda x, lens: encode(x, lens).encoder_out, [student]
+
+
+def build_peer(job: dict):
+    """Return the same of the public package."""
+    # This script has the package's name, and its folder comes first.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != here]
+    from zipformer.modules.scaling import ScheduledFloat
+    from zipformer.modules.subsampling import Conv2dSubsampling
+    from zipformer.modules.zipformer import Zipformer
+
+    torch.set_flush_denormal(True)
+    config = job["config"]
+    per_stack = (
+        "downsampling_factor",
+        "num_encoder_layers",
+        "feedforward_dim",
+        "encoder_dim",
+        "encoder_unmasked_dim",
+        "cnn_module_kernel",
+        "num_heads",
+    )
+    dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
+    embed = Conv2dSubsampling(
+        config["num_mel_bins"], config["encoder_dim"][0], dropout=dropout
+    )
+    encoder = Zipformer(
+        output_downsampling_factor=2,
+        pos_dim=config["pos_dim"],
+        query_head_dim=config["query_head_dim"],
+        pos_head_dim=config["pos_head_dim"],
+        value_head_dim=config["value_head_dim"],
+        **{k: tuple(config[k]) for k in per_stack},
+    )
+    state = torch.load(job["weights"], weights_only=True)
+    for prefix, module in (("encoder_embed.", embed), ("encoder.", encoder)):
+        own = {
+            k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)
+        }
+        # Only the unused vector of every layer may be absent on one side.
+        missing, extra = module.load_state_dict(own, strict=False)
+        odd = [k for k in (*missing, *extra) if not k.endswith("bypass_scale")]
+        if odd:
+            raise RuntimeError(f"the peer's parameters differ: {odd[:5]}")
+        for child in module.modules():
+            if hasattr(child, "batch_count"):
+                child.batch_count = BATCHES_DONE
+
+    def encode(x: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+        x, lens = embed(x, lens)
+        padding = torch.arange(x.size(1), device=x.device) >= lens[:, None]
+        out, _ = encoder(x.transpose(0, 1), lens, padding)
+        return out.transpose(0, 1)
+
+    return encode, [embed, encoder]
+
+
+def report(mode: str, results: dict[str, list[dict]], args) -> None:
+    """Print medians, peak memory, ratios and the share of the device's peak."""
+    medians, peaks = {}, {}
+    for name, runs in results.items():
+        times = [t for r in runs for t in r["times"]]
+        medians[name] = statistics.median(times)
+        peaks[name] = statistics.median(r["peak"] for r in runs)
+        print(
+            f"{mode} {name}: median {medians[name]:.3f} s of {len(times)}, "
+            f"from {min(times):.3f} to {max(times):.3f}; "
+            f"peak {peaks[name] / 2**30:.2f} GiB; mean |out| {runs[0]['sum']:.6f}"
+        )
+    flops = results["ours"][0].get("flops")
+    if flops:
+        rate = flops / medians["ours"] / 1e12
+        print(f"  {flops / 1e12:.3f} TFLOP, {rate:.3f} TFLOP/s", end="")
+        if args.peak_tflops:
+            print(f", {100 * rate / args.peak_tflops:.1f} % of the peak", end="")
+        print()
+    if "peer" in results:
+        print(
+            f"  {medians['peer'] / medians['ours']:.2f} times as fast, "
+            f"{peaks['ours'] / peaks['peer']:.2f} of the peak memory"
+        )
+
+
+if __name__ == "__main__":
+    main()

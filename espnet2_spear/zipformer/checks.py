@@ -1,0 +1,71 @@
+"""Checks of what a caller hands to the network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """A batch that cannot be encoded; the message names the utterances."""
+
+
+def check_finite(speech: Tensor, lengths: Tensor) -> None:
+    """Refuse NaN and infinite samples within the utterances.
+
+    Args:
+        speech: (B, samples).
+        lengths: (B,) samples of each; what lies behind is not looked at.
+
+    Raises:
+        InputError: names the utterances by their index in the batch.
+    """
+    if speech.dim() != 2 or lengths.shape != speech.shape[:1]:
+        raise InputError(
+            f"expected speech (B, samples) and lengths (B,), got "
+            f"{tuple(speech.shape)} and {tuple(lengths.shape)}"
+        )
+    if not speech.is_floating_point():
+        raise InputError(
+            f"speech is {speech.dtype}; float samples in [-1, 1] are needed: divide "
+            "16-bit samples by 32768"
+        )
+    bad = ~torch.isfinite(speech)
+    position = torch.arange(speech.size(1), device=speech.device)
+    bad &= position < lengths[:, None].to(speech.device)
+    bad_items = bad.any(dim=1)
+    if bool(bad_items.any()):
+        raise InputError(
+            f"utterances {bad_items.nonzero().flatten().tolist()} of the batch hold "
+            "samples that are NaN or infinite; leave them out or repair the audio"
+        )
+
+
+def check_batch(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
+    """Refuse features and lengths that do not fit together.
+
+    Args:
+        fbank: (B, T, num_mel_bins), 100 Hz.
+        lengths: (B,) frames of each.
+        num_mel_bins: expected width.
+
+    Raises:
+        InputError: another shape, fewer than the 9 frames that one output frame
+            needs, or a length beyond the tensor.
+    """
+    check_width(fbank, num_mel_bins)
+    if lengths.shape != fbank.shape[:1]:
+        raise InputError(f"{fbank.size(0)} utterances, lengths {tuple(lengths.shape)}")
+    if bool(((lengths < 9) | (lengths > fbank.size(1))).any()):
+        raise InputError(
+            f"lengths {lengths.tolist()} must be in 9..{fbank.size(1)} fbank frames: "
+            "leave shorter utterances out (9 frames are 85 ms)"
+        )
+
+
+def check_width(fbank: Tensor, num_mel_bins: int) -> None:
+    """Raise InputError unless fbank is (B, T, num_mel_bins)."""
+    if fbank.dim() != 3 or fbank.size(2) != num_mel_bins:
+        raise InputError(
+            f"expected fbank (B, T, {num_mel_bins}), got {tuple(fbank.shape)}"
+        )

@@ -1,0 +1,320 @@
+"""What shapes the Zipformer's training and is absent at inference.
+
+Values are those of the published training code, as the public package zipformer 0.1.3
+has them. Everything here is the identity in
+eval mode, under ``torch.no_grad`` and where the student was built without
+regularisers (``ZipformerConfig.regularize``).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
+
+BALANCER_PROB: Scheduled = ((0, 0.5), (8000, 0.125))
+DROPOUT: Scheduled = ((0, 0.3), (20000, 0.1))
+WHITEN_PROB = (0.025, 0.25)  # while within the limit, and beyond it
+LIMIT_PROB = 0.6
+
+
+def chance(prob: float) -> bool:
+    """Flip a coin on the CPU; no random number is drawn for certain outcomes."""
+    if prob <= 0.0:
+        return False
+    return prob >= 1.0 or float(torch.rand(())) < prob
+
+
+def sequence_mask(x: Tensor, drop: float) -> Tensor:
+    """1 for the sequences (first axis of x) that stay, 0 with probability ``drop``.
+
+    Shape (B, 1, ...), as many axes as x. What stays is not scaled up.
+    """
+    shape = (x.size(0), *[1] * (x.dim() - 1))
+    return (torch.rand(shape, device=x.device) >= drop).to(x.dtype)
+
+
+class _Balance(torch.autograd.Function):
+    """Identity whose gradient gets a term that moves channels into their limits."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, limits: tuple[float, ...], channel_dim: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.limits, ctx.channel_dim = limits, channel_dim
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        low_mean, high_mean, low_rms, high_rms, grad_scale = ctx.limits
+        x = x.float()
+        axes = [i for i in range(x.dim()) if i != ctx.channel_dim % x.dim()]
+        mean = x.mean(axes, keepdim=True)
+        x = x - mean  # before squaring, or small deviations would drown
+        var = x.square().mean(axes, keepdim=True)
+        rms2 = (var + mean.square()).clamp_(min=1e-20)
+        var.clamp_(min=1e-20)
+        std, rms = var.sqrt(), rms2.sqrt()
+        m = mean / std
+        sign_m = (m > high_mean).float() - (m < low_mean).float()
+        sign_r = (rms > high_rms).float() - (rms < low_rms).float()
+        # The gradient of |m - clamp(m)| + |log(clamp(rms) / rms)| with respect to x
+        # is a positive multiple of offset + slope (x - mean) / std in each channel.
+        offset = sign_m + sign_r * mean * std / rms2
+        slope = sign_r * var / rms2 - sign_m * m
+        size = (offset.square() + slope.square()).sqrt_().clamp_(min=1e-20)
+        offset = offset * (grad_scale / size)
+        slope = slope * (grad_scale / (size * std))
+        # The incoming gradient's magnitude says how large a term an element bears.
+        term = x.mul_(slope).add_(offset).mul_(grad.abs())
+        return grad + term.to(grad.dtype), None, None
+
+
+def _mean_for_positive(share: float) -> float:
+    """Mean / standard deviation at which this share of a channel is positive.
+
+    The reference's approximation of the inverse error function.
+    """
+    y, eps = 2.0 * share - 1.0, 1e-10
+    return 0.8139535143 * 0.5 * (math.log(1 + y + eps) - math.log(1 - y + eps))
+
+
+class Balancer(nn.Module):
+    """Keep each channel's share of positive values and mean magnitude in a range.
+
+    Works on the gradient only: with a probability, the gradient of a penalty on
+    mean / std and on log(RMS) is added, scaled to ``grad_scale`` (root mean square
+    in each channel that is out of range) times the magnitude of each element's own
+    gradient, so that it does not depend on the scale of the loss.
+
+    Args:
+        count: batch count of the schedules.
+        min_positive: smallest share of positive values (of a normal distribution).
+        max_positive: largest one.
+        min_abs: smallest mean magnitude.
+        max_abs: largest one.
+        prob: probability that a call is balanced.
+        grad_scale: size of the added term.
+        channel_dim: the axis of channels.
+    """
+
+    def __init__(
+        self,
+        count: BatchCount,
+        min_positive: Scheduled = 0.05,
+        max_positive: Scheduled = 0.95,
+        min_abs: Scheduled = 0.2,
+        max_abs: Scheduled = 100.0,
+        prob: Scheduled = BALANCER_PROB,
+        grad_scale: float = 0.04,
+        channel_dim: int = -1,
+    ) -> None:
+        super().__init__()
+        self.count = count
+        self.positive = (min_positive, max_positive)
+        self.abs = (min_abs, max_abs)
+        self.prob = prob
+        self.grad_scale = grad_scale
+        self.channel_dim = channel_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x."""
+        at = self.count.at
+        if not self.training or not x.requires_grad or not chance(at(self.prob)):
+            return x
+        means = (_mean_for_positive(at(p)) for p in self.positive)
+        # E|x| to RMS, of a normal distribution.
+        sizes = (at(a) * math.sqrt(math.pi / 2) for a in self.abs)
+        return _Balance.apply(x, (*means, *sizes, self.grad_scale), self.channel_dim)
+
+
+def whitening_metric(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How far from white the covariance of channels is.
+
+    Args:
+        x: (..., C).
+        groups: groups of channels, each with a covariance of its own.
+
+    Returns:
+        the metric, at least 1 (covariances equal one multiple of the identity);
+        centred x (groups, N, C / groups); covariance sums (groups, c, c); their
+        mean diagonal.
+    """
+    x = x.reshape(-1, groups, x.size(-1) // groups).transpose(0, 1)
+    x = x - x.mean(dim=1, keepdim=True)
+    covar = torch.matmul(x.transpose(1, 2), x)
+    diagonal = covar.diagonal(dim1=1, dim2=2).mean()
+    square = covar.square().sum() / (groups * covar.size(-1))
+    return square / (diagonal.square() + 1e-20), x, covar, diagonal
+
+
+class _Whitening(torch.autograd.Function):
+    """Identity whose gradient gets the gradient of the whitening metric."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, module: Whiten) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.module = module
+        ctx.limit = module.count.at(module.limit)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (x,), module = ctx.saved_tensors, ctx.module
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            metric, centred, covar, diagonal = whitening_metric(
+                x.float(), module.groups
+            )
+            within = bool(metric <= ctx.limit)
+            module.prob = WHITEN_PROB[0] if within else WHITEN_PROB[1]
+            if within:
+                return grad, None
+            # d metric / d x is a positive multiple of centred (covar - tr(C^2)/tr(C)).
+            shift = metric * diagonal
+            eye = torch.eye(covar.size(-1), device=covar.device)
+            penalty = torch.matmul(centred, covar - shift * eye)
+            penalty = penalty.transpose(0, 1).reshape(x.shape)
+            scale = module.grad_scale * grad.float().norm() / (penalty.norm() + 1e-20)
+            return grad + (penalty * scale).to(grad.dtype), None
+
+
+class Whiten(nn.Module):
+    """Push the covariance of channels towards a multiple of the identity.
+
+    Works on the gradient only: where the metric of a call exceeds the limit, the
+    metric's gradient is added, scaled to ``grad_scale`` times the norm of the
+    incoming one. Calls are checked with probability 0.25 while the last check was
+    beyond the limit, else 0.025.
+
+    Args:
+        count: batch count of the schedule.
+        limit: largest metric that goes unpunished (1 is white).
+        groups: groups of channels, each with a covariance of its own.
+        grad_scale: size of the added gradient.
+    """
+
+    def __init__(
+        self,
+        count: BatchCount,
+        limit: Scheduled,
+        groups: int = 1,
+        grad_scale: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.count = count
+        self.limit = limit
+        self.groups = groups
+        self.grad_scale = grad_scale
+        self.prob = WHITEN_PROB[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (..., C)."""
+        if not self.training or not x.requires_grad or not chance(self.prob):
+            return x
+        return _Whitening.apply(x, self)
+
+
+def whitening_limit(start: float, ratio: float = 2.0) -> Scheduled:
+    """Limit that grows to ``ratio`` times its start over 20000 batches."""
+    return ((0, start), (20000, ratio * start))
+
+
+class _ScaleGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None
+
+
+def scale_grad(x: Tensor, scale: float) -> Tensor:
+    """Return x; its gradient is multiplied by ``scale``."""
+    return _ScaleGrad.apply(x, scale)
+
+
+class _Limit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, p: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(p)
+        ctx.low, ctx.high = low, high
+        return p.view_as(p)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (p,) = ctx.saved_tensors
+        away = ((grad > 0) & (p < ctx.low)) | ((grad < 0) & (p > ctx.high))
+        return torch.where(away, -grad, grad), None, None
+
+
+def limit_parameter(p: Tensor, low: float, high: float) -> Tensor:
+    """Return p; gradients that would move it further out of [low, high] are turned.
+
+    Applied to 60 % of the calls, so that the loss keeps a say.
+    """
+    return _Limit.apply(p, low, high) if chance(LIMIT_PROB) else p
+
+
+class _Penalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, limit: float, penalty: float) -> Tensor:
+        # One byte per element instead of the scores themselves.
+        beyond = (x > limit).to(torch.int8) - (x < -limit).to(torch.int8)
+        ctx.save_for_backward(beyond)
+        ctx.penalty = penalty
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (beyond,) = ctx.saved_tensors
+        return grad + beyond * ctx.penalty, None, None
+
+
+def penalize_large(x: Tensor, limit: float, penalty: float) -> Tensor:
+    """Return x; the gradient of penalty * sum(max(|x| - limit, 0)) is added.
+
+    The added gradient does not follow the scale of the loss.
+    """
+    return _Penalize.apply(x, limit, penalty)
+
+
+class SharedDropout(nn.Module):
+    """Dropout of whole channels: one draw for all frames of an utterance.
+
+    Args:
+        count: batch count of the schedule.
+        rate: share of channels dropped.
+    """
+
+    def __init__(self, count: BatchCount, rate: Scheduled = DROPOUT) -> None:
+        super().__init__()
+        self.count = count
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop channels of x (B, T, C) and scale the others up."""
+        rate = self.count.at(self.rate) if self.training else 0.0
+        if rate <= 0.0:
+            return x
+        keep = torch.rand(x.size(0), 1, x.size(-1), device=x.device) >= rate
+        return x * (keep.to(x.dtype) / (1.0 - rate))
+
+
+def balancer(count: BatchCount | None, **limits) -> nn.Module:
+    """Return a Balancer, or the identity for a student without regularisers."""
+    return nn.Identity() if count is None else Balancer(count, **limits)
+
+
+def whiten(count: BatchCount | None, limit: Scheduled, **options) -> nn.Module:
+    """Return a Whiten, or the identity for a student without regularisers."""
+    return nn.Identity() if count is None else Whiten(count, limit, **options)
+
+
+def shared_dropout(count: BatchCount | None) -> nn.Module:
+    """Return a SharedDropout, or the identity for a student without regularisers."""
+    return nn.Identity() if count is None else SharedDropout(count)
