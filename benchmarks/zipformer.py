@@ -83,8 +83,8 @@ def main(cmd=None):
 
 def save_weights(args: argparse.Namespace, path: Path) -> dict:
     """Write random weights that both load; return the configuration."""
+    from espnet2_spear.spear.encoder import SpearEncoder
     from espnet2_spear.zipformer.config import ZipformerConfig
-    from espnet2_spear.zipformer.student import ZipformerStudent
 
     torch.manual_seed(0)
     config = ZipformerConfig.from_dict(
@@ -95,7 +95,7 @@ def save_weights(args: argparse.Namespace, path: Path) -> dict:
             "regularize_start": BATCHES_DONE,
         }
     ).to_dict()
-    student = ZipformerStudent(ZipformerConfig.from_dict(config))
+    student = SpearEncoder(ZipformerConfig.from_dict(config))
     torch.save(student.state_dict(), path)
     return config
 
@@ -164,11 +164,11 @@ def run_job(job: dict) -> dict:
 
 def build_ours(job: dict):
     """Return a function of features and lengths, and the modules it uses."""
+    from espnet2_spear.spear.encoder import SpearEncoder
     from espnet2_spear.zipformer.config import ZipformerConfig
-    from espnet2_spear.zipformer.student import ZipformerStudent
 
     torch.set_flush_denormal(True)
-    student = ZipformerStudent(ZipformerConfig.from_dict(job["config"]))
+    student = SpearEncoder(ZipformerConfig.from_dict(job["config"]))
     student.load_state_dict(torch.load(job["weights"], weights_only=True))
     encode = torch.compile(student.encode) if job["compile"] else student.encode
     return lambda x, lens: encode(x, lens).encoder_out, [student]

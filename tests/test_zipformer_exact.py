@@ -11,11 +11,10 @@ from test_zipformer import GOLDEN_CONFIG, fill_by_rule
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.hub.load import load_model
-from espnet2_spear.spear.encoder import SpearOutput
+from espnet2_spear.spear.encoder import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.fbank import PADDING_VALUE
-from espnet2_spear.zipformer.student import ZipformerStudent
 
 # Downsampling up to 8; narrow, so that many batches are encoded in seconds.
 NARROW = ZipformerConfig(
@@ -31,9 +30,9 @@ NARROW = ZipformerConfig(
 )
 
 
-def build(config: ZipformerConfig, **changes) -> ZipformerStudent:
+def build(config: ZipformerConfig, **changes) -> SpearEncoder:
     """Return a student with weights large enough for leaks to show."""
-    model = ZipformerStudent(replace(config, **changes)).eval()
+    model = SpearEncoder(replace(config, **changes)).eval()
     fill_by_rule(model)
     return model
 
@@ -47,7 +46,7 @@ def compare(batch: SpearOutput, alone: SpearOutput, item: int) -> float:
     return max((b[item, : a.size(1)] - a[0]).abs().max().item() for b, a in pairs)
 
 
-def worst(model: ZipformerStudent, lengths: list[int], seed: int) -> float:
+def worst(model: SpearEncoder, lengths: list[int], seed: int) -> float:
     """Largest difference of random features between alone and in one batch."""
     torch.manual_seed(seed)
     fbank = torch.randn(len(lengths), max(lengths), model.config.num_mel_bins) * 3 - 8

@@ -12,11 +12,11 @@ from test_zipformer import GOLDEN_CONFIG, fill_by_rule
 from test_zipformer_exact import NARROW, build
 
 from espnet2_spear.hub.load import load_model
+from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.fbank import Fbank
 from espnet2_spear.zipformer.fbank_stream import streaming_fbank
-from espnet2_spear.zipformer.student import ZipformerStudent
 
 CAUSAL = replace(NARROW, causal=True, chunk_size=8, left_context_frames=16)
 GOLDEN_CAUSAL = replace(GOLDEN_CONFIG, causal=True)
@@ -25,7 +25,7 @@ GOLDEN_CAUSAL = replace(GOLDEN_CONFIG, causal=True)
 def test_causal_encoder_matches_reference(data_dir: Path) -> None:
     inputs = np.load(data_dir / "zipformer.npz")
     ref = np.load(data_dir / "zipformer_causal.npz")
-    model = ZipformerStudent(GOLDEN_CAUSAL).eval()
+    model = SpearEncoder(GOLDEN_CAUSAL).eval()
     fill_by_rule(model)
     step = int(ref["step"])
     with torch.no_grad():
@@ -37,7 +37,7 @@ def test_causal_encoder_matches_reference(data_dir: Path) -> None:
 
 def test_causal_encoder_matches_full_reference(golden_dir: Path) -> None:
     ref = np.load(golden_dir / "zipformer_causal.npz")
-    model = ZipformerStudent(GOLDEN_CAUSAL).eval()
+    model = SpearEncoder(GOLDEN_CAUSAL).eval()
     params = {k[2:]: torch.tensor(v) for k, v in ref.items() if k.startswith("P:")}
     missing, extra = model.load_state_dict(params, strict=False)
     assert missing == ["mask_emb"] and not extra
@@ -74,7 +74,7 @@ def test_causal_checkpoints_in_the_released_layout_load(tmp_path: Path) -> None:
 def test_named_causal_sizes(name: str, parameters: int) -> None:
     with torch.device("meta"):
         config = ZipformerConfig.from_dict({"name": name, "causal": True})
-        model = ZipformerStudent(config)
+        model = SpearEncoder(config)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -118,7 +118,7 @@ def test_wide_chunks_see_everything() -> None:
 
 
 def run_stream(
-    model: ZipformerStudent,
+    model: SpearEncoder,
     fbank: torch.Tensor,
     lens: torch.Tensor,
     pieces: list[int],

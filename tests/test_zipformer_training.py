@@ -21,6 +21,7 @@ from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
+from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.spear.espnet_model import SpearPretrainModel
 from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.zipformer import attention, embed, layer, regularizers, scaling
@@ -46,7 +47,6 @@ from espnet2_spear.zipformer.schedule import (
     BatchCount,
     BatchCountState,
 )
-from espnet2_spear.zipformer.student import ZipformerStudent
 
 REGULARIZED = replace(NARROW, regularize=True)
 
@@ -371,7 +371,7 @@ def test_embedding_is_skipped_and_its_first_gradient_scaled() -> None:
 
 def test_positional_encoding_drops_out() -> None:
     seen = []
-    stack = ZipformerStudent(REGULARIZED).encoder.encoders[0]
+    stack = SpearEncoder(REGULARIZED).encoder.encoders[0]
     stack.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[1].pos))
     x, frames = torch.randn(1, 60, 16), Frames(torch.zeros(1, 60, dtype=torch.bool))
     stack(x, frames)
@@ -384,7 +384,7 @@ def test_positional_encoding_drops_out() -> None:
 
 def test_a_regularised_student_learns() -> None:
     """Sounds of three pitches are told apart after a few steps."""
-    model = ZipformerStudent(replace(REGULARIZED, regularize_batch_seconds=0.01))
+    model = SpearEncoder(replace(REGULARIZED, regularize_batch_seconds=0.01))
     head = torch.nn.Linear(16, 3)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = ScaledAdam([p for p in parameters if p.requires_grad], lr=0.03)
@@ -411,7 +411,7 @@ def test_feature_masks() -> None:
     config = replace(
         REGULARIZED, encoder_unmasked_dim=(8,) * 4, regularize_start=60000.0
     )
-    model = ZipformerStudent(config)
+    model = SpearEncoder(config)
     mask = model.encoder._draw_feature_mask(torch.zeros(4000, 2, 16))[:, 0]
     assert (mask[:, :8] == 1).all()
     middle, upper = mask[:, 8:12], mask[:, 12:]
@@ -469,8 +469,8 @@ def test_positions_are_skipped_early_on() -> None:
 
 
 def test_absent_at_inference_and_when_switched_off() -> None:
-    plain = ZipformerStudent(NARROW)
-    regularized = ZipformerStudent(REGULARIZED)
+    plain = SpearEncoder(NARROW)
+    regularized = SpearEncoder(REGULARIZED)
     assert plain.state_dict().keys() == regularized.state_dict().keys()
     regularized.load_state_dict(plain.state_dict())
     batch = torch.randn(3, 8000), torch.tensor([8000, 6000, 5000])
@@ -486,7 +486,7 @@ def test_absent_at_inference_and_when_switched_off() -> None:
 
 def test_regularised_gradients_are_finite_and_reach_everything() -> None:
     config = replace(REGULARIZED, causal=True, padding="exact")
-    model = ZipformerStudent(config)
+    model = SpearEncoder(config)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     for step in range(6):
         model.encoder.count.value = step * 10000.0
@@ -500,14 +500,14 @@ def test_regularised_gradients_are_finite_and_reach_everything() -> None:
 
 
 def test_batches_are_counted_by_their_audio() -> None:
-    model = ZipformerStudent(replace(REGULARIZED, regularize_batch_seconds=2.0))
+    model = SpearEncoder(replace(REGULARIZED, regularize_batch_seconds=2.0))
     fbank, lens = torch.randn(3, 107, 128), torch.tensor([107, 107, 90])
     for _ in range(2):
         model.encode(fbank, lens)
     assert model.encoder.count.value == pytest.approx(2 * 3 * 1.0 / 2.0)
     model.eval().encode(fbank, lens)
     assert model.encoder.count.value == pytest.approx(3.0)
-    started = ZipformerStudent(replace(REGULARIZED, regularize_start=1e5))
+    started = SpearEncoder(replace(REGULARIZED, regularize_start=1e5))
     assert started.encoder.count.value == 1e5
 
 
@@ -586,11 +586,11 @@ def test_defaults_of_the_named_sizes() -> None:
     assert not ZipformerConfig.from_dict({}).regularize  # released config.json
     off = ZipformerConfig.from_dict({"name": "base", "regularize": False})
     assert off.architecture() == ZipformerConfig.from_name("base").architecture()
-    assert ZipformerStudent(NARROW).batch_count_state() is None
+    assert SpearEncoder(NARROW).batch_count_state() is None
 
 
 def test_no_schedule_changes_after_the_stated_end() -> None:
-    model = ZipformerStudent(REGULARIZED)
+    model = SpearEncoder(REGULARIZED)
     scheduled = [layer.ATTENTION_SKIP, layer.CONVOLUTION_SKIP, layer.FEED_FORWARD_SKIP]
     scheduled += [attention.POS_SKIP, embed.CONVNEXT_SKIP, scaling.BYPASS_MIN]
     scheduled += [regularizers.BALANCER_PROB, regularizers.DROPOUT]

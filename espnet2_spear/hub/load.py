@@ -11,8 +11,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
-from espnet2_spear.zipformer.student import ZipformerStudent
 
 # Keys of a released config.json that say nothing about the network.
 _HF_ONLY = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype")
@@ -25,7 +25,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be opened; the message names the file and remedy."""
 
 
-def load_model(path: str | Path, padding: str | None = None) -> ZipformerStudent:
+def load_model(path: str | Path, padding: str | None = None) -> SpearEncoder:
     """Open a SPEAR student, in eval mode, on the CPU.
 
     Args:
@@ -57,7 +57,7 @@ def load_model(path: str | Path, padding: str | None = None) -> ZipformerStudent
     if padding is not None:
         config = replace(config, padding=padding)
     state = strip_prefix(read_tensors(weights), weights)
-    model = ZipformerStudent(config)
+    model = SpearEncoder(config)
     check_tensors(state, model.state_dict(), weights)
     model.load_state_dict(state)
     return model.eval()

@@ -7,10 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.checks import (
+    InputError,
+    check_batch,
+    check_finite,
+    check_width,
+)
+from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.embed import ConvEmbed
 from espnet2_spear.zipformer.encoder import Zipformer
 from espnet2_spear.zipformer.fbank import FRAME_SHIFT, Fbank, num_frames
+from espnet2_spear.zipformer.schedule import SCHEDULES_END, BatchCountState
+from espnet2_spear.zipformer.streaming import (
+    StreamState,
+    continue_stream,
+    embed_piece,
+    encode_chunks,
+)
 
 
 @dataclass
@@ -35,20 +48,25 @@ class SpearEncoder(nn.Module):
     """Fbank, convolutional embedding and Zipformer.
 
     Sub-modules are named as in the released checkpoints (``encoder_embed``,
-    ``encoder``, ``mask_emb``).
+    ``encoder``, ``mask_emb``). A model that trains one with ``config.regularize`` keeps
+    :meth:`batch_count_state` as a sub-module of its own, so that the schedules go on
+    where they were when training is resumed.
 
     Args:
-        config: sizes of the network.
+        config: sizes and options.
     """
 
     def __init__(self, config: ZipformerConfig) -> None:
         super().__init__()
         self.config = config
         self.fbank = Fbank(config.num_mel_bins)
-        self.encoder_embed = ConvEmbed(
-            config.num_mel_bins, config.encoder_dim[0], config.embed_channels
-        )
         self.encoder = Zipformer(config)
+        self.encoder_embed = ConvEmbed(
+            config.num_mel_bins,
+            config.encoder_dim[0],
+            config.embed_channels,
+            self.encoder.count,
+        )
         self.mask_emb = nn.Parameter(torch.randn(config.num_mel_bins))
 
     def output_size(self) -> int:
@@ -74,9 +92,25 @@ class SpearEncoder(nn.Module):
         factor = self.config.output_downsampling_factor
         return (self.hidden_lengths(samples) + factor - 1) // factor
 
+    def batch_count_state(self) -> BatchCountState | None:
+        """Return what keeps the batch count in a checkpoint; None: none is needed."""
+        count = self.encoder.count
+        return None if count is None else BatchCountState(count)
+
+    def end_schedules(self) -> None:
+        """Set the batch count behind all schedules, to fine-tune a finished model."""
+        if self.encoder.count is not None:
+            self.encoder.count.value = max(self.encoder.count.value, SCHEDULES_END)
+
     def encode(self, fbank: Tensor, fbank_lens: Tensor) -> SpearOutput:
-        """Encode fbank (B, T, num_mel_bins), 100 Hz, with lengths (B,)."""
-        x = self.encoder_embed(fbank)
+        """Encode fbank (B, T, num_mel_bins), 100 Hz, with lengths (B,).
+
+        Raises:
+            InputError: a length below 9 (one output frame) or beyond the tensor.
+        """
+        check_batch(fbank, fbank_lens, self.config.num_mel_bins)
+        exact = self.config.padding == "exact"
+        x = self.encoder_embed(fbank, fbank_lens if exact else None)
         x_lens = self.encoder_embed.output_lengths(fbank_lens)
         out, out_lens, hidden_states = self.encoder(x, x_lens)
         return SpearOutput(out, out_lens, hidden_states, x_lens)
@@ -89,8 +123,11 @@ class SpearEncoder(nn.Module):
             lengths: (B,) samples of each.
 
         Raises:
-            ValueError: an utterance too short for one output frame.
+            InputError: samples that are no numbers.
+            ValueError: an utterance too short for one output frame, or a length
+                beyond the tensor.
         """
+        check_finite(speech, lengths)
         shortest = int(lengths.min())
         if shortest < self.min_samples:
             raise ValueError(
@@ -98,3 +135,65 @@ class SpearEncoder(nn.Module):
                 f"frame: at least {self.min_samples} samples at 16 kHz are needed"
             )
         return self.encode(*self.fbank(speech, lengths))
+
+    def start_stream(
+        self, chunk_size: int | None = None, left_context_frames: int | None = None
+    ) -> StreamState:
+        """Return the state before the first call of :meth:`streaming_forward`.
+
+        Args:
+            chunk_size: frames (50 Hz) encoded together; the configuration's if None.
+            left_context_frames: the configuration's if None.
+
+        Raises:
+            ConfigError: a network that is not causal, or sizes that do not fit it.
+        """
+        if not self.config.causal:
+            raise ConfigError("streaming needs a causal network (causal: true)")
+        chunk = self.config.chunk_size if chunk_size is None else chunk_size
+        left = self.config.left_context_frames
+        left = left if left_context_frames is None else left_context_frames
+        self.config.check_chunk(chunk, left)
+        if chunk < 0:
+            raise ConfigError("streaming needs a chunk size, not -1")
+        return StreamState(chunk, left)
+
+    def streaming_forward(
+        self,
+        fbank: Tensor,
+        fbank_lens: Tensor,
+        state: StreamState,
+        last: bool = False,
+    ) -> tuple[SpearOutput, StreamState]:
+        """Encode what a further piece of a stream completes.
+
+        Over all calls the outputs are those of ``encode`` on the whole utterances with
+        the same chunk size and left context. An output frame leaves when its chunk is
+        complete and 13 fbank frames beyond it have come.
+
+        Args:
+            fbank: (B, n, num_mel_bins), the next n fbank frames, 100 Hz; any n.
+            fbank_lens: (B,) how many of the n belong to each utterance: n, or less
+                where it ends here; 0 from then on.
+            state: what the previous call returned; it is not changed.
+            last: whether all utterances end here.
+
+        Returns:
+            the new frames of every output (often none), and the state for the next
+            call.
+
+        Raises:
+            InputError: inputs that do not continue the stream, or a stream that ends
+                before its first output frame.
+        """
+        if self.training:
+            raise InputError("streaming works in eval mode only: call model.eval()")
+        check_width(fbank, self.config.num_mel_bins)
+        fbank_lens = fbank_lens.to(fbank.device)
+        new = continue_stream(state, fbank, fbank_lens, last)
+        exact = self.config.padding == "exact"
+        x = embed_piece(self.encoder_embed, fbank, new, exact)
+        x_lens = self.encoder_embed.output_lengths(new.fbank_lens)
+        outputs = encode_chunks(self.encoder, x, x_lens, new)
+        out, out_lens, hidden_states, hidden_lens = outputs
+        return SpearOutput(out, out_lens, hidden_states, hidden_lens), new

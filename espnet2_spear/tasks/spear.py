@@ -14,6 +14,7 @@ from espnet2.train.trainer import Trainer
 from espnet2.utils.nested_dict_action import NestedDictAction
 from espnet2.utils.types import str2bool
 
+from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.spear.espnet_model import SpearPretrainModel
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.targets import IGNORE, TeacherCodes
@@ -21,7 +22,6 @@ from espnet2_spear.train.codes_facts import check_codes_facts
 from espnet2_spear.train.data_types import register_data_types
 from espnet2_spear.train.preprocessor import SpearPreprocessor
 from espnet2_spear.zipformer.config import ZipformerConfig
-from espnet2_spear.zipformer.student import ZipformerStudent
 
 model_choices = ClassChoices(
     "model",
@@ -177,7 +177,7 @@ class SpearTask(AbsTask):
             masker = SpanMasker(**args.masker_conf)
         except TypeError as error:
             raise ValueError(f"masker_conf: {error}") from None
-        student = ZipformerStudent(config)
+        student = SpearEncoder(config)
         model = model_choices.get_class(args.model)(
             student=student,
             teachers=build_teacher_codes(args.teachers),

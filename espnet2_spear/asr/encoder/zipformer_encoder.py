@@ -9,11 +9,11 @@ from typing import Any
 from espnet2.asr.encoder.abs_encoder import AbsEncoder
 from torch import Tensor
 
+from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
-from espnet2_spear.zipformer.student import ZipformerStudent
 
 
-class ZipformerEncoder(ZipformerStudent, AbsEncoder):
+class ZipformerEncoder(SpearEncoder, AbsEncoder):
     """The student under ESPnet's encoder interface, for training and fine-tuning.
 
     Parameters have the names that they have in the student, so that a pre-trained
@@ -73,7 +73,7 @@ class ZipformerEncoder(ZipformerStudent, AbsEncoder):
         """
         if self.from_waveform:
             speech = xs_pad.squeeze(-1) if xs_pad.dim() == 3 else xs_pad
-            out = ZipformerStudent.forward(self, speech, ilens)
+            out = SpearEncoder.forward(self, speech, ilens)
         else:
             out = self.encode(xs_pad, ilens)
         if return_all_hs:

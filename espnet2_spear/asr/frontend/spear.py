@@ -16,9 +16,9 @@ from espnet2.asr.frontend.abs_frontend import AbsFrontend
 from torch import Tensor, nn
 
 from espnet2_spear.hub.load import CheckpointError, load_model
+from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
-from espnet2_spear.zipformer.student import ZipformerStudent
 
 
 class Featurizer(nn.Module):
@@ -189,7 +189,7 @@ class SpearFrontend(AbsFrontend):
 
 def _build_upstream(
     ckpt: str | None, arch: str | Mapping[str, Any] | None, padding: str | None
-) -> tuple[ZipformerStudent, bool]:
+) -> tuple[SpearEncoder, bool]:
     """Return the student and whether it holds weights from a file."""
     config = None if arch is None else ZipformerConfig.build(arch)
     if config is not None and padding is not None:
@@ -201,7 +201,7 @@ def _build_upstream(
             return upstream, True
         if config.architecture() != upstream.config.architecture():
             raise CheckpointError(f"{ckpt}: its architecture differs from `arch`")
-        student = ZipformerStudent(config)
+        student = SpearEncoder(config)
         student.load_state_dict(upstream.state_dict())
         return student, True
     if config is None:
@@ -209,4 +209,4 @@ def _build_upstream(
     if ckpt is not None:
         logging.warning(f"{ckpt} is absent: weights must come with the model's state")
     # Without any checkpoint named, a random student is what was asked for.
-    return ZipformerStudent(config), ckpt is None
+    return SpearEncoder(config), ckpt is None
