@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import sys
 
-from .registration import TARGETS, register_into
+from .registration import FUNCTIONS, TARGETS, register_into
 
 DISABLE = "SPEAR_ESPNET_DISABLE"
 _SPAWN = "multiprocessing.spawn"
@@ -57,7 +57,8 @@ class _Finder:
         path: Sequence[str] | None = None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        if (name not in TARGETS and name != _SPAWN) or disabled():
+        ours = name in TARGETS or name in FUNCTIONS or name == _SPAWN
+        if not ours or disabled():
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -122,7 +123,7 @@ def install() -> None:
         return
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-    for name in (*TARGETS, _SPAWN):
+    for name in (*TARGETS, *FUNCTIONS, _SPAWN):
         module = sys.modules.get(name)
         if module is not None:
             _after_import(module)

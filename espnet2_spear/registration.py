@@ -48,6 +48,15 @@ TARGETS = {
 }
 
 
+# Functions that are put into modules of other packages: module -> name -> function.
+FUNCTIONS = {
+    "s3prl.hub": {
+        "spear_local": "espnet2_spear.hub.s3prl_upstream:spear_local",
+        "spear_url": "espnet2_spear.hub.s3prl_upstream:spear_url",
+    },
+}
+
+
 class RegistrationWarning(RuntimeWarning):
     """A class of the plugin could not be registered; ESPnet works without it."""
 
@@ -78,12 +87,17 @@ def entries(module: object, variable: str) -> dict:
 
 
 def register_into(module: object) -> None:
-    """Add the plugin's classes to the choices of one imported module of ``TARGETS``.
+    """Add what belongs into one imported module of ``TARGETS`` or ``FUNCTIONS``.
 
     A name that is there already is kept, and ours is registered as ``spear_<name>``.
     Whatever goes wrong is a :class:`RegistrationWarning`, never an error.
     """
-    for variable in TARGETS[module.__name__]:
+    for name, spec in FUNCTIONS.get(module.__name__, {}).items():
+        try:
+            vars(module).setdefault(name, load(spec))
+        except Exception as error:
+            _warn(f"{name!r} in {module.__name__}: {type(error).__name__}: {error}")
+    for variable in TARGETS.get(module.__name__, ()):
         for name, spec in CLASSES[variable].items():
             try:
                 message = _add(module, variable, name, spec)
