@@ -209,6 +209,25 @@ def check_teacher(name: str, path: Path) -> None:
         find_weights(conf["weights"])
 
 
+def check_quantizer(path: Path, codebooks: int) -> None:
+    """Refuse a quantizer, made elsewhere or earlier, of another size.
+
+    Raises:
+        PlanError: it has another number of codebooks than the configuration.
+    """
+    import torch
+
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "quantizer"):
+        content = content.get(key, content)
+    found = content["centers"].shape[0] if "centers" in content else codebooks
+    if found != codebooks:
+        raise PlanError(
+            f"{path}: has {found} codebooks, the training configuration {codebooks}; "
+            "set teachers.<name>.num_codebooks by --config_override, or remove the file"
+        )
+
+
 def training_options(path: Path, kind: str, codebooks: int, iters: str) -> list[str]:
     """Options of mvq_train."""
     options: Config = {"num_codebooks": codebooks, **quantizer_options(path)}
@@ -233,6 +252,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--expdir", type=Path, required=True)
     parser.add_argument("--dumpdir", type=Path, required=True)
     parser.add_argument("--check_teachers", action="store_true", help="their files")
+    parser.add_argument("--check_quantizers", action="store_true", help="their sizes")
     parser.add_argument("--write", type=Path, help="the configuration, completed")
     return parser
 
@@ -270,17 +290,12 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
             conf["num_codebooks"] = 1
     utt2domain = args.dumpdir / "raw/train/utt2domain"
     present = check_data(config, utt2domain) if utt2domain.exists() else None
-    take_over(
-        config,
-        {
-            name: [args.expdir / f"teachers/{name}/embeddings/embeddings.json"]
-            + [
-                args.dumpdir / f"codes{suffix}/{s}/{name}.json"
-                for s in ("train", "valid")
-            ]
-            for name in teachers
-        },
-    )
+    if args.write is not None:  # all codes are there, or nothing but a dry run is
+        folder = args.dumpdir / f"codes{suffix}"
+        sets = ("train", "valid")
+        take_over(
+            config, {n: [folder / s / f"{n}.json" for s in sets] for n in teachers}
+        )
     lines = [f"{path}|{tag}{suffix}"]
     for name, file in teachers.items():
         if args.check_teachers:
@@ -293,6 +308,9 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
         # A quantizer is trained on the domain of its name, if there is one.
         own = [name] if name in domains else domains
         codebooks = config["teachers"][name]["num_codebooks"]
+        if args.check_quantizers:
+            quantizer = args.expdir / f"teachers{suffix}/{name}/quantizer.pt"
+            check_quantizer(quantizer, codebooks)
         words = training_options(file, args.quantizer, codebooks, args.quantizer_iters)
         fields = [name, str(file), ",".join(domains), ",".join(own), " ".join(words)]
         lines.append("|".join(fields))

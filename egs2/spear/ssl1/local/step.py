@@ -26,13 +26,23 @@ import yaml
 VERSION = 1
 
 
-def digest_of(path: Path) -> str:
-    """Hash of what a file says, or of the names and sizes of a folder's files.
+# Files of a data directory.
+TABLES = ("wav.scp", "segments", "utt2spk", "utt2domain", "text", "utt2num_samples")
+TABLES += ("utt2peak_db", "skipped.txt")
 
-    YAML is hashed as parsed, so that its comments do not count.
+
+def digest_of(path: Path) -> str:
+    """Hash of what a file or a Kaldi data directory says.
+
+    Of any other folder the names and sizes of all files are hashed. YAML is hashed as
+    parsed, so that its comments do not count.
     """
     digest = hashlib.sha256()
-    if path.is_dir():
+    if (path / "wav.scp").exists():
+        for name in TABLES:
+            if (path / name).exists():
+                digest.update(f"{name} {digest_of(path / name)}\n".encode())
+    elif path.is_dir():
         for folder, folders, names in os.walk(path):
             folders.sort()
             for name in sorted(names):
@@ -155,6 +165,21 @@ def option_changes(before: list[str], now: list[str]) -> list[str]:
     return changes or ["its options are in another order"]
 
 
+def own_folders(values: list[str]) -> list[Path]:
+    """Folders in values of run.sh --speech_dirs and --audio_dirs."""
+    if not any(values):
+        return []
+    from data_folders import parse_folders
+
+    return [folder for value in values for _, folder in parse_folders(value)]
+
+
+def say(line: str) -> None:
+    """Print a line at once; several steps may be running."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def partition(words: list[str], mark: str) -> tuple[list[str], str, list[str]]:
     """Divide words as str.partition does."""
     at = words.index(mark) if mark in words else len(words)
@@ -198,6 +223,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mark", type=Path, required=True, help="file of the mark")
     parser.add_argument("--input", type=Path, default=[], action="append")
     parser.add_argument("--output", type=Path, default=[], action="append")
+    parser.add_argument(
+        "--input_dirs", default=[], action="append", help="as run.sh --speech_dirs"
+    )
+    parser.add_argument("--again", default="made again", help="said of a repetition")
     parser.add_argument("--adopt", action="store_true", help="keep unmarked outputs")
     parser.add_argument("--runner", default="", help="words before the command")
     parser.add_argument("--dry_run", choices=["true", "false"], default="false")
@@ -213,7 +242,8 @@ def main(cmd: list[str] | None = None) -> int:
     if not command:
         get_parser().error("no command after --")
     command, _, uncounted = partition(command, "+")
-    step = Step(args.mark, command, uncounted, args.input, args.output, args.adopt)
+    inputs = [*args.input, *own_folders(args.input_dirs)]
+    step = Step(args.mark, command, uncounted, inputs, args.output, args.adopt)
     todo, why = step.state()
     runner = shlex.split(args.runner)
     if args.dry_run == "true":
@@ -221,10 +251,10 @@ def main(cmd: list[str] | None = None) -> int:
         return 0
     what = ", ".join(map(str, args.output)) or str(args.mark)
     if not todo:
-        print(f"{what}: {why}, with the same inputs and options: skipped", flush=True)
+        say(f"{what}: {why}, with the same inputs and options: skipped")
         return 0
     if step.before:
-        print(f"{what}: made again, because {why}", flush=True)
+        say(f"{what}: {args.again}, because {why}")
         args.mark.unlink()
     missing = [str(path) for path in step.inputs if not path.exists()]
     if missing:
