@@ -382,8 +382,10 @@ def test_fetch_without_apt_says_what_to_do(tmp_path: Path, deb: Path) -> None:
 # --- run.sh ---------------------------------------------------------------------------
 
 
-def run_sh(*options: str, cwd: Path) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run_sh(
+    *options: str, cwd: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run(
         [RECIPE / "run.sh", *options], cwd=cwd, env=env, capture_output=True, text=True
     )

@@ -342,17 +342,30 @@ if wanted 7 || wanted 8; then lock "${exp}"; fi
 if wanted 7; then
     log "Stage 7: pre-training, log in ${exp}/train.log"
     [ "${dry_run}" = true ] || plan --write "${exp}/train.yaml"
+    sources=("${dumpdir}/raw/train:${codes}/train" "${dumpdir}/raw/valid:${codes}/valid")
+    if [ -e "${datadir}/local/weights" ]; then
+        weighted=${exp}/lists inputs=()
+        for name in "${names[@]}"; do inputs+=(--input "${codes}/train/${name}.scp"); done
+        step --mark "${weighted}/.done.json" --input "${datadir}/local/weights" \
+            --input "${dumpdir}/raw/train" "${inputs[@]}" \
+            --output "${weighted}/wav.scp" -- python local/weighted_lists.py \
+            --weights "${datadir}/local/weights" --data_dir "${dumpdir}/raw/train" \
+            --codes_dir "${codes}/train" --out_dir "${weighted}" --teachers "${names[@]}"
+        sources[0]=${weighted}:${weighted}
+    fi
     opts=() inputs=()
     for part in train valid; do
-        raw=${dumpdir}/raw/${part}
+        raw=${sources[0]%:*}
+        scps=${sources[0]#*:}
+        sources=("${sources[@]:1}")
         inputs+=(--input "${raw}")
         opts+=("--${part}_data_path_and_name_and_type" "${raw}/wav.scp,speech,sound"
             "--${part}_data_path_and_name_and_type" "${raw}/utt2domain,domain,text"
             "--${part}_shape_file" "${raw}/utt2num_samples")
         for name in "${names[@]}"; do
-            inputs+=(--input "${codes}/${part}/${name}.scp")
+            inputs+=(--input "${scps}/${name}.scp")
             opts+=("--${part}_data_path_and_name_and_type"
-                "${codes}/${part}/${name}.scp,codes_${name},kaldi_ark")
+                "${scps}/${name}.scp,codes_${name},kaldi_ark")
         done
     done
     nodes=()

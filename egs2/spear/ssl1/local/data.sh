@@ -26,6 +26,7 @@ sources=()
 pool_opts=()
 sets="train valid"
 mkdir -p "${datadir}/local"
+rm -f "${datadir}/local/weights"
 
 if [ -n "${data_config}" ]; then
     if [ -n "${speech_dirs}${audio_dirs}" ]; then

@@ -256,7 +256,7 @@ def main(cmd: list[str] | None = None) -> int:
     if step.before:
         say(f"{what}: {args.again}, because {why}")
         args.mark.unlink()
-    missing = [str(path) for path in step.inputs if not path.exists()]
+    missing = [str(path) for path in args.input if not path.exists()]
     if missing:
         print(
             f"ERROR (step.py): {', '.join(missing)}: not there; run the stage that "
