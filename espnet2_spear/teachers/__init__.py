@@ -45,14 +45,32 @@ TEACHERS = {
 def teacher_class(name: str) -> type[Teacher]:
     """Return the class of a teacher.
 
+    Args:
+        name: one of :data:`TEACHERS`, or ``module:Class`` of one's own.
+
     Raises:
         TeacherError: no such teacher; the message lists the known ones.
     """
-    if name not in TEACHERS:
+    if ":" not in name and name not in TEACHERS:
         known = ", ".join(sorted(TEACHERS))
-        raise TeacherError(f"unknown teacher {name!r}; choose one of: {known}")
-    module, _, attribute = TEACHERS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+        raise TeacherError(
+            f"unknown teacher {name!r}; choose one of: {known}; or one of your own, "
+            "as module:Class"
+        )
+    module, _, attribute = TEACHERS.get(name, name).partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if name in TEACHERS:
+            raise
+        raise TeacherError(
+            f"teacher {name}: {error}; its module must lie in a folder of PYTHONPATH"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Teacher)):
+        raise TeacherError(
+            f"teacher {name}: is no subclass of espnet2_spear.teachers.Teacher"
+        )
+    return found
 
 
 def _check_options(name: str, conf: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,8 +101,12 @@ def prefixed(data: DataDir, name: str) -> DataDir:
     )
 
 
-def from_folder(entry: dict[str, Any]) -> Found:
-    """Prepare an entry `folder`."""
+def folder_of(entry: dict[str, Any]) -> Path:
+    """Return the folder of an entry `folder`.
+
+    Raises:
+        DataDirError: it is not named or not there.
+    """
     variable = re.fullmatch(r"\$\{(\w+)\}", entry["folder"])
     value = os.environ.get(variable[1], "") if variable else entry["folder"]
     folder = Path(value)
@@ -111,6 +115,12 @@ def from_folder(entry: dict[str, Any]) -> Found:
             f"{entry['name']}: no folder '{value}'; set "
             f"{variable[1] + ' in db.sh' if variable else '`folder` in the list'}"
         )
+    return folder
+
+
+def from_folder(entry: dict[str, Any]) -> Found:
+    """Prepare an entry `folder`."""
+    folder = entry["root"]
     if (folder / "wav.scp").exists():
         return Found(prefixed(from_kaldi_dir(folder, entry["domain"]), entry["name"]))
     return Found(from_audio_files(folder, entry["name"], entry["domain"]))
@@ -148,6 +158,8 @@ def main(cmd: list[str] | None = None) -> None:
                     )
                 corpus = known[entry["corpus"]]
                 entry["root"] = corpus.root(os.environ.get(corpus.variable))
+            else:
+                entry["root"] = folder_of(entry)
         for entry in entries:
             if "corpus" in entry:
                 corpus, partial = known[entry["corpus"]], entry.get("partial", False)
