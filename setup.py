@@ -23,6 +23,8 @@ REQUIRES = [
     "av>=12",  # audio that libsndfile cannot read: g722, gsm, m4a
     "soxr",  # resampling to 16 kHz
     "safetensors",  # released checkpoints, and nothing executable in them
+    "scikit-learn",  # k-means of the quantizers that MVQ is compared with
+    "tqdm",  # progress bars
     "jiwer>=4",  # word and character error rates of RESULTS.md
     "huggingface_hub",  # upload of packed models; espnet_model_zoo brings it as well
 ]

@@ -2,11 +2,15 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from espnet2_spear.bin import mvq_export
+from espnet2_spear.mvq.baselines import ResidualQuantizer
+from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.losses import quantizer_losses
 from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
 from espnet2_spear.mvq.refine import num_kept
@@ -82,24 +86,24 @@ def squared_errors(quantizer, x, codes) -> torch.Tensor:
 
 @pytest.mark.parametrize("passes", [0, 1, 2, 5])
 def test_codes_equal_reference(reference, library_file, passes):
-    quantizer = Quantizer.load(library_file)
+    quantizer = load_quantizer(library_file)
     codes = quantizer.encode(torch.tensor(reference["x"]), refine_iters=passes)
     assert codes.dtype == torch.int64
     np.testing.assert_array_equal(codes, reference[f"idx{passes}"])
 
 
 def test_decode_equals_library(reference, library_file):
-    quantizer = Quantizer.load(library_file)
+    quantizer = load_quantizer(library_file)
     decoded = quantizer.decode(torch.tensor(reference["idx5"].astype(np.int64)))
     np.testing.assert_allclose(decoded.detach(), reference["decoded"], atol=1e-5)
 
 
 def test_library_identity(library_file):
-    assert Quantizer.load(library_file).identity == "94e7c8e6"
+    assert load_quantizer(library_file).identity == "94e7c8e6"
 
 
 def test_losses_equal_reference(reference, library_file):
-    quantizer = Quantizer.load(library_file)
+    quantizer = load_quantizer(library_file)
     losses = quantizer_losses(quantizer, torch.tensor(reference["x"]), 2)
     expected = (0.36663, 4.92493, 0.02627, 0.04123)
     for loss, value in zip(losses, expected, strict=True):
@@ -286,7 +290,7 @@ def test_save_and_load(tmp_path):
     quantizer.mean.fill_(0.3)
     metadata = {"teacher": {"name": "whisper", "layer": 3}, "frame_rate": 50.0}
     quantizer.save(tmp_path / "q.pt", metadata)
-    loaded = Quantizer.load(tmp_path / "q.pt")
+    loaded = load_quantizer(tmp_path / "q.pt")
     x = random_vectors(quantizer, 40)
     assert torch.equal(loaded.encode(x), quantizer.encode(x))
     assert loaded.metadata == metadata
@@ -317,20 +321,62 @@ class Executed:
 def test_foreign_and_corrupt_files(tmp_path, library_file):
     path = tmp_path / "q.pt"
     with pytest.raises(QuantizerError, match="q.pt: no such quantizer"):
-        Quantizer.load(path)
+        load_quantizer(path)
     path.write_bytes(library_file.read_bytes()[:3000])
     with pytest.raises(QuantizerError, match="q.pt: not a readable"):
-        Quantizer.load(path)
+        load_quantizer(path)
     torch.save({"weight": torch.zeros(3)}, path)
     with pytest.raises(QuantizerError, match="q.pt: neither"):
-        Quantizer.load(path)
+        load_quantizer(path)
     state = torch.load(library_file, weights_only=True)
     state["to_logits.bias"] = torch.zeros(3)
     torch.save(state, path)
     with pytest.raises(QuantizerError, match="(?s)q.pt: .*to_logits.bias"):
-        Quantizer.load(path)
+        load_quantizer(path)
     trace = tmp_path / "trace"
     path.write_bytes(pickle.dumps(Executed(str(trace)), protocol=2))
     with pytest.raises(QuantizerError, match="q.pt: not a readable"):
-        Quantizer.load(path)
+        load_quantizer(path)
     assert not trace.exists()
+
+
+def test_library_file_round_trip(tmp_path, library_file):
+    """What we write for the library has its names, shapes and types, and no others."""
+    original = torch.load(library_file, weights_only=True)
+    original = original.get("quantizer", original)
+    quantizer = load_quantizer(library_file)
+    quantizer.mean.fill_(0.3)
+    quantizer.std.fill_(2.0)
+    mvq_export.main(
+        ["--quantizer", str(saved(quantizer, tmp_path)), "--output", f"{tmp_path}/l.pt"]
+    )
+    content = torch.load(tmp_path / "l.pt", weights_only=True)
+    assert content.keys() == {"quantizer", "mean", "std"}
+    state = content["quantizer"]
+    assert {k: (v.shape, v.dtype) for k, v in state.items()} == {
+        k: (v.shape, v.dtype) for k, v in original.items()
+    }
+    again = load_quantizer(tmp_path / "l.pt")
+    x = random_vectors(quantizer, 40)
+    assert torch.equal(again.encode(x), quantizer.encode(x))
+    assert again.identity == quantizer.identity
+
+
+def test_bare_library_file_cannot_standardise(tmp_path, library_file):
+    quantizer = load_quantizer(library_file)
+    command = ["--output", f"{tmp_path}/l.pt", "--statistics", "false", "--quantizer"]
+    mvq_export.main([*command, str(saved(quantizer, tmp_path))])
+    bare = torch.load(tmp_path / "l.pt", weights_only=True)
+    for key, value in quantizer.state_dict().items():
+        assert key in ("mean", "std") or torch.equal(bare[key], value)
+    quantizer.mean.fill_(0.3)
+    with pytest.raises(QuantizerError, match="with its mean and standard deviation"):
+        mvq_export.main([*command, str(saved(quantizer, tmp_path))])
+    ResidualQuantizer(8, 16, 2).save(tmp_path / "rvq.pt")
+    with pytest.raises(QuantizerError, match="kind 'rvq' has no form"):
+        mvq_export.main([*command, f"{tmp_path}/rvq.pt"])
+
+
+def saved(quantizer, folder) -> Path:
+    quantizer.save(folder / "ours.pt")
+    return folder / "ours.pt"

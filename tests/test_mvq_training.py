@@ -7,40 +7,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from embedding_files import TEACHER, structured_vectors, write_embeddings
 
 from espnet2_spear.bin import mvq_train
 from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet
+from espnet2_spear.mvq.files import load_quantizer
+from espnet2_spear.mvq.measure import evaluate
 from espnet2_spear.mvq.quantizer import Quantizer
-from espnet2_spear.mvq.report import evaluate, write_report
+from espnet2_spear.mvq.report import write_report
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingError
 
 CONFIG = MVQTrainingConfig(
     num_codebooks=2, iters_phase1=30, iters_phase2=20, batch_frames=128, lr=0.02
 )  # 30 is no multiple of STEPS_PER_TABLES
-TEACHER = {"name": "made", "layer": 3}
-
-
-def write_embeddings(folder, arrays, dim=None, **index):
-    folder.mkdir(exist_ok=True)
-    files = []
-    for n, array in enumerate(arrays):
-        np.save(folder / f"e.{n}.npy", array)
-        files.append({"file": f"e.{n}.npy", "frames": len(array)})
-    facts = {"dim": dim or arrays[0].shape[1], "frame_rate": 50.0, "teacher": TEACHER}
-    text = json.dumps({**facts, "files": files, **index})
-    (folder / "embeddings.json").write_text(text)
-    return folder
 
 
 @pytest.fixture
 def arrays():
-    """Vectors that two bytes describe well, with a mean and unequal channels."""
-    rng = np.random.default_rng(0)
-    centers = rng.standard_normal((4, 16, 12))
-    codes = rng.integers(0, 16, (3000, 4))
-    x = centers[np.arange(4), codes].sum(axis=1)
-    x += 0.1 * rng.standard_normal(x.shape)
-    x = x * np.linspace(0.1, 5, 12) + 20
+    x = structured_vectors()
     return [x[:1000].astype(np.float16), x[1000:].astype(np.float32)]
 
 
@@ -99,7 +83,7 @@ def test_training_finds_the_structure(folder, tmp_path):
     torch.testing.assert_close(trainer.quantizer.std, train.std(dim=0, correction=0))
     quantizer = trainer.train()
     assert (quantizer.num_codebooks, quantizer.codebook_size) == (2, 256)
-    summary = evaluate(quantizer, data, config)
+    summary = evaluate(quantizer, data, config.seed)
     # Two scalar codes, of 2 of the 12 equally important channels, would leave 0.83.
     assert summary["held_out"]["relative_error"] < 0.25
     assert summary["train"]["relative_error"] < 0.25
@@ -230,15 +214,16 @@ def test_command(folder, tmp_path):
         f"--embeddings {folder} --output {output} --num_codebooks 2 --iters_phase1 50 "
         "--iters_phase2 50 --batch_frames 64 --num_threads 1 --lr 0.02".split()
     )
-    quantizer = Quantizer.load(output)
+    quantizer = load_quantizer(output)
     assert quantizer.metadata["teacher"] == TEACHER
     assert quantizer.metadata["frame_rate"] == 50.0
     report = json.loads((output.parent / "report" / "report.json").read_text())
-    error = report["held_out"]["relative_error"]
+    (summary,) = report["quantizers"].values()
+    error = summary["held_out"]["relative_error"]
     assert quantizer.metadata["training"]["held_out"]["relative_error"] == error
     page = (output.parent / "report" / "report.md").read_text()
     assert f"{error:.4f}" in page and quantizer.identity in page
-    for plot in ("training.png", "usage.png"):
+    for plot in ("training.png", "error.png", "codebooks.png"):
         assert plot in page
         assert (output.parent / "report" / plot).read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in output.parent.iterdir()) == [
@@ -250,7 +235,7 @@ def test_command(folder, tmp_path):
 def test_report_without_matplotlib(folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     data = EmbeddingSet(folder)
-    summary = evaluate(Quantizer(12, 16, 2), data, CONFIG)
-    write_report(tmp_path / "report", summary, [])
+    summary = evaluate(Quantizer(12, 16, 2).eval(), data)
+    write_report(tmp_path / "report", {"mvq": summary})
     assert "matplotlib is missing" in caplog.text
     assert "No plots" in (tmp_path / "report" / "report.md").read_text()

@@ -63,7 +63,9 @@ def get_parser() -> argparse.ArgumentParser:
         help="audio in a shard, which a killed run computes again",
     )
     parser.add_argument(
-        "--refine_iters", type=int, default=5, help="passes of the quantizer's search"
+        "--refine_iters",
+        type=int,
+        help="passes of the quantizer's search; by default its own number (5 for mvq)",
     )
     return parser
 

@@ -8,6 +8,7 @@ stock ``kaldi_ark`` type reads.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -41,6 +42,18 @@ def read_scp(path: str | os.PathLike[str]) -> dict[str, str]:
         ArkError: missing file, a line without two columns, a repeated utterance.
     """
     entries: dict[str, str] = {}
+    for number, (utt, spec) in enumerate(scp_lines(path), 1):
+        if utt in entries:
+            raise ArkError(
+                f"{path}, line {number}: utterance '{utt}' appears twice; keep one of "
+                "its lines"
+            )
+        entries[utt] = spec
+    return entries
+
+
+def scp_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+    """As :func:`read_scp`, line by line; repeated utterances are not noticed."""
     try:
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
@@ -50,15 +63,9 @@ def read_scp(path: str | os.PathLike[str]) -> dict[str, str]:
                         f"{path}, line {number}: expected 'utterance file:offset', "
                         f"found {line.rstrip()!r}"
                     )
-                if columns[0] in entries:
-                    raise ArkError(
-                        f"{path}, line {number}: utterance '{columns[0]}' appears "
-                        "twice; keep one of its lines"
-                    )
-                entries[columns[0]] = columns[1]
+                yield columns[0], columns[1]
     except (OSError, UnicodeDecodeError) as error:
         raise ArkError(f"{path}: cannot read this scp file: {error}") from error
-    return entries
 
 
 def read_matrix(spec: str, utt: str | None = None) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 
 from espnet2_spear.fileio.datadir import DataDir
 from espnet2_spear.fileio.kaldi_ark import MISSING, ArkError, read_matrix
-from espnet2_spear.mvq.report import code_entropy_bits
+from espnet2_spear.mvq.measure import code_entropy_bits
 from espnet2_spear.spear.targets import TeacherCodes
 
 SAMPLE_RATE = 16000

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,38 @@ HELD_OUT_SHARE = 0.05
 
 class EmbeddingError(ValueError):
     """Embeddings on disk are missing, malformed or of no use for training."""
+
+
+class TrainingFrames(Protocol):
+    """What the training of a quantizer needs of its embeddings.
+
+    Attributes:
+        source: names them in messages.
+        dim: D.
+        index: facts about them; of interest are ``teacher`` and ``frame_rate``.
+        num_train, num_held_out: frames to train on and held out.
+    """
+
+    source: str
+    dim: int
+    index: dict[str, Any]
+    num_train: int
+    num_held_out: int
+
+    def fingerprint(self) -> str:
+        """Hash of what the frames depend on."""
+
+    def train_batch(self, size: int, seed: int, step: int) -> Tensor:
+        """Training frames float32 (size, D), the same for the same seed and step."""
+
+    def train_sample(self, count: int, seed: int) -> Tensor:
+        """At most ``count`` different training frames float32 (frames, D)."""
+
+    def train_chunks(self, count: int, seed: int) -> Iterator[Tensor]:
+        """As :meth:`train_sample`, in parts."""
+
+    def held_out_frames(self, count: int | None = None) -> Tensor:
+        """Frames float32 (frames, D) that training never sees, at most ``count``."""
 
 
 class EmbeddingSet:
@@ -44,7 +76,7 @@ class EmbeddingSet:
     """
 
     def __init__(self, folder: str | os.PathLike[str], seed: int = 0) -> None:
-        self.folder = Path(folder)
+        self.folder, self.source = Path(folder), os.fspath(folder)
         self.index = _read_index(self.folder / INDEX)
         self.dim: int = self.index["dim"]
         self._paths = [self.folder / f["file"] for f in self.index["files"]]

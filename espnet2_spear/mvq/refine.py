@@ -19,16 +19,15 @@ MAX_KEPT = 128
 class GramTables:
     """Inner products of the centres of all codebooks.
 
-    The mean centre of every codebook is moved into ``shift``: the codes are the same,
-    and float32 rounding acts on smaller numbers.
-
     Args:
         centers: (N, K, D) of N codebooks with K centres each.
+        centred: move the mean centre of every codebook into ``shift``: a joint search
+            finds the same codes, and float32 rounding acts on smaller numbers.
     """
 
-    def __init__(self, centers: Tensor) -> None:
+    def __init__(self, centers: Tensor, centred: bool = True) -> None:
         self.num_codebooks, self.codebook_size, dim = centers.shape
-        means = centers.mean(dim=1, keepdim=True)
+        means = centers.mean(dim=1, keepdim=True) * centred
         self.shift = means.sum(dim=(0, 1))  # (D,)
         self.centers = (centers - means).reshape(-1, dim)  # (N*K, D)
         self.norms = self.centers.square().sum(dim=1)  # (N*K,)

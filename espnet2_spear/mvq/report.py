@@ -1,139 +1,149 @@
-"""Figures and plots of a trained quantizer."""
+"""A page on one quantizer, or on two side by side."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from espnet2_spear.mvq.embeddings import EmbeddingSet
-from espnet2_spear.mvq.losses import code_usage, entropy
-from espnet2_spear.mvq.quantizer import Quantizer
-from espnet2_spear.mvq.training import MVQTrainingConfig
-
-EVALUATED_FRAMES = 5_000
-
-
-def evaluate(
-    quantizer: Quantizer,
-    data: EmbeddingSet,
-    config: MVQTrainingConfig,
-    refine_iters: int = 5,
-) -> dict[str, Any]:
-    """Measure a quantizer on held-out frames and on as many training frames.
-
-    Returns:
-        primitives only: ``config``, ``identity``, and for each of ``train`` and
-        ``held_out`` the number of ``frames``, ``relative_error`` (squared error over
-        that of the mean vector, standardised if the quantizer is), and per codebook
-        ``entropy_bits`` and ``dead`` (entries that no frame uses).
-    """
-    device = quantizer.mean.device
-    parts = {
-        "train": data.train_sample(EVALUATED_FRAMES, config.seed),
-        "held_out": data.held_out_frames(EVALUATED_FRAMES),
-    }
-    summary: dict[str, Any] = {
-        "identity": quantizer.identity,
-        "dim": quantizer.dim,
-        "num_codebooks": quantizer.num_codebooks,
-        "codebook_size": quantizer.codebook_size,
-        "refine_iters": refine_iters,
-        "config": asdict(config),
-    }
-    for name, frames in parts.items():
-        summary[name] = _measure(quantizer, frames.to(device), refine_iters)
-    return summary
-
-
-@torch.no_grad()
-def _measure(quantizer: Quantizer, frames: Tensor, refine_iters: int) -> dict[str, Any]:
-    codes = quantizer.encode(frames, refine_iters)
-    x = quantizer.standardise(frames)
-    usage = code_usage(codes, quantizer.codebook_size)
-    return {
-        "frames": len(frames),
-        "relative_error": relative_error(x, quantizer.sum_centers(codes)),
-        "entropy_bits": code_entropy_bits(usage).tolist(),
-        "dead": (usage == 0).sum(dim=1).tolist(),
-    }
-
-
-def relative_error(x: Tensor, approximation: Tensor) -> float:
-    """Squared error relative to that of the mean of x; both (B, D)."""
-    spread = (x - x.mean(dim=0)).square().sum()
-    return float((approximation - x).square().sum() / spread)
-
-
-def code_entropy_bits(usage: Tensor) -> Tensor:
-    """Entropy (N,) in bits of how often codes occur, counts (N, K)."""
-    probs = usage / usage.sum(dim=1, keepdim=True)
-    return entropy(probs) / torch.log(torch.tensor(2.0))
+Summary = Mapping[str, Any]
 
 
 def write_report(
-    folder: Path, summary: Mapping[str, Any], history: Sequence[Mapping[str, float]]
+    folder: Path,
+    summaries: Mapping[str, Summary],
+    history: Sequence[Mapping[str, float]] = (),
 ) -> None:
     """Write report.json, report.md and, if matplotlib is there, plots.
 
     Args:
         folder: made if it is not there.
-        summary: from :func:`evaluate`.
-        history: of the trainer.
+        summaries: name -> result of ``evaluate``, one or two.
+        history: of the trainer, if the quantizer has just been trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**summary, "history": list(history)}, indent=1)
+    content = {"quantizers": dict(summaries), "history": list(history)}
+    text = json.dumps(content, indent=1)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    plots = _plot(folder, summary, history)
-    (folder / "report.md").write_text(_page(summary, plots), encoding="utf-8")
+    plots = _plot(folder, summaries, history)
+    (folder / "report.md").write_text(_page(summaries, plots), encoding="utf-8")
 
 
-def _page(summary: Mapping[str, Any], plots: Sequence[str]) -> str:
-    bits = summary["num_codebooks"] * (summary["codebook_size"] - 1).bit_length()
-    lines = [
-        f"# Quantizer {summary['identity']}",
-        "",
-        f"{summary['num_codebooks']} codebooks of {summary['codebook_size']} entries "
-        f"({bits} bits) for frames of {summary['dim']}; "
-        f"{summary['refine_iters']} refinement passes.",
-        "",
-        "| frames | number | relative reconstruction error | usage entropy, bits "
-        "(mean, min) | dead entries |",
-        "|---|---|---|---|---|",
+def bits_per_second(summary: Summary) -> tuple[float, float] | None:
+    """Nominal bits, and entropy of the held-out codes, per second; None if unknown.
+
+    The entropy is the sum of the codebooks', an upper bound of the codes' own.
+    """
+    rate = summary["frame_rate"]
+    if not rate:
+        return None
+    nominal = summary["num_codebooks"] * (summary["codebook_size"] - 1).bit_length()
+    return rate * nominal, rate * sum(summary["held_out"]["entropy_bits"])
+
+
+def _page(summaries: Mapping[str, Summary], plots: Sequence[str]) -> str:
+    identities = ", ".join(s["identity"] for s in summaries.values())
+    title = "Quantizer" if len(summaries) == 1 else "Quantizers"
+    blocks = [f"# {title} {identities}", _overview(summaries)]
+    blocks += [f"## Error and passes of the search\n\n{_passes(summaries)}"]
+    blocks += [
+        "## Error and number of codebooks\n\nThe next codebook is always the one that "
+        "helps most; those not yet used stand for their mean.\n\n"
+        + _codebooks(summaries)
     ]
-    for name in ("train", "held_out"):
-        part = summary[name]
-        bits_used = part["entropy_bits"]
-        lines.append(
-            f"| {name.replace('_', ' ')} | {part['frames']} "
-            f"| {part['relative_error']:.4f} "
-            f"| {sum(bits_used) / len(bits_used):.2f}, {min(bits_used):.2f} "
-            f"| {sum(part['dead'])} |"
-        )
-    lines += ["", "| codebook | entropy, bits | dead entries |", "|---|---|---|"]
-    train = summary["train"]
-    lines += [
-        f"| {n} | {bits:.2f} | {dead} |"
-        for n, (bits, dead) in enumerate(
-            zip(train["entropy_bits"], train["dead"], strict=True)
-        )
-    ]
-    lines += ["", "Options: " + json.dumps(summary["config"]), ""]
-    for plot in plots:
-        lines += [f"![{plot}]({plot})", ""]
+    for name, summary in summaries.items():
+        blocks.append(f"## Codebooks of {name}\n\n{_usage(summary)}")
+        if "config" in summary:
+            blocks.append("Options of its training: " + json.dumps(summary["config"]))
+    blocks += [f"![{plot}]({plot})" for plot in plots]
     if not plots:
-        lines += ["No plots: matplotlib was not installed.", ""]
-    return "\n".join(lines)
+        blocks.append("No plots: matplotlib was not installed.")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _overview(summaries: Mapping[str, Summary]) -> str:
+    def row(name: str, value) -> list[str]:
+        return [name, *(value(summary) for summary in summaries.values())]
+
+    def usage(summary: Summary) -> str:
+        bits = summary["held_out"]["entropy_bits"]
+        return f"{sum(bits) / len(bits):.2f}, {min(bits):.2f}"
+
+    def rate(summary: Summary) -> str:
+        bits = bits_per_second(summary)
+        return "unknown" if bits is None else f"{bits[0]:.0f}, {bits[1]:.0f}"
+
+    rows = [
+        row("kind", lambda s: s["kind"]),
+        row("identity", lambda s: s["identity"]),
+        row("codebooks x entries", lambda s: _size(s)),
+        row("dimension", lambda s: str(s["dim"])),
+        row("passes of the search", lambda s: str(s["refine_iters"])),
+        row("bits per second: nominal, entropy", rate),
+        row("held-out frames", lambda s: str(s["held_out"]["frames"])),
+        row("**relative error, held out**", lambda s: _error(s["held_out"])),
+        row("relative error, training frames", lambda s: _error(s["train"])),
+        row("usage entropy, bits: mean, min", usage),
+        row("dead entries, training frames", lambda s: str(sum(s["train"]["dead"]))),
+    ]
+    return _table(["", *summaries], rows)
+
+
+def _size(summary: Summary) -> str:
+    return f"{summary['num_codebooks']} x {summary['codebook_size']}"
+
+
+def _error(part: Summary) -> str:
+    return f"{part['relative_error']:.4f}"
+
+
+def _passes(summaries: Mapping[str, Summary]) -> str:
+    errors = [dict(s["held_out"]["passes"]) for s in summaries.values()]
+    counts = sorted(set().union(*errors))
+    rows = [
+        [str(n), *(f"{e[n]:.4f}" if n in e else "" for e in errors)] for n in counts
+    ]
+    return _table(["passes", *summaries], rows)
+
+
+def _codebooks(summaries: Mapping[str, Summary]) -> str:
+    errors = [s["held_out"]["codebooks"] for s in summaries.values()]
+    rows = [
+        [
+            str(n + 1),
+            *(f"{e[n][1]:.4f} (+{e[n][0]})" if n < len(e) else "" for e in errors),
+        ]
+        for n in range(max(map(len, errors)))
+    ]
+    return _table(["codebooks", *summaries], rows)
+
+
+def _usage(summary: Summary) -> str:
+    train, held_out = summary["train"], summary["held_out"]
+    others = [
+        max((abs(v) for m, v in enumerate(row) if m != n), default=0.0)
+        for n, row in enumerate(held_out["correlation"])
+    ]
+    columns = (held_out["entropy_bits"], train["dead"], others)
+    rows = [
+        [str(n), f"{bits:.2f}", str(dead), f"{correlation:.2f}"]
+        for n, (bits, dead, correlation) in enumerate(zip(*columns, strict=True))
+    ]
+    head = ["codebook", "entropy, bits", "dead entries", "largest correlation"]
+    return _table(head, rows)
 
 
 def _plot(
-    folder: Path, summary: Mapping[str, Any], history: Sequence[Mapping[str, float]]
+    folder: Path,
+    summaries: Mapping[str, Summary],
+    history: Sequence[Mapping[str, float]],
 ) -> list[str]:
     """Write the plots; returns their names, none without matplotlib."""
     try:
@@ -143,22 +153,50 @@ def _plot(
             "no plots in the report: matplotlib is missing (pip install matplotlib)"
         )
         return []
+    names = []
+
+    def save(figure: Figure, name: str) -> None:
+        figure.savefig(folder / name, dpi=100)
+        names.append(name)
+
     figure = Figure(figsize=(10, 4), layout="constrained")
-    error, logprob = figure.subplots(1, 2)
-    steps = [entry["step"] for entry in history]
-    error.plot(steps, [entry["reconstruction"] for entry in history])
-    error.set(xlabel="step", ylabel="relative reconstruction error", yscale="log")
-    logprob.plot(steps, [entry["logprob"] for entry in history])
-    logprob.set(xlabel="step", ylabel="-log p(code), nats")
-    for axes in (error, logprob):
-        axes.axvline(summary["config"]["iters_phase1"], color="grey", linestyle=":")
+    passes, codebooks = figure.subplots(1, 2, sharey=True)
+    for name, summary in summaries.items():
+        held_out = summary["held_out"]
+        passes.plot(*zip(*held_out["passes"], strict=True), marker=".", label=name)
+        errors = [error for _, error in held_out["codebooks"]]
+        codebooks.plot(range(1, len(errors) + 1), errors, marker=".", label=name)
+    passes.set(xlabel="passes of the search", ylabel="relative error, held out")
+    codebooks.set(xlabel="codebooks used")
+    for axes in (passes, codebooks):
         axes.grid(alpha=0.3)
-    figure.savefig(folder / "training.png", dpi=100)
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    train = summary["train"]
-    axes.bar(range(len(train["entropy_bits"])), train["entropy_bits"])
-    axes.axhline((summary["codebook_size"] - 1).bit_length(), color="grey")
-    axes.set(xlabel="codebook", ylabel="usage entropy, bits")
-    figure.savefig(folder / "usage.png", dpi=100)
-    return ["training.png", "usage.png"]
+        axes.legend()
+    save(figure, "error.png")
+
+    count = len(summaries)
+    figure = Figure(figsize=(6 * count, 8), layout="constrained")
+    rows = figure.subplots(2, count, squeeze=False)
+    for (name, summary), bars, image in zip(summaries.items(), *rows, strict=True):
+        bits = summary["held_out"]["entropy_bits"]
+        bars.bar(range(len(bits)), bits)
+        bars.axhline((summary["codebook_size"] - 1).bit_length(), color="grey")
+        bars.set(title=name, xlabel="codebook", ylabel="usage entropy, bits")
+        shown = image.imshow(
+            summary["held_out"]["correlation"], cmap="RdBu", vmin=-1, vmax=1
+        )
+        image.set(title="correlation of contributions", xlabel="codebook")
+        figure.colorbar(shown, ax=image)
+    save(figure, "codebooks.png")
+
+    if history:
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        error, logprob = figure.subplots(1, 2)
+        steps = [entry["step"] for entry in history]
+        error.plot(steps, [entry["reconstruction"] for entry in history])
+        error.set(xlabel="step", ylabel="relative reconstruction error", yscale="log")
+        logprob.plot(steps, [entry["logprob"] for entry in history])
+        logprob.set(xlabel="step", ylabel="-log p(code), nats")
+        for axes in (error, logprob):
+            axes.grid(alpha=0.3)
+        save(figure, "training.png")
+    return names

@@ -2,6 +2,9 @@
 
 Phase 1 trains twice as many codebooks of 16 centres. Neighbours are then merged to
 codebooks of 256 centres, all sums of two, and phase 2 trains those.
+
+If torch.distributed is initialised, every step's batch is divided among the ranks and
+gradients are averaged, so that all hold the same quantizer; the first one alone writes.
 """
 
 from __future__ import annotations
@@ -16,14 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet
+from espnet2_spear.mvq.embeddings import TrainingFrames
 from espnet2_spear.mvq.losses import QuantizerLosses, quantizer_losses
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.refine import GramTables
+from espnet2_spear.mvq.statistics import channel_statistics
 
 PHASE_ONE_SIZE = 16
-STATS_FRAMES = 50_000
 # The inner products of all centres cost more than the rest of a step of phase 2. In so
 # few steps they change by little, and the search for codes may use those of before.
 STEPS_PER_TABLES = 4
@@ -105,7 +109,7 @@ class MVQTrainer:
     def __init__(
         self,
         config: MVQTrainingConfig,
-        data: EmbeddingSet,
+        data: TrainingFrames,
         checkpoint: str | os.PathLike[str],
         device: str | torch.device = "cpu",
         log_interval: int = 50,
@@ -118,6 +122,15 @@ class MVQTrainer:
         self.log_interval = log_interval
         self.save_seconds = save_seconds
         self._saved = time.monotonic()
+        ranks = dist.is_initialized()
+        self.rank, self.world_size = (
+            (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
+        )
+        if config.batch_frames < self.world_size:
+            raise TrainingError(
+                f"batch_frames is {config.batch_frames} for {self.world_size} "
+                "processes; at least one frame for each is needed"
+            )
         self.history: list[dict[str, float]] = []
         self._recent: list[list[float]] = []  # losses since the last entry
         self.step = 0
@@ -157,7 +170,8 @@ class MVQTrainer:
 
     def finish(self) -> None:
         """Remove the checkpoint, once the quantizer is stored."""
-        self.checkpoint.unlink(missing_ok=True)
+        if self.rank == 0:
+            self.checkpoint.unlink(missing_ok=True)
 
     @property
     def _needs_tables(self) -> bool:
@@ -169,30 +183,10 @@ class MVQTrainer:
         return self.quantizer.num_codebooks == self.config.num_codebooks
 
     def _set_statistics(self) -> None:
-        """Mean and standard deviation of a sample of the training frames."""
-        total = torch.zeros(self.data.dim, dtype=torch.float64)
-        square, count = torch.zeros_like(total), 0
-        for chunk in self.data.train_chunks(STATS_FRAMES, self.config.seed):
-            chunk = chunk.double()
-            total += chunk.sum(dim=0)
-            square += chunk.square().sum(dim=0)
-            count += len(chunk)
-        mean = total / count
-        var = (square / count - mean.square()).clamp(min=0)
-        constant = var <= 1e-10 * (mean.square() + 1e-20)
-        if constant.all():
-            raise EmbeddingError(
-                f"{self.data.folder}: all frames are equal; the teacher does not see "
-                "its audio, or the audio is silent"
-            )
-        if constant.any():
-            logging.warning(
-                f"{self.data.folder}: {int(constant.sum())} of {self.data.dim} "
-                "channels are constant"
-            )
+        mean, std = channel_statistics(self.data, self.config.seed)
         if self.config.standardize:
             self.quantizer.mean.copy_(mean)
-            self.quantizer.std.copy_(var.sqrt().masked_fill(constant, 1.0))
+            self.quantizer.std.copy_(std)
 
     def _start_phase(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer.to(self.device).train()
@@ -208,21 +202,33 @@ class MVQTrainer:
     def _take_step(self, tables: GramTables) -> list[float]:
         config = self.config
         batch = self.data.train_batch(config.batch_frames, config.seed, self.step)
+        batch = batch[self.rank :: self.world_size]
         x = self.quantizer.standardise(batch.to(self.device))
         passes = 1 + int(np.random.default_rng([config.seed, self.step, 1]).integers(2))
         losses = quantizer_losses(self.quantizer, x, passes, tables)
         loss = losses.total()
-        values = torch.stack(losses).tolist()
+        self.optimizer.zero_grad()
+        loss.backward()
+        # Losses too: all ranks must agree whether to stop.
+        values = self._average_over_ranks(torch.stack(losses).detach()).tolist()
         if not np.isfinite(values).all():
             raise TrainingError(
                 f"step {self.step}: the loss is {values}; lower --lr, or check the "
-                f"embeddings in {self.data.folder}"
+                f"embeddings in {self.data.source}"
             )
-        self.optimizer.zero_grad()
-        loss.backward()
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate(self.step)
         self.optimizer.step()
+        return values
+
+    def _average_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Averages gradients in place; returns the average of ``values``."""
+        if self.world_size == 1:
+            return values
+        grads = [p.grad for p in self.quantizer.parameters() if p.grad is not None]
+        for tensor in (*grads, values):
+            dist.all_reduce(tensor)
+            tensor /= self.world_size
         return values
 
     def _log(self, progress: Callable[[str], None]) -> None:
@@ -241,6 +247,8 @@ class MVQTrainer:
         return {"config": asdict(self.config), "embeddings": self.data.fingerprint()}
 
     def _save(self) -> None:
+        if self.rank:
+            return
         part = self.checkpoint.with_name(self.checkpoint.name + ".part")
         torch.save(
             {

@@ -21,11 +21,13 @@ class TeacherCodes:
         num_codebooks: codes per teacher frame.
         codebook_size: number of different codes.
         frame_rate: teacher frames per second.
+        quantizer: identity of the quantizer that made them, if it is known.
     """
 
     num_codebooks: int
     codebook_size: int = 256
     frame_rate: float = 50.0
+    quantizer: str | None = None
 
     @classmethod
     def from_dict(cls, name: str, conf: Mapping[str, Any]) -> TeacherCodes:

@@ -18,6 +18,8 @@ from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.spear.espnet_model import SpearPretrainModel
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.targets import IGNORE, TeacherCodes
+from espnet2_spear.train.codes_facts import check_codes_facts
+from espnet2_spear.train.data_types import register_data_types
 from espnet2_spear.train.preprocessor import SpearPreprocessor
 from espnet2_spear.zipformer.config import ZipformerConfig
 
@@ -29,11 +31,14 @@ model_choices = ClassChoices(
 )
 
 
+register_data_types()
+
+
 class SpearTask(AbsTask):
     """Masked prediction of teacher codes.
 
     Data names: ``speech`` (sound), ``domain`` (text, one word) and
-    ``codes_<teacher>`` (kaldi_ark) for every teacher of ``--teachers``.
+    ``codes_<teacher>`` (kaldi_ark or codes_store) for every teacher of ``--teachers``.
     """
 
     num_optimizers: int = 1
@@ -62,7 +67,8 @@ class SpearTask(AbsTask):
             "--teachers",
             action=NestedDictAction,
             default=None,
-            help="Teacher name -> {num_codebooks, codebook_size, frame_rate}",
+            help="Teacher name -> {num_codebooks, codebook_size, frame_rate, "
+            "quantizer: its identity, by default as the codes say}",
         )
         group.add_argument(
             "--domains",
@@ -147,6 +153,12 @@ class SpearTask(AbsTask):
                 "codes_<teacher>"
             )
         super().check_task_requirements(dataset, True, train, inference)
+
+    @classmethod
+    def main_worker(cls, args: argparse.Namespace) -> None:
+        """As of every task, after a check that the codes are those of the teachers."""
+        check_codes_facts(args)
+        super().main_worker(args)
 
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> SpearPretrainModel:

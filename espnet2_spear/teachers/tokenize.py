@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from espnet2_spear.fileio.kaldi_ark import CodesWriter, read_scp, write_missing_codes
-from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.abs_quantizer import AbsQuantizer
+from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.teachers import build_teacher
 from espnet2_spear.teachers.base import Teacher, TeacherError, difference
 from espnet2_spear.teachers.extract import Utterance, embed_batch, make_batches
@@ -44,7 +45,7 @@ class TokenizeOptions:
         quantizer: file of the quantizer.
         batch_seconds: bound of a batch's audio, padding included.
         shard_seconds: audio in a shard.
-        refine_iters: passes of the quantizer's joint search.
+        refine_iters: passes of the quantizer's joint search; its own number for None.
     """
 
     teacher: str
@@ -52,10 +53,10 @@ class TokenizeOptions:
     quantizer: str
     batch_seconds: float = 20.0
     shard_seconds: float = 600.0
-    refine_iters: int = 5
+    refine_iters: int | None = None
 
 
-def check_match(teacher: Teacher, quantizer: Quantizer, path: str | Path) -> None:
+def check_match(teacher: Teacher, quantizer: AbsQuantizer, path: str | Path) -> None:
     """Raise TeacherError if the quantizer was not trained on this teacher."""
     remedy = "train one on this teacher's embeddings (stage 4 of the recipe)"
     if quantizer.dim != teacher.dim:
@@ -83,7 +84,7 @@ class Tokenizer:
     def __init__(self, options: TokenizeOptions, device: str = "cpu") -> None:
         self.options = options
         teacher = build_teacher(options.teacher, options.teacher_conf)
-        quantizer = Quantizer.load(options.quantizer)
+        quantizer = load_quantizer(options.quantizer)
         check_match(teacher, quantizer, options.quantizer)
         self.teacher = teacher.to(device)
         self.quantizer = quantizer.to(device).eval()
@@ -291,6 +292,8 @@ class TokenizeRun:
         summary = {
             "teacher": teacher.describe(),
             "quantizer": self.options.quantizer,
+            "quantizer_id": quantizer.identity,
+            "quantizer_kind": quantizer.kind,
             "frame_rate": teacher.frame_rate,
             "num_codebooks": quantizer.num_codebooks,
             "codebook_size": quantizer.codebook_size,

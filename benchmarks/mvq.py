@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Speed, memory and codes of the quantizer, beside the multi-quantization library."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from peer import load_peer, peer_codes, peer_quantizer
+from roofline import frame_cost, measure_activity, report, timed
+from torch import Tensor
+
+from espnet2_spear.mvq.embeddings import EmbeddingSet
+from espnet2_spear.mvq.files import load_quantizer
+from espnet2_spear.mvq.quantizer import Quantizer
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--peer",
+        default="",
+        metavar="FOLDER",
+        help="where multi-quantization is installed; empty for the environment, "
+        "none to measure ours alone",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--num_threads", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=5, help="of each, alternating")
+    group = parser.add_argument_group("encoding")
+    group.add_argument("--dim", type=int, default=1024)
+    group.add_argument("--num_codebooks", type=int, default=16)
+    group.add_argument("--codebook_size", type=int, default=256)
+    group.add_argument("--quantizer", help="file of a trained one instead")
+    group.add_argument(
+        "--embeddings", help="folder of spear_embed: measure on its held-out frames"
+    )
+    group.add_argument("--refine_iters", type=int, default=5)
+    group.add_argument("--frames", type=int, default=2048, help="a trial of ours")
+    group.add_argument("--peer_frames", type=int, default=48, help="of the library")
+    group.add_argument("--max_frames", type=int, help="ours: computed at once")
+    group.add_argument(
+        "--memory_frames",
+        type=int,
+        default=60_000,
+        help="length of the utterance that the memory is measured on; 0 for none "
+        "(60000 are 20 minutes at 50 Hz)",
+    )
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--train",
+        action="store_true",
+        help="train both on --embeddings and compare the results instead",
+    )
+    group.add_argument("--iters", type=int, default=1000, help="steps of each phase")
+    group.add_argument("--batch_frames", type=int, default=1024)
+    group.add_argument("--lr", type=float, default=0.005)
+    group.add_argument(
+        "--eval_frames", type=int, default=1000, help="held-out frames to measure on"
+    )
+    group.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def random_quantizer(dim: int, size: int, num: int, seed: int) -> Quantizer:
+    """A quantizer whose start is related to its centres, as training makes it."""
+    torch.manual_seed(seed)
+    quantizer = Quantizer(dim, size, num)
+    with torch.no_grad():
+        centers = quantizer.centers
+        centers += 0.5 * centers.std() * torch.randn(centers.shape)
+    quantizer.stamp()
+    return quantizer.eval()
+
+
+@torch.no_grad()
+def noisy_vectors(quantizer: Quantizer, count: int, seed: int) -> Tensor:
+    """Sums of centres with as much noise added, (count, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, quantizer.num_codebooks)
+    codes = torch.randint(quantizer.codebook_size, shape, generator=generator)
+    x = quantizer.decode(codes)
+    return x + x.std() * torch.randn(x.shape, generator=generator)
+
+
+def peak_of_long_utterance(
+    file: str, quantizer_file: str, frames: int, options: dict, threads: int
+) -> tuple[float, float]:
+    """Peak resident memory in MB before and after encoding; in a fresh process."""
+    torch.set_num_threads(threads)
+    quantizer = load_quantizer(quantizer_file)
+    x = np.memmap(file, np.float16, "c", shape=(frames, quantizer.dim))
+    x = torch.from_numpy(x)
+    quantizer.encode(x[:1], **options)  # its tables
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    quantizer.encode(x, **options)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return before / 1024, after / 1024
+
+
+def measure_memory(quantizer: Quantizer, x: Tensor, args, options: dict) -> str:
+    """Line on the memory that a very long utterance takes."""
+    length = args.memory_frames
+    if x.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(x.device)
+        long = x[torch.arange(length, device=x.device) % len(x)].half()
+        held = torch.cuda.memory_allocated(x.device) / 2**20
+        quantizer.encode(long, **options)
+        peak = torch.cuda.max_memory_allocated(x.device) / 2**20
+        return (
+            f"memory, {length} frames at once: peak {peak:.0f} MB on the GPU, of it "
+            f"{held:.0f} MB quantizer and input"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        file, saved = Path(folder) / "x.f16", Path(folder) / "quantizer.pt"
+        quantizer.save(saved)
+        with open(file, "wb") as stream:
+            part = x.half().numpy()
+            for start in range(0, length, len(part)):
+                part[: length - start].tofile(stream)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            before, after = pool.submit(
+                peak_of_long_utterance,
+                *(str(file), str(saved), length, options, args.num_threads),
+            ).result()
+    return (
+        f"memory, {length} frames at once: peak resident {after:.0f} MB, of it "
+        f"{before:.0f} MB Python, torch, the quantizer and its tables; the input "
+        f"(memory-mapped, {length * quantizer.dim * 2 / 2**20:.0f} MB) is counted"
+    )
+
+
+@torch.no_grad()
+def squared_errors(quantizer: Quantizer, x: Tensor, codes: Tensor) -> Tensor:
+    """Squared error (B,) of every frame, float64, in the standardised space."""
+    approximation = quantizer.sum_centers(codes).double()
+    return (approximation - quantizer.standardise(x).double()).square().sum(dim=1)
+
+
+def compare_codes(quantizer: Quantizer, x: Tensor, ours: Tensor, peer: Tensor) -> str:
+    """Line on how far two results agree."""
+    mine, theirs = (
+        squared_errors(quantizer, x, ours),
+        squared_errors(quantizer, x, peer),
+    )
+    worst = float(((mine - theirs) / theirs.clamp(min=1e-12)).max())
+    same = ours == peer
+    return (
+        f"codes of {len(x)} frames: {float(same.float().mean()):.4%} of the codes and "
+        f"{float(same.all(dim=1).float().mean()):.2%} of the frames "
+        f"are equal; our squared error is larger by at most {worst:.1e} (relative)"
+    )
+
+
+def encoding(args: argparse.Namespace) -> None:
+    """Measure encoding."""
+    device = torch.device(args.device)
+    if args.quantizer:
+        quantizer = load_quantizer(args.quantizer)
+    else:
+        quantizer = random_quantizer(
+            args.dim, args.codebook_size, args.num_codebooks, args.seed
+        )
+    if args.embeddings:
+        x = EmbeddingSet(args.embeddings).held_out_frames(args.frames)
+        x = x[torch.arange(args.frames) % len(x)]
+    else:
+        x = noisy_vectors(quantizer, args.frames, args.seed + 1)
+    quantizer, x = quantizer.to(device), x.to(device)
+    options = {"refine_iters": args.refine_iters}
+    if args.max_frames:
+        options["max_frames"] = args.max_frames
+    peer = load_peer(args.peer)
+    work = {"ours": (len(x), lambda: quantizer.encode(x, **options))}
+    if peer is not None:
+        other = peer_quantizer(peer, quantizer)
+        few = quantizer.standardise(x[: args.peer_frames])
+        work["library"] = (
+            len(few),
+            lambda: peer_codes(other, few, args.refine_iters, args.peer_frames),
+        )
+    for _, call in work.values():
+        call()
+    rates: dict[str, list[float]] = {name: [] for name in work}
+    codes = {}
+    for _ in range(args.trials):
+        for name, (count, call) in work.items():
+            seconds, codes[name] = timed(call, device)
+            rates[name].append(count / seconds)
+    print(
+        f"D={quantizer.dim}, N={quantizer.num_codebooks}, K={quantizer.codebook_size}, "
+        f"{args.refine_iters} passes, {device}"
+        + (f", {args.num_threads} threads" if device.type == "cpu" else "")
+        + f", {args.trials} alternating trials\n"
+    )
+    print("| | frames a trial | frames/s, median | min | max |")
+    print("|---|--:|--:|--:|--:|")
+    for name, values in rates.items():
+        print(
+            f"| {name} | {work[name][0]} | {statistics.median(values):,.1f} "
+            f"| {min(values):,.1f} | {max(values):,.1f} |"
+        )
+    rate = statistics.median(rates["ours"])
+    if peer is not None:
+        pairs = zip(rates["ours"], rates["library"], strict=True)
+        ratios = [a / b for a, b in pairs]
+        print(
+            f"\nratio: {statistics.median(ratios):.1f} (median of the trials; "
+            f"{min(ratios):.1f} to {max(ratios):.1f})"
+        )
+        count = len(codes["library"])
+        few_codes = codes["ours"][:count]
+        print(compare_codes(quantizer, x[:count], few_codes, codes["library"]))
+    activity = measure_activity(quantizer, x, args.refine_iters)
+    print(
+        f"a frame is searched in {activity.passes:.2f} of {args.refine_iters} passes; "
+        "it has reached its fixed point after that"
+    )
+    cost = frame_cost(
+        quantizer.dim,
+        quantizer.codebook_size,
+        quantizer.num_codebooks,
+        activity,
+        args.max_frames or quantizer.default_max_frames(device),
+    )
+    print(report(cost, rate, device))
+    if args.memory_frames:
+        print(measure_memory(quantizer, x, args, options))
+
+
+def main(cmd=None):
+    """Measure; see ``--help`` and benchmarks/README.md."""
+    args = get_parser().parse_args(cmd)
+    torch.set_num_threads(args.num_threads)
+    if not args.train:
+        return encoding(args)
+    if not args.embeddings:
+        raise SystemExit("--train needs --embeddings, a folder of spear_embed")
+    if args.iters % 4:
+        # The library halves its learning rate where step % (iters / 4) is 0.
+        raise SystemExit(f"--iters {args.iters}: give a multiple of 4")
+    from mvq_training import compare_training
+
+    compare_training(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Write a quantizer as a file that the multi-quantization library can load."""
+
+import argparse
+import logging
+
+from espnet2.utils.types import str2bool
+
+from espnet2_spear.mvq.files import export_library, load_quantizer
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--log_level", default="INFO")
+    parser.add_argument("--quantizer", required=True, help="file to read, of kind mvq")
+    parser.add_argument("--output", required=True, help="file to write")
+    parser.add_argument(
+        "--statistics",
+        type=str2bool,
+        default=True,
+        help="true: {'quantizer': state dict, 'mean', 'std'}, as SPEAR stores it; "
+        "false: the bare state dict, possible without standardisation only",
+    )
+    return parser
+
+
+def main(cmd=None):
+    """Convert; see ``--help``. The other direction needs no conversion."""
+    args = get_parser().parse_args(cmd)
+    logging.basicConfig(
+        level=args.log_level,
+        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
+    )
+    export_library(load_quantizer(args.quantizer), args.output, args.statistics)
+    logging.info(f"{args.output}: written for the multi-quantization library")
+
+
+if __name__ == "__main__":
+    main()

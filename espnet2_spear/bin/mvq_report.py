@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Write a page on a quantizer, or on two side by side: errors, usage, correlation."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from espnet2_spear.mvq.embeddings import EmbeddingSet
+from espnet2_spear.mvq.files import load_quantizer
+from espnet2_spear.mvq.measure import evaluate
+from espnet2_spear.mvq.report import write_report
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--log_level", default="INFO")
+    parser.add_argument(
+        "--quantizer",
+        required=True,
+        action="append",
+        help="file of ours or of the multi-quantization library; once or twice",
+    )
+    parser.add_argument(
+        "--embeddings",
+        required=True,
+        action="append",
+        help="folder of spear_embed, whose held-out frames are used; once, or once for "
+        "each quantizer",
+    )
+    parser.add_argument(
+        "--refine_iters", type=int, help="passes; by default each kind's own number"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="as in training")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--output_dir", required=True, help="for report.md, report.json and plots"
+    )
+    return parser
+
+
+def main(cmd=None):
+    """Measure and write; see ``--help``.
+
+    Example:
+        % python -m espnet2_spear.bin.mvq_report --output_dir exp/rvq_and_mvq \
+            --quantizer exp/teachers/speech/quantizer.pt --quantizer exp/rvq.pt \
+            --embeddings exp/teachers/speech/embeddings
+    """
+    args = get_parser().parse_args(cmd)
+    logging.basicConfig(
+        level=args.log_level,
+        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
+    )
+    files, folders = args.quantizer, args.embeddings
+    if len(files) > 2 or len(folders) not in (1, len(files)):
+        raise SystemExit(
+            f"{len(files)} quantizers and {len(folders)} folders of embeddings: give "
+            "one or two quantizers, and one folder or one for each"
+        )
+    folders *= len(files) // len(folders)
+    summaries = {}
+    for file, folder in zip(files, folders, strict=True):
+        quantizer = load_quantizer(file).to(args.device)
+        data = EmbeddingSet(folder, seed=args.seed)
+        name = f"{quantizer.kind} {quantizer.identity}"
+        summaries[name] = evaluate(quantizer, data, args.seed, args.refine_iters)
+        if training := quantizer.metadata.get("training"):
+            summaries[name]["config"] = training["config"]
+        error = summaries[name]["held_out"]["relative_error"]
+        logging.info(f"{file}: relative error {error:.4f} on held-out frames")
+    write_report(Path(args.output_dir), summaries)
+    logging.info(f"{args.output_dir}/report.md written")
+
+
+if __name__ == "__main__":
+    main()

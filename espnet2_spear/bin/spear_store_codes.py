@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Copy a teacher's codes from arks to a store for very many utterances.
+
+In training it takes the place of the scp file: FOLDER,codes_<teacher>,codes_store
+instead of FILE.scp,codes_<teacher>,kaldi_ark.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from espnet2_spear.fileio.kaldi_ark import MISSING, read_matrix, scp_lines
+from espnet2_spear.mvq.store import CodeStoreWriter
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--log_level", default="INFO")
+    parser.add_argument(
+        "--scp", required=True, help="of spear_tokenize, with its NAME.json beside it"
+    )
+    parser.add_argument("--output_dir", required=True, help="folder of the store")
+    parser.add_argument(
+        "--file_bytes", type=int, default=1 << 30, help="of a file of codes, about"
+    )
+    return parser
+
+
+def main(cmd=None):
+    """Copy; see ``--help``.
+
+    Example:
+        % python -m espnet2_spear.bin.spear_store_codes \
+            --scp dump/codes/train/speech.scp --output_dir dump/codes/train/speech.store
+    """
+    args = get_parser().parse_args(cmd)
+    logging.basicConfig(
+        level=args.log_level,
+        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
+    )
+    scp = Path(args.scp)
+    facts_file = scp.with_suffix(".json")
+    try:
+        facts = json.loads(facts_file.read_text(encoding="utf-8"))
+        num = int(facts["num_codebooks"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"{facts_file}: missing or malformed ({error!r}); tokenize (stage 5)"
+        ) from None
+    without = 0
+    with CodeStoreWriter(args.output_dir, num, facts, args.file_bytes) as writer:
+        for utt, spec in tqdm(scp_lines(scp), unit=" utterances", disable=None):
+            codes = read_matrix(spec, utt)
+            missing = len(codes) == 1 and bool(np.all(codes == MISSING))
+            without += missing
+            writer.write(utt, None if missing else codes)
+    logging.info(
+        f"{args.output_dir}: codes of {len(writer)} utterances, {without} of them "
+        "without any"
+    )
+
+
+if __name__ == "__main__":
+    main()

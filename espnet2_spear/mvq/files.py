@@ -1,0 +1,149 @@
+"""Quantizer files: ours of every kind, and the multi-quantization library's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from espnet2_spear.mvq.abs_quantizer import FORMAT, AbsQuantizer, QuantizerError
+from espnet2_spear.mvq.baselines import (
+    KMeansQuantizer,
+    RandomProjectionQuantizer,
+    ResidualQuantizer,
+)
+from espnet2_spear.mvq.quantizer import Quantizer
+
+KINDS: dict[str, type[AbsQuantizer]] = {
+    cls.kind: cls
+    for cls in (
+        Quantizer,
+        KMeansQuantizer,
+        ResidualQuantizer,
+        RandomProjectionQuantizer,
+    )
+}
+# State dict of the multi-quantization library; N, K, D as in our classes.
+LIBRARY_KEYS = (
+    "to_logits.weight",  # float32 (N*K, D)
+    "to_logits.bias",  # float32 (N*K,)
+    "centers",  # float32 (N, K, D)
+    "logits_scale",  # float32 ()
+    "centers_scale",  # float32 ()
+    "id_buf",  # uint8 (8,)
+)
+
+
+def load_quantizer(path: str | os.PathLike[str]) -> AbsQuantizer:
+    """Open a file, in eval mode on the CPU; no code from the file is executed.
+
+    It may be one of ours, a state dict of the multi-quantization library, or what the
+    SPEAR authors keep: {"quantizer": such a state dict, "mean": (D,), "std": (D,)}.
+
+    Raises:
+        QuantizerError: missing, corrupt or foreign file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise QuantizerError(
+            f"{path}: no such quantizer; train it with espnet2_spear.bin.mvq_train "
+            "(recipe stage 4)"
+        ) from None
+    except Exception as error:  # whatever the unpickler meets
+        raise QuantizerError(
+            f"{path}: not a readable quantizer file ({type(error).__name__}); copy or "
+            "train it again"
+        ) from error
+    kind, state, metadata = _parts(path, content)
+    try:
+        quantizer = KINDS[kind].from_state(state)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise QuantizerError(f"{path}: {error}") from error
+    if not bool(
+        torch.isfinite(torch.cat([p.flatten() for p in quantizer.parameters()])).all()
+    ):
+        raise QuantizerError(f"{path}: holds NaN or infinity; train it again")
+    quantizer.metadata = metadata
+    return quantizer.eval()
+
+
+def _parts(
+    path: str | os.PathLike[str], content: Any
+) -> tuple[str, Mapping[str, Tensor], dict[str, Any]]:
+    """Kind, state dict and metadata of whatever form the file has."""
+    kind, metadata = Quantizer.kind, {}
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        kind = content.get("kind", kind)
+        metadata, content = content.get("metadata", {}), content.get("state_dict")
+    elif isinstance(content, dict) and isinstance(content.get("quantizer"), dict):
+        extra = {key: content.get(key) for key in ("mean", "std")}
+        content = {**content["quantizer"], **_statistics(path, extra)}
+    if kind not in KINDS:
+        raise QuantizerError(
+            f"{path}: is a quantizer of kind '{kind}', this version knows "
+            f"{', '.join(KINDS)}"
+        )
+    if not isinstance(content, dict) or (
+        kind == Quantizer.kind and not set(LIBRARY_KEYS) <= content.keys()
+    ):
+        raise QuantizerError(
+            f"{path}: neither a quantizer of this package nor one of the "
+            f"multi-quantization library, whose state dict has {LIBRARY_KEYS}"
+        )
+    return kind, content, metadata
+
+
+def _statistics(path, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Mean and standard deviation stored beside the library's state dict, (D,)."""
+    result = {}
+    for key, value in values.items():
+        try:
+            result[key] = torch.as_tensor(value, dtype=torch.float32).flatten()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise QuantizerError(
+                f"{path}: '{key}' beside the quantizer is no vector ({error})"
+            ) from error
+    return result
+
+
+def export_library(
+    quantizer: AbsQuantizer, path: str | os.PathLike[str], with_statistics: bool
+) -> None:
+    """Write a file that the multi-quantization library can load.
+
+    Args:
+        quantizer: of kind mvq.
+        path: of the file.
+        with_statistics: write {"quantizer": state dict, "mean", "std"} as the SPEAR
+            authors do; otherwise the bare state dict, whose user gives the library
+            vectors that are standardised already.
+
+    Raises:
+        QuantizerError: another kind, or a standardisation that the bare form would
+            lose.
+    """
+    if not isinstance(quantizer, Quantizer):
+        raise QuantizerError(
+            f"a quantizer of kind '{quantizer.kind}' has no form in the "
+            "multi-quantization library"
+        )
+    mean, std = quantizer.mean.cpu(), quantizer.std.cpu()
+    if not with_statistics and bool((mean != 0).any() or (std != 1).any()):
+        raise QuantizerError(
+            "this quantizer standardises its input, which the library's own form "
+            "cannot say: export it with its mean and standard deviation, or train it "
+            "with --standardize false"
+        )
+    tensors = quantizer.state_dict()
+    state: dict[str, Any] = {
+        key: tensors[key].detach().cpu().clone() for key in LIBRARY_KEYS
+    }
+    if with_statistics:
+        state = {"quantizer": state, "mean": mean, "std": std}
+    temporary = f"{os.fspath(path)}.part"
+    torch.save(state, temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,108 @@
+"""Do the codes on disk belong to this training? Asked before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from espnet2_spear.mvq.store import INDEX
+
+PREFIX = "codes_"
+SHAPE = ("num_codebooks", "codebook_size", "frame_rate")
+DEFAULTS = {"codebook_size": 256, "frame_rate": 50.0}  # of TeacherCodes
+
+
+class CodesMismatch(ValueError):
+    """Codes of another quantizer, or of another shape, than the training expects."""
+
+
+def codes_facts(path: str | Path) -> dict[str, Any] | None:
+    """What tokenization wrote beside its codes; None for codes from elsewhere.
+
+    Args:
+        path: ``NAME.scp``, which has ``NAME.json`` beside it, or a store's folder.
+    """
+    path = Path(path)
+    file = path / INDEX if path.is_dir() else path.with_suffix(".json")
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError as error:
+        raise CodesMismatch(
+            f"{file}: malformed ({error}); tokenize again (stage 5)"
+        ) from error
+    return facts if isinstance(facts, dict) else None
+
+
+def check_codes_facts(args: argparse.Namespace) -> None:
+    """Compare all codes of a training with its teachers and with each other.
+
+    The identity of each teacher's quantizer becomes a part of the configuration
+    (``teachers.<name>.quantizer``), and so of config.yaml and of packed models.
+
+    Args:
+        args: of the training; ``teachers`` is completed in place.
+
+    Raises:
+        CodesMismatch: training and validation codes of different quantizers, a shape
+            that is not the configuration's, or another quantizer than the experiment
+            began with.
+    """
+    entries = [
+        *args.train_data_path_and_name_and_type,
+        *(args.valid_data_path_and_name_and_type or ()),
+    ]
+    begun = _teachers_of_experiment(args)
+    for path, name, _ in entries:
+        teacher = name.removeprefix(PREFIX)
+        if teacher == name or teacher not in args.teachers:
+            continue
+        facts = codes_facts(path)
+        if facts is None:
+            logging.info(f"{path}: nothing beside it says how the codes were made")
+            continue
+        conf = args.teachers[teacher]
+        _check_shape(path, teacher, conf, facts)
+        identity = facts.get("quantizer_id")
+        if identity is None:
+            continue
+        for origin, expected in (
+            ("the configuration or other codes", conf.get("quantizer")),
+            ("the experiment so far", begun.get(teacher, {}).get("quantizer")),
+        ):
+            if expected not in (None, identity):
+                raise CodesMismatch(
+                    f"{path}: codes of quantizer {identity}, but {origin} of teacher "
+                    f"'{teacher}' used {expected}; tokenize all data with one "
+                    "quantizer (stage 5), or train into another --output_dir"
+                )
+        conf["quantizer"] = identity
+
+
+def _check_shape(
+    path: str, teacher: str, conf: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    for key in SHAPE:
+        configured = conf.get(key, DEFAULTS.get(key))
+        if key in facts and facts[key] != configured:
+            raise CodesMismatch(
+                f"{path}: codes with {key} {facts[key]}, but the configuration "
+                f"has teachers.{teacher}.{key} {configured}; correct the configuration "
+                f"(or give --teachers {teacher}.{key}={facts[key]}), or tokenize again"
+            )
+
+
+def _teachers_of_experiment(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Teachers of the configuration that an experiment to be resumed began with."""
+    path = Path(args.output_dir) / "config.yaml"
+    if not args.resume or not path.exists():
+        return {}
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return (content or {}).get("teachers") or {}

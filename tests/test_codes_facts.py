@@ -1,0 +1,90 @@
+"""Codes of another quantizer are found before training."""
+
+import argparse
+import json
+
+import pytest
+import yaml
+
+from espnet2_spear.spear.targets import TeacherCodes
+from espnet2_spear.train.codes_facts import DEFAULTS, CodesMismatch, check_codes_facts
+
+FACTS = {"num_codebooks": 4, "codebook_size": 256, "frame_rate": 50.0}
+
+
+@pytest.fixture
+def args(tmp_path):
+    for part in ("train", "valid"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "speech.scp").write_text("")
+        write(tmp_path, part, quantizer_id="aa")
+    return argparse.Namespace(
+        train_data_path_and_name_and_type=[
+            (f"{tmp_path}/wav.scp", "speech", "sound"),
+            (f"{tmp_path}/train/speech.scp", "codes_speech", "kaldi_ark"),
+        ],
+        valid_data_path_and_name_and_type=[
+            (f"{tmp_path}/valid/speech.scp", "codes_speech", "kaldi_ark"),
+        ],
+        teachers={"speech": {"num_codebooks": 4}},
+        output_dir=str(tmp_path / "exp"),
+        resume=True,
+    )
+
+
+def write(folder, part, **facts):
+    (folder / part / "speech.json").write_text(json.dumps({**FACTS, **facts}))
+
+
+def test_identity_becomes_part_of_the_configuration(args):
+    check_codes_facts(args)
+    assert args.teachers["speech"]["quantizer"] == "aa"
+    check_codes_facts(args)  # agrees with itself
+    assert TeacherCodes.from_dict("speech", args.teachers["speech"]).quantizer == "aa"
+
+
+def test_other_quantizer_in_validation(args, tmp_path):
+    write(tmp_path, "valid", quantizer_id="bb")
+    with pytest.raises(CodesMismatch, match=r"valid/speech\.scp: .*bb.*used aa"):
+        check_codes_facts(args)
+
+
+def test_other_quantizer_than_configured(args):
+    args.teachers["speech"]["quantizer"] = "cc"
+    with pytest.raises(CodesMismatch, match=r"quantizer aa, but the config.*used cc"):
+        check_codes_facts(args)
+
+
+def test_other_quantizer_than_the_experiment(args, tmp_path):
+    (tmp_path / "exp").mkdir()
+    config = {"teachers": {"speech": {"num_codebooks": 4, "quantizer": "dd"}}}
+    (tmp_path / "exp" / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(CodesMismatch, match="experiment so far.*used dd.*output_dir"):
+        check_codes_facts(args)
+    args.resume = False
+    check_codes_facts(args)
+
+
+@pytest.mark.parametrize(
+    "facts", [{"num_codebooks": 8}, {"codebook_size": 16}, {"frame_rate": 25.0}]
+)
+def test_other_shape(args, tmp_path, facts):
+    write(tmp_path, "valid", **facts)
+    ((key, value),) = facts.items()
+    with pytest.raises(CodesMismatch, match=f"--teachers speech.{key}={value}"):
+        check_codes_facts(args)
+
+
+def test_codes_from_elsewhere(args, tmp_path):
+    for part in ("train", "valid"):
+        (tmp_path / part / "speech.json").unlink()
+    check_codes_facts(args)
+    assert "quantizer" not in args.teachers["speech"]
+    (tmp_path / "valid" / "speech.json").write_text("{")
+    with pytest.raises(CodesMismatch, match=r"speech\.json: malformed"):
+        check_codes_facts(args)
+
+
+def test_defaults_are_those_of_the_targets():
+    codes = TeacherCodes(4)
+    assert {key: getattr(codes, key) for key in DEFAULTS} == DEFAULTS

@@ -1,0 +1,113 @@
+"""Figures of quantizers and the page that shows them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from embedding_files import structured_vectors, write_embeddings
+
+from espnet2_spear.bin import mvq_report
+from espnet2_spear.mvq.baseline_training import BaselineConfig, train_baseline
+from espnet2_spear.mvq.embeddings import EmbeddingSet
+from espnet2_spear.mvq.measure import contributions, evaluate, relative_error
+from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.report import bits_per_second
+from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mvq") / "emb"
+    return EmbeddingSet(write_embeddings(folder, [structured_vectors()]))
+
+
+@pytest.fixture(scope="module")
+def quantizer(data, tmp_path_factory):
+    config = MVQTrainingConfig(4, True, 40, 20, 128, 0.02)
+    checkpoint = tmp_path_factory.mktemp("mvq") / "checkpoint"
+    return MVQTrainer(config, data, checkpoint).train(lambda line: None)
+
+
+def test_contributions_give_the_errors_of_real_sums(quantizer, data):
+    """Inner products of contributions against sums of centres, made one by one."""
+    x = quantizer.standardise(data.held_out_frames())
+    codes = quantizer.encode(data.held_out_frames())
+    parts = contributions(quantizer, x, codes)
+    centers = quantizer.scaled_centers().detach()
+    greedy = parts.greedy()
+    used = []
+    for codebook, error in greedy:
+        used.append(codebook)
+        total = sum(centers[n, codes[:, n]] for n in used)
+        total = total - total.mean(dim=0) + x.mean(dim=0)
+        assert error == pytest.approx(relative_error(x, total), abs=1e-4)
+    assert sorted(used) == list(range(4))
+    errors = [error for _, error in greedy]
+    assert errors == sorted(errors, reverse=True)
+    first = centers[0, codes[:, 0]].flatten() - centers[0, codes[:, 0]].mean(0).repeat(
+        len(codes)
+    )
+    second = centers[1, codes[:, 1]].flatten() - centers[1, codes[:, 1]].mean(0).repeat(
+        len(codes)
+    )
+    expected = float(first @ second / first.norm() / second.norm())
+    correlation = parts.correlation()
+    assert float(correlation[0, 1]) == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(correlation.diagonal(), torch.ones(4).double())
+
+
+def test_passes_of_the_search_lower_the_error(quantizer, data):
+    summary = evaluate(quantizer, data)
+    passes = dict(summary["held_out"]["passes"])
+    assert list(passes) == [0, 1, 2, 3, 4, 5, 10, 20]
+    assert passes[5] < passes[0] and passes[20] <= passes[5] * 1.001
+    assert passes[5] == summary["held_out"]["relative_error"]
+
+
+def test_bits_per_second(quantizer, data):
+    summary = evaluate(quantizer, data)
+    nominal, bound = bits_per_second(summary)
+    assert nominal == 50 * 4 * 8
+    assert bound == pytest.approx(50 * sum(summary["held_out"]["entropy_bits"]))
+    assert bits_per_second({**summary, "frame_rate": None}) is None
+
+
+def test_page_of_two(quantizer, data, tmp_path):
+    config = BaselineConfig("rvq", 2, codebook_size=16, iters=5, batch_frames=256)
+    other = train_baseline(config, data)
+    quantizer.save(tmp_path / "mvq.pt")
+    other.save(tmp_path / "rvq.pt")
+    mvq_report.main(
+        f"--quantizer {tmp_path}/mvq.pt --quantizer {tmp_path}/rvq.pt --embeddings "
+        f"{data.source} --output_dir {tmp_path}/out".split()
+    )
+    page = (tmp_path / "out" / "report.md").read_text()
+    content = json.loads((tmp_path / "out" / "report.json").read_text())["quantizers"]
+    names = [f"mvq {quantizer.identity}", f"rvq {other.identity}"]
+    assert list(content) == names
+    row = next(line for line in page.splitlines() if "relative error, held out" in line)
+    for name in names:
+        assert f"{content[name]['held_out']['relative_error']:.4f}" in row
+    assert "4 x 256 | 2 x 16" in page
+    assert content[names[1]]["held_out"]["passes"][0][0] == 0
+    for plot in ("error.png", "codebooks.png"):
+        assert (tmp_path / "out" / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_unused_entries_are_counted(data):
+    quantizer = Quantizer(12, 256, 2).eval()
+    with torch.no_grad():
+        quantizer.centers.zero_()  # every choice is as good: the search stays
+        quantizer.to_logits.weight.zero_()
+        quantizer.to_logits.bias.copy_(torch.arange(512.0))
+    summary = evaluate(quantizer, data)
+    assert summary["train"]["dead"] == [255, 255]
+    assert summary["held_out"]["entropy_bits"] == [0.0, 0.0]
+    assert np.isfinite(summary["held_out"]["correlation"]).all()
+
+
+def test_wrong_counts(tmp_path):
+    command = "--quantizer a --quantizer b --quantizer c --embeddings e --output_dir o"
+    with pytest.raises(SystemExit, match="3 quantizers and 1 folders"):
+        mvq_report.main(command.split())

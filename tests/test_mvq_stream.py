@@ -1,0 +1,121 @@
+"""Training of a quantizer on embeddings that are computed on the way."""
+
+import numpy as np
+import pytest
+import torch
+from teacher_files import whisper_tensors, write_ctranslate2
+from test_tokenize import write_data
+
+from espnet2_spear.bin import mvq_train
+from espnet2_spear.mvq.embeddings import EmbeddingError
+from espnet2_spear.mvq.files import load_quantizer
+from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingError
+from espnet2_spear.teachers import build_teacher
+from espnet2_spear.teachers.extract import embed_batch, read_utterances
+from espnet2_spear.teachers.stream import TeacherFrames
+
+CONFIG = MVQTrainingConfig(2, True, 20, 20, 32, 0.01)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "model.bin"
+    return write_ctranslate2(path, whisper_tensors())
+
+
+@pytest.fixture
+def utterances(tmp_path):
+    folder = write_data(tmp_path / "data", [8000 + 731 * (i % 7) for i in range(12)])
+    return read_utterances(folder / "wav.scp", folder / "utt2num_samples")
+
+
+@pytest.fixture
+def stream(weights, utterances):
+    def make(**options):
+        teacher = build_teacher("whisper", {"weights": str(weights), "layer": 2})
+        options = {"block_frames": 100, "steps_per_block": 5, **options}
+        return TeacherFrames(teacher, utterances, "wav.scp", **options)
+
+    return make
+
+
+def rows(frames):
+    return {row.tobytes() for row in frames.numpy()}
+
+
+def test_blocks_hold_every_frame_once(stream, utterances):
+    data = stream()
+    blocks = [rows(data._block(n)) for n in range(len(data._blocks))]
+    assert len(blocks) > 2
+    held_out = rows(data.held_out_frames())
+    everything = rows(
+        torch.cat([embed_batch(data.teacher, [u]).frames[0] for u in utterances])
+    )
+    assert sum(map(len, blocks)) + len(held_out) == len(everything)
+    assert data.num_train + data.num_held_out == len(everything)
+    assert held_out.isdisjoint(set().union(*blocks))
+    # Every block is used before one comes again.
+    turn = [data.block_of(5 * n) for n in range(len(blocks))]
+    assert sorted(turn) == list(range(len(blocks)))
+    assert data.block_of(4) == data.block_of(0)
+    assert rows(data.train_batch(16, 0, 7)) <= blocks[data.block_of(7)]
+
+
+def test_batches_depend_on_seed_and_step_alone(stream):
+    data, other = stream(), stream()
+    late = other.train_batch(16, 0, 23)
+    for step in (3, 23, 4):
+        batch = data.train_batch(16, 0, step)
+    assert torch.equal(data.train_batch(16, 0, 23), late)
+    assert torch.equal(batch, other.train_batch(16, 0, 4))
+    assert not torch.equal(batch, other.train_batch(16, 0, 3))
+    assert stream(seed=1).fingerprint() != data.fingerprint() == other.fingerprint()
+
+
+def test_killed_run_resumes_to_the_same_result(stream, tmp_path):
+    options = {"log_interval": 10, "save_seconds": 0.0}
+    whole = MVQTrainer(CONFIG, stream(), tmp_path / "whole", **options).train()
+
+    class Killed(Exception):
+        pass
+
+    def kill(line):
+        if "step 30/" in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        MVQTrainer(CONFIG, stream(), tmp_path / "c", **options).train(kill)
+    resumed = MVQTrainer(CONFIG, stream(), tmp_path / "c", **options)
+    assert 20 < resumed.step < 30
+    assert resumed.train().identity == whole.identity
+
+
+def test_bad_audio_is_left_out_and_listed(stream, utterances, caplog):
+    data = stream()
+    victim = data._blocks[0][0]
+    with open(victim.path, "wb") as file:
+        file.write(b"no audio")
+    data._block(0)
+    assert list(data.failed) == [victim.utt] and f"skipped {victim.utt}" in caplog.text
+    for utterance in data._blocks[1]:
+        open(utterance.path, "wb").close()
+    with pytest.raises(EmbeddingError, match="wav.scp: none of"):
+        data._block(1)
+
+
+def test_command(weights, utterances, tmp_path):
+    config = tmp_path / "teacher.yaml"
+    config.write_text(
+        f"teacher: whisper\nteacher_conf: {{weights: {weights}, layer: 2}}\n"
+    )
+    command = (
+        f"--wav_scp {tmp_path}/data/wav.scp --domains speech "
+        f"--output {tmp_path}/q.pt --num_codebooks 2 --iters_phase1 5 "
+        "--iters_phase2 5 --batch_frames 32"
+    )
+    with pytest.raises(TrainingError, match="needs --teacher_config"):
+        mvq_train.main(command.split())
+    mvq_train.main([*command.split(), "--teacher_config", str(config)])
+    quantizer = load_quantizer(tmp_path / "q.pt")
+    assert quantizer.metadata["frame_rate"] == 50.0
+    assert np.isfinite(quantizer.metadata["training"]["held_out"]["relative_error"])
