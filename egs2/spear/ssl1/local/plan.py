@@ -214,13 +214,11 @@ def check_quantizer(path: Path, codebooks: int) -> None:
 
     Raises:
         PlanError: it has another number of codebooks than the configuration.
+        QuantizerError: it is no quantizer.
     """
-    import torch
+    from espnet2_spear.mvq.files import load_quantizer
 
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "quantizer"):
-        content = content.get(key, content)
-    found = content["centers"].shape[0] if "centers" in content else codebooks
+    found = load_quantizer(path).num_codebooks
     if found != codebooks:
         raise PlanError(
             f"{path}: has {found} codebooks, the training configuration {codebooks}; "
