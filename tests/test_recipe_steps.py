@@ -161,7 +161,7 @@ def test_plan_of_the_default(planned) -> None:
         ["speech", "conf/teachers/whisper_tiny_en.yaml", "speech,audio", "speech"],
         ["audio", "conf/teachers/yamnet.yaml", "audio", "audio"],
     ]
-    for name, _, _, _, options in lines[1:]:
+    for name, _, _, _, _, options in lines[1:]:
         assert options.startswith(f"--num_codebooks {counts[name]} --iters_phase1 1000")
 
 
@@ -176,7 +176,7 @@ def test_plan_of_the_default(planned) -> None:
 def test_plan_of_the_paper(planned, student: str, teachers: str, stem: str) -> None:
     config, lines = planned(student=student, teachers=teachers)
     assert lines[0] == [f"conf/train_spear_{stem}.yaml", f"spear_{stem}"]
-    options = {line[0]: line[4] for line in lines[1:]}
+    options = {line[0]: line[5] for line in lines[1:]}
     if "speech" in options:
         assert "--num_codebooks 16 --standardize true" in options["speech"]
         assert "--iters_phase1 35000 --iters_phase2 35000" in options["speech"]
@@ -193,15 +193,19 @@ def test_plan_leaves_out_a_teacher(planned) -> None:
         "audio": {"speech": 1.0},
     }
     assert lines[1][1:3] == ["conf/teachers/hubert_large.yaml", "speech,audio"]
+    # Their weights are an input of stages 4 and 5; those of a package are not named.
+    assert lines[1][4] == "downloads/hubert-large-ll60k"
+    _, lines = planned(check_teachers="")
+    assert [line[4] for line in lines[1:]] == ["", ""]
 
 
 def test_plan_of_other_quantizers(planned) -> None:
     config, lines = planned(student="base", quantizer="kmeans", quantizer_iters="5")
     assert lines[0][1] == "spear_base_speech_audio_kmeans"
-    assert lines[1][4] == "--quantizer kmeans --num_codebooks 1 --standardize true"
+    assert lines[1][5] == "--quantizer kmeans --num_codebooks 1 --standardize true"
     assert {v["num_codebooks"] for v in config["teachers"].values()} == {1}
     _, lines = planned(quantizer="rvq")
-    assert lines[1][4] == "--quantizer rvq --num_codebooks 8"
+    assert lines[1][5] == "--quantizer rvq --num_codebooks 8"
 
 
 def test_plan_overrides(planned) -> None:

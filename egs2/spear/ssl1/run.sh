@@ -151,7 +151,7 @@ runner() { echo "${cuda_cmd} --gpu ${ngpu} --num_threads $1 ${3:-} $(printf %q "
 show_end() { [ "${dry_run}" = true ] || tail -n 1 "$1"; }
 
 # plan <options of local/plan.py>: sets train_config, plan_tag and, an entry a teacher,
-# names, yamls, domains, quantizer_domains, mvq_options
+# names, yamls, domains, quantizer_domains, weights, mvq_options
 plan() {
     local lines line i
     lines=$(python local/plan.py --student "${student}" --train_config "${given_config}" \
@@ -164,11 +164,11 @@ plan() {
         line=${lines[i]}
         [ "${i}" -gt 0 ] || continue
         IFS='|' read -r "names[i-1]" "yamls[i-1]" "domains[i-1]" \
-            "quantizer_domains[i-1]" "mvq_options[i-1]" <<<"${line}"
+            "quantizer_domains[i-1]" "weights[i-1]" "mvq_options[i-1]" <<<"${line}"
     done
 }
 given_config=${train_config}
-names=() yamls=() domains=() quantizer_domains=() mvq_options=()
+names=() yamls=() domains=() quantizer_domains=() weights=() mvq_options=()
 variant=${quantizer#mvq}
 variant=${variant:+_${variant}}
 if [ "${stop_stage}" -ge 4 ]; then
@@ -244,7 +244,8 @@ train_quantizer() {
     dir=${expdir}/teachers/${name}
     [ "${ngpu}" -eq 0 ] || device=cuda
     log "teacher '${name}': embeddings of ${quantizer_frames} frames, log in ${dir}/embed.log"
-    step --mark "${dir}/embed.json" --input "${yamls[$1]}" --input "${raw}/wav.scp" \
+    step --mark "${dir}/embed.json" --input "${yamls[$1]}" \
+        ${weights[$1]:+--input "${weights[$1]}"} --input "${raw}/wav.scp" \
         --input "${raw}/utt2num_samples" --input "${raw}/utt2domain" \
         --output "${dir}/embeddings/embeddings.json" \
         --runner "$(runner "$2" "${dir}/embed.log")" \
@@ -303,6 +304,7 @@ if wanted 5; then
             joblog=${codes}/${set}/log/${name}.log
             log "teacher '${name}', set ${set}: tokenization, log in ${joblog}"
             step --mark "${codes}/${set}/${name}.step.json" --input "${yamls[i]}" \
+                ${weights[i]:+--input "${weights[i]}"} \
                 --input "${quantizers}/${name}/quantizer.pt" --input "${raw}/wav.scp" \
                 --input "${raw}/utt2num_samples" --input "${raw}/utt2domain" \
                 --output "${codes}/${set}/${name}.scp" \

@@ -7,7 +7,7 @@ tokenizes the domains in which its loss has a weight. Codebook sizes and frame r
 what the codes themselves say; what disagrees with them stops the run.
 
 Prints a line "CONFIG|TAG", and for each teacher a line
-"NAME|YAML|DOMAINS|QUANTIZER'S DOMAINS|OPTIONS OF mvq_train".
+"NAME|YAML|DOMAINS|QUANTIZER'S DOMAINS|WEIGHTS|OPTIONS OF mvq_train".
 """
 
 import argparse
@@ -197,16 +197,23 @@ def take_over(config: Config, facts_of: Mapping[str, list[Path]]) -> None:
                 origin = path
 
 
-def check_teacher(name: str, path: Path) -> None:
-    """Refuse, before anything is computed, what stage 4 could not read.
+def weights_of(path: Path, check: bool) -> str:
+    """Return where a teacher's weights lie, if its YAML names a local file or folder.
+
+    Args:
+        path: of the YAML.
+        check: refuse, before anything is computed, what stage 4 could not read.
 
     Raises:
         TeacherError: unknown teacher or option, weights that are not there.
     """
     _, conf = load_teacher_config(path)
-    logging.debug("teacher '%s': %s", name, path)
-    if isinstance(conf.get("weights"), str):
-        find_weights(conf["weights"])
+    weights = conf.get("weights")
+    if not isinstance(weights, str):
+        return ""
+    if check:
+        find_weights(weights)
+    return "" if weights.startswith("package:") else weights
 
 
 def check_quantizer(path: Path, codebooks: int) -> None:
@@ -296,8 +303,7 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
         )
     lines = [f"{path}|{tag}{suffix}"]
     for name, file in teachers.items():
-        if args.check_teachers:
-            check_teacher(name, file)
+        weights = weights_of(file, args.check_teachers)
         domains = [
             d for d in domains_of(config, name) if present is None or d in present
         ]
@@ -310,8 +316,15 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
             quantizer = args.expdir / f"teachers{suffix}/{name}/quantizer.pt"
             check_quantizer(quantizer, codebooks)
         words = training_options(file, args.quantizer, codebooks, args.quantizer_iters)
-        fields = [name, str(file), ",".join(domains), ",".join(own), " ".join(words)]
-        lines.append("|".join(fields))
+        fields = [
+            name,
+            file,
+            ",".join(domains),
+            ",".join(own),
+            weights,
+            " ".join(words),
+        ]
+        lines.append("|".join(map(str, fields)))
     return config, lines
 
 
