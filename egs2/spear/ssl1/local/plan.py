@@ -21,8 +21,6 @@ from typing import Any
 import yaml
 
 from espnet2_spear.fileio.datadir import read_table
-from espnet2_spear.teachers import load_teacher_config, quantizer_options
-from espnet2_spear.teachers.weights import find_weights
 
 QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
 TEACHERS_OF_MINI = "speech=whisper_tiny_en audio=yamnet"
@@ -197,23 +195,37 @@ def take_over(config: Config, facts_of: Mapping[str, list[Path]]) -> None:
                 origin = path
 
 
-def weights_of(path: Path, check: bool) -> str:
-    """Return where a teacher's weights lie, if its YAML names a local file or folder.
+def read_teacher(path: Path, check: bool) -> tuple[str, Config]:
+    """Read where a teacher's weights lie, and options of its quantizer's training.
 
     Args:
         path: of the YAML.
-        check: refuse, before anything is computed, what stage 4 could not read.
+        check: refuse, before anything is computed, what stage 4 could not read. (Takes
+            seconds, for torch.)
+
+    Returns:
+        the local file or folder of weights, if the YAML names one; the options.
 
     Raises:
+        PlanError: no YAML there.
         TeacherError: unknown teacher or option, weights that are not there.
     """
-    _, conf = load_teacher_config(path)
-    weights = conf.get("weights")
-    if not isinstance(weights, str):
-        return ""
     if check:
-        find_weights(weights)
-    return "" if weights.startswith("package:") else weights
+        from espnet2_spear.teachers import load_teacher_config, quantizer_options
+        from espnet2_spear.teachers.weights import find_weights
+
+        _, conf = load_teacher_config(path)
+        quantizer_options(path)
+        if isinstance(conf.get("weights"), str):
+            find_weights(conf["weights"])
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in Path("conf/teachers").glob("*.yaml")))
+        raise PlanError(f"{path}: no such teacher; conf/teachers has {known}")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    weights = (content.get("teacher_conf") or {}).get("weights")
+    if not isinstance(weights, str) or weights.startswith("package:"):
+        weights = ""
+    return weights, content.get("quantizer_conf") or {}
 
 
 def check_quantizer(path: Path, codebooks: int) -> None:
@@ -233,16 +245,23 @@ def check_quantizer(path: Path, codebooks: int) -> None:
         )
 
 
-def training_options(path: Path, kind: str, codebooks: int, iters: str) -> list[str]:
-    """Options of mvq_train."""
-    options: Config = {"num_codebooks": codebooks, **quantizer_options(path)}
+def training_options(kind: str, codebooks: int, options: Config, iters: str) -> str:
+    """Options of mvq_train.
+
+    Args:
+        kind: of quantizer.
+        codebooks: as in the training configuration.
+        options: of the teacher's YAML.
+        iters: steps of each phase, if others than there.
+    """
+    options = {"num_codebooks": codebooks, **options}
     if iters:
         options |= {"iters_phase1": iters, "iters_phase2": iters}
     words = [] if kind == "mvq" else ["--quantizer", kind]
     for key, value in options.items():
         if kind == "mvq" or key in ("num_codebooks", "standardize"):
             words += [f"--{key}", str(value).lower()]
-    return words
+    return " ".join(words)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -303,7 +322,7 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
         )
     lines = [f"{path}|{tag}{suffix}"]
     for name, file in teachers.items():
-        weights = weights_of(file, args.check_teachers)
+        weights, options = read_teacher(file, args.check_teachers)
         domains = [
             d for d in domains_of(config, name) if present is None or d in present
         ]
@@ -312,18 +331,14 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
         # A quantizer is trained on the domain of its name, if there is one.
         own = [name] if name in domains else domains
         codebooks = config["teachers"][name]["num_codebooks"]
-        if args.check_quantizers:
-            quantizer = args.expdir / f"teachers{suffix}/{name}/quantizer.pt"
+        quantizer = args.expdir / f"teachers{suffix}/{name}/quantizer.pt"
+        made_here = quantizer.with_name("train.json").exists()
+        if args.check_quantizers and not made_here:
             check_quantizer(quantizer, codebooks)
-        words = training_options(file, args.quantizer, codebooks, args.quantizer_iters)
-        fields = [
-            name,
-            file,
-            ",".join(domains),
-            ",".join(own),
-            weights,
-            " ".join(words),
-        ]
+        words = training_options(
+            args.quantizer, codebooks, options, args.quantizer_iters
+        )
+        fields = [name, file, ",".join(domains), ",".join(own), weights, words]
         lines.append("|".join(map(str, fields)))
     return config, lines
 
