@@ -1,6 +1,8 @@
 """Running, skipping, locking and planning of the recipe's stages (ssl1/local)."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -395,3 +397,20 @@ def test_slurm_starts_the_command_on_every_node(tmp_path: Path) -> None:
     args = (tmp_path / "args").read_text().splitlines()
     assert {"--nodes=3", "--ntasks-per-node=1", "--gres=gpu:8"} <= set(args)
     assert (tmp_path / "train.log").read_text().endswith("srun --export=ALL echo a b\n")
+
+
+def test_termination_reaches_the_command(tmp_path: Path) -> None:
+    script = (
+        f"trap 'echo got it >{tmp_path}/out; exit 9' TERM; echo up; sleep 60 & wait"
+    )
+    process = subprocess.Popen(
+        [LOCAL / "step.py", "--mark", tmp_path / "m", "--", "bash", "-c", script],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == b"up\n"
+    process.terminate()
+    assert process.wait(timeout=20) == 9
+    assert (tmp_path / "out").read_text() == "got it\n"
+    assert not (tmp_path / "m").exists()
+    os.killpg(process.pid, signal.SIGKILL)  # the sleep
