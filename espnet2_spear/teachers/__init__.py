@@ -18,7 +18,18 @@ __all__ = [
     "TeacherError",
     "build_teacher",
     "load_teacher_config",
+    "quantizer_options",
 ]
+
+# What a teacher's YAML may say of its quantizer, as options of mvq_train. The number of
+# codebooks is not among them: the training's configuration has it.
+QUANTIZER_OPTIONS = (
+    "standardize",
+    "iters_phase1",
+    "iters_phase2",
+    "batch_frames",
+    "lr",
+)
 
 # Name of a teacher -> module and class; imported when first asked for.
 TEACHERS = {
@@ -34,14 +45,32 @@ TEACHERS = {
 def teacher_class(name: str) -> type[Teacher]:
     """Return the class of a teacher.
 
+    Args:
+        name: one of :data:`TEACHERS`, or ``module:Class`` of one's own.
+
     Raises:
         TeacherError: no such teacher; the message lists the known ones.
     """
-    if name not in TEACHERS:
+    if ":" not in name and name not in TEACHERS:
         known = ", ".join(sorted(TEACHERS))
-        raise TeacherError(f"unknown teacher {name!r}; choose one of: {known}")
-    module, _, attribute = TEACHERS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+        raise TeacherError(
+            f"unknown teacher {name!r}; choose one of: {known}; or one of your own, "
+            "as module:Class"
+        )
+    module, _, attribute = TEACHERS.get(name, name).partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if name in TEACHERS:
+            raise
+        raise TeacherError(
+            f"teacher {name}: {error}; its module must lie in a folder of PYTHONPATH"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Teacher)):
+        raise TeacherError(
+            f"teacher {name}: is no subclass of espnet2_spear.teachers.Teacher"
+        )
+    return found
 
 
 def _check_options(name: str, conf: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +116,25 @@ def load_teacher_config(path: str | Path) -> tuple[str, dict[str, Any]]:
         TeacherError: unreadable file, unknown teacher or unknown key; the message
             names the file and lists the choices.
     """
-    path = Path(path)
+    config = _read_config(Path(path))
+    try:
+        _check_options(config["teacher"], config["teacher_conf"])
+    except TeacherError as error:
+        raise TeacherError(f"{path}: {error}") from error
+    return config["teacher"], config["teacher_conf"]
+
+
+def quantizer_options(path: str | Path) -> dict[str, Any]:
+    """Options of mvq_train in a teacher's YAML (``quantizer_conf: {}``).
+
+    Raises:
+        TeacherError: unreadable file or unknown key.
+    """
+    return _read_config(Path(path))["quantizer_conf"]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A teacher's YAML with all its tables; the teacher's options are not checked."""
     try:
         with path.open(encoding="utf-8") as file:
             config = yaml.safe_load(file)
@@ -97,17 +144,21 @@ def load_teacher_config(path: str | Path) -> tuple[str, dict[str, Any]]:
         raise TeacherError(f"{path}: is not YAML: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("teacher"), str):
         raise TeacherError(f"{path}: needs a line `teacher: NAME`")
-    unknown = sorted(set(map(str, config)) - {"teacher", "teacher_conf"})
+    tables = ("teacher_conf", "quantizer_conf")
+    unknown = sorted(set(map(str, config)) - {"teacher", *tables})
     if unknown:
         raise TeacherError(
-            f"{path}: unknown keys {', '.join(unknown)}; known are teacher and "
-            "teacher_conf"
+            f"{path}: unknown keys {', '.join(unknown)}; known are teacher, "
+            "teacher_conf and quantizer_conf"
         )
-    conf = config.get("teacher_conf") or {}
-    if not isinstance(conf, dict):
-        raise TeacherError(f"{path}: teacher_conf must be a table of options")
-    try:
-        _check_options(config["teacher"], conf)
-    except TeacherError as error:
-        raise TeacherError(f"{path}: {error}") from error
-    return config["teacher"], conf
+    for key in tables:
+        config[key] = config.get(key) or {}
+        if not isinstance(config[key], dict):
+            raise TeacherError(f"{path}: {key} must be a table of options")
+    unknown = sorted(set(map(str, config["quantizer_conf"])) - {*QUANTIZER_OPTIONS})
+    if unknown:
+        raise TeacherError(
+            f"{path}: quantizer_conf has unknown keys {', '.join(unknown)}; known are "
+            + ", ".join(QUANTIZER_OPTIONS)
+        )
+    return config

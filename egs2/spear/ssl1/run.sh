@@ -13,24 +13,30 @@ start_seconds=${SECONDS}
 
 help_message="Usage: ./run.sh [--stage 1] [--stop_stage 9] [options]
 
-Stages (inputs and outputs in this folder; what is finished is not done again)
+Stages (inputs and outputs in this folder). What is finished is done again only if its
+inputs or options changed; then, and when it is skipped, that is said.
   1  data preparation                 -> data/{train,valid}, embedded: data/en_{train,dev,test}
   2  format to 16 kHz mono            -> dump/raw/org/<set>
   3  filter by length and level       -> dump/raw/<set> (skipped utterances: skipped.txt)
   4  embeddings, quantizer training   -> exp/teachers/<teacher>
   5  tokenization of all data         -> dump/codes/<set>/<teacher>.scp
-  6  checks of codes against audio
-  7  pre-training                     -> exp/spear_*
-  8  pack
+  6  checks of codes against audio    -> dump/codes/<set>/codes_check.json
+  7  pre-training                     -> exp/<tag>
+  8  pack                             -> exp/<tag>/*.zip
   9  upload (dry run unless --skip_upload false)
 
 General
   --stage N, --stop_stage N   first and last stage                  [1, 9]
   --nj N                      parallel jobs on CPUs                 [number of CPUs]
-  --ngpu N                    GPUs for training                     [all visible]
+  --ngpu N                    GPUs, on each machine                 [all visible]
+  --num_nodes N               machines for training, by Slurm (see cmd.sh)   [1]
   --datadir, --dumpdir, --expdir, --downloads   folders             [data dump exp downloads]
+  --dry_run true|false        true runs nothing and lists the commands of each stage,
+                              what they read and write, and what would be skipped [false]
 
-Data (stage 1); without own folders the embedded default is fetched (97 MB)
+Data (stage 1); without own data the embedded default is fetched (97 MB)
+  --data_config F             corpora by name and weight, such as
+                              conf/data/librispeech_esc50.yaml; their folders: db.sh
   --speech_dirs \"A B\"         own folders of speech; any folder of audio files, or
   --audio_dirs \"C D\"          Kaldi data directories; the same for general audio
                               (label=PATH names one; quote a path with spaces inside)
@@ -46,20 +52,25 @@ Format and filter (stages 2, 3)
   --min_seconds X, --max_seconds X              others are skipped  [0.5, 30]
   --min_peak_db X             quieter is silence (dB of full scale) [-60]
 
-Teachers (stages 4 to 6); their quantizers are trained on the domain of their name
-  --speech_teacher F, --audio_teacher F         [conf/teachers/whisper_tiny_en.yaml, yamnet.yaml]
-                              empty: without this teacher
-  --speech_codebooks N, --audio_codebooks N     codes per frame     [8, 4]
-  --speech_teacher_domains D, --audio_teacher_domains D
-                              what each teacher tokenizes; domains that the loss gives
-                              the teacher weight 0 need no codes    [speech,audio; audio]
+Student and teachers (stages 4 to 7)
+  --student S                 mini, base, large, xlarge, or any size that the training
+                              configuration may have                [of the configuration]
+  --teachers \"NAME=F ...\"     F: YAML or its stem in conf/teachers; the training
+                              configuration has NAME in its tables
+                              [mini: speech=whisper_tiny_en audio=yamnet;
+                              others: speech=wavlm_large audio=dasheng_1.2b]
+  --train_config F            [conf/train_spear_mini.yaml, or by student and teachers
+                              conf/train_spear_{base,large,xlarge}_{speech,audio,speech_audio}.yaml]
+                              Its tables say how many codebooks each teacher has and
+                              which domains it tokenizes: those its loss has a weight in.
+  --config_override \"K=V ...\"  changes of it, such as \"optim_conf.lr=0.02 max_epoch=3\"
+  --quantizer K               mvq, kmeans (one codebook), rvq or random  [mvq]
   --quantizer_frames N        embeddings to train a quantizer on    [200000]
-  --quantizer_iters N         steps in each of its two phases       [1000]
-  --quantizer_args \"...\"    further options of mvq_train, such as \"--batch_frames 128\"
+  --quantizer_iters N         steps in each of its two phases (mvq) [as the teacher's YAML]
+  --quantizer_args \"...\"      further options of mvq_train, such as \"--batch_frames 128\"
 
 Pre-training, packing, upload (stages 7 to 9)
-  --train_config F            its teachers table must fit stage 4   [conf/train_spear_mini.yaml]
-  --train_args \"...\"        further options of spear_train, such as \"--max_epoch 5\"
+  --train_args \"...\"          further options of spear_train, such as \"--max_epoch 5\"
   --tag TAG                   name in exp/                          [from the configuration]
   --inference_model NAME      what is packed                        [valid.loss.best.pth]
   --hf_repo USER/NAME         where stage 9 uploads to
@@ -69,11 +80,14 @@ stage=1
 stop_stage=9
 nj=$(env -u OMP_NUM_THREADS nproc) # which obeys path.sh's 1
 ngpu=
+num_nodes=1
 datadir=data
 dumpdir=dump
 expdir=exp
 downloads=${DOWNLOADS}
+dry_run=false
 
+data_config=
 speech_dirs=${SPEECH_DIRS}
 audio_dirs=${AUDIO_DIRS}
 speech_langs="en es fr it ru"
@@ -89,17 +103,15 @@ min_seconds=0.5
 max_seconds=30
 min_peak_db=-60
 
-speech_teacher=conf/teachers/whisper_tiny_en.yaml
-audio_teacher=conf/teachers/yamnet.yaml
-speech_codebooks=8
-audio_codebooks=4
-speech_teacher_domains=speech,audio
-audio_teacher_domains=audio
+student=
+teachers=
+train_config=
+config_override=
+quantizer=mvq
 quantizer_frames=200000
-quantizer_iters=1000
+quantizer_iters=
 quantizer_args=
 
-train_config=conf/train_spear_mini.yaml
 train_args=
 tag=
 inference_model=valid.loss.best.pth
@@ -111,95 +123,156 @@ if [ $# -gt 0 ]; then
     log "ERROR: unexpected argument '$1' (see --help)"
     exit 2
 fi
-
 fs=16000 # Hz; the teachers and the student expect it
 
 wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
 
+# step <options of local/step.py> -- <command>: run it unless it was done before
+step() { python local/step.py --dry_run "${dry_run}" "$@"; }
+
+# lock <folder>: what writes there does so alone; held until the next lock or the end,
+# also by what a killed run.sh left running.
+lock() {
+    [ "${dry_run}" = false ] || return 0
+    mkdir -p "$1"
+    exec {lock_fd}>>"$1/.lock"
+    if ! flock --nonblock "${lock_fd}"; then
+        log "ERROR: another run works in $1 ($(tail -n 1 "$1/.lock")); wait for it, stop it, or choose other folders (--expdir, --dumpdir, --datadir, --tag)"
+        exit 1
+    fi
+    echo "$(hostname), process $$, since $(date)" >"$1/.lock"
+}
+unlock() { [ "${dry_run}" = true ] || exec {lock_fd}>&-; }
+
+# runner <threads> <log> [options]: words for step --runner
+runner() { echo "${cuda_cmd} --gpu ${ngpu} --num_threads $1 ${3:-} $(printf %q "$2")"; }
+
+# show_end <log>: its last line
+show_end() { [ "${dry_run}" = true ] || tail -n 1 "$1"; }
+
+# plan <options of local/plan.py>: sets train_config, plan_tag and, an entry a teacher,
+# names, yamls, domains, quantizer_domains, weights, mvq_options
+plan() {
+    local lines line i
+    lines=$(python local/plan.py --student "${student}" --train_config "${given_config}" \
+        --teachers "${teachers}" --quantizer "${quantizer}" --expdir "${expdir}" \
+        --quantizer_iters "${quantizer_iters}" --dumpdir "${dumpdir}" \
+        --config_override "${config_override}" "$@")
+    mapfile -t lines <<<"${lines}"
+    IFS='|' read -r train_config plan_tag <<<"${lines[0]}"
+    for i in "${!lines[@]}"; do
+        line=${lines[i]}
+        [ "${i}" -gt 0 ] || continue
+        IFS='|' read -r "names[i-1]" "yamls[i-1]" "domains[i-1]" \
+            "quantizer_domains[i-1]" "weights[i-1]" "mvq_options[i-1]" <<<"${line}"
+    done
+}
+given_config=${train_config}
+names=() yamls=() domains=() quantizer_domains=() weights=() mvq_options=()
+variant=${quantizer#mvq}
+variant=${variant:+_${variant}}
+if [ "${stop_stage}" -ge 4 ]; then
+    # Before hours are spent on data: do the options fit, are the teachers there?
+    if wanted 4 && [ "${dry_run}" = false ]; then plan --check_teachers; else plan; fi
+    tag=${tag:-${plan_tag}}
+fi
+exp=${expdir}/${tag}
+quantizers=${expdir}/teachers${variant}
+codes=${dumpdir}/codes${variant}
+
 if wanted 1; then
     log "Stage 1: data preparation"
-    opts=(--speech_dirs "${speech_dirs}" --audio_dirs "${audio_dirs}"
-        --downloads "${downloads}" --datadir "${datadir}"
-        --speech_langs "${speech_langs}" --audio_sets "${audio_sets}"
-        --valid_fraction "${valid_fraction}" --max_piece_seconds "${max_piece_seconds}"
-        --max_hours_speech "${max_hours_speech}" --max_hours_audio "${max_hours_audio}"
-        --max_utts "${max_utts}")
-    mark=${datadir}/.done
-    if [ -e "${mark}" ] && [ "$(<"${mark}")" = "${opts[*]}" ]; then
-        log "${datadir} was prepared with these options before; delete ${mark} to redo it"
-    else
-        if [ -e "${mark}" ]; then
-            log "the options differ from those ${datadir} was prepared with: preparing it again"
-        fi
-        rm -f "${mark}"
-        local/data.sh "${opts[@]}" --nj "${nj}"
-        echo "${opts[*]}" >"${mark}"
-    fi
+    lock "${datadir}"
+    inputs=(--input_dirs "${speech_dirs}" --input_dirs "${audio_dirs}")
+    [ -z "${data_config}" ] || inputs+=(--input "${data_config}" --input db.sh)
+    step --mark "${datadir}/.done.json" "${inputs[@]}" --output "${datadir}/sets" \
+        --output "${datadir}/train/wav.scp" --output "${datadir}/valid/wav.scp" \
+        -- local/data.sh --data_config "${data_config}" \
+        --speech_dirs "${speech_dirs}" --audio_dirs "${audio_dirs}" \
+        --downloads "${downloads}" --datadir "${datadir}" \
+        --speech_langs "${speech_langs}" --audio_sets "${audio_sets}" \
+        --valid_fraction "${valid_fraction}" --max_piece_seconds "${max_piece_seconds}" \
+        --max_hours_speech "${max_hours_speech}" --max_hours_audio "${max_hours_audio}" \
+        --max_utts "${max_utts}" + --nj "${nj}"
+    unlock
 fi
 
 if wanted 2 || wanted 3; then
-    if [ ! -e "${datadir}/.done" ]; then
+    sets="train valid"
+    if [ -e "${datadir}/.done.json" ] && [ -e "${datadir}/sets" ]; then
+        sets=$(<"${datadir}/sets")
+    elif [ "${dry_run}" = false ]; then
         log "ERROR: ${datadir} has not been prepared; run stage 1 first"
         exit 1
     fi
-    sets=$(<"${datadir}/sets")
+    lock "${dumpdir}/raw"
 fi
 
 if wanted 2; then
     log "Stage 2: format to ${fs} Hz mono ${audio_format}"
     for set in ${sets}; do
-        python -m espnet2_spear.bin.spear_format --in_dir "${datadir}/${set}" \
-            --out_dir "${dumpdir}/raw/org/${set}" --audio_format "${audio_format}" \
-            --fs "${fs}" --nj "${nj}"
+        out=${dumpdir}/raw/org/${set}
+        # The mark of stage 1 changes when audio files did.
+        step --mark "${out}/.done.json" --input "${datadir}/${set}" \
+            --input "${datadir}/.done.json" --output "${out}/wav.scp" \
+            -- python -m espnet2_spear.bin.spear_format --in_dir "${datadir}/${set}" \
+            --out_dir "${out}" --audio_format "${audio_format}" --fs "${fs}" + --nj "${nj}"
     done
 fi
 
 if wanted 3; then
     log "Stage 3: filter by length and level"
     for set in ${sets}; do
-        python -m espnet2_spear.bin.spear_filter --in_dir "${dumpdir}/raw/org/${set}" \
-            --out_dir "${dumpdir}/raw/${set}" --fs "${fs}" \
+        out=${dumpdir}/raw/${set}
+        step --mark "${out}/.done.json" --input "${dumpdir}/raw/org/${set}" \
+            --output "${out}/wav.scp" \
+            -- python -m espnet2_spear.bin.spear_filter \
+            --in_dir "${dumpdir}/raw/org/${set}" --out_dir "${out}" --fs "${fs}" \
             --min_seconds "${min_seconds}" --max_seconds "${max_seconds}" \
             --min_peak_db "${min_peak_db}"
     done
 fi
+if wanted 2 || wanted 3; then unlock; fi
 
 if [ "${stop_stage}" -ge 4 ] && [ -z "${ngpu}" ]; then
     ngpu=$(python -c "import torch; print(torch.cuda.device_count())")
 fi
 
-# train_quantizer <teacher> <configuration> <codebooks> <threads>
+# train_quantizer <number of the teacher> <threads>
 train_quantizer() {
-    local dir=${expdir}/teachers/$1 device=cpu
-    if [ -e "${dir}/quantizer.pt" ]; then
-        log "${dir}/quantizer.pt exists; delete ${dir} to train it again"
-        return
-    fi
+    local name=${names[$1]} dir device=cpu raw=${dumpdir}/raw/train
+    dir=${expdir}/teachers/${name}
     [ "${ngpu}" -eq 0 ] || device=cuda
-    log "teacher '$1': embeddings of ${quantizer_frames} frames, log in ${dir}/embed.log"
-    ${cuda_cmd} --gpu "${ngpu}" --num_threads "$4" "${dir}/embed.log" \
-        python -m espnet2_spear.bin.spear_embed --teacher_config "$2" \
-        --wav_scp "${dumpdir}/raw/train/wav.scp" --domains "$1" \
+    log "teacher '${name}': embeddings of ${quantizer_frames} frames, log in ${dir}/embed.log"
+    step --mark "${dir}/embed.json" --input "${yamls[$1]}" \
+        ${weights[$1]:+--input "${weights[$1]}"} --input "${raw}/wav.scp" \
+        --input "${raw}/utt2num_samples" --input "${raw}/utt2domain" \
+        --output "${dir}/embeddings/embeddings.json" \
+        --runner "$(runner "$2" "${dir}/embed.log")" \
+        -- python -m espnet2_spear.bin.spear_embed --teacher_config "${yamls[$1]}" \
+        --wav_scp "${raw}/wav.scp" --domains "${quantizer_domains[$1]}" \
         --max_frames "${quantizer_frames}" --output_dir "${dir}/embeddings" \
-        --device "${device}" --num_threads "$4"
-    log "teacher '$1': quantizer of $3 codebooks, log in ${dir}/train.log"
+        + --device "${device}" --num_threads "$2"
+    log "teacher '${name}': ${quantizer} quantizer, log in ${quantizers}/${name}/train.log"
     # shellcheck disable=SC2086
-    ${cuda_cmd} --gpu "${ngpu}" --num_threads "$4" "${dir}/train.log" \
-        python -m espnet2_spear.bin.mvq_train --embeddings "${dir}/embeddings" \
-        --output "${dir}/quantizer.pt" --num_codebooks "$3" \
-        --iters_phase1 "${quantizer_iters}" --iters_phase2 "${quantizer_iters}" \
-        ${quantizer_args} --device "${device}" --num_threads "$4"
-    tail -n 1 "${dir}/train.log"
+    step --mark "${quantizers}/${name}/train.json" --adopt \
+        --input "${dir}/embeddings/embeddings.json" \
+        --output "${quantizers}/${name}/quantizer.pt" \
+        --runner "$(runner "$2" "${quantizers}/${name}/train.log")" \
+        -- python -m espnet2_spear.bin.mvq_train --embeddings "${dir}/embeddings" \
+        --output "${quantizers}/${name}/quantizer.pt" ${mvq_options[$1]} \
+        ${quantizer_args} + --device "${device}" --num_threads "$2"
+    [ ! -e "${quantizers}/${name}/train.log" ] || show_end "${quantizers}/${name}/train.log"
 }
 
-# Both at once, for they would have to share no GPU.
-train_both_quantizers() {
-    local threads=$(((nj + 1) / 2)) groups=() group failed=0
+# All at once, for they would have to share no GPU.
+train_quantizers_at_once() {
+    local threads=$(((nj + ${#names[@]} - 1) / ${#names[@]})) groups=() group i failed=0
     set -m # a process group each, so that an interruption reaches all of it
-    train_quantizer speech "${speech_teacher}" "${speech_codebooks}" "${threads}" &
-    groups+=("$!")
-    train_quantizer audio "${audio_teacher}" "${audio_codebooks}" "${threads}" &
-    groups+=("$!")
+    for i in "${!names[@]}"; do
+        train_quantizer "${i}" "${threads}" &
+        groups+=("$!")
+    done
     set +m
     trap 'trap - INT TERM; kill -- "${groups[@]/#/-}" 2>/dev/null; exit 143' INT TERM
     for group in "${groups[@]}"; do wait "${group}" || failed=1; done
@@ -207,109 +280,137 @@ train_both_quantizers() {
     [ "${failed}" -eq 0 ] || exit 1
 }
 
-# tokenize <teacher> <configuration> <domains>
-tokenize() {
-    local set dir
-    [ -n "$2" ] || return 0
-    for set in train valid; do
-        dir=${dumpdir}/codes/${set}
-        log "teacher '$1', set ${set}: tokenization, log in ${dir}/log/$1.log"
-        ${cuda_cmd} --gpu "${ngpu}" --num_threads 1 "${dir}/log/$1.log" \
-            python -m espnet2_spear.bin.spear_tokenize --teacher_config "$2" \
-            --quantizer "${expdir}/teachers/$1/quantizer.pt" --domains "$3" \
-            --data_dir "${dumpdir}/raw/${set}" --output_dir "${dir}" --name "$1" \
-            --nj "${nj}" --ngpu "${ngpu}"
-        tail -n 1 "${dir}/log/$1.log"
-    done
-}
-
-check_codes() {
-    local set opts
-    for set in train valid; do
-        opts=()
-        if [ -n "${speech_teacher}" ]; then
-            opts+=(--codes "speech=${dumpdir}/codes/${set}/speech.scp"
-                --domains "speech=${speech_teacher_domains}")
-        fi
-        if [ -n "${audio_teacher}" ]; then
-            opts+=(--codes "audio=${dumpdir}/codes/${set}/audio.scp"
-                --domains "audio=${audio_teacher_domains}")
-        fi
-        python -m espnet2_spear.bin.spear_check_codes --data_dir "${dumpdir}/raw/${set}" \
-            --output_dir "${dumpdir}/codes/${set}" "${opts[@]}"
-    done
-}
-
 if wanted 4; then
     log "Stage 4: embeddings and quantizer training"
-    if [ -n "${speech_teacher}" ] && [ -n "${audio_teacher}" ] && [ "${ngpu}" -ne 1 ]; then
-        train_both_quantizers
+    # The data are known now.
+    if wanted 3 && [ "${dry_run}" = false ]; then plan; fi
+    lock "${expdir}/teachers"
+    if [ "${#names[@]}" -gt 1 ] && [ "${ngpu}" -ne 1 ] && [ "${dry_run}" = false ]; then
+        train_quantizers_at_once
     else
-        [ -z "${speech_teacher}" ] ||
-            train_quantizer speech "${speech_teacher}" "${speech_codebooks}" "${nj}"
-        [ -z "${audio_teacher}" ] ||
-            train_quantizer audio "${audio_teacher}" "${audio_codebooks}" "${nj}"
+        for i in "${!names[@]}"; do train_quantizer "${i}" "${nj}"; done
     fi
+    [ "${dry_run}" = true ] || plan --check_quantizers
+    unlock
 fi
 
 if wanted 5; then
     log "Stage 5: tokenization"
-    tokenize speech "${speech_teacher}" "${speech_teacher_domains}"
-    tokenize audio "${audio_teacher}" "${audio_teacher_domains}"
+    lock "${codes}"
+    for i in "${!names[@]}"; do
+        name=${names[i]}
+        for set in train valid; do
+            raw=${dumpdir}/raw/${set}
+            joblog=${codes}/${set}/log/${name}.log
+            log "teacher '${name}', set ${set}: tokenization, log in ${joblog}"
+            step --mark "${codes}/${set}/${name}.step.json" --input "${yamls[i]}" \
+                ${weights[i]:+--input "${weights[i]}"} \
+                --input "${quantizers}/${name}/quantizer.pt" --input "${raw}/wav.scp" \
+                --input "${raw}/utt2num_samples" --input "${raw}/utt2domain" \
+                --output "${codes}/${set}/${name}.scp" \
+                --runner "$(runner 1 "${joblog}")" \
+                -- python -m espnet2_spear.bin.spear_tokenize --teacher_config "${yamls[i]}" \
+                --quantizer "${quantizers}/${name}/quantizer.pt" --domains "${domains[i]}" \
+                --data_dir "${raw}" --output_dir "${codes}/${set}" --name "${name}" \
+                + --nj "${nj}" --ngpu "${ngpu}"
+            [ ! -e "${joblog}" ] || show_end "${joblog}"
+        done
+    done
+    unlock
 fi
 
 if wanted 6; then
     log "Stage 6: checks of codes against audio"
-    check_codes
+    lock "${codes}"
+    for set in train valid; do
+        opts=() inputs=(--input "${dumpdir}/raw/${set}")
+        for i in "${!names[@]}"; do
+            inputs+=(--input "${codes}/${set}/${names[i]}.scp")
+            inputs+=(--input "${codes}/${set}/${names[i]}.step.json")
+            opts+=(--codes "${names[i]}=${codes}/${set}/${names[i]}.scp"
+                --domains "${names[i]}=${domains[i]}")
+        done
+        step --mark "${codes}/${set}/check.json" "${inputs[@]}" \
+            --output "${codes}/${set}/codes_check.json" \
+            -- python -m espnet2_spear.bin.spear_check_codes \
+            --data_dir "${dumpdir}/raw/${set}" --output_dir "${codes}/${set}" "${opts[@]}"
+    done
+    unlock
 fi
 
-if [ -z "${tag}" ]; then
-    tag=$(basename "${train_config}" .yaml)
-    tag=${tag#train_}
-fi
-exp=${expdir}/${tag}
 packed=${exp}/${tag}_${inference_model%.pth}.zip
+if wanted 7 || wanted 8; then lock "${exp}"; fi
 
 if wanted 7; then
     log "Stage 7: pre-training, log in ${exp}/train.log"
-    opts=()
+    [ "${dry_run}" = true ] || plan --write "${exp}/train.yaml"
+    sources=("${dumpdir}/raw/train:${codes}/train" "${dumpdir}/raw/valid:${codes}/valid")
+    if [ -e "${datadir}/local/weights" ]; then
+        weighted=${exp}/lists inputs=()
+        for name in "${names[@]}"; do inputs+=(--input "${codes}/train/${name}.scp"); done
+        step --mark "${weighted}/.done.json" --input "${datadir}/local/weights" \
+            --input "${dumpdir}/raw/train" "${inputs[@]}" \
+            --output "${weighted}/wav.scp" -- python local/weighted_lists.py \
+            --weights "${datadir}/local/weights" --data_dir "${dumpdir}/raw/train" \
+            --codes_dir "${codes}/train" --out_dir "${weighted}" --teachers "${names[@]}"
+        sources[0]=${weighted}:${weighted}
+    fi
+    opts=() inputs=()
     for part in train valid; do
-        raw=${dumpdir}/raw/${part}
-        codes=${dumpdir}/codes/${part}
+        raw=${sources[0]%:*}
+        scps=${sources[0]#*:}
+        sources=("${sources[@]:1}")
+        inputs+=(--input "${raw}")
         opts+=("--${part}_data_path_and_name_and_type" "${raw}/wav.scp,speech,sound"
             "--${part}_data_path_and_name_and_type" "${raw}/utt2domain,domain,text"
             "--${part}_shape_file" "${raw}/utt2num_samples")
-        for teacher in ${speech_teacher:+speech} ${audio_teacher:+audio}; do
+        for name in "${names[@]}"; do
+            inputs+=(--input "${scps}/${name}.scp")
             opts+=("--${part}_data_path_and_name_and_type"
-                "${codes}/${teacher}.scp,codes_${teacher},kaldi_ark")
+                "${scps}/${name}.scp,codes_${name},kaldi_ark")
         done
     done
+    nodes=()
+    if [ "${num_nodes}" -gt 1 ]; then
+        nodes=(--dist_launcher slurm --dist_init_method "file://${PWD}/${exp}/.dist_init.$$")
+    fi
     # shellcheck disable=SC2086
-    ${cuda_cmd} --gpu "${ngpu}" --num_threads "${nj}" "${exp}/train.log" \
-        python -m espnet2_spear.bin.spear_train --config "${train_config}" \
-        --output_dir "${exp}" --ngpu "${ngpu}" --resume true \
-        --multiprocessing_distributed true "${opts[@]}" ${train_args}
-    grep "results:" "${exp}/train.log" | tail -n 1 | cut -c 1-400
+    step --mark "${exp}/train.json" --input "${exp}/train.yaml" "${inputs[@]}" \
+        --output "${exp}/${inference_model}" \
+        --again "goes on from its last checkpoint (another --tag starts anew)" \
+        --runner "$(runner "${nj}" "${exp}/train.log" "--num_nodes ${num_nodes}")" \
+        -- python -m espnet2_spear.bin.spear_train --config "${exp}/train.yaml" \
+        --output_dir "${exp}" "${opts[@]}" ${train_args} \
+        + --ngpu "${ngpu}" --resume true --multiprocessing_distributed true "${nodes[@]}"
+    if [ "${dry_run}" = false ] && [ -e "${exp}/train.log" ]; then
+        grep "results:" "${exp}/train.log" | tail -n 1 | cut -c 1-400
+    fi
 fi
 
 if wanted 8; then
     log "Stage 8: pack -> ${packed}"
-    if [ ! -e "${exp}/${inference_model}" ]; then
-        log "ERROR: ${exp}/${inference_model} is missing; run stage 7 first"
-        exit 1
-    fi
-    # The link is resolved to the epoch that it stands for.
-    cp -L "${exp}/${inference_model}" "${exp}/packed.pth"
     options=()
     [ ! -d "${exp}/images" ] || options+=("${exp}/images")
-    python -m espnet2_spear.bin.spear_pack --train_config "${exp}/config.yaml" \
+    if [ "${dry_run}" = false ]; then
+        if [ ! -e "${exp}/${inference_model}" ]; then
+            log "ERROR: ${exp}/${inference_model} is missing; run stage 7 first"
+            exit 1
+        fi
+        # The link is resolved to the epoch that it stands for.
+        cp -L "${exp}/${inference_model}" "${exp}/packed.pth"
+    fi
+    step --mark "${exp}/pack.json" --input "${exp}/config.yaml" \
+        --input "${exp}/${inference_model}" --output "${packed}" \
+        -- python -m espnet2_spear.bin.spear_pack --train_config "${exp}/config.yaml" \
         --model_file "${exp}/packed.pth" --outpath "${packed}" --option "${options[@]}"
 fi
+if wanted 7 || wanted 8; then unlock; fi
 
 if wanted 9; then
     log "Stage 9: upload"
-    python -m espnet2_spear.bin.spear_upload --packed "${packed}" \
-        --repo_id "${hf_repo:-user/${tag}}" --dry_run "${skip_upload}"
+    command=(python -m espnet2_spear.bin.spear_upload --packed "${packed}"
+        --repo_id "${hf_repo:-user/${tag}}" --dry_run "${skip_upload}")
+    if [ "${dry_run}" = true ]; then echo "  $ ${command[*]}"; else "${command[@]}"; fi
 fi
 
 log "Finished stages ${stage} to ${stop_stage} in $((SECONDS - start_seconds)) s"

@@ -7,6 +7,7 @@ set -euo pipefail
 log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') (data.sh) $*"; }
 
 help_message="Usage: local/data.sh [options], see run.sh --help"
+data_config=
 speech_dirs=
 audio_dirs=
 downloads=downloads
@@ -25,8 +26,19 @@ sources=()
 pool_opts=()
 sets="train valid"
 mkdir -p "${datadir}/local"
+rm -f "${datadir}/local/weights"
 
-if [ -n "${speech_dirs}${audio_dirs}" ]; then
+if [ -n "${data_config}" ]; then
+    if [ -n "${speech_dirs}${audio_dirs}" ]; then
+        echo "ERROR (data.sh): --data_config and --speech_dirs or --audio_dirs exclude each other; folders can be named in the YAML list" >&2
+        exit 1
+    fi
+    log "corpora of ${data_config}"
+    rm -rf "${datadir}/local/corpora"
+    python local/data_corpora.py --config "${data_config}" \
+        --out_dir "${datadir}/local/corpora"
+    sources=("${datadir}"/local/corpora/*)
+elif [ -n "${speech_dirs}${audio_dirs}" ]; then
     log "own folders: speech '${speech_dirs}', general audio '${audio_dirs}'"
     rm -rf "${datadir}/local/own"
     python local/data_folders.py --out_dir "${datadir}/local/own" \

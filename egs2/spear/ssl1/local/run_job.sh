@@ -6,6 +6,7 @@ set -euo pipefail
 help_message="Usage: $0 [--gpu N] [--num_threads N] [JOB=first:last] <log> <command>...
   --gpu 0          hides the GPUs from the command (else it sees all that are visible)
   --num_threads N  threads of numerical libraries per job
+  --num_nodes 1    this machine alone; more need cmd_backend=slurm (see cmd.sh)
 JOB in the log's name and in the command is replaced by the job's number."
 
 first=1
@@ -18,6 +19,13 @@ while [ $# -gt 0 ]; do
         ;;
     --num_threads)
         export OMP_NUM_THREADS=$2
+        shift 2
+        ;;
+    --num_nodes)
+        if [ "$2" -ne 1 ]; then
+            echo "$0: --num_nodes $2: jobs run on this machine alone; with Slurm use cmd_backend=slurm (see cmd.sh)" >&2
+            exit 2
+        fi
         shift 2
         ;;
     JOB=*)

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Run a command, or an array of jobs, by Slurm, and wait until all are done.
-# Takes the arguments of local/run_job.sh, and before them options of sbatch.
+# Takes the arguments of local/run_job.sh, and before them options of sbatch. With
+# --num_nodes above 1 the command is started by srun, once on each node.
 set -euo pipefail
 
 sbatch_opts=(--wait --job-name=spear)
 job_opts=()
 array=1:1
+num_nodes=1
 while [ $# -gt 0 ]; do
     case $1 in
     --gpu)
@@ -16,6 +18,10 @@ while [ $# -gt 0 ]; do
     --num_threads)
         sbatch_opts+=("--cpus-per-task=$2")
         job_opts+=(--num_threads "$2")
+        shift 2
+        ;;
+    --num_nodes)
+        num_nodes=$2
         shift 2
         ;;
     --*)
@@ -34,6 +40,12 @@ if [ $# -lt 2 ]; then
     exit 2
 fi
 log=$1
+shift
+launcher=()
+if [ "${num_nodes}" -gt 1 ]; then
+    sbatch_opts+=("--nodes=${num_nodes}" --ntasks-per-node=1)
+    launcher=(srun --export=ALL)
+fi
 mkdir -p "$(dirname "${log}")"
 script=${log//JOB/all}.sbatch
 {
@@ -42,7 +54,7 @@ script=${log//JOB/all}.sbatch
     # shellcheck disable=SC2016  # expanded on the node
     printf 'exec local/run_job.sh %s JOB="${SLURM_ARRAY_TASK_ID}:${SLURM_ARRAY_TASK_ID}"' \
         "${job_opts[*]}"
-    printf ' %q' "$@"
+    printf ' %q' "${log}" "${launcher[@]}" "$@"
     echo
 } >"${script}"
 if ! sbatch "${sbatch_opts[@]}" --array="${array/:/-}" \

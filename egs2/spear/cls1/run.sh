@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# What does a student know of sound events? A linear probe on its layers. See --help.
+# shellcheck source-path=SCRIPTDIR
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') (run.sh) $*"; }
+
+. ./path.sh
+
+help_message="Usage: ./run.sh --ckpt CHECKPOINT [options]
+
+Stages (what is finished is done again only if its inputs or options changed)
+  1  labelled clips of packages           -> data/sounds (labels, groups)
+  2  format to 16 kHz mono, filter        -> dump/raw/sounds
+  3  features of all systems              -> exp/<tag>/features/*.npz
+  4  probes and table                     -> exp/<tag>/RESULTS.md, RESULTS.json
+
+  --ckpt PATH                 pre-trained student: file or folder, as for load_model
+  --tag TAG                   name in exp/                      [name of the folder of ckpt]
+  --teachers \"NAME=F ...\"     teachers to compare with, YAML    [whisper_tiny_en, yamnet]
+  --seeds \"0 1 2\"             of the splits and of the random network
+  --data_dir DIR              own clips instead of stage 1: a data directory with
+                              labels and, if it has any, groups, such as
+                              ../ssl1/local/data_esc50.py writes
+  --max_clips N               of a class, in stage 1            [110]
+  --stage N, --stop_stage N   first and last stage              [1, 4]
+  --nj N                      processes of stage 2              [number of CPUs]
+  --device D                  for the features                  [cpu]
+  --datadir, --dumpdir, --expdir, --downloads   folders   [data dump exp ../ssl1/downloads]
+  --dry_run true|false        only list commands, inputs and outputs [false]"
+
+stage=1
+stop_stage=4
+nj=$(env -u OMP_NUM_THREADS nproc) # which obeys path.sh's 1
+ckpt=
+tag=
+teachers="whisper_tiny_en=../ssl1/conf/teachers/whisper_tiny_en.yaml yamnet=../ssl1/conf/teachers/yamnet.yaml"
+seeds="0 1 2"
+data_dir=
+max_clips=110
+device=cpu
+datadir=data
+dumpdir=dump
+expdir=exp
+downloads=../ssl1/downloads
+dry_run=false
+
+. local/parse_options.sh
+if [ $# -gt 0 ]; then
+    log "ERROR: unexpected argument '$1' (see --help)"
+    exit 2
+fi
+if [ "${stop_stage}" -ge 3 ] && [ -z "${ckpt}" ]; then
+    log "ERROR: --ckpt is needed: a pre-trained student, such as ../ssl1/exp/spear_mini/valid.loss.best.pth"
+    exit 2
+fi
+if [ -z "${tag}" ] && [ -d "${ckpt}" ]; then tag=$(basename "${ckpt}"); fi
+tag=${tag:-$(basename "$(dirname "${ckpt:-none/none}")")}
+exp=${expdir}/${tag}
+
+wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
+step() { python local/step.py --dry_run "${dry_run}" "$@"; }
+
+source=${data_dir:-${datadir}/sounds}
+raw=${dumpdir}/raw/$(basename "${source}")
+
+if wanted 1 && [ -z "${data_dir}" ]; then
+    log "Stage 1: labelled clips of packages"
+    packages=(ufoai-sound sonic-pi-samples asterisk-moh-opsound-g722 openttd-opensfx
+        musescore-general-soundfont-small)
+    for lang in en es fr it ru; do packages+=("asterisk-core-sounds-${lang}-g722"); done
+    if [ "${dry_run}" = false ]; then
+        local/fetch_debs.sh ../ssl1/local/debs.sha256 "${downloads}" "${packages[@]}"
+        python local/unzip_audio.py --out_dir "${downloads}/root/ufoai" \
+            "${downloads}"/root/usr/share/games/ufoai/base/*.pk3
+    fi
+    step --mark "${source}/.done.json" --output "${source}/wav.scp" \
+        --output "${source}/labels" --output "${source}/groups" \
+        -- python local/sounds.py --root "${downloads}/root" --out_dir "${source}" \
+        --max_clips "${max_clips}"
+fi
+
+if wanted 2; then
+    log "Stage 2: format and filter"
+    step --mark "${raw}_org/.done.json" --input "${source}" --output "${raw}_org/wav.scp" \
+        -- python -m espnet2_spear.bin.spear_format --in_dir "${source}" \
+        --out_dir "${raw}_org" + --nj "${nj}"
+    # Only silence and clicks are left out.
+    step --mark "${raw}/.done.json" --input "${raw}_org" --output "${raw}/wav.scp" \
+        -- python -m espnet2_spear.bin.spear_filter --in_dir "${raw}_org" \
+        --out_dir "${raw}" --min_seconds 0.1 --max_seconds inf
+fi
+
+# features <name> <checkpoint or YAML, or empty> <options of features.py>
+features() {
+    local name=$1 inputs=()
+    [ -z "$2" ] || inputs=(--input "$2")
+    shift 2
+    log "features: ${name}"
+    step --mark "${exp}/features/${name}.json" --input "${raw}/wav.scp" "${inputs[@]}" \
+        --output "${exp}/features/${name}.npz" -- python local/features.py \
+        --wav_scp "${raw}/wav.scp" --output "${exp}/features/${name}.npz" "$@" \
+        + --device "${device}"
+}
+
+tables=("log-mel=${exp}/features/logmel.npz"
+    "student, random weights=${exp}/features/random_s{seed}.npz"
+    "student, pre-trained=${exp}/features/student.npz")
+if wanted 3; then
+    log "Stage 3: features"
+    features logmel "" --system logmel
+    for seed in ${seeds}; do
+        features "random_s${seed}" "${ckpt}" --system random --path "${ckpt}" --seed "${seed}"
+    done
+    features student "${ckpt}" --system student --path "${ckpt}"
+fi
+for teacher in ${teachers}; do
+    name=${teacher%%=*}
+    tables+=("teacher ${name}=${exp}/features/${name}.npz")
+    if wanted 3; then features "${name}" "${teacher#*=}" --system teacher --path "${teacher#*=}"; fi
+done
+
+if wanted 4; then
+    log "Stage 4: probes"
+    inputs=(--input "${source}/labels")
+    groups=()
+    if [ -e "${source}/groups" ]; then groups=(--groups "${source}/groups"); fi
+    for file in "${exp}"/features/*.npz; do inputs+=(--input "${file}"); done
+    # shellcheck disable=SC2086
+    step --mark "${exp}/probe.json" "${inputs[@]}" --output "${exp}/RESULTS.md" \
+        -- python local/probe.py --labels "${source}/labels" "${groups[@]}" \
+        --seeds ${seeds} --output "${exp}/RESULTS.md" --features "${tables[@]}"
+fi

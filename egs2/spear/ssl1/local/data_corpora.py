@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""Prepare the corpora of a YAML list (conf/data/*.yaml), one data directory each.
+
+The list has entries
+    - corpus: NAME         # data_NAME.py; its folder is the variable NAME in db.sh
+      parts: [...]         # default: those for training
+      weight: 1.0          # how often its utterances are trained on
+      partial: false       # accept less than what was published
+or, for any folder of audio files or Kaldi data directory,
+    - folder: PATH         # or ${VARIABLE} of db.sh
+      name: NAME           # begins the utterance ids
+      domain: speech       # or audio
+      weight: 1.0
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from corpus import Corpus, Found, write
+from data_folders import from_audio_files, from_kaldi_dir
+
+from espnet2_spear.fileio.datadir import DOMAINS, DataDir, DataDirError, write_table
+
+KEYS = {
+    "corpus": {"corpus", "parts", "weight", "partial"},
+    "folder": {"folder", "name", "domain", "weight"},
+}
+WEIGHTS = "weights"
+
+
+def read_list(path: Path) -> list[dict[str, Any]]:
+    """Read and check a list; every entry gets a name and a weight.
+
+    Raises:
+        DataDirError: malformed or repeated entries.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = content["corpora"]
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise DataDirError(f"{path}: needs a list `corpora` ({error})") from None
+    seen: set[str] = set()
+    for entry in entries:
+        kind = "corpus" if "corpus" in entry else "folder"
+        unknown = set(entry) - KEYS[kind]
+        if kind not in entry or unknown:
+            raise DataDirError(
+                f"{path}: entry {entry}: needs `corpus` or `folder`, and may have "
+                f"{', '.join(sorted(KEYS[kind]))}"
+            )
+        name = entry.setdefault("name", entry.get("corpus"))
+        if not name or not re.fullmatch("[a-z0-9_]+", name) or name in seen:
+            raise DataDirError(
+                f"{path}: entry {entry}: needs a `name` of its own, of a-z, 0-9 and _"
+            )
+        seen.add(name)
+        weight = entry.setdefault("weight", 1.0)
+        if not isinstance(weight, (int, float)) or not 0 < weight <= 100:
+            raise DataDirError(f"{path}: {name}: weight {weight} is not in (0, 100]")
+        if kind == "folder" and entry.get("domain") not in DOMAINS:
+            raise DataDirError(f"{path}: {name}: `domain` must be speech or audio")
+    return entries
+
+
+def known_corpora() -> dict[str, Corpus]:
+    """The corpora that there is a data_<name>.py for."""
+    modules = (
+        importlib.import_module(path.stem)
+        for path in sorted(Path(__file__).parent.glob("data_*.py"))
+        if path.stem not in ("data_asterisk", "data_corpora", "data_folders")
+    )
+    return {module.CORPUS.name: module.CORPUS for module in modules}
+
+
+def prefixed(data: DataDir, name: str) -> DataDir:
+    """Return a set with ids that begin with a name and a hyphen."""
+
+    def ids(table: dict) -> dict:
+        return {f"{name}-{key}": value for key, value in table.items()}
+
+    segments = data.segments
+    if segments is not None:
+        segments = {
+            utt: s._replace(recording=f"{name}-{s.recording}")
+            for utt, s in ids(segments).items()
+        }
+    return replace(
+        data,
+        wav_scp=ids(data.wav_scp),
+        segments=segments,
+        utt2spk={utt: f"{name}-{spk}" for utt, spk in ids(data.utt2spk).items()},
+        utt2domain=ids(data.utt2domain),
+        text=ids(data.text),
+    )
+
+
+def folder_of(entry: dict[str, Any]) -> Path:
+    """Return the folder of an entry `folder`.
+
+    Raises:
+        DataDirError: it is not named or not there.
+    """
+    variable = re.fullmatch(r"\$\{(\w+)\}", entry["folder"])
+    value = os.environ.get(variable[1], "") if variable else entry["folder"]
+    folder = Path(value)
+    if not value or not folder.is_dir():
+        raise DataDirError(
+            f"{entry['name']}: no folder '{value}'; set "
+            f"{variable[1] + ' in db.sh' if variable else '`folder` in the list'}"
+        )
+    return folder
+
+
+def from_folder(entry: dict[str, Any]) -> Found:
+    """Prepare an entry `folder`."""
+    folder = entry["root"]
+    if (folder / "wav.scp").exists():
+        return Found(prefixed(from_kaldi_dir(folder, entry["domain"]), entry["name"]))
+    return Found(from_audio_files(folder, entry["name"], entry["domain"]))
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line parser."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, help="YAML list")
+    parser.add_argument("--out_dir", type=Path, help="parent folder")
+    parser.add_argument("--list", action="store_true", help="list the known corpora")
+    return parser
+
+
+def main(cmd: list[str] | None = None) -> None:
+    """Write a data directory an entry, and the weights beside them."""
+    args = get_parser().parse_args(cmd)
+    known = known_corpora()
+    if args.list:
+        for name, corpus in known.items():
+            print(f"{name}: {corpus.source}; {corpus.licence}")
+            print(f"    parts: {', '.join(corpus.parts)}; folder: {corpus.layout}")
+        return
+    try:
+        entries = read_list(args.config)
+        # All folders are looked at before the first corpus, which may take hours.
+        for entry in entries:
+            if "corpus" in entry:
+                if entry["corpus"] not in known:
+                    raise DataDirError(
+                        f"{args.config}: unknown corpus '{entry['corpus']}'; known are "
+                        f"{', '.join(known)}; any folder can be named by `folder`"
+                    )
+                corpus = known[entry["corpus"]]
+                entry["root"] = corpus.root(os.environ.get(corpus.variable))
+            else:
+                entry["root"] = folder_of(entry)
+        for entry in entries:
+            if "corpus" in entry:
+                corpus, partial = known[entry["corpus"]], entry.get("partial", False)
+                found = corpus.prepare(entry["root"], entry.get("parts", ()), partial)
+            else:
+                found = from_folder(entry)
+            write(found, args.out_dir / entry["name"])
+            logging.info(
+                "%s: %d utterances, weight %s, %d listed files missing",
+                *(entry["name"], len(found.data.utterances), entry["weight"]),
+                len(found.missing),
+            )
+    except DataDirError as error:
+        raise SystemExit(f"ERROR (data_corpora.py): {error}") from None
+    weights = {entry["name"]: entry["weight"] for entry in entries}
+    write_table(args.out_dir.parent / WEIGHTS, weights)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
+    )
+    main()

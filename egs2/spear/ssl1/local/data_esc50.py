@@ -1,0 +1,33 @@
+#!/usr/bin/env python3
+"""Prepare ESC-50: environmental sounds of 50 classes in five folds."""
+
+from pathlib import Path
+
+from corpus import Corpus, Found, needed, read_csv
+
+LAYOUT = "meta/esc50.csv and audio/*.wav"
+
+
+def read(root: Path, part: str) -> Found:
+    """Read a fold; the label is the category."""
+    found = Found()
+    for row in read_csv(needed(root / "meta/esc50.csv", LAYOUT)):
+        if f"fold{row['fold']}" == part:
+            path = root / "audio" / row["filename"]
+            found.add(f"esc50-{path.stem}", path, "audio", labels=row["category"])
+    return found
+
+
+FOLDS = tuple(f"fold{number}" for number in range(1, 6))
+CORPUS = Corpus(
+    name="esc50",
+    read=read,
+    parts=dict.fromkeys(FOLDS, 400),
+    default_parts=FOLDS,
+    licence="CC BY-NC 3.0",
+    source="https://github.com/karolpiczak/ESC-50",
+    layout=LAYOUT,
+)
+
+if __name__ == "__main__":
+    CORPUS.main()

@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""Prepare FSD50K: sound events of 200 classes, several a clip."""
+
+from pathlib import Path
+
+from corpus import Corpus, Found, needed, read_csv
+
+LAYOUT = (
+    "FSD50K.dev_audio/*.wav, FSD50K.eval_audio/*.wav and "
+    "FSD50K.ground_truth/{dev,eval}.csv"
+)
+
+
+def read(root: Path, part: str) -> Found:
+    """Read a part; labels are the names of the vocabulary."""
+    group = "eval" if part == "eval" else "dev"
+    listing = needed(root / "FSD50K.ground_truth" / f"{group}.csv", LAYOUT)
+    found = Found()
+    for row in read_csv(listing):
+        if row.get("split", "eval") == part:
+            path = root / f"FSD50K.{group}_audio" / f"{row['fname']}.wav"
+            labels = row["labels"].replace(",", " ")
+            found.add(f"fsd50k-{row['fname']}", path, "audio", labels=labels)
+    return found
+
+
+CORPUS = Corpus(
+    name="fsd50k",
+    read=read,
+    parts={"train": 36796, "val": 4170, "eval": 10231},
+    default_parts=("train", "val"),
+    licence="CC BY 4.0; single clips CC0, CC BY, CC BY-NC or CC Sampling+",
+    source="https://zenodo.org/records/4060432",
+    layout=LAYOUT,
+)
+
+if __name__ == "__main__":
+    CORPUS.main()

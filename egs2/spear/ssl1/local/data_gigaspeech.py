@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Prepare GigaSpeech: segments of long recordings."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from corpus import Corpus, Found, needed
+
+from espnet2_spear.fileio.datadir import DataDirError, Segment
+
+LAYOUT = "GigaSpeech.json and the audio folder that it names (audio/.../*.opus)"
+TAGS = re.compile(r"<(COMMA|PERIOD|QUESTIONMARK|EXCLAMATIONPOINT)>")
+NO_SPEECH = re.compile(r"<(SIL|MUSIC|NOISE|OTHER)>")
+BLOCK = 1 << 20
+
+
+def recordings(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the entries of "audios" one by one: the file can be larger than memory.
+
+    Raises:
+        DataDirError: the file is cut off or of another form.
+    """
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8") as file:
+        text = ""
+        while not (start := re.search(r'"audios"\s*:\s*\[', text)):
+            block = file.read(BLOCK)
+            if not block:
+                raise DataDirError(f'{path}: has no list "audios"; fetch it again')
+            text += block
+        text = text[start.end() :]
+        while True:
+            text = text.lstrip(" \t\r\n,")
+            if text.startswith("]"):
+                return
+            try:
+                entry, end = decoder.raw_decode(text)
+            except ValueError:
+                block = file.read(BLOCK)
+                if not block:
+                    raise DataDirError(
+                        f"{path}: is cut off or malformed near {text[:60]!r}; fetch it "
+                        "again"
+                    ) from None
+                text += block
+                continue
+            yield entry
+            text = text[end:]
+
+
+def read(root: Path, part: str) -> Found:
+    """Read a subset; segments without speech are left out."""
+    found = Found()
+    found.data.segments = {}
+    for entry in recordings(needed(root / "GigaSpeech.json", LAYOUT)):
+        chosen = [s for s in entry["segments"] if f"{{{part}}}" in s["subsets"]]
+        chosen = [s for s in chosen if not NO_SPEECH.search(s["text_tn"])]
+        if not chosen:
+            continue
+        path = root / entry["path"]
+        if not path.is_file():
+            found.missing.append(str(path))
+            continue
+        recording = f"gigaspeech-{part}-{entry['aid']}"
+        found.data.wav_scp[recording] = str(path.absolute())
+        for segment in chosen:
+            utt = f"gigaspeech-{part}-{segment['sid']}"
+            times = float(segment["begin_time"]), float(segment["end_time"])
+            found.data.segments[utt] = Segment(recording, *times)
+            found.data.utt2spk[utt] = recording
+            found.data.utt2domain[utt] = "speech"
+            text = " ".join(TAGS.sub(" ", segment["text_tn"]).split())
+            if text:
+                found.data.text[utt] = text
+    return found
+
+
+CORPUS = Corpus(
+    name="gigaspeech",
+    read=read,
+    parts=dict.fromkeys(("XL", "L", "M", "S", "XS", "DEV", "TEST")),
+    default_parts=("XL",),
+    licence="Apache-2.0 metadata; the audio for research, by its terms of access",
+    source="https://github.com/SpeechColab/GigaSpeech",
+    layout=LAYOUT,
+)
+
+if __name__ == "__main__":
+    CORPUS.main()

@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""Prepare MUSAN: music, speech and noise."""
+
+from pathlib import Path
+
+from corpus import Corpus, Found, audio_files, needed
+
+LAYOUT = "{music,speech,noise}/<source>/*.wav (or musan/...)"
+
+
+def read(root: Path, part: str) -> Found:
+    """Read a part; its speech is of domain speech."""
+    folder = root / part if (root / part).exists() else root / "musan" / part
+    found = Found()
+    for path in audio_files(needed(folder, LAYOUT)):
+        domain = "speech" if part == "speech" else "audio"
+        found.add(f"musan-{path.stem}", path, domain, labels=part)
+    return found
+
+
+CORPUS = Corpus(
+    name="musan",
+    read=read,
+    parts={"music": 660, "speech": 426, "noise": 930},
+    default_parts=("music", "noise"),
+    licence="CC BY 4.0",
+    source="https://www.openslr.org/17",
+    layout=LAYOUT,
+)
+
+if __name__ == "__main__":
+    CORPUS.main()

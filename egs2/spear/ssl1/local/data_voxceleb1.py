@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Prepare VoxCeleb1 with its split for speaker identification."""
+
+from pathlib import Path
+
+from corpus import Corpus, Found, needed
+
+from espnet2_spear.fileio.datadir import DataDirError
+
+LAYOUT = "wav/<speaker>/<video>/<n>.wav (dev and test together) and iden_split.txt"
+NUMBERS = {"1": "train", "2": "valid", "3": "test"}
+
+
+def read(root: Path, part: str) -> Found:
+    """Read a part; the label is the speaker."""
+    listing = needed(root / "iden_split.txt", LAYOUT)
+    needed(root / "wav", LAYOUT)
+    found = Found()
+    for line in listing.read_text(encoding="utf-8").splitlines():
+        number, _, name = line.strip().partition(" ")
+        if number not in NUMBERS or name.count("/") != 2:
+            raise DataDirError(
+                f"{listing}: expected '1|2|3 speaker/video/n.wav', found {line!r}; "
+                "fetch the file again"
+            )
+        if NUMBERS[number] == part:
+            speaker, video, file = name.split("/")
+            utt = f"voxceleb1-{speaker}-{video}-{Path(file).stem}"
+            path = root / "wav" / name
+            found.add(utt, path, "speech", f"voxceleb1-{speaker}", labels=speaker)
+    return found
+
+
+CORPUS = Corpus(
+    name="voxceleb1",
+    read=read,
+    parts={"train": 138361, "valid": 8251, "test": 6904},
+    default_parts=("train",),
+    licence="metadata CC BY 4.0; the audio remains its owners'",
+    source="https://www.robots.ox.ac.uk/~vgg/data/voxceleb/vox1.html",
+    layout=LAYOUT,
+)
+
+if __name__ == "__main__":
+    CORPUS.main()

@@ -1,0 +1,364 @@
+#!/usr/bin/env python3
+"""Work out what run.sh is to do from its options, or refuse them.
+
+The number of codebooks, the student and the loss stand in the training configuration
+and nowhere else: quantizers are trained with so many codebooks, and every teacher
+tokenizes the domains in which its loss has a weight. Codebook sizes and frame rates are
+what the codes themselves say; what disagrees with them stops the run.
+
+Prints a line "CONFIG|TAG", and for each teacher a line
+"NAME|YAML|DOMAINS|QUANTIZER'S DOMAINS|WEIGHTS|OPTIONS OF mvq_train".
+"""
+
+import argparse
+import json
+import logging
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from espnet2_spear.fileio.datadir import read_table
+
+QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
+TEACHERS_OF_MINI = "speech=whisper_tiny_en audio=yamnet"
+TEACHERS_OF_PAPER = "speech=wavlm_large audio=dasheng_1.2b"
+Config = dict[str, Any]
+
+
+class PlanError(ValueError):
+    """Options that do not fit together; the message says what to do."""
+
+
+def read_config(path: Path) -> Config:
+    """Read a training configuration."""
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in Path("conf").glob("train_spear_*")))
+        raise PlanError(f"{path}: no such training configuration; there are {known}")
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not isinstance(config.get("teachers"), dict):
+        raise PlanError(
+            f"{path}: needs a table `teachers`, see conf/train_spear_mini.yaml"
+        )
+    return config
+
+
+def choose_config(train_config: str, student: str, names: list[str]) -> Path:
+    """Find the configuration of a student for some teachers."""
+    if train_config:
+        return Path(train_config)
+    student = student or "mini"
+    if student == "mini":
+        return Path("conf/train_spear_mini.yaml")
+    known = [name for name in ("speech", "audio") if name in names]
+    suffix = "_".join(known or ["speech", "audio"])
+    return Path(f"conf/train_spear_{student}_{suffix}.yaml")
+
+
+def parse_teachers(value: str) -> dict[str, Path]:
+    """Read "NAME=YAML ..."; a YAML in conf/teachers may be given by its stem.
+
+    Raises:
+        PlanError: malformed words.
+    """
+    teachers: dict[str, Path] = {}
+    for word in shlex.split(value):
+        name, equals, file = word.partition("=")
+        if not (equals and name.isidentifier() and file):
+            raise PlanError(
+                f"--teachers: {word!r} is not NAME=YAML, such as "
+                "speech=conf/teachers/wavlm_large.yaml or speech=wavlm_large"
+            )
+        if name in teachers:
+            raise PlanError(f"--teachers: '{name}' is there twice")
+        path = Path("conf/teachers") / f"{file}.yaml"
+        teachers[name] = path if path.exists() and "/" not in file else Path(file)
+    return teachers
+
+
+def override(config: Config, value: str) -> None:
+    """Set "a.b=VALUE ..." (VALUE as in YAML) in a configuration.
+
+    A batch of another size moves the schedule Eden by other hours, unless those are
+    given as well.
+
+    Raises:
+        PlanError: malformed words, or a value inside of what is no table.
+    """
+    given = set()
+    for word in shlex.split(value):
+        key, equals, text = word.partition("=")
+        if not (equals and key):
+            raise PlanError(
+                f"--config_override: {word!r} is not KEY=VALUE, as optim_conf.lr=0.01"
+            )
+        *parents, last = key.split(".")
+        table = config
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise PlanError(f"--config_override: {parent} of {key} is no table")
+        table[last] = yaml.safe_load(text)
+        given.add(key)
+    schedule = config.get("scheduler_conf") or {}
+    if (
+        given & {"batch_bins", "accum_grad"}
+        and "scheduler_conf.hours_per_batch" not in given
+        and schedule.get("hours_per_batch")
+    ):
+        samples = config["batch_bins"] * config.get("accum_grad", 1)
+        schedule["hours_per_batch"] = round(samples / 16000 / 3600, 6)
+        logging.info("scheduler_conf.hours_per_batch: %s", schedule["hours_per_batch"])
+
+
+def restrict(config: Config, names: list[str], where: Path) -> None:
+    """Leave only some teachers in the tables of a configuration."""
+    unknown = [name for name in names if name not in config["teachers"]]
+    if unknown:
+        raise PlanError(
+            f"{where}: its teachers are {', '.join(config['teachers'])}, not "
+            f"'{unknown[0]}'; name it so in --teachers, or add it to the tables "
+            "`teachers` and `loss_weights` of a configuration of your own"
+        )
+    config["teachers"] = {name: config["teachers"][name] for name in names}
+    weights = config.setdefault(
+        "loss_weights",  # the default of SpearTask
+        {"speech": {"speech": 1.0}, "audio": {"speech": 1.0, "audio": 0.1}},
+    )
+    for domain, table in weights.items():
+        weights[domain] = {k: v for k, v in table.items() if k in names}
+
+
+def domains_of(config: Config, teacher: str) -> list[str]:
+    """Domains in which a teacher's loss has a weight."""
+    weights = config["loss_weights"]
+    return [domain for domain, table in weights.items() if table.get(teacher, 0) > 0]
+
+
+def check_data(config: Config, utt2domain: Path) -> set[str]:
+    """Compare the domains of the data with those of the loss; returns the data's.
+
+    Raises:
+        PlanError: utterances whose domain has no loss, a teacher without data.
+    """
+    present = set(read_table(utt2domain, "utterance domain").values())
+    for domain in sorted(present):
+        if not any(v > 0 for v in config["loss_weights"].get(domain, {}).values()):
+            raise PlanError(
+                f"{utt2domain}: has utterances of domain '{domain}', for which the "
+                "training has no teacher; add one by --teachers, or leave this data out"
+            )
+    for teacher in config["teachers"]:
+        wanted = domains_of(config, teacher)
+        if not present & set(wanted):
+            raise PlanError(
+                f"teacher '{teacher}': its loss is for domain {', '.join(wanted)}, of "
+                f"which {utt2domain} has no utterance; leave it out by --teachers"
+            )
+    return present
+
+
+def take_over(config: Config, facts_of: Mapping[str, list[Path]]) -> None:
+    """Set frame rates and codebook sizes to those of the codes.
+
+    Args:
+        config: of the training.
+        facts_of: teacher -> JSON files that tell of its codes or embeddings; those
+            that are not there are passed over.
+
+    Raises:
+        PlanError: another number of codebooks than configured, or sets of codes that
+            disagree.
+    """
+    for teacher, paths in facts_of.items():
+        conf, origin = config["teachers"][teacher], None
+        for path in (p for p in paths if p.exists()):
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            for key in ("num_codebooks", "codebook_size", "frame_rate"):
+                if key not in facts or facts[key] == conf.get(key):
+                    continue
+                if key == "num_codebooks" or origin is not None:
+                    raise PlanError(
+                        f"{path}: {key} is {facts[key]}, but {conf.get(key)} in "
+                        f"{origin or 'the training configuration'}; correct teachers."
+                        f"{teacher}.{key} there (--config_override), or remove the "
+                        "quantizer and the codes of this teacher and make them again"
+                    )
+                logging.info(
+                    "teacher '%s': %s %s of %s instead of %s",
+                    *(teacher, key, facts[key], path, conf.get(key)),
+                )
+                conf[key] = facts[key]
+            if "num_codebooks" in facts:
+                origin = path
+
+
+def read_teacher(path: Path, check: bool) -> tuple[str, Config]:
+    """Read where a teacher's weights lie, and options of its quantizer's training.
+
+    Args:
+        path: of the YAML.
+        check: refuse, before anything is computed, what stage 4 could not read. (Takes
+            seconds, for torch.)
+
+    Returns:
+        the local file or folder of weights, if the YAML names one; the options.
+
+    Raises:
+        PlanError: no YAML there.
+        TeacherError: unknown teacher or option, weights that are not there.
+    """
+    if check:
+        from espnet2_spear.teachers import load_teacher_config, quantizer_options
+        from espnet2_spear.teachers.weights import find_weights
+
+        _, conf = load_teacher_config(path)
+        quantizer_options(path)
+        if isinstance(conf.get("weights"), str):
+            find_weights(conf["weights"])
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in Path("conf/teachers").glob("*.yaml")))
+        raise PlanError(f"{path}: no such teacher; conf/teachers has {known}")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    weights = (content.get("teacher_conf") or {}).get("weights")
+    if not isinstance(weights, str) or weights.startswith("package:"):
+        weights = ""
+    return weights, content.get("quantizer_conf") or {}
+
+
+def check_quantizer(path: Path, codebooks: int) -> None:
+    """Refuse a quantizer, made elsewhere or earlier, of another size.
+
+    Raises:
+        PlanError: it has another number of codebooks than the configuration.
+        QuantizerError: it is no quantizer.
+    """
+    from espnet2_spear.mvq.files import load_quantizer
+
+    found = load_quantizer(path).num_codebooks
+    if found != codebooks:
+        raise PlanError(
+            f"{path}: has {found} codebooks, the training configuration {codebooks}; "
+            "set teachers.<name>.num_codebooks by --config_override, or remove the file"
+        )
+
+
+def training_options(kind: str, codebooks: int, options: Config, iters: str) -> str:
+    """Options of mvq_train.
+
+    Args:
+        kind: of quantizer.
+        codebooks: as in the training configuration.
+        options: of the teacher's YAML.
+        iters: steps of each phase, if others than there.
+    """
+    options = {"num_codebooks": codebooks, **options}
+    if iters:
+        options |= {"iters_phase1": iters, "iters_phase2": iters}
+    words = [] if kind == "mvq" else ["--quantizer", kind]
+    for key, value in options.items():
+        if kind == "mvq" or key in ("num_codebooks", "standardize"):
+            words += [f"--{key}", str(value).lower()]
+    return " ".join(words)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line parser; run.sh --help explains the options."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--student", default="")
+    parser.add_argument("--train_config", default="")
+    parser.add_argument("--teachers", default="")
+    parser.add_argument("--quantizer", default="mvq")
+    parser.add_argument("--quantizer_iters", default="")
+    parser.add_argument("--config_override", default="")
+    parser.add_argument("--expdir", type=Path, required=True)
+    parser.add_argument("--dumpdir", type=Path, required=True)
+    parser.add_argument("--check_teachers", action="store_true", help="their files")
+    parser.add_argument("--check_quantizers", action="store_true", help="their sizes")
+    parser.add_argument("--write", type=Path, help="the configuration, completed")
+    return parser
+
+
+def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
+    """Return the completed configuration and the lines to print."""
+    if args.quantizer not in QUANTIZERS:
+        raise PlanError(
+            f"--quantizer {args.quantizer}: must be one of {', '.join(QUANTIZERS)}"
+        )
+    teachers = parse_teachers(args.teachers)
+    path = choose_config(args.train_config, args.student, list(teachers))
+    config = read_config(path)
+    if not teachers:
+        paper = str(config.get("student")) in ("base", "large", "xlarge")
+        teachers = {
+            name: file
+            for name, file in parse_teachers(
+                TEACHERS_OF_PAPER if paper else TEACHERS_OF_MINI
+            ).items()
+            if name in config["teachers"]
+        }
+        if set(teachers) != set(config["teachers"]):
+            raise PlanError(f"{path}: has teachers of other names: give --teachers")
+    tag = path.stem.removeprefix("train_")
+    if args.student and config.get("student") != args.student:
+        config["student"] = args.student
+        config.pop("student_conf", None)
+        tag += f"_{args.student}"
+    override(config, args.config_override)
+    restrict(config, list(teachers), path)
+    suffix = "" if args.quantizer == "mvq" else f"_{args.quantizer}"
+    if args.quantizer == "kmeans":
+        for conf in config["teachers"].values():
+            conf["num_codebooks"] = 1
+    utt2domain = args.dumpdir / "raw/train/utt2domain"
+    present = check_data(config, utt2domain) if utt2domain.exists() else None
+    if args.write is not None:  # all codes are there, or nothing but a dry run is
+        folder = args.dumpdir / f"codes{suffix}"
+        sets = ("train", "valid")
+        take_over(
+            config, {n: [folder / s / f"{n}.json" for s in sets] for n in teachers}
+        )
+    lines = [f"{path}|{tag}{suffix}"]
+    for name, file in teachers.items():
+        weights, options = read_teacher(file, args.check_teachers)
+        domains = [
+            d for d in domains_of(config, name) if present is None or d in present
+        ]
+        if not domains:
+            raise PlanError(f"{path}: teacher '{name}' has no weight in loss_weights")
+        # A quantizer is trained on the domain of its name, if there is one.
+        own = [name] if name in domains else domains
+        codebooks = config["teachers"][name]["num_codebooks"]
+        quantizer = args.expdir / f"teachers{suffix}/{name}/quantizer.pt"
+        made_here = quantizer.with_name("train.json").exists()
+        if args.check_quantizers and not made_here:
+            check_quantizer(quantizer, codebooks)
+        words = training_options(
+            args.quantizer, codebooks, options, args.quantizer_iters
+        )
+        fields = [name, file, ",".join(domains), ",".join(own), weights, words]
+        lines.append("|".join(map(str, fields)))
+    return config, lines
+
+
+def main(cmd: list[str] | None = None) -> None:
+    """Print the plan."""
+    args = get_parser().parse_args(cmd)
+    try:
+        config, lines = plan(args)
+    except ValueError as error:
+        raise SystemExit(f"ERROR (plan.py): {error}") from None
+    if args.write is not None:
+        args.write.parent.mkdir(parents=True, exist_ok=True)
+        text = f"# {lines[0].partition('|')[0]}, completed by run.sh\n"
+        text += yaml.safe_dump(config, sort_keys=False)
+        if not args.write.exists() or args.write.read_text(encoding="utf-8") != text:
+            args.write.write_text(text, encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="(plan.py) %(message)s")
+    main()

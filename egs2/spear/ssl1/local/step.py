@@ -1,0 +1,282 @@
+#!/usr/bin/env python3
+"""Run a command of the recipe, unless it was done before on the same inputs.
+
+    step.py --mark M --input A --output B [--runner "local/run_job.sh LOG"] -- COMMAND
+
+A mark remembers the command and the hashes of its inputs. The command is run again
+when one of them differs or an output is gone, and it is said which. Words of the
+command after a lone + (number of jobs, devices) do not count. With --dry_run true
+nothing is run: the command, its inputs and outputs and what would be done are printed.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+VERSION = 1
+
+
+# Files of a data directory.
+TABLES = ("wav.scp", "segments", "utt2spk", "utt2domain", "text", "utt2num_samples")
+TABLES += ("utt2peak_db", "skipped.txt")
+
+
+def digest_of(path: Path) -> str:
+    """Hash of what a file or a Kaldi data directory says.
+
+    Of any other folder the names and sizes of all files are hashed. YAML is hashed as
+    parsed, so that its comments do not count.
+    """
+    digest = hashlib.sha256()
+    if (path / "wav.scp").exists():
+        for name in TABLES:
+            if (path / name).exists():
+                digest.update(f"{name} {digest_of(path / name)}\n".encode())
+    elif path.is_dir():
+        for folder, folders, names in os.walk(path):
+            folders.sort()
+            for name in sorted(names):
+                file = os.path.join(folder, name)
+                line = f"{os.path.relpath(file, path)} {os.stat(file).st_size}\n"
+                digest.update(line.encode("utf-8", "surrogateescape"))
+    elif path.suffix == ".yaml":
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        digest.update(json.dumps(content, sort_keys=True, default=str).encode())
+    else:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def facts_of(path: Path, before: dict[str, Any]) -> dict[str, Any]:
+    """Hash, size and time of an input; a file as it was before is not read again."""
+    if not path.exists():
+        return {"sha256": None}
+    stat = path.stat()
+    facts = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    if path.is_file() and all(before.get(k) == v for k, v in facts.items()):
+        return before
+    return {"sha256": digest_of(path), **facts}
+
+
+class Step:
+    """A command with its inputs, outputs and mark.
+
+    Args:
+        mark: JSON file; absent if the command never ended well.
+        command: words that count.
+        uncounted: words that are added to them and do not count.
+        inputs: files or folders it reads.
+        outputs: files it has written when it is done.
+        adopt: outputs without a mark were made by the user, and are kept.
+    """
+
+    def __init__(
+        self,
+        mark: Path,
+        command: list[str],
+        uncounted: list[str],
+        inputs: list[Path],
+        outputs: list[Path],
+        adopt: bool = False,
+    ) -> None:
+        self.mark, self.command, self.uncounted = mark, command, uncounted
+        self.inputs, self.outputs, self.adopt = inputs, outputs, adopt
+        self.before: dict[str, Any] = {}
+        if mark.exists():
+            try:
+                self.before = json.loads(mark.read_text(encoding="utf-8"))
+            except ValueError:
+                self.before = {"version": "a damaged mark"}
+        known = self.before.get("inputs", {})
+        self.facts = {str(p): facts_of(p, known.get(str(p), {})) for p in inputs}
+
+    def state(self) -> tuple[bool, str]:
+        """Whether it has to be run, and why (not)."""
+        missing = [str(path) for path in self.outputs if not path.exists()]
+        if not self.before:
+            if self.adopt and not missing:
+                return False, "was not made by this recipe, and is used as it is"
+            return True, "not done yet"
+        if self.before.get("version") != VERSION:
+            return True, f"{self.mark} is of another version, or damaged"
+        if missing:
+            return True, f"{', '.join(missing)}: gone since"
+        changes = option_changes(self.before["command"], self.command)
+        known = self.before["inputs"]
+        changes += [f"{p} is no longer read" for p in known if p not in self.facts]
+        for path, facts in self.facts.items():
+            if path not in known:
+                changes.append(f"{path} is read as well")
+            elif known[path]["sha256"] != facts["sha256"]:
+                changes.append(f"{path} changed")
+        if changes:
+            return True, "; ".join(changes)
+        return False, f"done before ({self.before['finished']})"
+
+    def write_mark(self) -> None:
+        """Remember that it was done; the mark appears complete or not at all."""
+        content = {
+            "version": VERSION,
+            "command": self.command,
+            "inputs": self.facts,
+            "finished": datetime.datetime.now().isoformat(timespec="seconds"),
+        }
+        self.mark.parent.mkdir(parents=True, exist_ok=True)
+        part = self.mark.with_name(self.mark.name + ".part")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(self.mark)
+
+
+def option_changes(before: list[str], now: list[str]) -> list[str]:
+    """Say in words how two commands differ."""
+
+    def options(words: list[str]) -> dict[str, str]:
+        found: dict[str, list[str]] = {}
+        name = "command"
+        for word in words:
+            if word.startswith("--"):
+                name, _, word = word.partition("=")
+                found.setdefault(name, [])
+                if not word:
+                    continue
+            found.setdefault(name, []).append(word)
+        return {key: shlex.join(values) for key, values in found.items()}
+
+    if before == now:
+        return []
+    left, right = options(before), options(now)
+    changes = [
+        f"{key} was {left.get(key) or 'not given'}, is {right.get(key) or 'not given'}"
+        for key in {**left, **right}
+        if left.get(key) != right.get(key)
+    ]
+    return changes or ["its options are in another order"]
+
+
+def own_folders(values: list[str]) -> list[Path]:
+    """Folders in values of run.sh --speech_dirs and --audio_dirs."""
+    if not any(values):
+        return []
+    from data_folders import parse_folders
+
+    return [folder for value in values for _, folder in parse_folders(value)]
+
+
+def say(line: str) -> None:
+    """Print a line at once; several steps may be running."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def partition(words: list[str], mark: str) -> tuple[list[str], str, list[str]]:
+    """Divide words as str.partition does."""
+    at = words.index(mark) if mark in words else len(words)
+    return words[:at], mark, words[at + 1 :]
+
+
+def run(command: list[str]) -> int:
+    """Run a command; a termination signal is passed on to it."""
+    process = subprocess.Popen(command)
+
+    def stop(number: int, _: object) -> None:
+        process.send_signal(number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        status = process.wait()  # the terminal's Ctrl-C reached it as well
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 128 - status if status < 0 else status
+
+
+def show(step: Step, runner: list[str], why: str, todo: bool) -> None:
+    """Print a step that is not run."""
+    print(f"  $ {shlex.join([*step.command, *step.uncounted])}")
+    if runner:
+        print(f"      by      {shlex.join(runner)}")
+    for path in step.inputs:
+        print(f"      reads   {path}{'' if path.exists() else ' (not there yet)'}")
+    for path in step.outputs:
+        print(f"      writes  {path}")
+    print(f"      {'would run' if todo else 'would be skipped'}: {why}")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line parser."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mark", type=Path, required=True, help="file of the mark")
+    parser.add_argument("--input", type=Path, default=[], action="append")
+    parser.add_argument("--output", type=Path, default=[], action="append")
+    parser.add_argument(
+        "--input_dirs", default=[], action="append", help="as run.sh --speech_dirs"
+    )
+    parser.add_argument("--again", default="made again", help="said of a repetition")
+    parser.add_argument("--adopt", action="store_true", help="keep unmarked outputs")
+    parser.add_argument("--runner", default="", help="words before the command")
+    parser.add_argument("--dry_run", choices=["true", "false"], default="false")
+    parser.usage = "%(prog)s [options] -- command [+ words that do not count]"
+    return parser
+
+
+def main(cmd: list[str] | None = None) -> int:
+    """Return the command's exit status, 0 if it was skipped."""
+    words = sys.argv[1:] if cmd is None else cmd
+    own, _, command = partition(words, "--")
+    args = get_parser().parse_args(own)
+    if not command:
+        get_parser().error("no command after --")
+    command, _, uncounted = partition(command, "+")
+    inputs = [*args.input, *own_folders(args.input_dirs)]
+    step = Step(args.mark, command, uncounted, inputs, args.output, args.adopt)
+    todo, why = step.state()
+    runner = shlex.split(args.runner)
+    if args.dry_run == "true":
+        show(step, runner, why, todo)
+        return 0
+    what = ", ".join(map(str, args.output)) or str(args.mark)
+    if not todo:
+        say(f"{what}: {why}, with the same inputs and options: skipped")
+        return 0
+    if step.before:
+        say(f"{what}: {args.again}, because {why}")
+        args.mark.unlink()
+    missing = [str(path) for path in args.input if not path.exists()]
+    if missing:
+        print(
+            f"ERROR (step.py): {', '.join(missing)}: not there; run the stage that "
+            "writes it first (see --help)",
+            file=sys.stderr,
+        )
+        return 1
+    status = run([*runner, *command, *uncounted])
+    if status == 0:
+        gone = [str(path) for path in step.outputs if not path.exists()]
+        if gone:
+            print(
+                f"ERROR (step.py): the command ended well, but did not write "
+                f"{', '.join(gone)}: {shlex.join(command)}",
+                file=sys.stderr,
+            )
+            return 1
+        step.write_mark()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Every configuration of pre-training and of teachers that the repository carries."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from espnet2_spear.bin.spear_train import get_parser
+from espnet2_spear.bin.spear_train import main as train
+from espnet2_spear.mvq.training import MVQTrainingConfig
+from espnet2_spear.schedulers.eden import Eden
+from espnet2_spear.spear import espnet_model
+from espnet2_spear.spear.espnet_model import loss_weight_table
+from espnet2_spear.tasks.spear import SpearTask
+from espnet2_spear.teachers import load_teacher_config, quantizer_options
+from espnet2_spear.zipformer.config import NAMED_CONFIGS
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+RECIPE_CONF = CONF.parent / "egs2/spear/ssl1/conf"
+CONFIGS = sorted(CONF.glob("train_spear_*.yaml"))
+PUBLISHED = [p for p in CONFIGS if p.stem != "train_spear_mini"]
+TEACHERS = sorted((CONF / "teachers").glob("*.yaml"))
+# The published students at 50 Hz; a 25 Hz output adds 2 parameters.
+PARAMETERS = {"base": 93_289_489, "large": 326_951_472, "xlarge": 596_973_362}
+# Size and domains -> seconds of audio a GPU and step, lr_hours, steps (in thousands).
+PAPER = {
+    ("base", "speech"): (600, 30_000, 400),
+    ("large", "speech"): (400, 75_000, 500),
+    ("base", "audio"): (600, 20_000, 300),
+    ("base", "speech_audio"): (400, 25_000, 500),
+    ("large", "speech_audio"): (300, 75_000, 500),
+    ("xlarge", "speech_audio"): (300, 75_000, 600),
+}
+
+
+def name(path: Path) -> str:
+    return path.stem.removeprefix("train_spear_")
+
+
+def test_all_sizes_and_domains_are_there() -> None:
+    wanted = {f"{s}_{d}" for s in PARAMETERS for d in ("speech", "audio")}
+    wanted |= {f"{s}_speech_audio" for s in PARAMETERS} | {"mini"}
+    assert {name(path) for path in CONFIGS} == wanted
+    for path in CONFIGS:  # and the recipe sees them
+        assert (RECIPE_CONF / path.name).resolve() == path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_builds_in_full_on_the_meta_device(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_cpu(*args: object) -> torch.Tensor:
+        with torch.device("cpu"):  # it looks at its own values
+            return loss_weight_table(*args)
+
+    monkeypatch.setattr(espnet_model, "loss_weight_table", on_cpu)
+    args = get_parser().parse_args(["--config", str(path), "--output_dir", "unused"])
+    with torch.device("meta"):
+        model = SpearTask.build_model(args)
+    config = model.student.config
+    if args.student in PARAMETERS:
+        count = sum(p.numel() for p in model.student.parameters())
+        extra = 2 * (config.output_downsampling_factor - 1)
+        assert count == PARAMETERS[args.student] + extra
+    for teacher, conf in args.teachers.items():
+        frames = max(1, conf["frame_rate"] // config.frame_rate)
+        classes = conf["num_codebooks"] * frames * conf["codebook_size"]
+        assert model.heads[teacher].weight.shape == (
+            classes,
+            model.student.output_size(),
+        )
+    (optimizer,) = SpearTask.build_optimizers(args, model)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) > 100
+    if args.scheduler == "eden":
+        Eden(optimizer, **args.scheduler_conf)
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=name)
+def test_values_are_the_published_ones(path: Path) -> None:
+    conf = yaml.safe_load(path.read_text(encoding="utf-8"))
+    size, _, domains = name(path).partition("_")
+    assert conf["student"] == size and size in NAMED_CONFIGS
+    speech_only = domains == "speech"
+    assert set(conf["loss_weights"]) == set(domains.split("_"))
+    assert conf["student_conf"]["output_downsampling_factor"] == 2 - speech_only
+    masks = conf["masker_conf"]
+    expected = (0.5, 10, 0.25, 15) if speech_only else (0.65, 10, 0.25, 20)
+    keys = ("time_prob", "time_span", "channel_prob", "channel_span")
+    assert tuple(masks[key] for key in keys) == expected
+    if domains == "speech_audio":
+        assert conf["loss_weights"]["audio"] == {"speech": 1.0, "audio": 0.1}
+        assert conf["loss_weights"]["speech"] == {"speech": 1.0}
+    # The schedule's second axis is the audio in a batch.
+    hours = conf["batch_bins"] * conf["accum_grad"] / 16000 / 3600
+    assert conf["scheduler_conf"]["hours_per_batch"] == pytest.approx(hours, rel=1e-5)
+    if (size, domains) in PAPER:
+        seconds, lr_hours, thousands = PAPER[size, domains]
+        gpus = conf["batch_bins"] / 16000 / seconds
+        assert gpus == (16 if (size, domains) == ("large", "speech") else 8)
+        assert conf["scheduler_conf"]["lr_hours"] == lr_hours
+        steps = conf["max_epoch"] * conf["num_iters_per_epoch"]
+        assert steps == thousands * 1000
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=name)
+def test_says_where_its_numbers_come_from(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert re.search(r"Not run in this project", text)
+    cited = set(re.findall(r"\[([0-9.]+)(?:, [0-9.]+)*\]", text))
+    assert {"4.1", "5.1", "5.2", "5.4", "5.5", "5.6"} <= cited
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_passes_espnets_dry_run(path: Path, tmp_path: Path) -> None:
+    # As ESPnet's CI does it with its own; a small student saves time and memory, its
+    # frame rate stays, on which the heads depend.
+    conf = yaml.safe_load(path.read_text(encoding="utf-8"))
+    factor = conf.get("student_conf", {}).get("output_downsampling_factor", 1)
+    train(
+        cmd=["--config", str(path), "--iterator_type", "none", "--dry_run", "true"]
+        + ["--output_dir", str(tmp_path), "--student", "tiny"]
+        + ["--student_conf", f"{{output_downsampling_factor: {factor}}}"]
+    )
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+    assert written["optim"] == conf["optim"]
+    assert written["loss_weights"] == conf["loss_weights"]
+    assert written["student_conf"]["output_downsampling_factor"] == factor
+
+
+# --- Teachers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", TEACHERS, ids=lambda p: p.stem)
+def test_teacher_and_its_quantizer(path: Path) -> None:
+    load_teacher_config(path)
+    MVQTrainingConfig(**quantizer_options(path))
+
+
+def test_teachers_of_the_paper_have_its_quantizers() -> None:
+    for stem, standardize in (("wavlm_large", True), ("dasheng_1.2b", False)):
+        options = quantizer_options(CONF / "teachers" / f"{stem}.yaml")
+        assert options["standardize"] is standardize
+        assert options["iters_phase1"] == options["iters_phase2"] == 35_000
+        assert options["batch_frames"] == 1024
+    teachers = yaml.safe_load((CONF / "train_spear_base_speech_audio.yaml").read_text())
+    counts = {k: v["num_codebooks"] for k, v in teachers["teachers"].items()}
+    assert counts == {"speech": 16, "audio": 8}
+    layers = {p.stem: load_teacher_config(p)[1].get("layer") for p in TEACHERS}
+    assert layers["wavlm_large"] == layers["hubert_large"] == 21
+    assert layers["dasheng_1.2b"] == -1

@@ -1,0 +1,416 @@
+"""Running, skipping, locking and planning of the recipe's stages (ssl1/local)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from test_local_data import LOCAL, RECIPE, load, run_sh
+
+from espnet2_spear.mvq.quantizer import Quantizer
+
+plan = load("plan")
+step = load("step")
+CONF = RECIPE / "conf"
+
+
+# --- step.py --------------------------------------------------------------------------
+
+
+class Runner:
+    """Runs a step that counts its runs in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs = folder / "runs"
+        (folder / "in.txt").write_text("a")
+
+    def __call__(self, *options: str, command: tuple[str, ...] = ("--n", "1")) -> int:
+        script = f"echo run >>{self.runs}; touch {self.folder / 'out.txt'}"
+        return step.main(
+            ["--mark", str(self.folder / "mark.json")]
+            + ["--input", str(self.folder / "in.txt")]
+            + ["--output", str(self.folder / "out.txt"), *options]
+            + ["--", "bash", "-c", script, "x", *command]
+        )
+
+    def count(self) -> int:
+        return len(self.runs.read_text().splitlines()) if self.runs.exists() else 0
+
+
+def test_step_is_done_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    run = Runner(tmp_path)
+    assert run() == 0 and run() == 0 and run.count() == 1
+    assert "same inputs and options: skipped" in capfd.readouterr().out
+    # Words after + do not count.
+    assert run(command=("--n", "1", "+", "--nj", "9")) == 0 and run.count() == 1
+    assert run(command=("--n", "2")) == 0 and run.count() == 2
+    assert "made again, because --n was 1, is 2" in capfd.readouterr().out
+    (tmp_path / "in.txt").write_text("b")
+    assert run("--again", "goes on", command=("--n", "2")) == 0 and run.count() == 3
+    out = capfd.readouterr().out
+    assert "goes on, because" in out and "in.txt changed" in out
+    (tmp_path / "in.txt").write_text("b")  # touched only
+    assert run(command=("--n", "2")) == 0 and run.count() == 3
+    (tmp_path / "out.txt").unlink()
+    assert run(command=("--n", "2")) == 0 and run.count() == 4
+    assert "out.txt: gone since" in capfd.readouterr().out
+
+
+def test_failed_step_is_not_marked(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    mark = ["--mark", str(tmp_path / "m.json")]
+    assert step.main([*mark, "--", "bash", "-c", "exit 3"]) == 3
+    assert step.main([*mark, "--", "bash", "-c", "kill -TERM $$"]) == 143
+    absent = ["--output", str(tmp_path / "absent")]
+    assert step.main([*mark, *absent, "--", "true"]) == 1
+    assert "did not write" in capfd.readouterr().err
+    assert step.main([*mark, "--input", str(tmp_path / "none"), "--", "true"]) == 1
+    assert "none: not there; run the stage that writes it" in capfd.readouterr().err
+    assert not (tmp_path / "m.json").exists()
+    # A repetition that fails does not leave the old mark either.
+    run = Runner(tmp_path)
+    assert run() == 0
+    (tmp_path / "in.txt").unlink()
+    assert run() == 1 and not (tmp_path / "mark.json").exists()
+
+
+def test_step_dry_run_changes_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    run = Runner(tmp_path)
+    dry = ("--dry_run", "true", "--runner", "local/run_job.sh x.log")
+    assert run(*dry, command=("two words", "+", "--nj", "2")) == 0
+    out = capfd.readouterr().out
+    assert run.count() == 0 and not (tmp_path / "mark.json").exists()
+    for part in ("'two words' --nj 2", "by      local/run_job.sh x.log", "would run"):
+        assert part in out
+    assert f"reads   {tmp_path}/in.txt\n" in out
+    run()
+    run(*dry)
+    assert "would be skipped: done before" in capfd.readouterr().out
+    assert run.count() == 1
+
+
+def test_step_adopts_what_the_user_made(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    run = Runner(tmp_path)
+    (tmp_path / "out.txt").write_text("mine")
+    assert run("--adopt") == 0 and run.count() == 0
+    assert "is used as it is" in capfd.readouterr().out
+    assert run() == 0 and run.count() == 1
+
+
+def test_what_an_input_is_compared_by(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("a: 1  # one\n")
+    before = step.digest_of(config)
+    config.write_text("# a comment\na: 1\n")
+    assert step.digest_of(config) == before
+    config.write_text("a: 2\n")
+    assert step.digest_of(config) != before
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep/x.wav").write_text("abc")
+    before = step.digest_of(folder)
+    (folder / "deep/y.wav").write_text("")
+    assert step.digest_of(folder) != before
+    # Of a data directory the contents of the tables count, and nothing else does.
+    (folder / "wav.scp").write_text("u 1.wav\n")
+    before = step.digest_of(folder)
+    (folder / "deep/z.wav").write_text("")
+    assert step.digest_of(folder) == before
+    (folder / "wav.scp").write_text("u 2.wav\n")
+    assert step.digest_of(folder) != before
+
+
+def test_damaged_mark_is_no_mark(tmp_path: Path) -> None:
+    run = Runner(tmp_path)
+    run()
+    (tmp_path / "mark.json").write_text("{")
+    assert run() == 0 and run.count() == 2
+
+
+# --- plan.py --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(RECIPE)
+
+    def run(**options: str) -> tuple[dict, list[list[str]]]:
+        words = ["--expdir", str(tmp_path / "exp"), "--dumpdir", str(tmp_path / "dump")]
+        for key, value in options.items():
+            flag = key.startswith("check_")
+            words += [f"--{key}"] if flag else [f"--{key}", value]
+        config, lines = plan.plan(plan.get_parser().parse_args(words))
+        return config, [line.split("|") for line in lines]
+
+    return run
+
+
+def test_plan_of_the_default(planned) -> None:
+    config, lines = planned()
+    assert lines[0] == ["conf/train_spear_mini.yaml", "spear_mini"]
+    counts = {k: v["num_codebooks"] for k, v in config["teachers"].items()}
+    assert [line[:4] for line in lines[1:]] == [
+        ["speech", "conf/teachers/whisper_tiny_en.yaml", "speech,audio", "speech"],
+        ["audio", "conf/teachers/yamnet.yaml", "audio", "audio"],
+    ]
+    for name, _, _, _, _, options in lines[1:]:
+        assert options.startswith(f"--num_codebooks {counts[name]} --iters_phase1 1000")
+
+
+@pytest.mark.parametrize(
+    ("student", "teachers", "stem"),
+    [
+        ("base", "", "base_speech_audio"),
+        ("large", "speech=wavlm_large", "large_speech"),
+        ("xlarge", "audio=dasheng_1.2b", "xlarge_audio"),
+    ],
+)
+def test_plan_of_the_paper(planned, student: str, teachers: str, stem: str) -> None:
+    config, lines = planned(student=student, teachers=teachers)
+    assert lines[0] == [f"conf/train_spear_{stem}.yaml", f"spear_{stem}"]
+    options = {line[0]: line[5] for line in lines[1:]}
+    if "speech" in options:
+        assert "--num_codebooks 16 --standardize true" in options["speech"]
+        assert "--iters_phase1 35000 --iters_phase2 35000" in options["speech"]
+    if "audio" in options:
+        assert "--num_codebooks 8 --standardize false" in options["audio"]
+    assert set(config["teachers"]) == set(options)
+
+
+def test_plan_leaves_out_a_teacher(planned) -> None:
+    config, lines = planned(teachers="speech=conf/teachers/hubert_large.yaml")
+    assert set(config["teachers"]) == {"speech"}
+    assert config["loss_weights"] == {
+        "speech": {"speech": 1.0},
+        "audio": {"speech": 1.0},
+    }
+    assert lines[1][1:3] == ["conf/teachers/hubert_large.yaml", "speech,audio"]
+    # Their weights are an input of stages 4 and 5; those of a package are not named.
+    assert lines[1][4] == "downloads/hubert-large-ll60k"
+    _, lines = planned(check_teachers="")
+    assert [line[4] for line in lines[1:]] == ["", ""]
+
+
+def test_plan_of_other_quantizers(planned) -> None:
+    config, lines = planned(student="base", quantizer="kmeans", quantizer_iters="5")
+    assert lines[0][1] == "spear_base_speech_audio_kmeans"
+    assert lines[1][5] == "--quantizer kmeans --num_codebooks 1 --standardize true"
+    assert {v["num_codebooks"] for v in config["teachers"].values()} == {1}
+    _, lines = planned(quantizer="rvq")
+    assert lines[1][5] == "--quantizer rvq --num_codebooks 8"
+
+
+def test_plan_overrides(planned) -> None:
+    config, _ = planned(
+        student="base",
+        config_override="optim_conf.lr=0.01 batch_bins=16000000 accum_grad=2 "
+        "'masker_conf.time_prob=0.5' optim=adamw model_conf.normalize=frames "
+        "teachers.audio.num_codebooks=4",
+    )
+    assert config["optim_conf"] == {
+        "lr": 0.01,
+        "betas": [0.9, 0.98],
+        "clipping_scale": 2.0,
+    }
+    # 1000 s, twice a step
+    hours = config["scheduler_conf"]["hours_per_batch"]
+    assert hours == pytest.approx(2000 / 3600, rel=1e-4)
+    assert config["teachers"]["audio"]["num_codebooks"] == 4
+
+
+def test_plan_of_another_student_in_a_configuration(planned) -> None:
+    config, lines = planned(student="tiny", train_config="conf/train_spear_mini.yaml")
+    assert config["student"] == "tiny" and lines[0][1] == "spear_mini_tiny"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"student": "huge"},
+            "no such training configuration; there are train_spear_b",
+        ),
+        ({"teachers": "wavlm_large"}, "'wavlm_large' is not NAME=YAML"),
+        ({"teachers": "speech=a speech=b"}, "'speech' is there twice"),
+        ({"teachers": "music=yamnet"}, "not 'music'; name it so in --teachers"),
+        ({"quantizer": "mvp"}, "must be one of mvq, kmeans, rvq, random"),
+        ({"config_override": "lr"}, "'lr' is not KEY=VALUE"),
+        ({"config_override": "optim.lr=1"}, "optim of optim.lr is no table"),
+        (
+            {"config_override": "loss_weights.audio.audio=0"},
+            "teacher 'audio' has no weight in loss_weights",
+        ),
+        (
+            {"teachers": "speech=wavlm_large", "check_teachers": ""},
+            "name the teacher's weights",
+        ),
+        (
+            {"teachers": "speech=none.yaml", "check_teachers": ""},
+            "none.yaml: cannot be",
+        ),
+    ],
+)
+def test_plan_refuses(planned, options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(**options)
+
+
+def test_plan_compares_data_and_loss(planned, tmp_path: Path) -> None:
+    raw = tmp_path / "dump/raw/train"
+    raw.mkdir(parents=True)
+    (raw / "utt2domain").write_text("a speech\nb speech\n")
+    with pytest.raises(ValueError, match="teacher 'audio'.*leave it out"):
+        planned()
+    _, lines = planned(teachers="speech=whisper_tiny_en")
+    assert lines[1][2] == "speech"  # no domain that the data do not have
+    (raw / "utt2domain").write_text("a speech\nb audio\n")
+    with pytest.raises(ValueError, match="domain 'audio', for which the training has"):
+        planned(student="base", teachers="speech=wavlm_large")
+
+
+def test_training_takes_over_what_the_codes_are(planned, tmp_path: Path) -> None:
+    def write(set_name: str, **facts: float) -> None:
+        path = tmp_path / "dump/codes" / set_name / "speech.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts))
+
+    options = {"teachers": "speech=whisper_tiny_en", "write": str(tmp_path / "t.yaml")}
+    write("train", num_codebooks=8, codebook_size=256, frame_rate=25.0)
+    config, _ = planned(**options)
+    assert config["teachers"]["speech"]["frame_rate"] == 25.0
+    write("valid", num_codebooks=8, codebook_size=256, frame_rate=50.0)
+    with pytest.raises(
+        ValueError, match="valid/speech.json: frame_rate is 50.0, but 25"
+    ):
+        planned(**options)
+    write("valid", num_codebooks=4, codebook_size=256, frame_rate=25.0)
+    with pytest.raises(ValueError, match="num_codebooks is 4, but 8 in .*train/speech"):
+        planned(**options)
+    write("train", num_codebooks=4)
+    with pytest.raises(ValueError, match="but 8 in the training configuration"):
+        planned(**options)
+
+
+def test_quantizer_of_another_size_is_refused(planned, tmp_path: Path) -> None:
+    path = tmp_path / "exp/teachers/speech/quantizer.pt"
+    path.parent.mkdir(parents=True)
+    options = {"teachers": "speech=whisper_tiny_en", "check_quantizers": ""}
+    Quantizer(4, 256, 8).save(path)
+    planned(**options)
+    Quantizer(4, 256, 16).save(path)
+    with pytest.raises(
+        ValueError, match="has 16 codebooks, the training configuration 8"
+    ):
+        planned(**options)
+
+
+def test_plan_writes_a_configuration(planned, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "exp/t/train.yaml"
+    words = ["--expdir", str(tmp_path), "--dumpdir", str(tmp_path), "--student", "base"]
+    plan.main([*words, "--config_override", "max_epoch=3", "--write", str(path)])
+    written = yaml.safe_load(path.read_text())
+    source = yaml.safe_load((CONF / "train_spear_base_speech_audio.yaml").read_text())
+    assert written == {**source, "max_epoch": 3}
+    with pytest.raises(SystemExit, match="ERROR .plan.py.: --quantizer x"):
+        plan.main([*words, "--quantizer", "x"])
+
+
+# --- run.sh ---------------------------------------------------------------------------
+
+
+def test_dry_run_lists_all_stages_and_writes_nothing(tmp_path: Path) -> None:
+    folders = [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
+    result = run_sh(
+        *("--dry_run", "true", "--ngpu", "8", "--num_nodes", "2", *folders),
+        *("--student", "base", "--config-override", "max_epoch=2"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    for number in range(1, 10):
+        assert f"Stage {number}: " in result.stdout
+    for part in (
+        "--num_codebooks 16 --standardize true --iters_phase1 35000",
+        "--gpu 8 --num_threads",
+        "--num_nodes 2",
+        "--dist_launcher slurm --dist_init_method file://",
+        "codes/train/audio.scp,codes_audio,kaldi_ark",
+        f"writes  {tmp_path}/exp/spear_base_speech_audio/valid.loss.best.pth",
+    ):
+        assert part in result.stdout, part
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    lock = tmp_path / "data/.lock"
+    lock.write_text("elsewhere, process 1\n")
+    holder = subprocess.Popen(
+        ["flock", lock, sys.executable, "-c", "print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        holder.stdout.readline()  # it has the lock
+        options = ["--stop_stage", "1", "--datadir", str(tmp_path / "data")]
+        result = run_sh(*options, cwd=tmp_path)
+    finally:
+        holder.communicate(b"\n")
+    assert result.returncode == 1
+    assert "another run works in" in result.stdout
+    assert "(elsewhere, process 1)" in result.stdout
+
+
+def test_more_machines_need_slurm(tmp_path: Path) -> None:
+    command = [LOCAL / "run_job.sh", "--num_nodes", "2", "a.log", "true"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "cmd_backend=slurm" in result.stderr
+
+
+def test_slurm_starts_the_command_on_every_node(tmp_path: Path) -> None:
+    for name, script in (
+        ("sbatch", f'printf "%s\\n" "$@" >{tmp_path}/args\nbash "${{@: -1}}"\n'),
+        ("srun", 'echo "srun $*"\n'),
+    ):
+        (tmp_path / name).write_text(
+            f"#!/bin/bash\nexport SLURM_ARRAY_TASK_ID=1\n{script}"
+        )
+        (tmp_path / name).chmod(0o755)
+    result = subprocess.run(
+        [LOCAL / "slurm_job.sh", "--gpu", "8", "--num_nodes", "3"]
+        + [tmp_path / "train.log", "echo", "a b"],
+        cwd=RECIPE,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    args = (tmp_path / "args").read_text().splitlines()
+    assert {"--nodes=3", "--ntasks-per-node=1", "--gres=gpu:8"} <= set(args)
+    assert (tmp_path / "train.log").read_text().endswith("srun --export=ALL echo a b\n")
+
+
+def test_termination_reaches_the_command(tmp_path: Path) -> None:
+    script = (
+        f"trap 'echo got it >{tmp_path}/out; exit 9' TERM; echo up; sleep 60 & wait"
+    )
+    process = subprocess.Popen(
+        [LOCAL / "step.py", "--mark", tmp_path / "m", "--", "bash", "-c", script],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == b"up\n"
+    process.terminate()
+    assert process.wait(timeout=20) == 9
+    assert (tmp_path / "out").read_text() == "got it\n"
+    assert not (tmp_path / "m").exists()
+    os.killpg(process.pid, signal.SIGKILL)  # the sleep
