@@ -64,6 +64,7 @@ def test_builds_in_full_on_the_meta_device(
         count = sum(p.numel() for p in model.student.parameters())
         extra = 2 * (config.output_downsampling_factor - 1)
         assert count == PARAMETERS[args.student] + extra
+        assert config.regularize and config.regularize_batch_seconds == 600
     for teacher, conf in args.teachers.items():
         frames = max(1, conf["frame_rate"] // config.frame_rate)
         classes = conf["num_codebooks"] * frames * conf["codebook_size"]

@@ -284,3 +284,47 @@ def test_recipe_lists_what_it_would_do(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     result = subprocess.run([CLS / "run.sh"], capture_output=True, text=True)
     assert result.returncode == 2 and "--ckpt is needed" in result.stdout
+
+
+def test_recipe_on_own_clips(tmp_path: Path) -> None:
+    """Stages 2 to 4: tones against noise, which anything tells apart."""
+    rng = np.random.default_rng(0)
+    clips, labels = DataDir(wav_scp={}, utt2spk={}), {}
+    for index in range(30):
+        utt, label = f"u{index:02d}", "tone" if index % 2 else "noise"
+        wave = 0.1 * rng.standard_normal(8000)
+        if label == "tone":
+            wave = 0.3 * np.sin(np.arange(8000) * (0.1 + 0.01 * index))
+        soundfile.write(tmp_path / f"{utt}.wav", wave, 16000)
+        clips.wav_scp[utt] = str(tmp_path / f"{utt}.wav")
+        clips.utt2spk[utt] = utt
+        clips.utt2domain[utt] = "audio"
+        labels[utt] = label
+    clips.write(tmp_path / "toy")
+    lines = [f"{utt} {label}\n" for utt, label in labels.items()]
+    (tmp_path / "toy/labels").write_text("".join(lines))
+    model = SpearEncoder(ZipformerConfig.from_name("tiny"))
+    state = {f"student.{k}": v for k, v in model.state_dict().items()}
+    (tmp_path / "ckpt").mkdir()
+    torch.save(state, tmp_path / "ckpt/m.pth")
+    config = {"student": "tiny", "student_conf": model.config.to_dict()}
+    (tmp_path / "ckpt/config.yaml").write_text(yaml.safe_dump(config))
+    result = subprocess.run(
+        [CLS / "run.sh", "--data_dir", tmp_path / "toy", "--seeds", "0", "--nj", "1"]
+        + ["--ckpt", tmp_path / "ckpt/m.pth", "--teachers", "", "--tag", "t"]
+        + ["--dumpdir", tmp_path / "dump", "--expdir", tmp_path / "exp"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    scores = json.loads((tmp_path / "exp/t/RESULTS.json").read_text())
+    assert list(scores) == [
+        "log-mel",
+        "student, random weights",
+        "student, pre-trained",
+    ]
+    assert scores["log-mel"][0]["accuracy"] == 100
+    assert (
+        "30 clips; majority 50.0 %: noise 15, tone 15"
+        in (tmp_path / "exp/t/RESULTS.md").read_text()
+    )

@@ -1,5 +1,6 @@
 """Running, skipping, locking and planning of the recipe's stages (ssl1/local)."""
 
+import contextlib
 import json
 import os
 import signal
@@ -72,12 +73,25 @@ def test_failed_step_is_not_marked(
     assert "did not write" in capfd.readouterr().err
     assert step.main([*mark, "--input", str(tmp_path / "none"), "--", "true"]) == 1
     assert "none: not there; run the stage that writes it" in capfd.readouterr().err
-    assert not (tmp_path / "m.json").exists()
-    # A repetition that fails does not leave the old mark either.
+    # None of these counts as done.
+    assert step.main([*mark, "--", "true"]) == 0
+    assert "made again, because an earlier run of it" in capfd.readouterr().out
+    assert step.main([*mark, "--", "true"]) == 0
+    assert "skipped" in capfd.readouterr().out
+
+
+def test_interrupted_repetition_does_not_leave_the_old_outputs(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     run = Runner(tmp_path)
-    assert run() == 0
-    (tmp_path / "in.txt").unlink()
-    assert run() == 1 and not (tmp_path / "mark.json").exists()
+    assert run("--adopt") == 0
+    out = tmp_path / "out.txt"
+    options = ["--adopt", "--mark", str(tmp_path / "mark.json"), "--output", str(out)]
+    assert step.main([*options, "--", "bash", "-c", "kill -KILL $$"]) == 137
+    assert out.exists()  # of before
+    capfd.readouterr()
+    assert run("--adopt") == 0 and run.count() == 2
+    assert "an earlier run of it did not finish" in capfd.readouterr().out
 
 
 def test_step_dry_run_changes_nothing(
@@ -412,5 +426,6 @@ def test_termination_reaches_the_command(tmp_path: Path) -> None:
     process.terminate()
     assert process.wait(timeout=20) == 9
     assert (tmp_path / "out").read_text() == "got it\n"
-    assert not (tmp_path / "m").exists()
-    os.killpg(process.pid, signal.SIGKILL)  # the sleep
+    assert json.loads((tmp_path / "m").read_text()) == {"pending": True}
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # the sleep, if it was started

@@ -199,7 +199,7 @@ fi
 
 if wanted 2 || wanted 3; then
     sets="train valid"
-    if [ -e "${datadir}/.done.json" ] && [ -e "${datadir}/sets" ]; then
+    if grep -qs '"finished"' "${datadir}/.done.json" && [ -e "${datadir}/sets" ]; then
         sets=$(<"${datadir}/sets")
     elif [ "${dry_run}" = false ]; then
         log "ERROR: ${datadir} has not been prepared; run stage 1 first"

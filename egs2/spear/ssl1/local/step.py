@@ -99,7 +99,7 @@ class Step:
                 self.before = json.loads(mark.read_text(encoding="utf-8"))
             except ValueError:
                 self.before = {"version": "a damaged mark"}
-        known = self.before.get("inputs", {})
+        known = self.before.get("inputs", {})  # none of a pending mark
         self.facts = {str(p): facts_of(p, known.get(str(p), {})) for p in inputs}
 
     def state(self) -> tuple[bool, str]:
@@ -109,6 +109,8 @@ class Step:
             if self.adopt and not missing:
                 return False, "was not made by this recipe, and is used as it is"
             return True, "not done yet"
+        if self.before.get("pending"):
+            return True, "an earlier run of it did not finish"
         if self.before.get("version") != VERSION:
             return True, f"{self.mark} is of another version, or damaged"
         if missing:
@@ -125,14 +127,21 @@ class Step:
             return True, "; ".join(changes)
         return False, f"done before ({self.before['finished']})"
 
-    def write_mark(self) -> None:
-        """Remember that it was done; the mark appears complete or not at all."""
+    def write_mark(self, pending: bool = False) -> None:
+        """Remember that it was done; the mark appears complete or not at all.
+
+        Args:
+            pending: it is about to be run. What an interrupted run leaves (or what is
+                there from before) is not taken for its outputs.
+        """
         content = {
             "version": VERSION,
             "command": self.command,
             "inputs": self.facts,
             "finished": datetime.datetime.now().isoformat(timespec="seconds"),
         }
+        if pending:
+            content = {"pending": True}
         self.mark.parent.mkdir(parents=True, exist_ok=True)
         part = self.mark.with_name(self.mark.name + ".part")
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -255,7 +264,6 @@ def main(cmd: list[str] | None = None) -> int:
         return 0
     if step.before:
         say(f"{what}: {args.again}, because {why}")
-        args.mark.unlink()
     missing = [str(path) for path in args.input if not path.exists()]
     if missing:
         print(
@@ -264,6 +272,7 @@ def main(cmd: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    step.write_mark(pending=True)
     status = run([*runner, *command, *uncounted])
     if status == 0:
         gone = [str(path) for path in step.outputs if not path.exists()]
