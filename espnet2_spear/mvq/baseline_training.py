@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
@@ -122,8 +121,13 @@ def _cluster_residuals(
 
     first = data.train_sample(INIT_FRAMES * config.codebook_size, config.seed)
     for n in range(config.num_codebooks):
+        # Residuals have heavy tails: scikit-learn's default, to move centres of few
+        # members to random frames, spends most of them on outliers.
         kmeans = MiniBatchKMeans(
-            config.codebook_size, random_state=config.seed + n, n_init=1
+            config.codebook_size,
+            n_init=1,
+            reassignment_ratio=0.0,
+            random_state=config.seed + n,
         )
         kmeans.partial_fit(residual(first, n).cpu().numpy())
         for step in range(config.iters):
@@ -146,15 +150,18 @@ def _fit_centers(
     """Least squares: sums of the codes' centres near the frames."""
     size, entries = quantizer.codebook_size, quantizer.centers.flatten(0, 1)
     first = torch.arange(quantizer.num_codebooks, device=entries.device) * size
-    counts = entries.new_zeros(len(entries), len(entries), dtype=torch.float64)
+    counts = entries.new_zeros(len(entries) ** 2, dtype=torch.float64)
     sums = entries.new_zeros(entries.shape, dtype=torch.float64)
     for step in range(config.iters):
         batch = data.train_batch(config.batch_frames, config.seed, step)
         batch = batch.to(entries.device)
         rows = quantizer.encode(batch) + first
-        used = F.one_hot(rows, len(entries)).sum(dim=1).float()
-        counts += used.T @ used
-        sums += used.T @ quantizer.standardise(batch)
+        pairs = rows.unsqueeze(2) * len(entries) + rows.unsqueeze(1)
+        counts += torch.bincount(pairs.flatten(), minlength=len(counts))
+        x = quantizer.standardise(batch).double()
+        for row in rows.T:
+            sums.index_add_(0, row, x)
+    counts = counts.view(len(entries), -1)
     counts.diagonal().add_(RIDGE)
     fitted = torch.linalg.solve(counts, sums).float()
     quantizer.centers.copy_(fitted.view_as(quantizer.centers))

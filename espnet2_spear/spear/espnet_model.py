@@ -216,7 +216,8 @@ def loss_weight_table(
     Raises:
         ValueError: unknown names, negative weights, or a teacher nobody uses.
     """
-    table = torch.zeros(len(domains), len(teachers))
+    # On the CPU even where models are built on the meta device: it is looked at.
+    table = torch.zeros(len(domains), len(teachers), device="cpu")
     for domain, row in loss_weights.items():
         if domain not in domains:
             raise ValueError(f"loss_weights: unknown domain '{domain}' of {domains}")
