@@ -80,13 +80,19 @@ def _find(path: Path) -> tuple[Path, Path]:
 
 def read_config(path: Path) -> ZipformerConfig:
     """Read a released ``config.json`` or the ``config.yaml`` of a SpearTask run."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        conf = {k: v for k, v in json.loads(text).items() if k not in _HF_ONLY}
+    released = path.suffix == ".json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        conf = json.loads(text) if released else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); copy the file again"
+        ) from error
+    if not isinstance(conf, dict) or not (released or "student_conf" in conf):
+        raise CheckpointError(f"{path}: not the configuration of a SPEAR model")
+    if released:
+        conf = {k: v for k, v in conf.items() if k not in _HF_ONLY}
     else:
-        conf = yaml.safe_load(text)
-        if "student_conf" not in conf:
-            raise CheckpointError(f"{path}: not the configuration of a SPEAR model")
         conf = {"name": conf["student"], **conf["student_conf"]}
     try:
         return ZipformerConfig.from_dict(conf)
@@ -106,6 +112,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: cannot be read as tensors ({error}); copy the file again"
         ) from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{path}: holds a {type(state).__name__}, not named tensors; this is not a "
+            "SPEAR checkpoint"
+        )
     if isinstance(state.get("model"), Mapping):  # an ESPnet checkpoint.pth
         state = state["model"]
     return state

@@ -1,0 +1,31 @@
+"""Damaged checkpoints give a CheckpointError that names the file."""
+
+import pytest
+import torch
+
+from espnet2_spear.hub.load import CheckpointError, load_model, read_tensors
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("config.json", "{"),
+        ("config.json", "[1]"),
+        ("config.yaml", ""),
+        ("config.yaml", "a: [1"),
+        ("config.yaml", "teachers: {}"),
+    ],
+)
+def test_malformed_configuration(tmp_path, name, text):
+    weights = "model.safetensors" if name == "config.json" else "valid.loss.best.pth"
+    (tmp_path / weights).write_bytes(b"")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3)])
+def test_file_without_named_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x\.pth: holds a (list|Tensor)"):
+        read_tensors(tmp_path / "x.pth")
