@@ -10,6 +10,7 @@ import soundfile
 
 from espnet2_spear.fileio.audio import (
     AudioError,
+    Span,
     audio_info,
     read_audio,
     read_pieces,
@@ -64,7 +65,7 @@ def test_pieces_equal_slices_of_the_whole(tmp_path: Path, suffix: str) -> None:
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, 48000)
     write_g722(path, noise) if suffix == "g722" else soundfile.write(path, noise, 16000)
     whole, _ = read_audio(path)
-    pieces = list(read_pieces(path, [(0.5, 1.0), (None, 0.25), (2.0, None)]))
+    pieces = list(read_pieces(path, [Span(0.5, 1.0), Span(None, 0.25), Span(2.0)]))
     expected = [whole[8000:16000], whole[:4000], whole[32000:]]
     for (piece, info), part in zip(pieces, expected, strict=True):
         np.testing.assert_array_equal(piece, part)
@@ -77,6 +78,17 @@ def test_stereo_is_mixed_by_mean(tmp_path: Path) -> None:
     soundfile.write(path, np.stack([left, -0.5 * left], axis=1), 16000, "FLOAT")
     samples, _ = read_audio(path)
     np.testing.assert_allclose(samples, 0.25 * left, atol=1e-6)
+
+
+def test_one_channel(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    left = tone()
+    soundfile.write(path, np.stack([left, -0.5 * left], axis=1), 16000, "FLOAT")
+    spans = [Span(0.5, 1.0, channel=1), Span(channel=2), Span(channel=0)]
+    second, none, first = (piece for piece, _ in read_pieces(path, spans))
+    np.testing.assert_allclose(second, -0.5 * left[8000:16000], atol=1e-6)
+    np.testing.assert_allclose(first, left, atol=1e-6)
+    assert none.reason == "no_channel" and "channel 2 (from 0)" in str(none)
 
 
 def test_16_bit_audio_survives_bit_by_bit(tmp_path: Path) -> None:
@@ -118,7 +130,9 @@ def test_segment_end_may_exceed_the_recording_only_slightly(tmp_path: Path) -> N
 def test_a_bad_segment_does_not_stop_the_others(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     soundfile.write(path, tone(), 16000)
-    first, second = (piece for piece, _ in read_pieces(path, [(3, 4), (0, 0.5)]))
+    first, second = (
+        piece for piece, _ in read_pieces(path, [Span(3, 4), Span(0, 0.5)])
+    )
     assert isinstance(first, AudioError)
     assert len(second) == 8000
 

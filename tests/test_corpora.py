@@ -1,17 +1,26 @@
 """Corpora of the recipe (ssl1/local/data_*.py), on miniatures of their layouts."""
 
-import csv
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import yaml
+from corpus_miniatures import (
+    MINIATURES,
+    Miniature,
+    audio,
+    esc50,
+    gigaspeech,
+    librispeech,
+    musan,
+    voxceleb1,
+)
 from test_local_data import LOCAL, RECIPE, load, run_sh
 
+from espnet2_spear.bin.spear_format import recordings_of
+from espnet2_spear.fileio.audio import read_pieces
 from espnet2_spear.fileio.datadir import DataDir, DataDirError
 
 corpus = load("corpus")
@@ -26,187 +35,7 @@ CORPORA = {name: module.CORPUS for name, module in modules.items()}
 DATA_LISTS = sorted((RECIPE.parents[2] / "conf/data").glob("*.yaml"))
 
 
-def audio(root: Path, *names: str, seconds: float = 0.7, rate: int = 8000) -> None:
-    for number, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        noise = np.random.default_rng(number).uniform(-0.3, 0.3, round(seconds * rate))
-        if path.suffix == ".opus":
-            soundfile.write(path, noise, rate, format="OGG", subtype="OPUS")
-        else:
-            soundfile.write(path, noise, rate)
-
-
-def table(path: Path, rows: Sequence[Sequence[object]], **options: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        csv.writer(file, **options).writerows(rows)
-
-
-# Each miniature returns: part -> (utterances, labels of the first, text of the first).
-Miniature = dict[str, tuple[list[str], str, str]]
-
-
-def librispeech(root: Path) -> Miniature:
-    for name in ("train-clean-100/19/198/19-198", "dev-clean/84/121/84-121"):
-        audio(root, *(f"{name}-000{i}.flac" for i in range(2)))
-        stem = Path(name).name
-        lines = [f"{stem}-0000 NORTHANGER ABBEY", f"{stem}-0001 IT'S"]
-        (root / f"{name}.trans.txt").write_text("\n".join(lines) + "\n")
-    return {
-        "train-clean-100": (
-            ["librispeech-19-198-0000", "librispeech-19-198-0001"],
-            "",
-            "NORTHANGER ABBEY",
-        ),
-        "dev-clean": (
-            ["librispeech-84-121-0000", "librispeech-84-121-0001"],
-            "",
-            "NORTHANGER ABBEY",
-        ),
-    }
-
-
-def audioset(root: Path) -> Miniature:
-    head = "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=3\n"
-    head += "# YTID, start_seconds, end_seconds, positive_labels\n"
-    lines = '-0RWZT-miFs, 420.000, 430.000, "/m/03v3yw,/m/0k4j"\n'
-    lines += (
-        '-0p7hKXZ1ww, 30.000, 40.000, "/m/0k4j"\n--aE2O5G5WE, 0.000, 10.000, "/m/9"\n'
-    )
-    (root / "balanced_train_segments.csv").write_text(head + lines)
-    names = ("Y-0RWZT-miFs.wav", "-0p7hKXZ1ww_30000.flac", "--aE2O5G5WE_0.ogg")
-    audio(root / "audio/balanced_train", *names)
-    utts = [f"audioset-balanced_train-{v}" for v in ("--aE2O5G5WE", "-0RWZT-miFs")]
-    utts.append("audioset-balanced_train--0p7hKXZ1ww")
-    return {"balanced_train": (sorted(utts), "/m/9", "")}
-
-
-def musan(root: Path) -> Miniature:
-    audio(
-        root / "musan", "music/fma/music-fma-0000.wav", "noise/free/noise-free-0000.wav"
-    )
-    audio(root / "musan", "speech/us-gov/speech-us-gov-0000.wav")
-    (root / "musan/music/fma/LICENSE").write_text("CC")
-    return {
-        "music": (["musan-music-fma-0000"], "music", ""),
-        "noise": (["musan-noise-free-0000"], "noise", ""),
-        "speech": (["musan-speech-us-gov-0000"], "speech", ""),
-    }
-
-
-def esc50(root: Path) -> Miniature:
-    head = "filename fold target category esc10 src_file take".split()
-    rows = [["1-100032-A-0.wav", 1, 0, "dog", "True", 100032, "A"]]
-    rows += [["1-100038-A-14.wav", 1, 14, "chirping_birds", "False", 100038, "A"]]
-    rows += [["2-1-A-0.wav", 2, 0, "dog", "True", 1, "A"]]
-    table(root / "meta/esc50.csv", [head, *rows])
-    audio(root / "audio", *(row[0] for row in rows))
-    return {
-        "fold1": (["esc50-1-100032-A-0", "esc50-1-100038-A-14"], "dog", ""),
-        "fold2": (["esc50-2-1-A-0"], "dog", ""),
-    }
-
-
-def fsd50k(root: Path) -> Miniature:
-    dev = [["fname", "labels", "mids", "split"]]
-    dev += [[64760, "Electric_guitar,Guitar,Music", "/m/02sgy", "train"]]
-    dev += [[16399, "Crash_cymbal", "/m/0", "val"]]
-    table(root / "FSD50K.ground_truth/dev.csv", dev)
-    rows = [["fname", "labels", "mids"], [37199, "Purr,Cat", "/m/02yds9"]]
-    table(root / "FSD50K.ground_truth/eval.csv", rows)
-    audio(root / "FSD50K.dev_audio", "64760.wav", "16399.wav")
-    audio(root / "FSD50K.eval_audio", "37199.wav")
-    return {
-        "train": (["fsd50k-64760"], "Electric_guitar Guitar Music", ""),
-        "val": (["fsd50k-16399"], "Crash_cymbal", ""),
-        "eval": (["fsd50k-37199"], "Purr Cat", ""),
-    }
-
-
-def speechcommands(root: Path) -> Miniature:
-    names = ["yes/0a7c2a8d_nohash_0.wav", "no/0a7c2a8d_nohash_1.wav"]
-    names += ["yes/1b_nohash_0.wav", "bed/2c_nohash_0.wav"]
-    audio(root, *names, "_background_noise_/running_tap.wav")
-    (root / "validation_list.txt").write_text("yes/1b_nohash_0.wav\n")
-    (root / "testing_list.txt").write_text("bed/2c_nohash_0.wav\n")
-    return {
-        "train": (
-            ["speechcommands-0a7c2a8d-no-1", "speechcommands-0a7c2a8d-yes-0"],
-            "no",
-            "NO",
-        ),
-        "valid": (["speechcommands-1b-yes-0"], "yes", "YES"),
-        "test": (["speechcommands-2c-bed-0"], "bed", "BED"),
-    }
-
-
-def voxceleb1(root: Path) -> Miniature:
-    names = ["id10003/na8-QEFmj44/00003.wav", "id10003/bDxy7bnj_bc/00006.wav"]
-    names += ["id11251/5-6lI5JQtb8/00001.wav"]
-    lines = [f"{i} {name}" for i, name in zip((1, 2, 3), names, strict=True)]
-    (root / "iden_split.txt").write_text("\n".join(lines) + "\n")
-    audio(root / "wav", *names)
-    return {
-        "train": (["voxceleb1-id10003-na8-QEFmj44-00003"], "id10003", ""),
-        "valid": (["voxceleb1-id10003-bDxy7bnj_bc-00006"], "id10003", ""),
-        "test": (["voxceleb1-id11251-5-6lI5JQtb8-00001"], "id11251", ""),
-    }
-
-
-def gigaspeech(root: Path) -> Miniature:
-    def segment(sid: str, begin: float, text: str, *subsets: str) -> dict:
-        times = {"begin_time": begin, "end_time": begin + 0.5}
-        return {"sid": sid, "text_tn": text, "subsets": [*subsets], **times}
-
-    audios = [
-        {
-            "title": 'a "quoted" title, with ] and } \u00e9',
-            "aid": "POD0000000001",
-            "path": "audio/podcast/P0000/POD0000000001.opus",
-            "subsets": ["{XL}", "{XS}"],
-            "segments": [
-                segment("S1", 0.0, "AS IT'S <COMMA> SAID <PERIOD>", "{XL}", "{XS}"),
-                segment("S2", 0.5, "<MUSIC>", "{XL}", "{XS}"),
-                segment("S3", 1.0, "<QUESTIONMARK> MORE", "{XL}"),
-            ],
-        },
-        {
-            "aid": "YOU1",
-            "path": "audio/youtube/Y0000/YOU1.opus",
-            "segments": [segment("T1", 0.25, "DEV TALK", "{DEV}")],
-        },
-    ]
-    text = json.dumps({"dataset": "GigaSpeech", "audios": audios}, indent=1)
-    (root / "GigaSpeech.json").write_text(text)
-    audio(root, *(a["path"] for a in audios), seconds=2)
-    return {
-        "XL": (
-            ["gigaspeech-XL-S1", "gigaspeech-XL-S3"],
-            "",
-            "AS IT'S SAID",
-        ),
-        "XS": (["gigaspeech-XS-S1"], "", "AS IT'S SAID"),
-        "DEV": (["gigaspeech-DEV-T1"], "", "DEV TALK"),
-    }
-
-
-def vggsound(root: Path) -> Miniature:
-    rows = [["---g-f_I2yQ", 1, "people marching", "test"]]
-    rows += [["--0PQM4-hqg", 30, "waterfall burbling", "train"]]
-    table(root / "vggsound.csv", rows)
-    audio(root / "audio", "---g-f_I2yQ_000001.wav", "--0PQM4-hqg_000030.flac")
-    return {
-        "train": (["vggsound---0PQM4-hqg_000030"], "waterfall_burbling", ""),
-        "test": (["vggsound----g-f_I2yQ_000001"], "people_marching", ""),
-    }
-
-
-MINIATURES: dict[str, Callable[[Path], Miniature]] = {
-    f.__name__: f
-    for f in (librispeech, audioset, musan, esc50, fsd50k, speechcommands)
-    + (voxceleb1, gigaspeech, vggsound)
-}
+SUBSETS = {("gigaspeech", "XS"), ("mtg_jamendo", "test")}
 
 
 def reduced(name: str, made: Miniature) -> object:
@@ -238,11 +67,10 @@ def test_miniature(tmp_path: Path, name: str) -> None:
         assert all(Path(path).is_absolute() for path in data.wav_scp.values())
         assert all(Path(path).is_file() for path in data.wav_scp.values())
         assert all(utt.startswith(f"{name}-") for utt in data.utterances)
-    # All parts together share no id.
-    joined = known.prepare(tmp_path, [part for part in made if part != "XS"])
-    assert len(joined.data.utterances) == sum(
-        len(v[0]) for part, v in made.items() if part != "XS"
-    )
+    # All parts together share no id, but a part that is a subset of another.
+    parts = [part for part in made if (name, part) not in SUBSETS]
+    joined = known.prepare(tmp_path, parts)
+    assert len(joined.data.utterances) == sum(len(made[part][0]) for part in parts)
 
 
 @pytest.mark.parametrize("name", list(MINIATURES))
@@ -250,11 +78,11 @@ def test_missing_audio_is_named(tmp_path: Path, name: str) -> None:
     made = MINIATURES[name](tmp_path)
     known = reduced(name, made)
     part = next(iter(made))
-    path = sorted(known.prepare(tmp_path, [part]).data.wav_scp.values())[0]
+    data = known.prepare(tmp_path, [part]).data
+    recording, path = min(data.wav_scp.items(), key=lambda item: item[1])
     Path(path).unlink()
-    left = len(made[part][0]) - 1
-    if name == "gigaspeech":
-        left = 0
+    recordings = {utt: s.recording for utt, s in (data.segments or {}).items()}
+    left = sum(recordings.get(utt, utt) != recording for utt in data.utterances)
     if known.incomplete and left:  # expected of videos: counted only
         found = known.prepare(tmp_path, [part])
         assert len(found.missing) == 1 and len(found.data.utterances) == left
@@ -322,6 +150,45 @@ def test_voxceleb1_list_is_checked(tmp_path: Path) -> None:
         CORPORA["voxceleb1"].prepare(tmp_path, ["train"])
 
 
+def test_segments_of_voice_activity(tmp_path: Path) -> None:
+    MINIATURES["librilight"](tmp_path)
+    data = CORPORA["librilight"].prepare(tmp_path, ["small"]).data
+    spans = [(s.start, s.end) for s in data.segments.values()]
+    assert spans == [(0.1, 20.0), (23.0, 30.0), (30.5, 60.0)]
+    whole = CORPORA["librilight"].prepare(tmp_path, ["medium"]).data
+    assert [s.end for s in whole.segments.values()] == [-1.0]
+    (tmp_path / "medium/7/emma/01_austen.json").write_text("[")
+    with pytest.raises(DataDirError, match="01_austen.json: malformed"):
+        CORPORA["librilight"].prepare(tmp_path, ["medium"])
+
+
+def test_sides_of_a_conversation_are_channels(tmp_path: Path) -> None:
+    MINIATURES["fisher"](tmp_path)
+    CORPORA["fisher"].prepare(tmp_path, ["p1"]).data.write(tmp_path / "data")
+    data = DataDir.load(tmp_path / "data")
+    (recording,) = recordings_of(data)
+    spans = [span for _, span in recording.pieces]
+    loud, silent = (piece for piece, _ in read_pieces(recording.path, spans))
+    assert len(loud) == 6000 and np.abs(loud).max() > 0.2
+    assert len(silent) == 9600 and not silent.any()
+    path = tmp_path / "fe_03_p1_sph1/trans/000/fe_03_00001.txt"
+    path.write_text("0.5 1.0 hello\n")
+    with pytest.raises(DataDirError, match="line 1: '0.5 1.0 hello' is not"):
+        CORPORA["fisher"].prepare(tmp_path, ["p1"])
+
+
+def test_a_list_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    for name, file, part in (
+        ("libriheavy", "libriheavy_cuts_small.jsonl.gz", "small"),
+        ("voxpopuli", "unlabelled_data/unlabelled_v2.tsv.gz", "en_v2"),
+    ):
+        MINIATURES[name](tmp_path / name)
+        path = tmp_path / name / file
+        path.write_bytes(path.read_bytes()[:-12])
+        with pytest.raises(DataDirError, match="broken"):
+            CORPORA[name].prepare(tmp_path / name, [part])
+
+
 # --- YAML lists -----------------------------------------------------------------------
 
 
@@ -333,7 +200,9 @@ def test_lists_of_the_repository(path: Path) -> None:
             known = CORPORA[entry["corpus"]]
             assert set(entry.get("parts", ())) <= set(known.parts)
         else:
-            assert f"\nexport {entry['folder'][2:-1]}=" in variables
+            value = entry.get("folder") or entry["manifest"]
+            variable = value.partition("}")[0].removeprefix("${")
+            assert f"\nexport {variable}=" in variables
 
 
 @pytest.mark.parametrize(
@@ -390,6 +259,40 @@ def test_corpora_by_name_and_weight(
     assert DataDir.load(out / "talks").segments["talks-u"].recording == "talks-r"
     weights = (tmp_path / "data/local/weights").read_text()
     assert weights == "esc50 2\nmine 1.0\ntalks 0.5\n"
+
+
+def test_manifest(tmp_path: Path) -> None:
+    audio(tmp_path, "a/x.wav", "b/x.wav", seconds=2)
+    lines = [
+        {"audio_filepath": "a/x.wav", "offset": 0.25, "duration": 0.5, "text": "Yes."},
+        {"audio_filepath": str(tmp_path / "b/x.wav"), "duration": 2.0},
+        {"audio_filepath": "a/x.wav", "offset": 1.0, "duration": 0.5},
+    ]
+    path = tmp_path / "en.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    entry = {"manifest": str(path), "name": "granary", "domain": "speech"}
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump({"corpora": [entry]}))
+    out = tmp_path / "data/local/corpora"
+    cmd = ["--config", str(tmp_path / "list.yaml"), "--out_dir", str(out)]
+    data_corpora.main(cmd)
+    data = DataDir.load(out / "granary")
+    data.validate(require=("utt2domain",))
+    assert sorted(data.wav_scp.values()) == [
+        str(tmp_path / "a/x.wav"),
+        str(tmp_path / "b/x.wav"),
+    ]
+    assert [(s.start, s.end) for _, s in sorted(data.segments.items())] == [
+        (0.25, 0.75),
+        (1.0, 1.5),
+        (0.0, 2.0),
+    ]
+    assert list(data.text.values()) == ["Yes."]
+    path.write_text(path.read_text() + '{"audio_filepath": "a/y.wav"}\n')
+    with pytest.raises(SystemExit, match="en.jsonl, line 4: needs audio_filepath and"):
+        data_corpora.main(cmd)
+    path.unlink()
+    with pytest.raises(SystemExit, match="granary: no manifest"):
+        data_corpora.main(cmd)
 
 
 def test_stage_1_on_a_list(tmp_path: Path) -> None:

@@ -27,7 +27,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from espnet2_spear.fileio.audio import AudioError, read_pieces, resample, to_int16
+from espnet2_spear.fileio.audio import (
+    AudioError,
+    Span,
+    read_pieces,
+    resample,
+    to_int16,
+)
 from espnet2_spear.fileio.datadir import DataDir, DataDirError, Segment, write_table
 
 SHARD_UTTERANCES = 100
@@ -38,7 +44,7 @@ class Recording:
     """A recording and the pieces that are wanted of it."""
 
     path: str
-    pieces: tuple[tuple[str, float | None, float | None], ...]  # utterance, start, end
+    pieces: tuple[tuple[str, Span], ...]  # utterance and where it is
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,12 @@ class Options:
 
 def recordings_of(data: DataDir) -> list[Recording]:
     """Group a data set's utterances by recording."""
-    pieces: dict[str, list[tuple[str, float | None, float | None]]] = {}
+    pieces: dict[str, list[tuple[str, Span]]] = {}
     for utt in data.utterances:
         segment = (data.segments or {}).get(utt, Segment(utt, 0.0, -1.0))
         end = None if segment.end < 0 else segment.end
-        pieces.setdefault(segment.recording, []).append((utt, segment.start, end))
+        span = Span(segment.start, end, segment.channel)
+        pieces.setdefault(segment.recording, []).append((utt, span))
     return [Recording(data.wav_scp[key], tuple(pieces[key])) for key in sorted(pieces)]
 
 
@@ -124,7 +131,7 @@ def finished_shard(mark: Path) -> list[Result] | None:
 
 def format_recording(recording: Recording, options: Options) -> Iterator[Result]:
     """Convert the pieces of one recording; yield a result for each."""
-    spans = [(start, end) for _, start, end in recording.pieces]
+    spans = [span for _, span in recording.pieces]
     done = 0
     try:
         for samples, info in read_pieces(recording.path, spans):
@@ -156,7 +163,7 @@ def format_recording(recording: Recording, options: Options) -> Iterator[Result]
                 clipped,
             )
     except AudioError as error:
-        for utt, _, _ in recording.pieces[done:]:
+        for utt, _ in recording.pieces[done:]:
             yield Result(utt, reason=error.reason, detail=str(error))
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -21,7 +22,19 @@ AUDIO_SUFFIXES = frozenset(
 MIN_RATE, MAX_RATE = 4000, 384000  # Hz; outside, a header is taken for damaged
 SEGMENT_SLACK = 0.1  # seconds that a segment may reach past its recording
 
-Span = tuple[float | None, float | None]
+
+class Span(NamedTuple):
+    """A piece of a recording.
+
+    Attributes:
+        start: in seconds; None: from its beginning.
+        end: in seconds; None: to its end.
+        channel: from 0; None: the mean of all channels.
+    """
+
+    start: float | None = None
+    end: float | None = None
+    channel: int | None = None
 
 
 class AudioError(ValueError):
@@ -29,7 +42,7 @@ class AudioError(ValueError):
 
     Attributes:
         reason: One word for lists of skipped utterances: ``unreadable``, ``empty``,
-            ``bad_rate``, ``not_finite`` or ``segment_past_end``.
+            ``bad_rate``, ``not_finite``, ``no_channel`` or ``segment_past_end``.
     """
 
     def __init__(
@@ -89,10 +102,10 @@ def read_pieces(
 
     Args:
         path: Audio file.
-        spans: (start, end) of each piece in seconds; None stands for the file's ends.
+        spans: The pieces.
 
     Yields:
-        For each span mono float32 samples in [-1, 1] (mean of the channels), or the
+        For each span mono float32 samples in [-1, 1], or the
         AudioError that concerns this piece alone; and the recording's shape.
 
     Raises:
@@ -111,7 +124,8 @@ def read_pieces(
                 for span in spans:
                     try:
                         first, last = _sample_range(path, info, span)
-                        piece = _mono(path, _read_soundfile(path, file, first, last))
+                        data = _read_soundfile(path, file, first, last)
+                        piece = _mono(path, data, span.channel)
                     except AudioError as error:
                         yield error, info
                     else:
@@ -122,7 +136,7 @@ def read_pieces(
     for span in spans:
         try:
             first, last = _sample_range(path, info, span)
-            piece = _mono(path, data[first:last])
+            piece = _mono(path, data[first:last], span.channel)
         except AudioError as error:
             yield error, info
         else:
@@ -140,7 +154,7 @@ def read_audio(
     Raises:
         AudioError: see :func:`read_pieces`.
     """
-    ((piece, info),) = read_pieces(path, [(start, end)])
+    ((piece, info),) = read_pieces(path, [Span(start, end)])
     if isinstance(piece, AudioError):
         raise piece
     return piece, info.rate
@@ -202,7 +216,7 @@ def _checked(path: Path, info: AudioInfo) -> AudioInfo:
 
 
 def _sample_range(path: Path, info: AudioInfo, span: Span) -> tuple[int, int]:
-    start, end = span
+    start, end, _ = span
     first = 0 if start is None else round(start * info.rate)
     last = info.samples if end is None else round(end * info.rate)
     slack = round(SEGMENT_SLACK * info.rate)
@@ -231,8 +245,19 @@ def _read_soundfile(
     return data
 
 
-def _mono(path: Path, data: np.ndarray) -> np.ndarray:
-    samples = data[:, 0] if data.shape[1] == 1 else data.mean(axis=1)
+def _mono(path: Path, data: np.ndarray, channel: int | None) -> np.ndarray:
+    channels = data.shape[1]
+    if channel is None:
+        samples = data[:, 0] if channels == 1 else data.mean(axis=1)
+    elif 0 <= channel < channels:
+        samples = data[:, channel]
+    else:
+        raise AudioError(
+            path,
+            "no_channel",
+            f"channel {channel} (from 0) is asked for of {channels}",
+            "correct the last column of segments",
+        )
     if not np.isfinite(samples).all():
         raise AudioError(
             path,

@@ -19,11 +19,24 @@ class DataDirError(ValueError):
 
 
 class Segment(NamedTuple):
-    """A piece of a recording, in seconds; end -1 stands for the recording's end."""
+    """A piece of a recording, a line of Kaldi's ``segments``.
+
+    Attributes:
+        recording: its id in wav.scp.
+        start: in seconds.
+        end: in seconds; -1: to the end of the recording.
+        channel: from 0; None: the mean of all channels.
+    """
 
     recording: str
     start: float
     end: float
+    channel: int | None = None
+
+    def line(self) -> str:
+        """What ``segments`` holds behind the utterance's id."""
+        channel = "" if self.channel is None else f" {self.channel}"
+        return f"{self.recording} {self.start:.6f} {self.end:.6f}{channel}"
 
 
 @dataclass
@@ -100,7 +113,7 @@ class DataDir:
         if self.segments is not None:
             recordings = {segment.recording for segment in self.segments.values()}
             _agree(self.path, "wav.scp", set(self.wav_scp), recordings, "recording")
-            for utt, (_, start, end) in self.segments.items():
+            for utt, (_, start, end, _) in self.segments.items():
                 if not (0 <= start and (start < end or end == -1)):
                     raise DataDirError(
                         f"{self.path}/segments: utterance '{utt}' goes from {start} to "
@@ -169,10 +182,7 @@ class DataDir:
             "utt2domain": self.utt2domain,
             "text": self.text,
             "utt2num_samples": self.utt2num_samples,
-            "segments": {
-                utt: f"{s.recording} {s.start:.6f} {s.end:.6f}"
-                for utt, s in (self.segments or {}).items()
-            },
+            "segments": {utt: s.line() for utt, s in (self.segments or {}).items()},
             "wav.scp": self.wav_scp,
         }
         for name, table in tables.items():
@@ -279,12 +289,14 @@ def _only(table: Mapping[str, object], keep: set[str]) -> dict:
 
 def _segment(path: Path, utt: str, rest: str) -> Segment:
     try:
-        recording, start, end = rest.split()
-        return Segment(recording, float(start), float(end))
-    except ValueError:
+        recording, start, end, *channel = rest.split()
+        numbers = map(int, channel)  # of Kaldi's optional last column
+        return Segment(recording, float(start), float(end), *numbers)
+    except (TypeError, ValueError):
         raise DataDirError(
             f"{path}/segments: the line of utterance '{utt}' should be 'utterance "
-            f"recording start end' with times in seconds, found '{utt} {rest}'"
+            "recording start end [channel]' with times in seconds and channels from "
+            f"0, found '{utt} {rest}'"
         ) from None
 
 

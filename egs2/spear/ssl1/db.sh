@@ -30,22 +30,29 @@ export FSD50K=${FSD50K:-}
 export ESC50=${ESC50:-}
 # CC BY 4.0, https://www.openslr.org/17
 export MUSAN=${MUSAN:-}
-
-# Read as folders of audio files or Kaldi data directories:
-# Libri-Light, public domain, https://github.com/facebookresearch/libri-light; the same
-# recordings as LibriHeavy
+# public domain, https://github.com/facebookresearch/libri-light
 export LIBRILIGHT=${LIBRILIGHT:-}
-# VoxPopuli, CC0, https://github.com/facebookresearch/voxpopuli
+# its manifests beside the folders of Libri-Light, https://github.com/k2-fsa/libriheavy
+export LIBRIHEAVY=${LIBRIHEAVY:-}
+# CC0, https://github.com/facebookresearch/voxpopuli
 export VOXPOPULI=${VOXPOPULI:-}
-# YODAS (in Granary), CC BY 3.0, https://huggingface.co/datasets/nvidia/Granary
+# CC BY 3.0, https://huggingface.co/datasets/espnet/yodas
 export YODAS=${YODAS:-}
-# Fisher English, LDC user agreement, LDC2004S13 and LDC2005S13 of https://www.ldc.upenn.edu
+# LDC user agreement, https://catalog.ldc.upenn.edu/LDC2004S13 and LDC2005S13
 export FISHER=${FISHER:-}
+# on request, https://sites.google.com/view/contact4music4all
+export MUSIC4ALL=${MUSIC4ALL:-}
+# Creative Commons by track, https://github.com/MTG/mtg-jamendo-dataset
+export MTG_JAMENDO=${MTG_JAMENDO:-}
+# RemArc licence, https://sound-effects.bbcrewind.co.uk
+export BBC_SFX=${BBC_SFX:-}
+# Freesound and others, for academic use, https://huggingface.co/datasets/cvssp/WavCaps
+export WAVCAPS=${WAVCAPS:-}
+
+# Read as a folder of audio files or Kaldi data directory:
 # Freesound clips, CC0, CC BY or CC BY-NC by clip, https://freesound.org
 export FREESOUND=${FREESOUND:-}
-# Music4All, on request, https://sites.google.com/view/contact4music4all
-export MUSIC4ALL=${MUSIC4ALL:-}
-# MTG-Jamendo, Creative Commons by track, https://mtg.github.io/mtg-jamendo-dataset
-export MTG_JAMENDO=${MTG_JAMENDO:-}
-# BBC sound effects, RemArc licence, https://sound-effects.bbcrewind.co.uk
-export BBC_SFX=${BBC_SFX:-}
+
+# Read by manifests in NeMo's form:
+# Granary's selection of YODAS, CC BY 3.0, https://huggingface.co/datasets/nvidia/Granary
+export GRANARY_YODAS=${GRANARY_YODAS:-}

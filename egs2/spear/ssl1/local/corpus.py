@@ -4,7 +4,6 @@ import argparse
 import csv
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,8 +222,3 @@ def read_csv(path: Path, fields: Sequence[str] | None = None) -> Iterator[dict]:
                     "the file again"
                 )
             yield row
-
-
-def safe_id(text: str) -> str:
-    """Return text with what does not belong into an utterance id replaced."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text.replace("/", "-"))

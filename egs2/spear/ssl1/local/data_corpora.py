@@ -11,10 +11,13 @@ or, for any folder of audio files or Kaldi data directory,
       name: NAME           # begins the utterance ids
       domain: speech       # or audio
       weight: 1.0
+    - manifest: PATH       # a list in NeMo's form, such as Granary's: JSON lines with
+      ...                  # audio_filepath, duration, optionally offset and text
 """
 
 import argparse
 import importlib
+import json
 import logging
 import os
 import re
@@ -24,13 +27,20 @@ from typing import Any
 
 import yaml
 from corpus import Corpus, Found, write
-from data_folders import from_audio_files, from_kaldi_dir
+from data_folders import from_audio_files, from_kaldi_dir, safe_id
 
-from espnet2_spear.fileio.datadir import DOMAINS, DataDir, DataDirError, write_table
+from espnet2_spear.fileio.datadir import (
+    DOMAINS,
+    DataDir,
+    DataDirError,
+    Segment,
+    write_table,
+)
 
 KEYS = {
     "corpus": {"corpus", "parts", "weight", "partial"},
     "folder": {"folder", "name", "domain", "weight"},
+    "manifest": {"manifest", "name", "domain", "weight"},
 }
 WEIGHTS = "weights"
 
@@ -48,12 +58,12 @@ def read_list(path: Path) -> list[dict[str, Any]]:
         raise DataDirError(f"{path}: needs a list `corpora` ({error})") from None
     seen: set[str] = set()
     for entry in entries:
-        kind = "corpus" if "corpus" in entry else "folder"
+        kind = next((kind for kind in KEYS if kind in entry), "folder")
         unknown = set(entry) - KEYS[kind]
         if kind not in entry or unknown:
             raise DataDirError(
-                f"{path}: entry {entry}: needs `corpus` or `folder`, and may have "
-                f"{', '.join(sorted(KEYS[kind]))}"
+                f"{path}: entry {entry}: needs {', '.join(KEYS)} (one of them), and "
+                f"may have {', '.join(sorted(KEYS[kind]))}"
             )
         name = entry.setdefault("name", entry.get("corpus"))
         if not name or not re.fullmatch("[a-z0-9_]+", name) or name in seen:
@@ -64,7 +74,7 @@ def read_list(path: Path) -> list[dict[str, Any]]:
         weight = entry.setdefault("weight", 1.0)
         if not isinstance(weight, (int, float)) or not 0 < weight <= 100:
             raise DataDirError(f"{path}: {name}: weight {weight} is not in (0, 100]")
-        if kind == "folder" and entry.get("domain") not in DOMAINS:
+        if kind != "corpus" and entry.get("domain") not in DOMAINS:
             raise DataDirError(f"{path}: {name}: `domain` must be speech or audio")
     return entries
 
@@ -101,26 +111,68 @@ def prefixed(data: DataDir, name: str) -> DataDir:
     )
 
 
-def folder_of(entry: dict[str, Any]) -> Path:
-    """Return the folder of an entry `folder`.
+def root_of(entry: dict[str, Any]) -> Path:
+    """Return the folder or file of an entry `folder` or `manifest`.
 
     Raises:
         DataDirError: it is not named or not there.
     """
-    variable = re.fullmatch(r"\$\{(\w+)\}", entry["folder"])
-    value = os.environ.get(variable[1], "") if variable else entry["folder"]
-    folder = Path(value)
-    if not value or not folder.is_dir():
+    kind = "manifest" if "manifest" in entry else "folder"
+    variable = re.match(r"\$\{(\w+)\}", entry[kind])
+    value = entry[kind]
+    if variable:
+        root = os.environ.get(variable[1], "")
+        value = root and root + value[variable.end() :]
+    path = Path(value)
+    if not value or not (path.is_file() if kind == "manifest" else path.is_dir()):
         raise DataDirError(
-            f"{entry['name']}: no folder '{value}'; set "
-            f"{variable[1] + ' in db.sh' if variable else '`folder` in the list'}"
+            f"{entry['name']}: no {kind} '{value}'; set "
+            f"{variable[1] + ' in db.sh' if variable else f'`{kind}` in the list'}"
         )
-    return folder
+    return path
+
+
+def from_manifest(path: Path, name: str, domain: str) -> DataDir:
+    """Read a manifest in NeMo's form; relative paths start where it is.
+
+    Raises:
+        DataDirError: a malformed line; the message names it.
+    """
+    data = DataDir(wav_scp={}, utt2spk={}, segments={}, path=path)
+    recordings: dict[str, str] = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                entry = json.loads(line)
+                audio = str(path.parent / entry["audio_filepath"])
+                start = float(entry.get("offset", 0.0))
+                end = start + float(entry["duration"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataDirError(
+                    f"{path}, line {number}: needs audio_filepath and "
+                    f"duration ({error})"
+                ) from None
+            stem = safe_id(Path(entry["audio_filepath"]).with_suffix("").as_posix())
+            # Numbered: files of two folders can have one name.
+            fresh = f"{name}-{len(recordings):08d}-{stem.strip('-')[-60:]}"
+            recording = recordings.setdefault(audio, fresh)
+            utt = f"{recording}_{round(start * 1000):09d}"
+            if utt in data.segments:
+                raise DataDirError(f"{path}, line {number}: is there twice")
+            data.wav_scp[recording] = audio
+            data.segments[utt] = Segment(recording, start, end)
+            data.utt2spk[utt] = recording
+            data.utt2domain[utt] = domain
+            if text := " ".join(str(entry.get("text") or "").split()):
+                data.text[utt] = text
+    return data
 
 
 def from_folder(entry: dict[str, Any]) -> Found:
-    """Prepare an entry `folder`."""
+    """Prepare an entry `folder` or `manifest`."""
     folder = entry["root"]
+    if "manifest" in entry:
+        return Found(from_manifest(folder, entry["name"], entry["domain"]))
     if (folder / "wav.scp").exists():
         return Found(prefixed(from_kaldi_dir(folder, entry["domain"]), entry["name"]))
     return Found(from_audio_files(folder, entry["name"], entry["domain"]))
@@ -159,7 +211,7 @@ def main(cmd: list[str] | None = None) -> None:
                 corpus = known[entry["corpus"]]
                 entry["root"] = corpus.root(os.environ.get(corpus.variable))
             else:
-                entry["root"] = folder_of(entry)
+                entry["root"] = root_of(entry)
         for entry in entries:
             if "corpus" in entry:
                 corpus, partial = known[entry["corpus"]], entry.get("partial", False)

@@ -40,9 +40,10 @@ def cut(data: DataDir, seconds: dict[str, float], max_seconds: float) -> DataDir
     """
     result = DataDir(wav_scp=data.wav_scp, utt2spk={}, segments={}, path=data.path)
     for utt in data.utterances:
-        recording, start, end = (data.segments or {}).get(utt, Segment(utt, 0.0, -1.0))
+        segment = (data.segments or {}).get(utt, Segment(utt, 0.0, -1.0))
+        start, end = segment.start, segment.end
         if end < 0:
-            end = seconds[recording]
+            end = seconds[segment.recording]
         count = max(1, math.ceil((end - start) / max_seconds - 1e-6))
         step = (end - start) / count
         for index in range(count):
@@ -53,7 +54,7 @@ def cut(data: DataDir, seconds: dict[str, float], max_seconds: float) -> DataDir
                 piece = f"{utt}-{round(first * 100):07d}-{round(last * 100):07d}"
             elif utt in data.text:
                 result.text[piece] = data.text[utt]
-            result.segments[piece] = Segment(recording, first, last)
+            result.segments[piece] = segment._replace(start=first, end=last)
             speaker = data.utt2spk[utt]
             result.utt2spk[piece] = piece if speaker == utt else speaker
             result.utt2domain[piece] = data.utt2domain[utt]
@@ -88,10 +89,11 @@ def limit_hours(data: DataDir, utts: Iterable[str], domain: str, hours: float) -
     keep, total = set(), 0.0
     for utt in sorted(utts, key=lambda key: hash_fraction(key, "limit")):
         if data.utt2domain[utt] == domain:
-            _, start, end = data.segments[utt]
-            if total + (end - start) > hours * 3600:
+            segment = data.segments[utt]
+            seconds = segment.end - segment.start
+            if total + seconds > hours * 3600:
                 continue
-            total += end - start
+            total += seconds
         keep.add(utt)
     return keep
 

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Prepare Fisher English: telephone conversations, a channel a speaker."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from corpus import Corpus, Found, needed
+
+from espnet2_spear.fileio.datadir import DataDirError, Segment
+
+LAYOUT = (
+    "the unpacked LDC discs: audio/NNN/fe_03_NNNNN.{sph,wav,flac} and "
+    "trans/NNN/fe_03_NNNNN.txt at any depth (LDC2004S13 and LDC2004T19 are part p1, "
+    "LDC2005S13 and LDC2005T19 p2)"
+)
+LAST_OF_P1 = 5850  # conversations 00001 to 05850; p2 has 05851 to 11699
+LINE = re.compile(r"([0-9.]+) ([0-9.]+) ([AB]):\s*(.*)")
+SUFFIXES = {".sph", ".wav", ".flac"}
+
+
+def turns(path: Path) -> Iterator[tuple[float, float, str, str]]:
+    """Yield start and end in seconds, side (A or B) and text of a transcript.
+
+    Raises:
+        DataDirError: a line of another form.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = LINE.fullmatch(line.strip())
+        if match is None:
+            raise DataDirError(f"{path}, line {number}: {line!r} is not 'start end A:'")
+        yield float(match[1]), float(match[2]), match[3], match[4]
+
+
+def read(root: Path, part: str) -> Found:
+    """Read a part: the turns of both speakers, without what was not understood."""
+
+    def of_part(path: Path) -> bool:
+        match = re.fullmatch(r"fe_03_(\d{5})", path.stem)
+        return match is not None and (int(match[1]) <= LAST_OF_P1) == (part == "p1")
+
+    found = Found()
+    found.data.segments = {}
+    files = {p.stem: p for p in root.rglob("fe_03_*") if p.suffix in SUFFIXES}
+    transcripts = sorted(p for p in root.rglob("fe_03_*.txt") if of_part(p))
+    needed(root / "trans" if not transcripts else root, LAYOUT)
+    for path in transcripts:
+        recording = f"fisher-{path.stem}"
+        if path.stem not in files:
+            found.missing.append(f"{path.stem}.sph")
+            continue
+        for start, end, side, text in turns(path):
+            if "((" in text or end <= start:
+                continue
+            utt = f"{recording}-{side}-{round(start * 100):06d}-{round(end * 100):06d}"
+            segment = Segment(recording, start, end, channel="AB".index(side))
+            found.data.segments[utt] = segment
+            found.data.wav_scp[recording] = str(files[path.stem].absolute())
+            found.data.utt2spk[utt] = f"{recording}-{side}"
+            found.data.utt2domain[utt] = "speech"
+            words = " ".join(re.sub(r"\[[^]]*\]", " ", text).split())
+            if words:
+                found.data.text[utt] = words
+    return found
+
+
+CORPUS = Corpus(
+    name="fisher",
+    read=read,
+    parts={"p1": None, "p2": None},
+    default_parts=("p1", "p2"),
+    licence="LDC user agreement",
+    source="https://catalog.ldc.upenn.edu/LDC2004S13",
+    layout=LAYOUT,
+)
+
+if __name__ == "__main__":
+    CORPUS.main()

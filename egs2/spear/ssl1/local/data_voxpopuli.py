@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Prepare VoxPopuli's unlabelled part: segments of recordings of the parliament.
+
+A part is a language of version 2 (such as en_v2, the paper's), read from the raw
+recordings and the published list of segments; nothing has to be cut to files before.
+"""
+
+import csv
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+
+from corpus import Corpus, Found, needed
+
+from espnet2_spear.fileio.datadir import DataDirError, Segment
+
+LAYOUT = (
+    "raw_audios/<language>/<year>/EVENT.ogg, and unlabelled_data/unlabelled_v2.tsv.gz "
+    "as published"
+)
+LANGUAGES = (
+    "bg cs da de el en es et fi fr hr hu it lt lv mt nl pl pt ro sk sl sv".split()
+)
+
+
+def rows(path: Path) -> Iterator[dict[str, str]]:
+    """Yield the lines of the list of segments.
+
+    Raises:
+        DataDirError: the file is cut off or of another form.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file, delimiter="\t"):
+                if None in row.values() or "event_id" not in row:
+                    raise DataDirError(f"{path}: the row {row} is malformed")
+                yield row
+    except (EOFError, OSError) as error:
+        raise DataDirError(f"{path}: broken ({error}); fetch it again") from None
+
+
+def read(root: Path, part: str) -> Found:
+    """Read a language: all events (version 2), or plenary sessions (version 1)."""
+    lang, _, version = part.partition("_")
+    found = Found()
+    found.data.segments = {}
+    absent: set[str] = set()
+    for row in rows(needed(root / "unlabelled_data/unlabelled_v2.tsv.gz", LAYOUT)):
+        event = row["event_id"]
+        of_version = version == "v2" or "PLENARY" in event
+        if not event.endswith(f"_{lang}") or not of_version or event in absent:
+            continue
+        recording = f"voxpopuli-{event}"
+        if recording not in found.data.wav_scp:
+            path = root / "raw_audios" / lang / event[:4] / f"{event}.ogg"
+            if not path.is_file():
+                absent.add(event)
+                found.missing.append(str(path))
+                continue
+            found.data.wav_scp[recording] = str(path.absolute())
+        utt = f"{recording}_{row['segment_no']}"
+        times = float(row["start"]), float(row["end"])
+        found.data.segments[utt] = Segment(recording, *times)
+        found.data.utt2spk[utt] = recording
+        found.data.utt2domain[utt] = "speech"
+    return found
+
+
+CORPUS = Corpus(
+    name="voxpopuli",
+    read=read,
+    parts=dict.fromkeys([*LANGUAGES, *(f"{lang}_v2" for lang in LANGUAGES)]),
+    default_parts=("en_v2",),
+    licence="CC0; see the European Parliament's legal notice for the recordings",
+    source="https://github.com/facebookresearch/voxpopuli",
+    layout=LAYOUT,
+)
+
+if __name__ == "__main__":
+    CORPUS.main()

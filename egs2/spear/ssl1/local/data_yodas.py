@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Prepare YODAS: utterances of videos, in shards of a language.
+
+A part is a shard, such as en000 (manual captions) or en100 (automatic ones), with its
+archives unpacked. Granary's selection of it comes as manifests: give those as `folder`.
+"""
+
+from pathlib import Path
+
+from corpus import Corpus, Found, audio_files, needed
+
+from espnet2_spear.fileio.datadir import read_table
+
+LAYOUT = "data/<part>/audio/NNNNNNNN/UTTERANCE.wav and data/<part>/text/NNNNNNNN.txt"
+
+
+def read(root: Path, part: str) -> Found:
+    """Read a shard; the texts name its utterances."""
+    found = Found()
+    for path in sorted(needed(root / "data" / part / "text", LAYOUT).glob("*.txt")):
+        folder = root / "data" / part / "audio" / path.stem
+        files = {file.stem: file for file in audio_files(folder)}
+        for name, text in read_table(path, "utterance text", empty_values=True).items():
+            file = files.get(name, folder / f"{name}.wav")
+            found.add(f"yodas-{part}-{name}", file, "speech", text=text)
+    return found
+
+
+CORPUS = Corpus(
+    name="yodas",
+    read=read,
+    # English alone has shards 000 to 005 and 100 to 127; other languages 000 and 100.
+    parts=dict.fromkeys(
+        [f"en{n:03d}" for n in (*range(6), *range(100, 128))]
+        + [f"{lang}{n}" for lang in "de es fr it pt ru".split() for n in ("000", "100")]
+    ),
+    default_parts=("en000",),
+    licence="CC BY 3.0",
+    source="https://huggingface.co/datasets/espnet/yodas",
+    layout=LAYOUT,
+    incomplete=True,
+)
+
+if __name__ == "__main__":
+    CORPUS.main()
