@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from espnet2_spear.zipformer.attention import RelPositionalEncoding
 from espnet2_spear.zipformer.config import ZipformerConfig
@@ -79,6 +80,7 @@ class ZipformerStack(nn.Module):
         # In a tuple so that the shared encoding is not registered once per stack.
         self._pos = (pos,)
         self.count = count
+        self.checkpointing = config.activation_checkpointing
         self.layers = nn.ModuleList(
             ZipformerLayer(
                 dim=config.encoder_dim[index],
@@ -112,8 +114,14 @@ class ZipformerStack(nn.Module):
         if frames.feature_mask is not None:
             x = x * frames.feature_mask
         hidden_states = []
+        again = self.checkpointing and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            x = layer(x, frames, None if past is None else past.child(str(i)))
+            if again:
+                # Random states are restored for the second computation, so that it
+                # drops and skips the same.
+                x = checkpoint(layer, x, frames, use_reentrant=False)
+            else:
+                x = layer(x, frames, None if past is None else past.child(str(i)))
             hidden_states.append(x)
             if frames.feature_mask is not None:
                 x = x * frames.feature_mask
