@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from espnet2_spear.optimizers import scaled_adam
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.schedulers.eden import Eden, eden_factor
 
@@ -195,3 +197,73 @@ def test_eden_steps_and_resumes() -> None:
 def test_eden_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="lr_batches"):
         Eden(ScaledAdam([torch.nn.Parameter(torch.ones(2))]), lr_batches=0)
+
+
+class _NoReadback(TorchDispatchMode):
+    """Fails when the value of a tensor is asked for: on a GPU, one waits for that."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_scaled_adam_reads_nothing_back() -> None:
+    params = [torch.nn.Parameter(torch.randn(3, 2)) for _ in range(2)]
+    params += [torch.nn.Parameter(torch.tensor(1.0))]
+    opt = ScaledAdam(params, lr=0.01)
+    for _ in range(203):  # past two updates of the threshold
+        for p in params:
+            p.grad = torch.randn_like(p)
+        with _NoReadback():
+            opt.step()
+    assert "model_norm_threshold" in opt.state[params[0]]
+
+
+def test_scaled_adam_updates_large_tensors_in_blocks() -> None:
+    """As the stack of them would be, whatever the layout of the gradients."""
+    torch.manual_seed(0)
+    start = torch.randn(2, 300, 250)  # 75000 elements, more than one block
+    trained = []
+    for small_blocks in (False, True):
+        params = [torch.nn.Parameter(x.clone()) for x in start]
+        opt = ScaledAdam(params, lr=0.03)
+        generator = torch.Generator().manual_seed(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scaled_adam, "_BLOCK", 4096 if small_blocks else 1 << 30)
+            for _ in range(105):
+                for p in params:
+                    grad = torch.randn(250, 300, generator=generator)
+                    p.grad = grad.T + 0.1 * p.detach()
+                opt.step()
+        assert not torch.equal(params[0], start[0])
+        trained.append(params)
+    for a, b in zip(*trained, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("finite", [False, True])
+def test_scaled_adam_with_a_gradient_scaler(data_dir: Path, finite: bool) -> None:
+    """Gradients are unscaled before clipping; a step with infinite ones is skipped."""
+    ref = np.load(data_dir / "scaled_adam.npz")
+    plain, scaled = Problem(ref), Problem(ref)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for t in range(8):
+        plain.step(t)
+        p = scaled.params
+        x, y = torch.tensor(ref["X"][t]), torch.tensor(ref["Y"][t])
+        for overflow in (False,) if finite else (True, False):
+            out = p["s"] * (x @ (p["w"] + p["w2"]).T + p["b"])
+            loss = (out - y).square().sum() * (50 if t % 37 == 0 else 1)
+            scaled.opt.zero_grad()
+            scaler.scale(loss).backward()
+            if overflow:
+                p["w"].grad[0, 0] = float("inf")
+            before = [q.detach().clone() for q in p.values()]
+            scaler.step(scaled.opt)
+            scaler.update()
+            if overflow:
+                for q, b in zip(p.values(), before, strict=True):
+                    assert torch.equal(q, b)
+    for n in NAMES:
+        torch.testing.assert_close(scaled.params[n], plain.params[n])
+    assert scaler.get_scale() == 2.0 ** (12 if finite else 4)

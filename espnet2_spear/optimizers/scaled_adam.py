@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _NORM_PERIOD = 100  # steps between two updates of the clipping threshold
+_BLOCK = 1 << 16  # elements that a CPU updates at once: all operands stay in its cache
 _SCALAR_STATE = ("delta", "exp_avg_sq")
 _STATE = (*_SCALAR_STATE, "param_rms", "scale_exp_avg_sq", "scale_grads")
 
@@ -28,6 +29,35 @@ class _Stack:
     step: int
     state: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def is_scalar(self) -> bool:
+        """Whether every parameter has one element."""
+        return self.params[0].numel() == 1
+
+    def pieces(
+        self, grads: list[Tensor]
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+        """Yield what is to be updated together, as 2-dimensional tensors.
+
+        Returns:
+            rows of the stack; their values, gradients, deltas and second moments.
+            Values, deltas and second moments are to be changed in place.
+        """
+        state = [self.state[n].flatten(1) for n in ("delta", "exp_avg_sq")]
+        size = self.params[0].numel()
+        blocks = self.params[0].device.type == "cpu" and size > _BLOCK // 4
+        if not blocks or not all(p.is_contiguous() for p in self.params):
+            value = torch.stack(self.params)
+            yield slice(None), value.flatten(1), torch.stack(grads).flatten(1), *state
+            torch._foreach_copy_(self.params, list(value.unbind()))
+            return
+        for i, (p, grad) in enumerate(zip(self.params, grads, strict=True)):
+            whole = [p.view(1, -1), grad.reshape(1, -1)]
+            whole += [s[i : i + 1] for s in state]
+            for start in range(0, size, _BLOCK):
+                part = slice(start, start + _BLOCK)
+                yield slice(i, i + 1), *(x[:, part] for x in whole)
+
 
 class ScaledAdam(torch.optim.Optimizer):
     """Optimizer of the Zipformer paper (arXiv 2310.11230, section 3.5).
@@ -39,8 +69,10 @@ class ScaledAdam(torch.optim.Optimizer):
     loss changes nothing. Switch other gradient clipping off (ESPnet:
     ``grad_clip: 1.0e+9``).
 
-    Parameters of equal shape are updated together as one stacked tensor. Parameters
-    may be frozen and unfrozen between steps. A tensor that starts as zeros grows only
+    Parameters of equal shape are updated together as one stacked tensor; on a CPU,
+    where memory is what limits it, large ones in place and block by block. Nothing is
+    read back from a GPU, clipping included. Parameters may be frozen and unfrozen
+    between steps. A tensor that starts as zeros grows only
     slowly at first, because steps are relative to its size.
 
     Args:
@@ -146,36 +178,32 @@ class ScaledAdam(torch.optim.Optimizer):
             ]
             if any(g.is_sparse for g in grads):
                 raise RuntimeError("ScaledAdam does not support sparse gradients")
-            grad, value = torch.stack(grads), torch.stack(stack.params)
             if not stack.state:
-                self._init_state(stack, value)
-            work.append((stack, value, grad))
+                self._init_state(stack)
+            work.append((stack, grads))
         clip = self._clipping_factor(work)
-        for stack, value, grad in work:
-            if clip is not None:
-                grad = grad * clip.to(grad)
-            if value[0].numel() == 1:
-                self._step_scalars(stack, value, grad)
-            else:
-                self._step_tensors(stack, value, grad)
+        for stack, grads in work:
+            update = self._step_scalars if stack.is_scalar else self._step_tensors
+            update(stack, grads, clip)
             stack.step += 1
             for p in stack.params:
                 self.state[p]["step"] = stack.step
-            torch._foreach_copy_(stack.params, list(value.unbind()))
         return loss
 
-    def _init_state(self, stack: _Stack, value: Tensor) -> None:
-        state = stack.state
+    def _init_state(self, stack: _Stack) -> None:
+        state, value = stack.state, torch.stack(stack.params)
         state["delta"] = torch.zeros_like(value)
         state["exp_avg_sq"] = torch.zeros_like(value)
-        if value[0].numel() > 1:
-            state["param_rms"] = _rms(value)
+        if not stack.is_scalar:
+            state["param_rms"] = _rms(stack.params)
             state["scale_exp_avg_sq"] = torch.zeros_like(state["param_rms"])
             period = stack.group["size_update_period"]
             state["scale_grads"] = value.new_zeros(len(value), period)
         self._share(stack)
 
-    def _clipping_factor(self, work: list[tuple]) -> Tensor | None:
+    def _clipping_factor(
+        self, work: list[tuple[_Stack, list[Tensor]]]
+    ) -> Tensor | None:
         """Return min(1, threshold / norm), or None while there is no threshold.
 
         The norm is of gradients times the sizes of their parameters, so that it
@@ -189,10 +217,11 @@ class ScaledAdam(torch.optim.Optimizer):
         owner = self.param_groups[0]["params"][0]
         history = self.state[owner]
         total = torch.zeros((), device=owner.device)
-        for stack, value, grad in work:
-            if value[0].numel() > 1:
-                grad = grad * _like(stack.state["param_rms"], grad)
-            total += grad.float().square().sum().to(owner.device)
+        for stack, grads in work:
+            norms = torch.stack(torch._foreach_norm(grads)).float()
+            if not stack.is_scalar:
+                norms *= stack.state["param_rms"]
+            total += norms.square().sum().to(owner.device)
         norm = total.sqrt()
         step = history.get("num_norms", 0)
         if step == 0:
@@ -207,27 +236,38 @@ class ScaledAdam(torch.optim.Optimizer):
         return (history["model_norm_threshold"] / (norm + 1e-20)).clamp(max=1.0)
 
     @staticmethod
-    def _step_tensors(stack: _Stack, value: Tensor, grad: Tensor) -> None:
+    def _step_tensors(stack: _Stack, grads: list[Tensor], clip: Tensor | None) -> None:
         """Update a stack of tensors in place: relative step and scale step."""
         group, state, step = stack.group, stack.state, stack.step
         beta1, beta2 = group["betas"]
         period = group["size_update_period"]
-        delta, rms = state["delta"], state["param_rms"]
-        delta.mul_(beta1)
-        state["scale_grads"][:, step % period] = (value * grad).flatten(1).sum(1)
+        rms = state["param_rms"]
+        products = _dots(stack.params, grads)
+        state["scale_grads"][:, step % period] = (
+            products if clip is None else products * clip.to(products)
+        )
+        scale_step = None
         if step % period == period - 1:
-            rms.copy_(_rms(value))
-            scale_step = _like(ScaledAdam._scale_step(stack), value)
-            delta.addcmul_(value, scale_step, value=1 - beta1)
-        second = state["exp_avg_sq"]
-        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            rms.copy_(_rms(stack.params))
+            scale_step = (1 - beta1) * ScaledAdam._scale_step(stack)[:, None]
         correction = 1 - beta2 ** (step + 1)
         if correction >= 0.99:  # as the reference, which stops correcting here
             correction = 1.0
-        denominator = (second / correction).sqrt_().add_(group["eps"])
         size = rms.clamp(min=group["param_min_rms"]) * (-group["lr"] * (1 - beta1))
-        delta.add_(grad.div(denominator).mul_(_like(size, value)))
-        value.add_(delta)
+        size = size[:, None]
+        for rows, value, grad, delta, second in stack.pieces(grads):
+            if clip is not None:
+                grad = grad * clip.to(grad)
+            second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            denominator = second.sqrt()
+            if correction < 1.0:
+                denominator.mul_(correction**-0.5)
+            denominator.add_(group["eps"])
+            delta.mul_(beta1)
+            if scale_step is not None:
+                delta.addcmul_(value, scale_step[rows])
+            delta.add_(torch.div(grad, denominator, out=denominator).mul_(size[rows]))
+            value.add_(delta)
 
     @staticmethod
     def _scale_step(stack: _Stack) -> Tensor:
@@ -245,10 +285,13 @@ class ScaledAdam(torch.optim.Optimizer):
         return torch.minimum(step, (group["param_max_rms"] - rms) / rms)
 
     @staticmethod
-    def _step_scalars(stack: _Stack, value: Tensor, grad: Tensor) -> None:
+    def _step_scalars(stack: _Stack, grads: list[Tensor], clip: Tensor | None) -> None:
         """Update a stack of one-element parameters in place, as Adam would."""
         group, state = stack.group, stack.state
         beta1, beta2 = group["betas"]
+        value, grad = torch.stack(stack.params), torch.stack(grads)
+        if clip is not None:
+            grad = grad * clip.to(grad)
         second, delta = state["exp_avg_sq"], state["delta"]
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         correction = 1 - beta2 ** (stack.step + 1)
@@ -256,13 +299,18 @@ class ScaledAdam(torch.optim.Optimizer):
         lr = group["lr"] * group["scalar_lr_scale"]
         delta.mul_(beta1).addcdiv_(grad, denominator, value=-lr * (1 - beta1))
         value.clamp_(-group["scalar_max"], group["scalar_max"]).add_(delta)
+        torch._foreach_copy_(stack.params, list(value.unbind()))
 
 
-def _rms(value: Tensor) -> Tensor:
-    """Root mean squares (S,) of a stack (S, ...) of tensors."""
-    return value.flatten(1).square().mean(dim=1).sqrt()
+def _rms(tensors: list[Tensor]) -> Tensor:
+    """Root mean squares (S,) of S tensors of one shape."""
+    norms = torch.stack(torch._foreach_norm(tensors))
+    return norms * tensors[0].numel() ** -0.5
 
 
-def _like(per_tensor: Tensor, stack: Tensor) -> Tensor:
-    """Reshape (S,) so that it multiplies a stack (S, ...)."""
-    return per_tensor.view(-1, *[1] * (stack.dim() - 1))
+def _dots(tensors: list[Tensor], others: list[Tensor]) -> Tensor:
+    """Sums (S,) of the products of S pairs of tensors of one shape."""
+    if tensors[0].device.type == "cpu":  # reads either once and writes nothing
+        pairs = zip(tensors, others, strict=True)
+        return torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs])
+    return (torch.stack(tensors) * torch.stack(others)).flatten(1).sum(dim=1)
