@@ -4,28 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
+from student_files import write_student
 
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.hub.load import CheckpointError, load_model
-from espnet2_spear.spear.encoder import SpearEncoder
-from espnet2_spear.zipformer.config import ZipformerConfig
 
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory) -> Path:
-    """A checkpoint as SpearTask leaves it: prefixed weights and config.yaml."""
-    folder = tmp_path_factory.mktemp("exp")
-    torch.manual_seed(1)
-    student = SpearEncoder(ZipformerConfig.from_name("tiny"))
-    state = {f"student.{k}": v for k, v in student.state_dict().items()}
-    state["heads.speech.weight"] = torch.zeros(3)
-    torch.save(state, folder / "valid.loss.best.pth")
-    conf = {"student": "tiny", "student_conf": student.config.to_dict()}
-    (folder / "config.yaml").write_text(yaml.safe_dump(conf))
-    return folder / "valid.loss.best.pth"
+    return write_student(tmp_path_factory.mktemp("exp"))
 
 
 @pytest.fixture

@@ -116,11 +116,18 @@ class SpearEncoder(nn.Module):
         return SpearOutput(out, out_lens, hidden_states, x_lens)
 
     def forward(self, speech: Tensor, lengths: Tensor) -> SpearOutput:
-        """Encode waveforms.
+        """Encode waveforms; arguments and errors as in :meth:`compute_fbank`."""
+        return self.encode(*self.compute_fbank(speech, lengths))
+
+    def compute_fbank(self, speech: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Check waveforms and compute what :meth:`encode` takes.
 
         Args:
             speech: (B, samples) float in [-1, 1], 16 kHz.
             lengths: (B,) samples of each.
+
+        Returns:
+            fbank (B, T, num_mel_bins), 100 Hz, and its lengths (B,).
 
         Raises:
             InputError: samples that are no numbers.
@@ -128,13 +135,16 @@ class SpearEncoder(nn.Module):
                 beyond the tensor.
         """
         check_finite(speech, lengths)
-        shortest = int(lengths.min())
-        if shortest < self.min_samples:
+        self.check_shortest(int(lengths.min()))
+        return self.fbank(speech, lengths)
+
+    def check_shortest(self, samples: int) -> None:
+        """Raise ValueError unless so many samples give an output frame."""
+        if samples < self.min_samples:
             raise ValueError(
-                f"an utterance of {shortest} samples is shorter than one output "
+                f"an utterance of {samples} samples is shorter than one output "
                 f"frame: at least {self.min_samples} samples at 16 kHz are needed"
             )
-        return self.encode(*self.fbank(speech, lengths))
 
     def start_stream(
         self, chunk_size: int | None = None, left_context_frames: int | None = None

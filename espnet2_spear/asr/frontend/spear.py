@@ -2,66 +2,47 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import humanfriendly
 import torch
-import torch.nn.functional as F
 from espnet2.asr.frontend.abs_frontend import AbsFrontend
-from torch import Tensor, nn
+from torch import Tensor
 
+from espnet2_spear.asr.frontend.chunks import FRAME, Chunks, in_chunks
+from espnet2_spear.asr.frontend.featurizer import Featurizer, FrameReducer
+from espnet2_spear.asr.frontend.freezing import FreezeSchedule
+from espnet2_spear.asr.frontend.logmel import LogMelFusion
+from espnet2_spear.asr.frontend.student import build_student, keep_layers
 from espnet2_spear.hub.load import CheckpointError, load_model
-from espnet2_spear.spear.encoder import SpearEncoder
-from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.spear.masking import SpanMasker
+from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
-
-class Featurizer(nn.Module):
-    """One layer, or a learned weighted sum of all layers.
-
-    Args:
-        num_layers: hidden states there are.
-        layer: index of the only layer to use (negative: from the last), or None for
-            the weighted sum, whose weights start equal.
-        layer_norm: normalise every layer (without learned parameters) first; layers
-            differ much in scale.
-    """
-
-    def __init__(self, num_layers: int, layer: int | None, layer_norm: bool) -> None:
-        super().__init__()
-        if layer is not None and not -num_layers <= layer < num_layers:
-            raise ValueError(f"layer {layer}: the model has {num_layers} layers")
-        self.layer = layer
-        self.layer_norm = layer_norm
-        if layer is None:
-            self.weights = nn.Parameter(torch.zeros(num_layers))
-
-    def forward(self, hidden_states: list[Tensor]) -> Tensor:
-        """Map a list of (B, T, C) to (B, T, C)."""
-        if self.layer is not None:
-            return self._norm(hidden_states[self.layer])
-        weights = self.weights.softmax(dim=0)
-        out = weights[0] * self._norm(hidden_states[0])
-        for weight, hidden in zip(weights[1:], hidden_states[1:], strict=True):
-            out = out + weight * self._norm(hidden)
-        return out
-
-    def _norm(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x
+AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# Audio beyond which attention over all of it is refused.
+MAX_SECONDS = 3600
+# What `mask` takes for options that it does not name: much less than pre-training.
+MASK_DEFAULTS = {
+    "time_prob": 0.1,
+    "time_span": 10,
+    "time_min_spans": 0,
+    "channel_prob": 0.1,
+    "channel_span": 10,
+}
 
 
 class SpearFrontend(AbsFrontend):
-    """Features from a SPEAR student, 50 frames per second unless stacked.
+    """Features from a SPEAR student, 50 frames per second unless pooled or stacked.
 
     The features of an utterance can depend slightly on the padding of its batch,
     as in the published code, unless ``padding`` is ``exact``. Use ``normalize: null``
     in the configuration: the usual utterance normalisation would change the features
-    in place.
+    in place. docs/frontend.md has an example of every option.
 
     Args:
         fs: sampling rate of the data, a number or a string such as ``16k``; only
@@ -72,7 +53,8 @@ class SpearFrontend(AbsFrontend):
         arch: named size or fields of ZipformerConfig; needed without ``ckpt``. Next to
             ``ckpt`` it must describe the same network; its options of a run
             (``regularize``, ``chunk_size``, ...) go before those of the checkpoint.
-        layer: index of a single layer, or None for a learned weighted sum.
+        layer: index of a single layer, or None for a learned weighted sum. The layers
+            behind a single one are neither kept nor computed.
         layer_norm: normalise every layer before the sum.
         stack: consecutive frames made one, of as many times the channels; what is
             left over at the end is dropped. 2 gives 25 frames per second.
@@ -80,9 +62,22 @@ class SpearFrontend(AbsFrontend):
             student that is trained on keeps the regularisers of its configuration,
             with their schedules at the end unless ``arch`` says otherwise.
         padding: ``exact`` or ``compatible``, see ZipformerConfig; None: as configured.
+        freeze_steps: with ``freeze``: train the student after so many updates; None:
+            never. See FreezeSchedule.
+        mask: mask the fbank in training, after SpecAugment's manner but as in
+            pre-training, with the learned vector. Options of SpanMasker in place of
+            ``MASK_DEFAULTS``; an empty mapping for these; None: no masks.
+        pool: frames whose mean becomes one, before ``stack``.
+        chunk_seconds: outside training, compute longer audio in pieces of this length,
+            in bounded memory; None: in one piece, at most an hour.
+        context_seconds: what a piece sees on either side of it.
+        amp_dtype: ``bfloat16`` or ``float16`` for the student's own autocast, whatever
+            surrounds it; None: as what surrounds it. The features are float32.
+        logmel: ``concat`` or ``project``: join log-mel features, see LogMelFusion.
 
     Raises:
-        ValueError: another sampling rate, a layer that does not exist, or stack < 1.
+        ValueError: another sampling rate, a layer that does not exist, or another
+            option out of its range.
         CheckpointError: a checkpoint that is absent (without ``arch``), unreadable or
             of another architecture than ``arch``.
     """
@@ -97,31 +92,58 @@ class SpearFrontend(AbsFrontend):
         stack: int = 1,
         freeze: bool = True,
         padding: str | None = None,
+        freeze_steps: int | None = None,
+        mask: Mapping[str, Any] | None = None,
+        pool: int = 1,
+        chunk_seconds: float | None = None,
+        context_seconds: float = 10.0,
+        amp_dtype: str | None = None,
+        logmel: str | None = None,
     ) -> None:
         super().__init__()
-        fs = humanfriendly.parse_size(fs) if isinstance(fs, str) else fs
-        if fs != SAMPLE_RATE:
+        _check_rate(fs)
+        if freeze_steps is not None and not (freeze and freeze_steps >= 1):
             raise ValueError(
-                f"frontend spear works on {SAMPLE_RATE} Hz audio, not {fs} Hz: "
-                "format the data with fs 16k (asr.sh --fs 16k)"
+                f"frontend spear: freeze_steps {freeze_steps} with freeze {freeze}; "
+                "it says for how many updates `freeze: true` lasts: at least 1"
             )
-        if stack < 1:
-            raise ValueError(f"frontend spear: stack is {stack}; at least 1")
+        if amp_dtype is not None and amp_dtype not in AMP_TYPES:
+            raise ValueError(
+                f"frontend spear: amp_dtype {amp_dtype}; one of {list(AMP_TYPES)}, null"
+            )
         # Denormal numbers in attention weights would slow a CPU down.
         torch.set_flush_denormal(True)
         self.ckpt = ckpt
         self.freeze = freeze
-        self.stack = stack
-        self.hop_length = 320 * stack
+        self.amp_dtype = None if amp_dtype is None else AMP_TYPES[amp_dtype]
+        self.masker = None if mask is None else _masker(mask)
+        self.reduce = FrameReducer(pool, stack)
         self.frontend_type = "spear"
-        self.upstream, self._has_weights = _build_upstream(ckpt, arch, padding)
-        # Nothing below masks the fbank: without this DDP would wait for a gradient.
-        self.upstream.mask_emb.requires_grad_(False)
-        if freeze:
+        self.hop_length = FRAME * self.reduce.factor
+        self.upstream, self._has_weights = build_student(ckpt, arch, padding)
+        layers, bins = self.upstream.num_layers, self.upstream.config.num_mel_bins
+        self.featurizer = Featurizer(layers, layer, layer_norm)
+        keep_layers(self.upstream, layers if layer is None else layer % layers + 1)
+        self.logmel = None
+        if logmel is not None:
+            self.logmel = LogMelFusion(logmel, bins, self.upstream.output_size())
+        self.chunks = None
+        if chunk_seconds is not None:
+            self.chunks = Chunks.of(
+                chunk_seconds,
+                context_seconds,
+                self.upstream.config,
+                self.reduce.factor,
+            )
+        # Where nothing is masked DDP would wait for its gradient.
+        self.upstream.mask_emb.requires_grad_(self.masker is not None)
+        self.unfreezing = None
+        if freeze and freeze_steps is None:
             self.upstream.requires_grad_(False)
         else:
             self.schedule = self.upstream.batch_count_state()
-        self.featurizer = Featurizer(self.upstream.num_layers, layer, layer_norm)
+            if freeze_steps is not None:
+                self.unfreezing = FreezeSchedule(self.upstream, freeze_steps)
         self.upstream.register_load_state_dict_pre_hook(self._note_loading)
         self.train(self.training)
 
@@ -138,20 +160,26 @@ class SpearFrontend(AbsFrontend):
         if self.ckpt is not None and Path(self.ckpt).exists():
             self.upstream.load_state_dict(load_model(self.ckpt).state_dict())
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the student is fixed now."""
+        return self.freeze if self.unfreezing is None else self.unfreezing.frozen
+
     def train(self, mode: bool = True) -> SpearFrontend:
         """Switch modes; a frozen student stays in eval mode."""
         super().train(mode)
-        if self.freeze:
-            self.upstream.eval()
+        self.upstream.train(mode and not self.frozen)
         return self
 
     def output_size(self) -> int:
         """Channels of the features."""
-        return self.upstream.output_size() * self.stack
+        dim = self.upstream.output_size() if self.logmel is None else self.logmel.dim
+        return dim * self.reduce.stack
 
     def output_lengths(self, samples: Tensor | int) -> Tensor | int:
-        """Exact number of frames for so many samples (16 kHz)."""
-        return self.upstream.hidden_lengths(samples) // self.stack
+        """Exact number of frames for so many samples (16 kHz); 0: too short."""
+        frames = self.upstream.hidden_lengths(samples) // self.reduce.factor
+        return frames.clamp(min=0) if isinstance(frames, Tensor) else max(0, frames)
 
     def forward(self, input: Tensor, input_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Compute features.
@@ -161,10 +189,11 @@ class SpearFrontend(AbsFrontend):
             input_lengths: (B,) samples.
 
         Returns:
-            features (B, T, C) and their lengths (B,).
+            features (B, T, C) float32 and their lengths (B,).
 
         Raises:
             CheckpointError: no weights were ever loaded.
+            InputError: samples that are no numbers, or audio too long for one piece.
             ValueError: an utterance too short for one frame.
         """
         if not self._has_weights:
@@ -172,41 +201,86 @@ class SpearFrontend(AbsFrontend):
                 f"frontend spear: the checkpoint {self.ckpt} does not exist and no "
                 "weights were loaded in its place; correct frontend_conf.ckpt"
             )
-        with torch.no_grad() if self.freeze else nullcontext():
-            out = self.upstream(input, input_lengths)
-        features, lengths = self.featurizer(out.hidden_states), out.hidden_states_lens
-        if self.stack == 1:
-            return features, lengths
-        if int(lengths.min()) < self.stack:
-            raise ValueError(
-                f"frontend spear: an utterance of {int(lengths.min())} frames is "
-                f"shorter than stack={self.stack}"
+        if self.upstream.training != (self.training and not self.frozen):
+            self.train(self.training)
+        samples, lengths = input_lengths.tolist(), self.output_lengths(input_lengths)
+        self._check_samples(samples)
+        if self.training or self.chunks is None or self._short(samples):
+            features = self._compute(input, input_lengths)
+        else:
+            features = in_chunks(
+                self._compute,
+                input,
+                [self.upstream.hidden_lengths(n) for n in samples],
+                input_lengths,
+                self.chunks,
+                self.reduce.factor,
             )
-        whole = features[:, : features.shape[1] // self.stack * self.stack]
-        stacked = whole.unflatten(1, (-1, self.stack)).flatten(2)
-        return stacked, lengths // self.stack
+        if self.training and self.frozen and self.unfreezing is not None:
+            if torch.is_grad_enabled():
+                features = self.unfreezing.attach(features)
+        return features, lengths
+
+    def _short(self, samples: list[int]) -> bool:
+        return max(samples) <= self.chunks.max_samples
+
+    def _check_samples(self, samples: list[int]) -> None:
+        self.upstream.check_shortest(min(samples))
+        frames = self.upstream.hidden_lengths(min(samples))
+        if frames < self.reduce.factor:
+            raise ValueError(
+                f"frontend spear: an utterance of {frames} frames is shorter than "
+                f"pool={self.reduce.pool} times stack={self.reduce.stack}"
+            )
+        cut = self.chunks is not None and not self.training
+        if max(samples) > MAX_SECONDS * SAMPLE_RATE and not cut:
+            raise InputError(
+                f"frontend spear: an utterance of {max(samples) / SAMPLE_RATE:.0f} s; "
+                "cut it, or (outside training) set frontend_conf.chunk_seconds, such "
+                f"as 30: in one piece at most {MAX_SECONDS} s are tried, since memory "
+                "grows with the square of the length"
+            )
+
+    def _compute(self, speech: Tensor, lengths: Tensor) -> Tensor:
+        """Return features (B, T, C) of waveforms, in one piece."""
+        with ExitStack() as modes:
+            if self.frozen:
+                modes.enter_context(torch.no_grad())
+            if self.amp_dtype is not None:
+                modes.enter_context(torch.autocast(speech.device.type, self.amp_dtype))
+            fbank, fbank_lens = self.upstream.compute_fbank(speech, lengths)
+            if self.training and self.masker is not None:
+                mask_emb = self.upstream.mask_emb
+                fbank, _ = self.masker(fbank, fbank_lens, mask_emb)
+            hidden_states = self.upstream.encode(fbank, fbank_lens).hidden_states
+        features = self.featurizer(hidden_states)
+        if self.logmel is not None:
+            features = self.logmel(features, fbank)
+        return self.reduce(features.float())
 
 
-def _build_upstream(
-    ckpt: str | None, arch: str | Mapping[str, Any] | None, padding: str | None
-) -> tuple[SpearEncoder, bool]:
-    """Return the student and whether it holds weights from a file."""
-    config = None if arch is None else ZipformerConfig.build(arch)
-    if config is not None and padding is not None:
-        config = replace(config, padding=padding)
-    if ckpt is not None and (Path(ckpt).exists() or config is None):
-        upstream = load_model(ckpt, padding)
-        if config is None:
-            upstream.end_schedules()
-            return upstream, True
-        if config.architecture() != upstream.config.architecture():
-            raise CheckpointError(f"{ckpt}: its architecture differs from `arch`")
-        student = SpearEncoder(config)
-        student.load_state_dict(upstream.state_dict())
-        return student, True
-    if config is None:
-        raise ValueError("frontend spear: give `ckpt`, or `arch` without weights")
-    if ckpt is not None:
-        logging.warning(f"{ckpt} is absent: weights must come with the model's state")
-    # Without any checkpoint named, a random student is what was asked for.
-    return SpearEncoder(config), ckpt is None
+def _check_rate(fs: int | str) -> None:
+    rate = humanfriendly.parse_size(fs) if isinstance(fs, str) else fs
+    if rate != SAMPLE_RATE:
+        raise ValueError(
+            f"frontend spear works on {SAMPLE_RATE} Hz audio, not {rate} Hz: "
+            "format the data with fs 16k (asr.sh --fs 16k)"
+        )
+
+
+def _masker(options: Mapping[str, Any]) -> SpanMasker:
+    """Build the masks of training.
+
+    Raises:
+        ValueError: an unknown option or one out of its range.
+    """
+    known = [field.name for field in fields(SpanMasker)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"frontend spear: mask has no {unknown}; options: {known}")
+    values = {**MASK_DEFAULTS, **options}
+    for name, value in values.items():
+        low, high = (0, 1) if name.endswith("prob") else (name.endswith("span"), 10**6)
+        if not low <= value <= high:
+            raise ValueError(f"frontend spear: mask.{name} is {value}")
+    return SpanMasker(**values)

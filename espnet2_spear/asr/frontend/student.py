@@ -1,0 +1,97 @@
+"""The student inside the frontend: opened, and cut to the layers that are used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from espnet2_spear.hub.load import CheckpointError, load_model
+from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.encoder import DownsampledStack
+
+
+def build_student(
+    ckpt: str | None, arch: str | Mapping[str, Any] | None, padding: str | None
+) -> tuple[SpearEncoder, bool]:
+    """Return the student and whether it holds the weights that it should.
+
+    Args:
+        ckpt: local checkpoint, see ``espnet2_spear.load_model``.
+        arch: named size or fields of ZipformerConfig.
+        padding: goes before what the checkpoint or ``arch`` says; None: as they say.
+
+    Raises:
+        ValueError: neither of them.
+        CheckpointError: an absent checkpoint without ``arch``, an unreadable one, or
+            one of another architecture than ``arch``.
+    """
+    config = None if arch is None else ZipformerConfig.build(arch)
+    if config is not None and padding is not None:
+        config = replace(config, padding=padding)
+    if ckpt is not None and (Path(ckpt).exists() or config is None):
+        student = load_model(ckpt, padding)
+        if config is None:
+            student.end_schedules()
+            return student, True
+        if config.architecture() != student.config.architecture():
+            raise CheckpointError(f"{ckpt}: its architecture differs from `arch`")
+        other = SpearEncoder(config)
+        other.load_state_dict(student.state_dict())
+        return other, True
+    if config is None:
+        raise ValueError("frontend spear: give `ckpt`, or `arch` without weights")
+    if ckpt is not None:
+        logging.warning(f"{ckpt} is absent: weights must come with the model's state")
+    # Without any checkpoint named, a random student is what was asked for.
+    return SpearEncoder(config), ckpt is None
+
+
+def keep_layers(student: SpearEncoder, layers: int) -> None:
+    """Cut a student behind its first layers, in place.
+
+    They give the same hidden states as before; ``encoder_out`` has no meaning any
+    more. States with tensors of the removed layers can still be loaded. Parameters
+    that no hidden state depends on need no gradient, so that DDP waits for none.
+
+    Args:
+        student: is changed.
+        layers: how many layers stay, at least 1.
+    """
+    names = set(student.state_dict())
+    stacks = student.encoder.encoders
+    left = layers
+    for i, stack in enumerate(stacks):
+        if left == 0:
+            del stacks[i:]
+            break
+        own = stack.encoder if isinstance(stack, DownsampledStack) else stack
+        del own.layers[left:]
+        left -= len(own.layers)
+    removed = frozenset(names - set(student.state_dict()))
+    if removed:
+        hook = partial(_forget, removed)
+        student.register_load_state_dict_pre_hook(hook)
+    # Hidden states are taken before a stack's result is combined with its input.
+    if isinstance(stacks[-1], DownsampledStack):
+        stacks[-1].out_combiner.requires_grad_(False)
+    if student.encoder.downsample_output is not None:
+        student.encoder.downsample_output.requires_grad_(False)
+
+
+def _forget(
+    names: frozenset[str],
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *unused: Any,
+) -> None:
+    """Take the tensors of removed layers out of a state that is being loaded."""
+    for name in names:
+        state_dict.pop(prefix + name, None)
