@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from espnet2_spear.hub.load import CheckpointError, load_model, read_tensors
+from espnet2_spear.hub.files import CheckpointError, read_tensors
+from espnet2_spear.hub.load import load_model
 
 
 @pytest.mark.parametrize(

@@ -1,159 +1,191 @@
-"""Open SPEAR checkpoints: ours, or in the released Hugging Face layout."""
+"""Open SPEAR checkpoints: ours, or released ones."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
-import yaml
 from torch import Tensor
 
+from espnet2_spear.hub.fetch import fetch, is_hub_id
+from espnet2_spear.hub.files import (
+    CheckpointError,
+    find_config,
+    find_weights,
+    read_config,
+    read_tensors,
+)
+from espnet2_spear.hub.infer import differences, infer_config
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
-# Keys of a released config.json that say nothing about the network.
-_HF_ONLY = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype")
-_HF_ONLY += ("transformers_version",)
+__all__ = ["CheckpointError", "load_model", "open_checkpoint"]
+
 _ANCHOR = "encoder_embed.conv.0.weight"
-_WEIGHT_NAMES = ("valid.loss.ave.pth", "valid.loss.best.pth", "latest.pth")
+_OURS = "student."
+# Of icefall's training: they predict codes and tags, and nothing here uses them.
+_HEADS = re.compile(
+    r"(^|\.)(codebook_loss_net|codebook_loss_heads|audio_tagging_proj)\."
+)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be opened; the message names the file and remedy."""
-
-
-def load_model(path: str | Path, padding: str | None = None) -> SpearEncoder:
+def load_model(
+    path: str | Path,
+    padding: str | None = None,
+    conf: Mapping[str, Any] | None = None,
+) -> SpearEncoder:
     """Open a SPEAR student, in eval mode, on the CPU.
 
     Args:
-        path: a folder in the released layout (``config.json`` and
-            ``model.safetensors``), an experiment folder or packed model of ours
-            (``config.yaml`` and weights), or one of our ``.pth`` files with
-            ``config.yaml`` beside it. Nothing is downloaded.
+        path: a folder, or a file of weights in it: as released on Hugging Face
+            (``model.safetensors``, whole or in parts, or ``pytorch_model.bin``), a
+            training checkpoint of icefall (``.pt``), what ``spear_import`` writes, an
+            experiment or packed model of ours. Or ``hf:user/name[@revision]``,
+            which is fetched; nothing else ever is.
         padding: ``exact`` makes an utterance's output independent of its batch,
             ``compatible`` is as in the published code; None takes what the
             checkpoint's configuration says (``compatible`` if nothing).
+        conf: fields of ZipformerConfig that go before the ``config.json`` or
+            ``config.yaml`` beside the weights. Without such a file the tensors
+            themselves tell the architecture, see ``infer_config``.
 
     Returns:
         the encoder; ``model(speech, lengths)`` gives ``encoder_out``,
         ``encoder_out_lens`` and ``hidden_states``.
 
     Raises:
-        CheckpointError: no checkpoint there, or one with missing, extra or
-            misshapen tensors.
-        ConfigError: a ``padding`` that does not exist.
+        CheckpointError: no checkpoint there; one with missing, extra or misshapen
+            tensors; a configuration that contradicts them.
+        ConfigError: a ``padding`` that does not exist, or a ``conf`` that does not
+            fit.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file or folder; name a local checkpoint (nothing is "
-            "downloaded by itself)"
-        )
-    config_file, weights = _find(path)
-    config = read_config(config_file)
+    conf = dict(conf or {})
     if padding is not None:
-        config = replace(config, padding=padding)
-    state = strip_prefix(read_tensors(weights), weights)
-    model = SpearEncoder(config)
-    check_tensors(state, model.state_dict(), weights)
-    model.load_state_dict(state)
-    return model.eval()
+        conf["padding"] = padding
+    return open_checkpoint(path, conf)[0]
 
 
-def _find(path: Path) -> tuple[Path, Path]:
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir():
-        names = ("model.safetensors", *_WEIGHT_NAMES)
-        weights = [folder / n for n in names if (folder / n).exists()]
-        if not weights:
-            raise CheckpointError(f"{folder}: holds none of {', '.join(names)}")
-        path = weights[0]
-    name = "config.json" if path.suffix == ".safetensors" else "config.yaml"
-    config = folder / name
-    if not config.exists():
-        raise CheckpointError(f"{path}: needs {name} beside it in {folder}")
-    return config, path
+def open_checkpoint(
+    path: str | Path, conf: Mapping[str, Any] | None = None
+) -> tuple[SpearEncoder, Path, list[str]]:
+    """Open a student, and say what was opened.
 
+    Args:
+        path: as of :func:`load_model`.
+        conf: as of :func:`load_model`.
 
-def read_config(path: Path) -> ZipformerConfig:
-    """Read a released ``config.json`` or the ``config.yaml`` of a SpearTask run."""
-    released = path.suffix == ".json"
-    try:
-        text = path.read_text(encoding="utf-8")
-        conf = json.loads(text) if released else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); copy the file again"
-        ) from error
-    if not isinstance(conf, dict) or not (released or "student_conf" in conf):
-        raise CheckpointError(f"{path}: not the configuration of a SPEAR model")
-    if released:
-        conf = {k: v for k, v in conf.items() if k not in _HF_ONLY}
+    Returns:
+        the encoder in eval mode, the file its tensors are from, and the names of the
+        tensors that are not the student's (heads) and were left out.
+    """
+    local = fetch(str(path)) if is_hub_id(path) else Path(path)
+    weights = find_weights(local)
+    config_file = find_config(weights)
+    known = None if config_file is None else read_config(config_file)
+    state, left_out = strip_prefix(read_tensors(weights), weights)
+    if known is None:
+        config = infer_config(state, weights, conf)
     else:
-        conf = {"name": conf["student"], **conf["student_conf"]}
+        config = replace(known, **ZipformerConfig.fields_from(conf or {}))
+    model = SpearEncoder(config)
     try:
-        return ZipformerConfig.from_dict(conf)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        check_tensors(state, model.state_dict(), weights)
+    except CheckpointError as error:
+        hint = "" if config_file is None else _contradiction(config, state, config_file)
+        raise CheckpointError(f"{error}{hint}") from None
+    model.load_state_dict(state)
+    return model.eval(), weights, left_out
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a flat state dict without executing anything that the file holds."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as tensors ({error}); copy the file again"
-        ) from error
-    if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"{path}: holds a {type(state).__name__}, not named tensors; this is not a "
-            "SPEAR checkpoint"
-        )
-    if isinstance(state.get("model"), Mapping):  # an ESPnet checkpoint.pth
-        state = state["model"]
-    return state
-
-
-def strip_prefix(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def strip_prefix(
+    state: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, Tensor], list[str]]:
     """Keep the student's tensors, under the names of SpearEncoder.
 
-    The prefix (``model.model.`` in released files, ``student.`` in ours) is found by
-    a tensor that every student has.
+    The prefix (``model.model.`` in released files, ``student.`` in ours, none in
+    icefall's) is found by a tensor that every student has.
+
+    Returns:
+        the student's tensors, and the names of those that belong to no student: what
+        a SpearTask trains besides, and icefall's heads.
+
+    Raises:
+        CheckpointError: no student, several, or tensors of unknown purpose.
     """
     prefixes = [k.removesuffix(_ANCHOR) for k in state if k.endswith(_ANCHOR)]
+    if _OURS in prefixes:
+        prefixes = [_OURS]
     if len(prefixes) != 1:
         raise CheckpointError(
             f"{path}: found {len(prefixes)} tensors named *{_ANCHOR}, expected one; "
             "this is not a SPEAR checkpoint"
         )
-    start = len(prefixes[0])
-    return {k[start:]: v for k, v in state.items() if k.startswith(prefixes[0])}
+    (prefix,) = prefixes
+    left_out = [k for k in state if _HEADS.search(k) or not k.startswith(prefix)]
+    unknown = [k for k in left_out if prefix != _OURS and not _HEADS.search(k)]
+    if unknown:
+        raise CheckpointError(
+            f"{path}: extra tensors beside {prefix}*: {_some(unknown)}; this is more "
+            "than a SPEAR student"
+        )
+    dropped = {*left_out}
+    kept = {k[len(prefix) :]: v for k, v in state.items() if k not in dropped}
+    return kept, left_out
 
 
 def check_tensors(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
 ) -> None:
-    """Compare names and shapes.
+    """Compare names, shapes and kinds of numbers.
 
     Raises:
         CheckpointError: lists the first missing, extra and misshapen tensors.
     """
     problems = [f"missing {k}" for k in expected if k not in state]
     problems += [f"extra {k}" for k in state if k not in expected]
-    problems += [
-        f"{k} has shape {tuple(state[k].shape)}, expected {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
-    ]
+    for name, value in expected.items():
+        got = state.get(name)
+        if got is None:
+            continue
+        if got.shape != value.shape:
+            shapes = f"{tuple(got.shape)}, expected {tuple(value.shape)}"
+            problems.append(f"{name} has shape {shapes}")
+        elif not got.is_floating_point():
+            problems.append(f"{name} holds {got.dtype}, expected floats")
     if problems:
-        shown = "; ".join(problems[:5])
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"{path}: does not fit its configuration: {shown}{more}")
+        raise CheckpointError(
+            f"{path}: does not fit its configuration: {_some(problems, '; ')}"
+        )
+
+
+def _contradiction(
+    config: ZipformerConfig, state: Mapping[str, Tensor], config_file: Path
+) -> str:
+    """Say which fields of a configuration the tensors contradict, if they can tell."""
+    heads = {
+        key: getattr(config, key)
+        for key in ("query_head_dim", "pos_head_dim", "value_head_dim")
+    }
+    try:
+        differ = differences(config, infer_config(state, config_file, heads))
+    except CheckpointError:
+        return ""
+    found = [
+        f"{key} {_plain(says)} there, {_plain(seen)} by the tensors"
+        for key, (says, seen) in differ.items()
+    ]
+    if not found:
+        return ""
+    return f". {config_file.name} contradicts the tensors: {_some(found, '; ')}"
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _some(items: list[str], separator: str = ", ") -> str:
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return separator.join(items[:5]) + more

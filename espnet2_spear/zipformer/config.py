@@ -208,11 +208,20 @@ class ZipformerConfig:
         """
         conf = dict(conf)
         start = cls.from_name(conf.pop("name")) if "name" in conf else cls()
+        return replace(start, **cls.fields_from(conf))
+
+    @classmethod
+    def fields_from(cls, conf: Mapping[str, Any]) -> dict[str, Any]:
+        """Turn what YAML or JSON holds into fields' values, for ``replace``.
+
+        Raises:
+            ConfigError: a key that is no field, or a value that is none of its type.
+        """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(conf) - known)
         if unknown:
             raise ConfigError(f"unknown keys {unknown}; known: {sorted(known)}")
-        return replace(start, **{key: _plain(key, conf[key]) for key in conf})
+        return {key: _plain(key, conf[key]) for key in conf}
 
     @classmethod
     def build(cls, arch: str | Mapping[str, Any] | ZipformerConfig) -> ZipformerConfig:

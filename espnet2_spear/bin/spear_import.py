@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""Import a SPEAR checkpoint, as released or of icefall, into the format of ours."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import yaml
+
+from espnet2_spear.hub.fetch import is_hub_id
+from espnet2_spear.hub.infer import compact, named_size
+from espnet2_spear.hub.load import open_checkpoint
+from espnet2_spear.hub.save import init_param_help, save_student
+from espnet2_spear.zipformer.config import PADDING_MODES
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    parser = argparse.ArgumentParser(
+        description="Check a checkpoint and write it as config.yaml and student.pth",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--log_level", default="INFO")
+    parser.add_argument(
+        "source",
+        help="folder or file (model.safetensors, pytorch_model.bin, icefall's *.pt, "
+        "*.pth of ours), or hf:USER/NAME[@REVISION], which is downloaded",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--conf",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="fields of ZipformerConfig that the checkpoint does not tell, as "
+        "encoder_unmasked_dim=256,256,256 chunk_size=32",
+    )
+    parser.add_argument(
+        "--padding", choices=PADDING_MODES, help="write this into the configuration"
+    )
+    parser.add_argument(
+        "--overwrite",
+        type=lambda x: {"true": True, "false": False}[x.lower()],
+        default=False,
+        help="Replace a student that is in the folder (true or false)",
+    )
+    return parser
+
+
+def parse_conf(pairs: list[str]) -> dict[str, object]:
+    """Turn ``key=value`` pairs into a mapping; values are YAML.
+
+    Raises:
+        ValueError: a pair without ``=``.
+    """
+    conf = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--conf {pair}: expected KEY=VALUE")
+        conf[key] = yaml.safe_load(value)
+    return conf
+
+
+def main(cmd: list[str] | None = None) -> None:
+    """Import; see ``--help``.
+
+    Example:
+        % python -m espnet2_spear.bin.spear_import /path/to/spear-base --out exp/base
+    """
+    args = get_parser().parse_args(cmd)
+    logging.basicConfig(
+        level=args.log_level,
+        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
+    )
+    conf = parse_conf(args.conf)
+    if args.padding:
+        conf["padding"] = args.padding
+    model, file, left_out = open_checkpoint(args.source, conf)
+    config = model.config
+    if left_out:
+        heads = sorted({name.rsplit(".", 1)[0] for name in left_out})
+        logging.info(f"left out {len(left_out)} tensors of no student: {heads}")
+    if (
+        config.encoder_unmasked_dim == config.encoder_dim
+        and named_size(config) is None
+        and "encoder_unmasked_dim" not in conf
+    ):
+        logging.warning(
+            "of no named size: training with regularize would mask no channels, unless "
+            "you say --conf encoder_unmasked_dim=..."
+        )
+    source = args.source if is_hub_id(args.source) else str(file.name)
+    weights = save_student(model, args.out, source, args.overwrite)
+    number = sum(p.numel() for p in model.parameters())
+    print(
+        f"{args.out}: {number / 1e6:.1f} M parameters, {model.num_layers} layers of "
+        f"{model.output_size()}, {config.frame_rate:g} frames a second"
+        f"{', causal' if config.causal else ''}\n"
+        f"arch: {compact(config)}\n\n{init_param_help(model, weights)}",
+        end="",
+    )
+
+
+if __name__ == "__main__":
+    main()

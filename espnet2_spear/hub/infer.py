@@ -1,0 +1,182 @@
+"""The shape of a student, found from the names and shapes of its tensors alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from espnet2_spear.hub.files import CheckpointError
+from espnet2_spear.zipformer.config import NAMED_CONFIGS, ZipformerConfig
+
+# Not to be seen in any tensor; everything else of the architecture is.
+UNSEEN = ("encoder_unmasked_dim",)
+# Options that distinguish variants of a named size.
+_VARIANT = ("output_downsampling_factor", "causal", "regularize")
+
+
+def infer_config(
+    state: Mapping[str, Tensor], path: Path, given: Mapping[str, Any] | None = None
+) -> ZipformerConfig:
+    """Find the configuration of a student.
+
+    Heads of the published widths (4 channels for positions, 12 for values) are
+    assumed unless ``given`` says otherwise, as only products are to be seen. The
+    unmasked dimension (of the feature masks in training) is that of the named size
+    that fits, else everything is unmasked.
+
+    Args:
+        state: the student's tensors, without prefix.
+        path: their file, for messages.
+        given: fields of ZipformerConfig that are known.
+
+    Raises:
+        CheckpointError: tensors that no configuration has.
+    """
+    given = dict(given or {})
+    seen = _Shapes(state, path)
+    conf: dict[str, Any] = {
+        "embed_channels": [
+            seen.size(f"encoder_embed.conv.{slot}.weight", 0) for slot in (0, 4, 7)
+        ],
+        "num_mel_bins": seen.size("mask_emb", 0),
+        "output_downsampling_factor": seen.optional(
+            "encoder.downsample_output.bias", default=1
+        ),
+    }
+    stacks = [
+        _stack(seen, i, given) for i in range(seen.count(r"encoder\.encoders\.(\d+)\."))
+    ]
+    if not stacks:
+        raise CheckpointError(f"{path}: missing encoder.encoders.*")
+    conf |= {key: [stack[key] for stack in stacks] for key in stacks[0]}
+    for key in ("causal", "pos_dim", "query_head_dim", "pos_head_dim"):
+        conf[key] = _only(conf[key], key, path)
+    conf["value_head_dim"] = _only(conf["value_head_dim"], "value_head_dim", path)
+    conf["encoder_unmasked_dim"] = conf["encoder_dim"]
+    try:
+        config = ZipformerConfig.from_dict(conf)
+        named = named_size(config)
+        if named is not None:
+            unmasked = NAMED_CONFIGS[named].encoder_unmasked_dim
+            conf["encoder_unmasked_dim"] = list(unmasked)
+        return ZipformerConfig.from_dict({**conf, **given})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _stack(seen: _Shapes, index: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = f"encoder.encoders.{index}."
+    factor = seen.optional(f"{prefix}downsample.bias", default=0)
+    if factor:
+        prefix += "encoder."
+    layers = seen.count(re.escape(prefix) + r"layers\.(\d+)\.")
+    layer = f"{prefix}layers.0."
+    conv = f"{layer}conv_module1.depthwise_conv."
+    causal = f"{conv}causal_conv.weight" in seen.state
+    kernel = f"{conv}chunkwise_conv.weight" if causal else f"{conv}weight"
+    return {
+        "downsampling_factor": factor or 1,
+        "num_encoder_layers": layers,
+        "feedforward_dim": seen.size(f"{layer}feed_forward2.in_proj.weight", 0),
+        "encoder_dim": seen.size(f"{layer}norm.bias", 0),
+        "cnn_module_kernel": seen.size(kernel, -1),
+        "causal": causal,
+        "pos_dim": seen.size(f"{layer}self_attn_weights.linear_pos.weight", 1),
+        **_heads(seen, layer, index, given),
+    }
+
+
+def _heads(
+    seen: _Shapes, layer: str, index: int, given: Mapping[str, Any]
+) -> dict[str, int]:
+    """Split the widths of attention into heads and what one head has."""
+    default = ZipformerConfig()
+    pos = seen.size(f"{layer}self_attn_weights.linear_pos.weight", 0)
+    queries = seen.size(f"{layer}self_attn_weights.in_proj.weight", 0) - pos
+    values = seen.size(f"{layer}self_attn1.in_proj.weight", 0)
+    if "num_heads" in given:
+        known = given["num_heads"]
+        known = known.split(",") if isinstance(known, str) else known
+        heads = int(known[index]) if index < len(known) else 0
+        value_dim = values // heads if heads else 0
+    else:
+        heads = pos // int(given.get("pos_head_dim", default.pos_head_dim))
+        value_dim = int(given.get("value_head_dim", default.value_head_dim))
+    dims = (pos, queries // 2, values)
+    if not heads or any(d % heads for d in dims) or values != heads * value_dim:
+        raise CheckpointError(
+            f"{seen.path}: {layer}self_attn*: widths {dims} of positions, queries and "
+            "values cannot be divided into heads; give num_heads, one per stack"
+        )
+    return {
+        "num_heads": heads,
+        "query_head_dim": queries // 2 // heads,
+        "pos_head_dim": pos // heads,
+        "value_head_dim": value_dim,
+    }
+
+
+def named_size(config: ZipformerConfig) -> str | None:
+    """Return the named size that a network is, or a variant of which; None: of none.
+
+    A variant may be causal, and have another output rate.
+    """
+    for name, known in NAMED_CONFIGS.items():
+        differ = differences(config, known)
+        if not set(differ) - {*_VARIANT}:
+            return name
+    return None
+
+
+def differences(a: ZipformerConfig, b: ZipformerConfig) -> dict[str, tuple]:
+    """Fields of the architecture that tensors show and that differ: (a's, b's)."""
+    a, b = a.architecture(), b.architecture()
+    return {
+        f.name: (getattr(a, f.name), getattr(b, f.name))
+        for f in fields(a)
+        if f.name not in UNSEEN and getattr(a, f.name) != getattr(b, f.name)
+    }
+
+
+def compact(config: ZipformerConfig) -> dict[str, Any]:
+    """Return the shortest mapping that ``ZipformerConfig.from_dict`` makes this of."""
+    name = named_size(config)
+    start = ZipformerConfig() if name is None else NAMED_CONFIGS[name]
+    full, known = config.to_dict(), start.to_dict()
+    conf = {key: value for key, value in full.items() if value != known[key]}
+    return conf if name is None else {"name": name, **conf}
+
+
+def _only(values: list[Any], key: str, path: Path) -> Any:
+    if len(set(values)) != 1:
+        raise CheckpointError(f"{path}: {key} differs between stacks: {values}")
+    return values[0]
+
+
+class _Shapes:
+    """Shapes of tensors; asking for one that is absent is a CheckpointError."""
+
+    def __init__(self, state: Mapping[str, Tensor], path: Path) -> None:
+        self.state = state
+        self.path = path
+
+    def size(self, name: str, axis: int) -> int:
+        if name not in self.state:
+            raise CheckpointError(f"{self.path}: missing {name}")
+        shape = tuple(self.state[name].shape)
+        if not -len(shape) <= axis < len(shape):
+            raise CheckpointError(f"{self.path}: {name} has shape {shape}")
+        return shape[axis]
+
+    def optional(self, name: str, default: int) -> int:
+        return self.size(name, 0) if name in self.state else default
+
+    def count(self, pattern: str) -> int:
+        """Number of numbered things, whose names start with the pattern."""
+        found = [re.match(pattern, name) for name in self.state]
+        return 1 + max((int(m.group(1)) for m in found if m), default=-1)

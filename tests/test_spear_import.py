@@ -1,0 +1,401 @@
+"""Released and icefall checkpoints in: found, checked, written in our format."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
+from safetensors.torch import save_file
+
+from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
+from espnet2_spear.asr.frontend.spear import SpearFrontend
+from espnet2_spear.bin.spear_import import main as spear_import
+from espnet2_spear.hub.files import CheckpointError, read_config
+from espnet2_spear.hub.infer import compact, infer_config, named_size
+from espnet2_spear.hub.load import load_model
+from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
+
+# As the published ones, but narrow: 8 heads of the published widths.
+SMALL = ZipformerConfig(
+    downsampling_factor=(1, 2, 4),
+    num_encoder_layers=(1, 2, 1),
+    feedforward_dim=(64, 96, 32),
+    encoder_dim=(32,) * 3,
+    encoder_unmasked_dim=(24,) * 3,
+    cnn_module_kernel=(31, 15, 15),
+    num_heads=(2, 3, 2),
+    embed_channels=(2, 4, 8),
+)
+HEADS = {
+    "codebook_loss_net.linear.weight": torch.zeros(4, 32),
+    "codebook_loss_heads.0.bias": torch.zeros(4),
+    "audio_tagging_proj.1.weight": torch.zeros(5, 32),
+}
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def student() -> SpearEncoder:
+    torch.manual_seed(0)
+    return SpearEncoder(SMALL).eval()
+
+
+@pytest.fixture(scope="module")
+def state(student: SpearEncoder) -> State:
+    return student.state_dict()
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + name: value.clone() for name, value in state.items()}
+
+
+def write_parts(folder: Path, state: State, suffix: str) -> Path:
+    """Write a checkpoint in two parts with an index, as transformers does."""
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    names = sorted(state)
+    where = {}
+    for part, keys in enumerate((names[::2], names[1::2]), start=1):
+        file = f"{stem}-{part:05d}-of-00002.{suffix}"
+        write = save_file if suffix == "safetensors" else torch.save
+        write({k: state[k] for k in keys}, folder / file)
+        where |= dict.fromkeys(keys, file)
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return index
+
+
+def icefall(state: State, **more: object) -> dict[str, object]:
+    """All that icefall's training leaves in a checkpoint."""
+    return {
+        "model": {**state, **{k: v.clone() for k, v in HEADS.items()}},
+        "model_avg": {k: v.double() for k, v in state.items()},
+        "optimizer": {"state": {0: {"step": 3}}, "param_groups": [{"lr": 0.1}]},
+        "grad_scaler": {"scale": 1.0},
+        "sampler": {"epoch": 1, "cuts": Counter(speech=3)},
+        "exp_dir": pathlib.PosixPath("zipformer/exp"),
+        "best_train_loss": float("inf"),
+        "subsampling_factor": 4,
+        **more,
+    }
+
+
+def write(folder: Path, layout: str, state: State) -> Path:
+    """Write the student in one of the layouts; returns what a user would name."""
+    if layout == "safetensors":
+        save_file(prefixed(state, "model.model."), folder / "model.safetensors")
+    elif layout in ("safetensors in parts", "bin in parts"):
+        suffix = layout.split()[0]
+        write_parts(folder, prefixed(state, "model.model."), suffix)
+    elif layout == "file of safetensors":
+        save_file(prefixed(state, "model.model."), folder / "spear.safetensors")
+        return folder / "spear.safetensors"
+    elif layout == "bin":
+        torch.save(prefixed(state, "model.model."), folder / "pytorch_model.bin")
+    elif layout == "icefall":
+        torch.save(icefall(state), folder / "epoch-30.pt")
+    elif layout == "icefall, prefixed":
+        content = icefall(state)
+        content["model"] = prefixed(content["model"], "module.")
+        torch.save(content, folder / "a.pt")
+        torch.save(content, folder / "b.pt")
+        return folder / "b.pt"
+    else:
+        torch.save(prefixed(state, "student."), folder / "student.pth")
+    return folder
+
+
+LAYOUTS = ["safetensors", "safetensors in parts", "file of safetensors", "bin"]
+LAYOUTS += ["bin in parts", "icefall", "icefall, prefixed", "ours"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_without_a_configuration(tmp_path, state, layout) -> None:
+    model = load_model(write(tmp_path, layout, state))
+    expected = replace(SMALL, encoder_unmasked_dim=SMALL.encoder_dim)
+    assert model.config == expected
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("size", ["base", "large", "xlarge"])
+@pytest.mark.parametrize("rate", [1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_published_sizes_are_recognised(size: str, rate: int, causal: bool) -> None:
+    config = replace(
+        ZipformerConfig.from_name(size),
+        output_downsampling_factor=rate,
+        causal=causal,
+        regularize=False,
+    )
+    with torch.device("meta"):
+        state = SpearEncoder(config).state_dict()
+    found = infer_config(state, Path("x"))
+    assert found == config
+    assert named_size(found) == size
+    assert ZipformerConfig.from_dict(compact(found)) == config
+    assert len(compact(found)) == 2 + (rate == 2) + causal
+
+
+def test_other_heads_must_be_told(tmp_path: Path) -> None:
+    config = replace(SMALL, pos_head_dim=3, value_head_dim=7)
+    state = SpearEncoder(config).state_dict()
+    path = write(tmp_path, "icefall", state)
+    with pytest.raises(CheckpointError, match="layers.0.self_attn.*give num_heads"):
+        load_model(path)
+    found = load_model(
+        path, conf={"num_heads": "2,3,2", "encoder_unmasked_dim": [24] * 3}
+    )
+    assert found.config == config
+
+
+def damaged(state: State, damage: str) -> State:
+    state = dict(state)
+    if damage == "missing":
+        del state["encoder.encoders.1.encoder.layers.1.norm.bias"]
+    elif damage == "extra":
+        state["encoder.encoders.9.more"] = torch.zeros(1)
+    elif damage == "misshapen":
+        state["encoder_embed.out.bias"] = torch.zeros(31)
+    elif damage == "integers":
+        state["mask_emb"] = torch.zeros(128, dtype=torch.int32)
+    elif damage == "no anchor":
+        del state["encoder_embed.conv.0.weight"]
+    elif damage == "no stack":
+        state = {k: v for k, v in state.items() if "encoders" not in k}
+    return state
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ("missing", "missing encoder.encoders.1.encoder.layers.1.norm.bias"),
+        ("extra", "encoder.encoders.[0-9]+"),
+        ("misshapen", r"encoder_embed.out.bias has shape \(31,\), expected \(32,\)"),
+        ("integers", "mask_emb holds torch.int32"),
+        ("no anchor", "not a SPEAR checkpoint"),
+        ("no stack", r"missing encoder\.encoders"),
+    ],
+)
+def test_damage_is_named(tmp_path, state, damage, message, with_config) -> None:
+    path = write(tmp_path, "safetensors", damaged(state, damage))
+    if with_config:
+        conf = {k: v for k, v in SMALL.to_dict().items() if v is not None}
+        (tmp_path / "config.json").write_text(json.dumps(conf))
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_model(path)
+    assert "model.safetensors" in str(error.value)
+
+
+def test_configuration_and_tensors_contradict_each_other(tmp_path, state) -> None:
+    path = write(tmp_path, "safetensors", state)
+    conf = replace(SMALL, cnn_module_kernel=(31, 31, 15), downsampling_factor=(1, 2, 8))
+    (tmp_path / "config.json").write_text(json.dumps(conf.to_dict()))
+    with pytest.raises(CheckpointError) as error:
+        load_model(path)
+    message = str(error.value)
+    assert "config.json contradicts the tensors" in message
+    assert "cnn_module_kernel 31,31,15 there, 31,15,15 by the tensors" in message
+    assert "downsampling_factor 1,2,8 there, 1,2,4 by the tensors" in message
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_leads": 3}, r"config\.json: unknown keys \['num_leads'\]"),
+        ({"num_heads": "2,3"}, r"config\.json: every per-stack list"),
+        ({"encoder_dim": "32,32,x"}, r"config\.json: encoder_dim: expected numbers"),
+    ],
+)
+def test_bad_configurations(tmp_path, state, change, message) -> None:
+    path = write(tmp_path, "safetensors", state)
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL.to_dict(), **change}))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(path)
+
+
+class Foreign:
+    """A class that a training script of somebody's may leave in a checkpoint."""
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+def test_classes_that_need_code_are_refused(tmp_path, state, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(icefall(state, sampler=Foreign()), tmp_path / "epoch-1.pt")
+    with pytest.raises(CheckpointError, match="Foreign.*not executed.*weights_only"):
+        load_model(tmp_path)
+    torch.save(icefall(state, sampler=Evil()), tmp_path / "epoch-1.pt")
+    with pytest.raises(CheckpointError, match="system"):
+        load_model(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_which_file_is_meant(tmp_path, state) -> None:
+    index = write_parts(tmp_path, prefixed(state, "model.model."), "safetensors")
+    part = tmp_path / "model-00002-of-00002.safetensors"
+    with pytest.raises(CheckpointError, match="one part of several"):
+        load_model(part)
+    assert load_model(index).config.encoder_dim == SMALL.encoder_dim
+    part.unlink()
+    with pytest.raises(CheckpointError, match="00002-of-00002.safetensors is not in"):
+        load_model(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "../../other.safetensors"}}))
+    with pytest.raises(CheckpointError, match="is not in the folder"):
+        load_model(tmp_path)
+    index.unlink()
+    for name in ("epoch-1.pt", "epoch-2.pt"):
+        torch.save(icefall(state), tmp_path / name)
+    with pytest.raises(CheckpointError, match="epoch-1.pt, epoch-2.pt.*name one"):
+        load_model(tmp_path)
+
+
+def test_more_than_a_student_is_refused(tmp_path, state) -> None:
+    other = prefixed(state, "encoder.") | {"decoder.weight": torch.zeros(1)}
+    torch.save(other, tmp_path / "asr.pth")
+    with pytest.raises(CheckpointError, match="extra tensors.*decoder.weight"):
+        load_model(tmp_path)
+
+
+# --- spear_import ---------------------------------------------------------------------
+
+
+class Holder(torch.nn.Module):
+    """Stands for an ESPnet model: what --init_param looks names up in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = ZipformerEncoder(1, SMALL.to_dict())
+        self.frontend = SpearFrontend(arch=SMALL.to_dict())
+        self.student = SpearEncoder(SMALL)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory, state) -> Path:
+    source = write(tmp_path_factory.mktemp("icefall"), "icefall", state)
+    out = tmp_path_factory.mktemp("imported") / "student"
+    unmasked = "encoder_unmasked_dim=24,24,24"
+    spear_import([str(source), "--out", str(out), "--conf", unmasked])
+    return out
+
+
+def test_import_keeps_every_bit(imported: Path, state: State) -> None:
+    model = load_model(imported)
+    assert model.config == SMALL
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert read_config(imported / "config.yaml") == SMALL
+    flat = torch.load(imported / "student.pth", weights_only=True)
+    assert {k.split(".")[0] for k in flat} == {"student"}
+    with pytest.raises(CheckpointError, match="exists; choose another folder"):
+        spear_import([str(imported), "--out", str(imported)])
+
+
+def test_espnets_init_param_has_no_traps(imported: Path, state: State) -> None:
+    """The three option strings that spear_import prints, by ESPnet's own loader."""
+    weights = imported / "student.pth"
+    model = Holder()
+    loaded = {
+        "student": model.student,
+        "encoder": model.encoder,
+        "frontend.upstream": model.frontend.upstream,
+    }
+    for key, module in loaded.items():
+        load_pretrained_model(f"{weights}:student:{key}", model, False)
+        for name, value in state.items():
+            assert torch.equal(module.state_dict()[name], value), (key, name)
+    # Named as in the released files, the encoder's tensors could not be told from
+    # the embedding's: this is why ours have a prefix.
+    torch.save(state, weights.with_name("bare.pth"))
+    with pytest.raises(RuntimeError, match="embed"):
+        load_pretrained_model(
+            f"{weights.with_name('bare.pth')}:encoder:encoder.encoder", model, False
+        )
+
+
+def test_printed_options(imported, tmp_path, capsys) -> None:
+    spear_import([str(imported), "--out", str(tmp_path / "s"), "--padding", "exact"])
+    out = capsys.readouterr().out
+    weights = tmp_path / "s" / "student.pth"
+    assert f"--init_param {weights}:student:frontend.upstream" in out
+    assert f"--init_param {weights}:student:encoder\n" in out
+    assert f"ckpt: {tmp_path / 's'}" in out
+    assert load_model(tmp_path / "s").config == replace(SMALL, padding="exact")
+
+
+def test_weights_that_are_no_numbers(tmp_path, state) -> None:
+    bad = {k: v.clone() for k, v in state.items()}
+    bad["mask_emb"][3] = float("nan")
+    source = write(tmp_path, "icefall", bad)
+    with pytest.raises(CheckpointError, match="mask_emb hold NaN"):
+        spear_import([str(source), "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="KEY=VALUE"):
+        spear_import([str(source), "--out", "out", "--conf", "chunk_size"])
+    with pytest.raises(ConfigError, match="num_leads"):
+        write(tmp_path, "ours", state)
+        (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict()))
+        load_model(tmp_path / "student.pth", conf={"num_leads": 3})
+
+
+@pytest.mark.parametrize("name", ["hf_tiny", "hf_tiny_25hz"])
+def test_released_layout(golden_dir: Path, tmp_path: Path, name: str) -> None:
+    spear_import([str(golden_dir / name), "--out", str(tmp_path / "s")])
+    model, source = load_model(tmp_path / "s"), load_model(golden_dir / name)
+    assert model.config == source.config
+    for key, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
+    config = read_config(golden_dir / name / "config.json")
+    alone = load_model(golden_dir / name / "model.safetensors").config
+    assert alone == config
+
+
+# --- Hugging Face ---------------------------------------------------------------------
+
+HUB = """
+import sys
+from espnet2_spear import load_model
+for name in sys.argv[1:]:
+    try:
+        print("ok", load_model(name).num_layers)
+    except ValueError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_hub_ids_offline(tmp_path: Path, state: State) -> None:
+    """A cache as huggingface_hub lays it out, and no network."""
+    revision = "0123456789" * 4
+    for user, layout in (("one", "safetensors in parts"), ("two", "bin")):
+        repo = tmp_path / "hub" / f"models--{user}--student"
+        snapshot = repo / "snapshots" / revision
+        for folder in (repo / "refs", repo / "blobs", snapshot):
+            folder.mkdir(parents=True)
+        (repo / "refs" / "main").write_text(revision)
+        write(repo / "blobs", layout, state)
+        for blob in (repo / "blobs").iterdir():
+            (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    names = ["hf:one/student", "hf:two/student", f"hf:one/student@{revision}"]
+    names += ["hf:one/student@other", "hf:three/student", "hf:nonsense", "one/student"]
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        env.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, *names], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["ok 4"] * 3
+    for line in lines[3:5]:
+        assert "HF_HUB_OFFLINE is set, and it is not in the local cache" in line
+    assert "hf:USER/NAME" in lines[5]
+    assert "no such file or folder" in lines[6]
