@@ -1,5 +1,6 @@
 """Span masks: ratios, limits, order and determinism."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,18 +15,49 @@ def masked(masker: SpanMasker, n: int = 200) -> tuple[torch.Tensor, torch.Tensor
     return masker(fbank, torch.full((n,), FRAMES), torch.full((128,), 7.0))
 
 
+def mean_run(mask: torch.Tensor) -> float:
+    """Masked frames divided by the number of runs, each of which has a first frame."""
+    first = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    return (mask.sum() / first.sum()).item()
+
+
 @pytest.mark.parametrize(
-    "masker, frames, bins",
+    "masker, frames, run, bins",
     [
-        (SpanMasker(), 0.49, 0.23),
-        (SpanMasker(time_prob=0.5, channel_span=15), 0.40, 0.23),
+        (SpanMasker(), 0.49, 14.6, 0.23),
+        (SpanMasker(time_prob=0.5, channel_span=15), 0.40, 13.1, 0.23),
     ],
+    ids=["speech and audio", "speech"],
 )
-def test_mask_ratios_are_those_of_the_paper(masker, frames, bins) -> None:
+def test_mask_ratios_are_those_of_the_paper(masker, frames, run, bins) -> None:
     fbank, mask = masked(masker)
     assert mask.float().mean().item() == pytest.approx(frames, abs=0.01)
+    # 13.4 and 14.7 frames in 10 s; 13.1 and 14.7 in 2 s (and by the loops below).
+    assert mean_run(mask) == pytest.approx(run, abs=0.4)
     kept = fbank[~mask]
     assert (kept == 0).float().mean().item() == pytest.approx(bins, abs=0.015)
+
+
+@pytest.mark.parametrize("prob", [0.5, 0.65])
+@pytest.mark.parametrize("size", [100, 1000])
+def test_masks_are_distributed_as_by_loops(size: int, prob: float) -> None:
+    rng, n = np.random.default_rng(0), 300
+    expected = np.zeros((n, size), dtype=bool)
+    for row in expected:
+        spans = min(max(2, int(prob * size / 10 + rng.random())), size // 10)
+        for start in rng.choice(size - 10, spans, replace=False):
+            row[start : start + 10] = True
+    torch.manual_seed(0)
+    got = sample_spans(torch.full((n,), size), size, prob, 10, 2)
+    expected = torch.from_numpy(expected)
+    ratio, wanted = got.float().mean(dim=1), expected.float().mean(dim=1)
+    assert ratio.mean().item() == pytest.approx(wanted.mean().item(), abs=0.01)
+    assert ratio.std().item() == pytest.approx(wanted.std().item(), rel=0.15)
+    assert mean_run(got) == pytest.approx(mean_run(expected), rel=0.03)
+    # Where in the utterance: from both ends to the middle.
+    for part in (slice(0, 5), slice(size // 2, size // 2 + 5), slice(-5, None)):
+        shares = [x[:, part].float().mean().item() for x in (got, expected)]
+        assert shares[0] == pytest.approx(shares[1], abs=0.05)
 
 
 def test_time_mask_overrides_channel_mask() -> None:

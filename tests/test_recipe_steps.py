@@ -169,6 +169,13 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
+def test_plan_reads_presets_of_loss_weights() -> None:
+    config = {"teachers": {"speech": {}, "audio": {}}, "loss_weights": "disjoint"}
+    plan.restrict(config, ["speech", "audio"], Path("x.yaml"))
+    assert plan.domains_of(config, "speech") == ["speech"]
+    assert plan.domains_of(config, "audio") == ["audio"]
+
+
 def test_plan_of_the_default(planned) -> None:
     config, lines = planned()
     assert lines[0] == ["conf/train_spear_mini.yaml", "spear_mini"]

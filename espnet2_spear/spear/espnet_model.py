@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from torch import Tensor, nn
 
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.encoder import SpearEncoder, SpearOutput
+from espnet2_spear.spear.heads import CodebookHead
+from espnet2_spear.spear.loss_tables import LossWeights, resolve_loss_weights
 from espnet2_spear.spear.masking import SpanMasker, pool_time_mask
-from espnet2_spear.spear.stats import StatSums
-from espnet2_spear.spear.targets import (
-    TeacherCodes,
-    codebook_cross_entropy,
-    correct_codes,
-    match_frame_rate,
-)
+from espnet2_spear.spear.stats import StatSums, code_statistics
+from espnet2_spear.spear.targets import IGNORE, TeacherCodes, match_frame_rate
+from espnet2_spear.zipformer.encoder import FRAME_RATE as HIDDEN_RATE
 
-LossWeights = Mapping[str, Mapping[str, float]]
+FBANK_RATE = 100.0
+
+
+@dataclass
+class Predictor:
+    """Frames of the student from which teachers' codes are predicted.
+
+    Attributes:
+        hidden: (B, T, C).
+        rate: frames per second.
+        valid: (B, T) bool, False in the padding.
+        masked: (B, T) bool.
+    """
+
+    hidden: Tensor
+    rate: float
+    valid: Tensor
+    masked: Tensor
 
 
 class SpearPretrainModel(AbsESPnetModel):
@@ -26,13 +42,18 @@ class SpearPretrainModel(AbsESPnetModel):
 
     The loss of a frame for a teacher is the mean over its N codebooks of the
     cross-entropy (ignored entries count in N); frames are weighted by whether they
-    were masked, utterances by ``loss_weights[domain][teacher]``.
+    were masked, utterances by ``loss_weights[domain][teacher]``. Frames count by
+    their duration: a teacher that is predicted at twice the rate of the student's
+    output (from an inner layer of a 25 Hz student) has half the weight a frame.
+
+    Nothing in a step waits for the device: shapes do not depend on the targets.
 
     Args:
         student: the encoder that is trained.
         teachers: teacher name -> shape of its codes. Inputs are ``codes_<name>``.
         domains: domain names; the input ``domain`` holds their indexes.
-        loss_weights: domain -> teacher -> weight; absent pairs weigh 0.
+        loss_weights: domain -> teacher -> weight, or the name of a preset; see
+            :func:`~espnet2_spear.spear.loss_tables.resolve_loss_weights`.
         masker: masks of the fbank.
         masked_weight: weight of masked frames.
         unmasked_weight: weight of the others.
@@ -43,7 +64,8 @@ class SpearPretrainModel(AbsESPnetModel):
 
     Raises:
         ValueError: a table that names an unknown domain or teacher, a teacher that
-            no domain uses, or frame rates that do not divide each other.
+            no domain uses, frame rates that do not divide each other, a layer that
+            does not exist, or no teacher that is predicted from the output.
     """
 
     def __init__(
@@ -69,21 +91,44 @@ class SpearPretrainModel(AbsESPnetModel):
         self.unmasked_weight = unmasked_weight
         self.normalize = normalize
         self.codebook_groups = codebook_groups
-        self.register_buffer(
-            "loss_weights",
-            loss_weight_table(loss_weights, self.domains, list(self.teachers)),
-            persistent=False,
-        )
-        rate = student.config.frame_rate
+        table = loss_weight_table(loss_weights, self.domains, list(self.teachers))
+        self.register_buffer("loss_weights", table, persistent=False)
+        # Domains that each teacher's loss sees, on the host.
+        self._domains_of = {
+            name: [d for d, used in enumerate(column) if used]
+            for name, column in zip(self.teachers, (table > 0).T.tolist(), strict=True)
+        }
+        self._check_layers()
         self.heads = nn.ModuleDict(
             {
-                name: nn.Linear(
+                name: CodebookHead(
                     student.output_size(),
-                    t.num_codebooks * t.per_student_frame(rate) * t.codebook_size,
+                    t.num_codebooks * t.per_student_frame(self._rate(t)),
+                    t.codebook_size,
                 )
                 for name, t in self.teachers.items()
             }
         )
+
+    def _check_layers(self) -> None:
+        layers = self.student.num_layers
+        for name, teacher in self.teachers.items():
+            if teacher.layer is not None and not 1 <= teacher.layer <= layers:
+                raise ValueError(
+                    f"teachers.{name}.layer {teacher.layer}: the student has layers "
+                    f"1 to {layers}; leave it out for the student's output"
+                )
+        if all(teacher.layer is not None for teacher in self.teachers.values()):
+            raise ValueError(
+                "every teacher has a layer: what lies above the highest one would "
+                "never be trained; leave the layer of one teacher out"
+            )
+
+    def _rate(self, teacher: TeacherCodes) -> float:
+        """Frames per second of what predicts a teacher's codes."""
+        if teacher.layer is None:
+            return self.student.config.frame_rate
+        return HIDDEN_RATE
 
     def forward(
         self,
@@ -93,6 +138,11 @@ class SpearPretrainModel(AbsESPnetModel):
         **kwargs: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Compute the loss of a batch.
+
+        The exact mean over several batches (ranks, accumulation) is
+        sum(loss * weight) / sum(weight): with ``frames`` the loss is the mean over the
+        batch's frames and the weight is their number; with ``sum`` the weight is 1, so
+        that the mean is that of the batches' sums.
 
         Args:
             speech: (B, samples), 16 kHz.
@@ -112,31 +162,19 @@ class SpearPretrainModel(AbsESPnetModel):
             generator = torch.Generator(fbank.device).manual_seed(0)
         fbank, mask = self.masker(fbank, fbank_lens, self.student.mask_emb, generator)
         out = self.student.encode(fbank, fbank_lens)
-        frames = out.encoder_out.size(1)
-        valid = (
-            torch.arange(frames, device=speech.device)[None]
-            < out.encoder_out_lens[:, None]
-        )
-        per_frame = 100.0 / self.student.config.frame_rate
-        mask = pool_time_mask(mask, round(per_frame), frames)
-        frame_weight = torch.where(mask, self.masked_weight, self.unmasked_weight)
+        output = self._predictor(out, None, mask)
 
-        stats = StatSums(speech.device)
+        stats = StatSums()
         loss = out.encoder_out.new_zeros((), dtype=torch.float32)
-        for index, name in enumerate(self.teachers):
-            utt_weight = self.loss_weights[domain, index]
-            loss = loss + self._teacher_loss(
-                name,
-                out.encoder_out,
-                kwargs[f"codes_{name}"],
-                valid & (utt_weight > 0)[:, None],
-                frame_weight * utt_weight[:, None],
-                mask,
-                domain,
-                stats,
-            )
-        num_frames = valid.sum()
-        stats.add("mask_ratio", (mask & valid).sum(), num_frames)
+        for name, teacher in self.teachers.items():
+            predictor = output
+            if teacher.layer is not None:
+                predictor = self._predictor(out, teacher.layer, mask)
+            codes = kwargs[f"codes_{name}"]
+            loss = loss + self._teacher_loss(name, predictor, codes, domain, stats)
+        num_frames = output.valid.sum()
+        masked = (output.masked & output.valid).sum()
+        stats.add(["mask_ratio"], masked[None], num_frames[None])
         if self.normalize == "frames":
             loss, weight = loss / num_frames, num_frames
         else:
@@ -144,61 +182,63 @@ class SpearPretrainModel(AbsESPnetModel):
         reported = {"loss": loss.detach(), **stats.averages()}
         return loss, reported, weight.to(loss.dtype)
 
+    def _predictor(
+        self, out: SpearOutput, layer: int | None, mask: Tensor
+    ) -> Predictor:
+        """Frames of a layer (of the output: None), with the fbank's time mask."""
+        hidden, lengths = out.encoder_out, out.encoder_out_lens
+        rate = self.student.config.frame_rate
+        if layer is not None:
+            hidden, lengths = out.hidden_states[layer - 1], out.hidden_states_lens
+            rate = HIDDEN_RATE
+        frames = hidden.size(1)
+        position = torch.arange(frames, device=hidden.device)
+        valid = position < lengths[:, None].to(hidden.device)
+        masked = pool_time_mask(mask, round(FBANK_RATE / rate), frames)
+        return Predictor(hidden, rate, valid, masked)
+
     def _teacher_loss(
         self,
         name: str,
-        encoder_out: Tensor,
+        predictor: Predictor,
         codes: Tensor,
-        selected: Tensor,
-        frame_weight: Tensor,
-        mask: Tensor,
         domain: Tensor,
         stats: StatSums,
     ) -> Tensor:
-        """Weighted sum over the selected (B, T) frames of the loss for a teacher.
+        """Weighted sum over all frames of the loss for a teacher.
 
-        With no frame selected the head still takes part in the graph with zero
-        gradients, so that DDP never waits for it.
+        A head without any target takes part in the graph with zero gradients, so that
+        DDP never waits for it.
         """
         teacher = self.teachers[name]
-        student_rate = self.student.config.frame_rate
         targets = match_frame_rate(
-            codes, teacher.frame_rate, student_rate, encoder_out.size(1)
-        )[selected]
-        logits = self.heads[name](encoder_out[selected])
-        logits = logits.unflatten(-1, (targets.size(-1), teacher.codebook_size))
-        entropy = codebook_cross_entropy(logits, targets)
-        per_frame = entropy.mean(dim=-1)
+            codes, teacher.frame_rate, predictor.rate, predictor.hidden.size(1)
+        )
+        utt_weight = self.loss_weights[domain, list(self.teachers).index(name)]
+        selected = predictor.valid & (utt_weight > 0)[:, None]
+        targets = targets.masked_fill(~selected[..., None], IGNORE).flatten(0, 1)
+        duration = self.student.config.frame_rate / predictor.rate
+        frame_weight = (
+            torch.where(predictor.masked, self.masked_weight, self.unmasked_weight)
+            * (utt_weight * duration)[:, None]
+        )
+        hidden = predictor.hidden.flatten(0, 1)
+        result = self.heads[name](hidden, targets, frame_weight.flatten())
 
-        with torch.no_grad():
-            correct = correct_codes(logits, targets)
-            known = (targets >= 0).float()
-            is_masked = mask[selected]
-            frame_domain = domain[:, None].expand_as(selected)[selected]
-            for d, domain_name in enumerate(self.domains):
-                if not bool(self.loss_weights[d, list(self.teachers).index(name)] > 0):
-                    continue
-                here = frame_domain == d
-                prefix = f"{domain_name}_{name}"
-                stats.add(f"{prefix}_loss", entropy[here].sum(), known[here].sum())
-                for kind, chosen in (
-                    ("masked", here & is_masked),
-                    ("unmasked", here & ~is_masked),
-                ):
-                    stats.add(
-                        f"{prefix}_acc_{kind}",
-                        correct[chosen].sum(),
-                        known[chosen].sum(),
-                    )
-                for g, (c, k) in enumerate(
-                    zip(
-                        correct[here].tensor_split(self.codebook_groups, dim=-1),
-                        known[here].tensor_split(self.codebook_groups, dim=-1),
-                        strict=True,
-                    )
-                ):
-                    stats.add(f"{prefix}_acc_group{g}", c.sum(), k.sum())
-        return (per_frame * frame_weight[selected]).sum()
+        domains = self._domains_of[name]
+        member = torch.stack([domain == d for d in domains], dim=1)
+        member = member[:, None] & selected[..., None]
+        names, totals, counts = code_statistics(
+            result,
+            targets >= 0,
+            predictor.masked.flatten(),
+            member.flatten(0, 1),
+            self.codebook_groups,
+        )
+        for row, d in enumerate(domains):
+            prefix = f"{self.domains[d]}_{name}_"
+            stats.add([prefix + n for n in names], totals[row], counts[row])
+        return result.loss
 
     def collect_feats(
         self, speech: Tensor, speech_lengths: Tensor, **kwargs: Tensor
@@ -211,11 +251,14 @@ class SpearPretrainModel(AbsESPnetModel):
 def loss_weight_table(
     loss_weights: LossWeights, domains: Sequence[str], teachers: Sequence[str]
 ) -> Tensor:
-    """Turn the nested mapping into a (domains, teachers) tensor.
+    """As :func:`resolve_loss_weights`, as a (domains, teachers) tensor.
+
+    Absent pairs weigh 0.
 
     Raises:
         ValueError: unknown names, negative weights, or a teacher nobody uses.
     """
+    loss_weights = resolve_loss_weights(loss_weights, domains, teachers)
     # On the CPU even where models are built on the meta device: it is looked at.
     table = torch.zeros(len(domains), len(teachers), device="cpu")
     for domain, row in loss_weights.items():

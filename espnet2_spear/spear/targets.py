@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,19 +14,22 @@ IGNORE = -1
 
 @dataclass(frozen=True)
 class TeacherCodes:
-    """What a teacher's code files hold.
+    """What a teacher's code files hold, and where the student predicts them.
 
     Attributes:
         num_codebooks: codes per teacher frame.
         codebook_size: number of different codes.
         frame_rate: teacher frames per second.
         quantizer: identity of the quantizer that made them, if it is known.
+        layer: layer of the student that predicts them, counted from 1, at 50 Hz;
+            None is the student's output, whatever its rate.
     """
 
     num_codebooks: int
     codebook_size: int = 256
     frame_rate: float = 50.0
     quantizer: str | None = None
+    layer: int | None = None
 
     @classmethod
     def from_dict(cls, name: str, conf: Mapping[str, Any]) -> TeacherCodes:
@@ -80,28 +82,3 @@ def match_frame_rate(
     codes = codes[:, : frames * stack]
     codes = F.pad(codes, (0, 0, 0, frames * stack - codes.size(1)), value=IGNORE)
     return codes.reshape(codes.size(0), frames, stack * codes.size(2))
-
-
-def codebook_cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy of every entry.
-
-    Args:
-        logits: (..., N, K).
-        codes: (..., N) int; negative entries are ignored.
-
-    Returns:
-        (..., N) float32, 0 where ignored.
-    """
-    flat = F.cross_entropy(
-        logits.reshape(-1, logits.size(-1)).float(),
-        codes.clamp(min=IGNORE).reshape(-1).long(),
-        ignore_index=IGNORE,
-        reduction="none",
-    )
-    return flat.view(codes.shape)
-
-
-def correct_codes(logits: Tensor, codes: Tensor) -> Tensor:
-    """1.0 where the most likely code is the target; shapes as in the loss."""
-    with torch.no_grad():
-        return (logits.argmax(dim=-1) == codes).float()

@@ -16,6 +16,7 @@ from espnet2.utils.types import str2bool
 
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.spear.espnet_model import SpearPretrainModel
+from espnet2_spear.spear.loss_tables import resolve_loss_weights
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.targets import IGNORE, TeacherCodes
 from espnet2_spear.train.codes_facts import check_codes_facts
@@ -68,7 +69,8 @@ class SpearTask(AbsTask):
             action=NestedDictAction,
             default=None,
             help="Teacher name -> {num_codebooks, codebook_size, frame_rate, "
-            "quantizer: its identity, by default as the codes say}",
+            "quantizer: its identity, by default as the codes say, layer: of the "
+            "student (from 1, at 50 Hz) that predicts them, by default its output}",
         )
         group.add_argument(
             "--domains",
@@ -84,7 +86,8 @@ class SpearTask(AbsTask):
                 "speech": {"speech": 1.0},
                 "audio": {"speech": 1.0, "audio": 0.1},
             },
-            help="Domain -> teacher -> weight of its loss; absent pairs weigh 0",
+            help="Domain -> teacher -> weight of its loss; absent pairs weigh 0. Or "
+            "{preset: joint, disjoint or asymmetric}, in YAML also the bare name",
         )
         group.add_argument(
             "--masker_conf",
@@ -171,12 +174,15 @@ class SpearTask(AbsTask):
         # slow a CPU down; threads that start later inherit the setting.
         torch.set_flush_denormal(True)
         config = ZipformerConfig.from_dict({"name": args.student, **args.student_conf})
-        # Written out, so that config.yaml describes the network by itself.
+        # Written out, so that config.yaml describes the training by itself.
         args.student_conf = config.to_dict()
         try:
             masker = SpanMasker(**args.masker_conf)
         except TypeError as error:
             raise ValueError(f"masker_conf: {error}") from None
+        args.loss_weights = resolve_loss_weights(
+            args.loss_weights, args.domains, list(args.teachers)
+        )
         student = SpearEncoder(config)
         model = model_choices.get_class(args.model)(
             student=student,

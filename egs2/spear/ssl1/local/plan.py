@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from espnet2_spear.fileio.datadir import read_table
+from espnet2_spear.spear.loss_tables import resolve_loss_weights
 
 QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
 TEACHERS_OF_MINI = "speech=whisper_tiny_en audio=yamnet"
@@ -122,13 +123,18 @@ def restrict(config: Config, names: list[str], where: Path) -> None:
             f"'{unknown[0]}'; name it so in --teachers, or add it to the tables "
             "`teachers` and `loss_weights` of a configuration of your own"
         )
-    config["teachers"] = {name: config["teachers"][name] for name in names}
-    weights = config.setdefault(
+    weights = config.get(
         "loss_weights",  # the default of SpearTask
         {"speech": {"speech": 1.0}, "audio": {"speech": 1.0, "audio": 0.1}},
     )
-    for domain, table in weights.items():
-        weights[domain] = {k: v for k, v in table.items() if k in names}
+    weights = resolve_loss_weights(
+        weights, config.get("domains", ["speech", "audio"]), list(config["teachers"])
+    )
+    config["loss_weights"] = {
+        domain: {k: v for k, v in table.items() if k in names}
+        for domain, table in weights.items()
+    }
+    config["teachers"] = {name: config["teachers"][name] for name in names}
 
 
 def domains_of(config: Config, teacher: str) -> list[str]:

@@ -1,0 +1,261 @@
+"""The pre-training loss of a batch: against loops, and what trainers rely on."""
+
+import traceback
+from collections import defaultdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from espnet2_spear.spear import codebook_loss
+from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.espnet_model import SpearPretrainModel, loss_weight_table
+from espnet2_spear.spear.loss_tables import preset_table
+from espnet2_spear.spear.masking import SpanMasker, pool_time_mask
+from espnet2_spear.spear.targets import TeacherCodes, match_frame_rate
+from espnet2_spear.zipformer.config import ZipformerConfig
+
+DOMAINS = ["speech", "audio"]
+TEACHERS = {"speech": TeacherCodes(4, 8, 50.0), "audio": TeacherCodes(2, 8, 25.0)}
+SAMPLES = [16000, 13000, 15000, 9000]
+
+
+def build(teachers=TEACHERS, factor=1, **options) -> SpearPretrainModel:
+    torch.manual_seed(0)
+    conf = {"name": "tiny", "output_downsampling_factor": factor}
+    student = SpearEncoder(ZipformerConfig.from_dict(conf))
+    options = {"loss_weights": "asymmetric", "masker": SpanMasker()} | options
+    return SpearPretrainModel(student, teachers, DOMAINS, **options)
+
+
+def batch(samples=SAMPLES, domains=(0, 1, 1, 0)) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    data = {
+        "speech": torch.zeros(len(samples), max(samples)),
+        "speech_lengths": torch.tensor(samples),
+        "domain": torch.tensor(domains)[:, None],
+    }
+    for name, teacher in TEACHERS.items():
+        frames = [int(n * teacher.frame_rate / 16000) for n in samples]
+        shape = (len(samples), max(frames), teacher.num_codebooks)
+        data[f"codes_{name}"] = torch.full(shape, -1)
+        for i, (n, count) in enumerate(zip(samples, frames, strict=True)):
+            data["speech"][i, :n] = 0.1 * torch.randn(n)
+            if name == "speech" or domains[i] == 1:  # others have no such codes
+                codes = torch.randint(8, (count, teacher.num_codebooks))
+                data[f"codes_{name}"][i, :count] = codes
+    return data
+
+
+def by_loops(model: SpearPretrainModel, data: dict[str, torch.Tensor]):
+    """Loss and statistics, a frame at a time, by PyTorch's own cross-entropy."""
+    fbank, lens = model.student.fbank(data["speech"], data["speech_lengths"])
+    generator = torch.Generator().manual_seed(0)
+    fbank, mask = model.masker(fbank, lens, model.student.mask_emb, generator)
+    out = model.student.encode(fbank, lens)
+    rate = model.student.config.frame_rate
+    loss, sums = 0.0, defaultdict(lambda: [0.0, 0.0])
+    for name, teacher in model.teachers.items():
+        hidden, hidden_rate, lengths = out.encoder_out, rate, out.encoder_out_lens
+        if teacher.layer is not None:
+            hidden, hidden_rate = out.hidden_states[teacher.layer - 1], 50.0
+            lengths = out.hidden_states_lens
+        frames = hidden.size(1)
+        masked = pool_time_mask(mask, round(100 / hidden_rate), frames)
+        targets = match_frame_rate(
+            data[f"codes_{name}"], teacher.frame_rate, hidden_rate, frames
+        )
+        logits = model.heads[name].logits(hidden)
+        for i, domain in enumerate(data["domain"].flatten().tolist()):
+            weight = model.loss_weights[domain, list(model.teachers).index(name)].item()
+            if weight == 0:
+                continue
+            for t in range(int(lengths[i])):
+                kind = model.masked_weight if masked[i, t] else model.unmasked_weight
+                n = targets.size(2)
+                prefix = f"{DOMAINS[domain]}_{name}"
+                for c, target in enumerate(targets[i, t].tolist()):
+                    if target < 0:
+                        continue
+                    entropy = F.cross_entropy(logits[i, t, c], torch.tensor(target))
+                    loss = loss + weight * kind * rate / hidden_rate * entropy / n
+                    hit = float(logits[i, t, c].argmax() == target)
+                    group = next(
+                        g
+                        for g, part in enumerate(torch.arange(n).tensor_split(4))
+                        if c in part
+                    )
+                    which = "masked" if masked[i, t] else "unmasked"
+                    figures = {"loss": entropy.item(), f"acc_{which}": hit}
+                    for key, value in (figures | {f"acc_group{group}": hit}).items():
+                        sums[f"{prefix}_{key}"][0] += value
+                        sums[f"{prefix}_{key}"][1] += 1
+    return loss, {k: a / b for k, (a, b) in sums.items()}
+
+
+INNER = {
+    "speech": TeacherCodes(4, 8, 50.0),
+    "audio": TeacherCodes(2, 8, 25.0, layer=3),
+}
+
+
+@pytest.mark.parametrize(
+    "teachers, factor, options",
+    [
+        (TEACHERS, 1, {}),
+        (TEACHERS, 2, {"masked_weight": 0.7, "unmasked_weight": 0.2}),
+        (INNER, 1, {"normalize": "frames"}),
+        (INNER, 2, {"loss_weights": "joint"}),
+    ],
+    ids=["50 Hz", "25 Hz", "inner", "inner at twice the rate"],
+)
+def test_equals_loops(teachers, factor, options, monkeypatch) -> None:
+    model = build(teachers, factor, **({"normalize": "sum"} | options)).eval()
+    data = batch()
+    loss, stats, weight = model(**data)
+    expected, figures = by_loops(model, data)
+    frames = int(model.student.output_lengths(data["speech_lengths"]).sum())
+    if model.normalize == "frames":
+        assert weight == frames
+        expected = expected / frames
+    else:
+        assert weight == 1
+    torch.testing.assert_close(loss, expected)
+    assert set(figures) <= set(stats)
+    for key, value in stats.items():
+        if key in figures:
+            assert value.item() == pytest.approx(figures[key], rel=1e-4), key
+        else:
+            assert key in ("loss", "mask_ratio") or value.isnan(), key
+    names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    params = list(names.values())
+    grads = torch.autograd.grad(loss, params, allow_unused=True)
+    wanted = torch.autograd.grad(expected, params, allow_unused=True)
+    for name, a, b in zip(names, grads, wanted, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+    # As on a device where the host must not look at values.
+    monkeypatch.setattr(codebook_loss, "HOST", ())
+    torch.testing.assert_close(model(**data)[0], loss)
+
+
+class HostReads(TorchDispatchMode):
+    """Remembers the source files in which values of tensors are looked at."""
+
+    OPS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        masks = name == "index" and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        if masks or any(name.startswith(op) for op in self.OPS):
+            files = [f.filename for f in traceback.extract_stack()]
+            self.where |= {f for f in files if "espnet2_spear/spear/" in f}
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = build(INNER, 2).train(), batch()
+    with HostReads() as on_the_host:
+        model(**data)
+    assert on_the_host.where  # it does see them
+    monkeypatch.setattr(codebook_loss, "HOST", ())
+    # What the network itself checks of its input is not this room's.
+    monkeypatch.setattr("espnet2_spear.spear.encoder.check_batch", lambda *_: None)
+    fbank = model.student.fbank(data["speech"], data["speech_lengths"])
+    monkeypatch.setattr(model.student.fbank, "forward", lambda *_: fbank)
+    with HostReads() as reads:
+        loss, stats, weight = model(**data)
+        loss.backward()
+    assert not reads.where
+
+
+def test_heads_without_targets_get_zero_gradients() -> None:
+    model = build().train()
+    data = batch(SAMPLES[:2], (0, 0))  # speech only
+    loss, stats, _ = model(**data)
+    loss.backward()
+    for p in model.heads["audio"].parameters():
+        assert p.grad is not None and (p.grad == 0).all()
+    assert all(p.grad is not None for p in model.heads["speech"].parameters())
+    assert stats["audio_audio_loss"].isnan() and stats["speech_speech_loss"] > 0
+    assert set(stats) == set(model(**batch())[1])  # the same keys on every rank
+
+
+def test_weight_gives_the_exact_mean_over_parts_of_a_batch() -> None:
+    """What ESPnet does with ranks, and the trainer with accumulation."""
+    data = batch([16000, 16000, 16000], (0, 1, 0))
+    data["codes_speech"][0, 3:20] = -1
+    parts = [{k: v[i] for k, v in data.items()} for i in (slice(1), slice(1, 3))]
+    model = build(masker=SpanMasker(time_prob=0.0, channel_prob=0.0)).eval()
+    losses, _, weights = zip(*(model(**x) for x in (data, *parts)), strict=True)
+    mean = (losses[1] * weights[1] + losses[2] * weights[2]) / sum(weights[1:])
+    torch.testing.assert_close(losses[0], mean)
+    assert weights[0] == sum(weights[1:])
+    model.normalize = "sum"
+    losses, _, weights = zip(*(model(**x) for x in (data, *parts)), strict=True)
+    torch.testing.assert_close(losses[0], losses[1] + losses[2])
+    assert weights == (1, 1, 1)
+
+
+def test_layers_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"teachers.audio.layer 9: .* 1 to 3"):
+        build({**TEACHERS, "audio": TeacherCodes(2, 8, 25.0, layer=9)})
+    with pytest.raises(ValueError, match="every teacher has a layer"):
+        build({"speech": TeacherCodes(2, 8, 25.0, layer=3)}, loss_weights="joint")
+
+
+def test_presets() -> None:
+    speech = {"speech": 1.0}
+    assert preset_table("asymmetric", DOMAINS, ["speech", "audio"]) == {
+        "speech": speech,
+        "audio": {"speech": 1.0, "audio": 0.1},
+    }
+    assert preset_table("disjoint", DOMAINS, ["speech", "audio"]) == {
+        "speech": speech,
+        "audio": {"audio": 0.1},
+    }
+    both = {"speech": 1.0, "audio": 0.1}
+    assert preset_table("joint", DOMAINS, ["speech", "audio"]) == {
+        "speech": both,
+        "audio": both,
+    }
+    names = ["speech", "audio", "music"]
+    conf = {"preset": "asymmetric", "main": "audio", "weights": {"music": 0.5}}
+    table = loss_weight_table(conf, names, names)
+    expected = [[0.1, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.5]]
+    torch.testing.assert_close(table, torch.tensor(expected))
+    # A table is taken as it is, even of a domain called preset.
+    assert loss_weight_table({"preset": {"t": 2.0}}, ["preset"], ["t"]).item() == 2.0
+
+
+@pytest.mark.parametrize(
+    "conf, message",
+    [
+        ("symmetric", "one of joint, disjoint, asymmetric"),
+        ({"preset": "joint", "main": "x"}, "unknown teacher 'x'"),
+        ({"preset": "joint", "weight": {}}, "loss_weights: .*weight"),
+        ({"speech": {"speech": 1.0}}, "no domain uses the teacher 'audio'"),
+        ({"music": {"speech": 1.0}}, "unknown domain 'music'"),
+        ({"speech": {"speech": -1.0}}, "< 0"),
+    ],
+)
+def test_bad_tables_are_refused(conf, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss_weight_table(conf, DOMAINS, list(TEACHERS))
+
+
+def test_presets_that_need_a_domain_of_the_teachers_name() -> None:
+    for preset in ("disjoint", "asymmetric"):
+        with pytest.raises(ValueError, match="'dasheng' needs a domain of its name"):
+            preset_table(preset, DOMAINS, ["speech", "dasheng"])
+    with pytest.raises(ValueError, match="no teacher for domain 'audio'"):
+        preset_table("disjoint", DOMAINS, ["speech"])
+    table = preset_table("asymmetric", ["speech", "noise"], ["wavlm"])
+    assert table == {"speech": {"wavlm": 1.0}, "noise": {"wavlm": 1.0}}
