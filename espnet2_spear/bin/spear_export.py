@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Export a student for Hugging Face: layout of the released checkpoints, code, card."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from espnet2_spear.hub.export import export_student, fits_released_code
+from espnet2_spear.hub.load import load_model
+from espnet2_spear.zipformer.config import PADDING_MODES
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    parser = argparse.ArgumentParser(
+        description="Write a folder that transformers.AutoModel loads",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--log_level", default="INFO")
+    parser.add_argument("source", help="whatever espnet2_spear.load_model opens")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--name", help="in the card, as USER/NAME; by default --out's")
+    parser.add_argument(
+        "--license", help="of the weights, as the hub names it, such as apache-2.0"
+    )
+    parser.add_argument(
+        "--about", default="", help="for the card: what it was trained on, and how"
+    )
+    parser.add_argument(
+        "--padding", choices=PADDING_MODES, help="write this into the configuration"
+    )
+    parser.add_argument(
+        "--overwrite",
+        type=lambda x: {"true": True, "false": False}[x.lower()],
+        default=False,
+        help="Replace the files of an earlier export (true or false)",
+    )
+    return parser
+
+
+def main(cmd: list[str] | None = None) -> None:
+    """Export; see ``--help``.
+
+    Example:
+        % python -m espnet2_spear.bin.spear_export exp/spear_base/valid.loss.best.pth \
+            --out hub/spear-base --name me/spear-base --license cc-by-4.0
+    """
+    args = get_parser().parse_args(cmd)
+    logging.basicConfig(
+        level=args.log_level,
+        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
+    )
+    model = load_model(args.source, padding=args.padding)
+    name = args.name or args.out.name
+    export_student(model, args.out, name, args.license, args.about, args.overwrite)
+    if not fits_released_code(model.config):
+        logging.warning(
+            "heads or embedding are of other widths than the released students': the "
+            "released modelling code cannot load this, the code in the folder can"
+        )
+    files = ", ".join(sorted(p.name for p in args.out.iterdir()))
+    print(f"{args.out}: {files}")
+
+
+if __name__ == "__main__":
+    main()

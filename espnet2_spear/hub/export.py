@@ -1,0 +1,153 @@
+"""Write a student as released checkpoints are laid out, with code for transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import espnet2_spear
+from espnet2_spear.hub.bundle import bundle
+from espnet2_spear.hub.files import CheckpointError
+from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig
+
+PREFIX = "model.model."
+FILES = "espnet2_spear.hub.transformers_files"
+# In the order of the released files.
+RELEASED_KEYS = ("num_mel_bins", "output_downsampling_factor", *STACK_FIELDS)
+RELEASED_KEYS += ("pos_dim", "causal", "chunk_size", "left_context_frames")
+# Constants of the released code, written only if they are different here.
+FURTHER_KEYS = ("query_head_dim", "pos_head_dim", "value_head_dim", "embed_channels")
+FURTHER_KEYS += ("padding",)
+
+HEADER = '''\
+"""A SPEAR student (arXiv 2510.25955) in transformers; needs torch and nothing else.
+
+Made of the sources of espnet2-spear {version} (Apache-2.0) by its spear_export.
+"""
+
+from __future__ import annotations
+
+'''
+
+CARD = """---
+library_name: transformers
+pipeline_tag: feature-extraction
+tags:
+- audio
+- speech
+- self-supervised-learning
+- spear
+{licence}---
+
+# {name}
+
+A SPEAR student ([arXiv 2510.25955](https://arxiv.org/abs/2510.25955)): a Zipformer that
+predicts multi-codebook tokens of teachers from masked audio.{about}
+
+| parameters | layers | hidden size | frames per second | streaming |
+|---|---|---|---|---|
+| {parameters:.1f} M | {layers} | {width} | {rate:g} (layers: 50) | {streaming} |
+
+```python
+import torch
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
+audio = torch.randn(1, 32000) * 0.1  # (B, samples), 16 kHz, in [-1, 1]
+with torch.no_grad():
+    out = model(audio, torch.tensor([32000]))
+out.encoder_out, out.encoder_out_lens  # (B, T, {width}), (B,)
+out.hidden_states  # {layers} of (B, T, {width}), 50 per second
+```
+
+Layers differ in scale: normalise each (layer norm without parameters) before summing.
+Compute in float32. `modeling_spear.py` needs torch only; it is made of the sources of
+espnet2-spear {version}, whose `load_model`, frontend `spear` and encoder `zipformer`
+(ESPnet) open this folder as well.{compatible}
+"""
+
+RELEASED_CODE = """ The modelling code of the released SPEAR checkpoints reads
+it too: names of tensors and configuration are theirs."""
+
+
+def released_config(config: ZipformerConfig) -> dict[str, Any]:
+    """Return what ``config.json`` holds, as the released checkpoints write it.
+
+    What the released code has as constants follows only where it is different here;
+    options of training are not written.
+    """
+    full, default = config.to_dict(), ZipformerConfig().to_dict()
+    conf: dict[str, Any] = {
+        "architectures": ["SpearModel"],
+        "model_type": "spear",
+        "auto_map": {
+            "AutoConfig": "configuration_spear.SpearConfig",
+            "AutoModel": "modeling_spear.SpearModel",
+        },
+    }
+    for key in RELEASED_KEYS:
+        value = full[key]
+        conf[key] = ",".join(map(str, value)) if key in STACK_FIELDS else value
+    return conf | {k: full[k] for k in FURTHER_KEYS if full[k] != default[k]}
+
+
+def fits_released_code(config: ZipformerConfig) -> bool:
+    """Whether the released modelling code can build this network."""
+    return not set(FURTHER_KEYS[:-1]) & set(released_config(config))
+
+
+def export_student(
+    model: SpearEncoder,
+    folder: Path,
+    name: str,
+    licence: str | None = None,
+    about: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Write a folder for ``transformers.AutoModel`` and for ``load_model``.
+
+    Args:
+        model: the student.
+        folder: made if need be.
+        name: what the card calls it, as ``user/name``.
+        licence: of the weights, as the hub names it (``apache-2.0``); None: the card
+            does not say.
+        about: a sentence or two for the card: data, teachers.
+        overwrite: replace files of an earlier export.
+
+    Raises:
+        CheckpointError: such files are there.
+    """
+    from safetensors.torch import save_file
+
+    config = model.config
+    sources = f"{FILES}.configuration_spear", f"{FILES}.modeling_spear"
+    texts = {
+        "config.json": json.dumps(released_config(config), indent=2) + "\n",
+        "configuration_spear.py": bundle(sources[0]),
+        "modeling_spear.py": HEADER.format(version=espnet2_spear.__version__)
+        + bundle(sources[1]),
+        "README.md": CARD.format(
+            name=name,
+            licence=f"license: {licence}\n" if licence else "",
+            about=f" {about}" if about else "",
+            parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+            layers=model.num_layers,
+            width=model.output_size(),
+            rate=config.frame_rate,
+            streaming="yes" if config.causal else "no",
+            version=espnet2_spear.__version__,
+            compatible=RELEASED_CODE if fits_released_code(config) else "",
+        ),
+    }
+    weights = folder / "model.safetensors"
+    there = [p for p in (weights, *(folder / n for n in texts)) if p.exists()]
+    if there and not overwrite:
+        raise CheckpointError(f"{there[0]}: exists; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {PREFIX + k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    save_file(state, weights, metadata={"format": "pt"})
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
