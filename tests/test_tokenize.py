@@ -252,6 +252,89 @@ def test_codes_are_those_of_teacher_and_quantizer(setup, data_dir, tmp_path):
     assert summary["teacher"] == setup["teacher"].describe()
 
 
+def test_one_pass_is_one_pass_each(setup, data_dir, tmp_path):
+    reasons = spoil(data_dir)
+    options = ("--batch_seconds", 1.5, "--shard_seconds", 3)
+    apart, together = tmp_path / "apart", tmp_path / "together"
+    for name, domains in (("speech", "all"), ("audio", "audio")):
+        command = tokenize_command(setup, data_dir, apart, "--nj", 1, *options)
+        command[command.index("speech")] = name
+        spear_tokenize.main([*command, "--domains", domains])
+    twice = [setup["config"], setup["config"]]
+    spear_tokenize.main(
+        ["--teacher_config", *twice, "--quantizer", *[setup["quantizer"]] * 2]
+        + ["--name", "speech", "audio", "--domains", "all", "audio"]
+        + ["--data_dir", str(data_dir), "--output_dir", str(together)]
+        + ["--ngpu", "0", "--nj", "1", *map(str, options)]
+    )
+    same = total = 0
+    for name in ("speech", "audio"):
+        one, other = (read_scp(x / f"{name}.scp") for x in (apart, together))
+        assert list(one) == list(other)
+        for utt in one:
+            codes, expected = read_matrix(other[utt]), read_matrix(one[utt])
+            assert codes.shape == expected.shape, utt
+            same += int((codes == expected).sum())
+            total += codes.size
+        lines = (together / f"{name}.failed").read_text().splitlines()
+        expected = set(reasons) if name == "speech" else set()
+        assert {line.split()[0] for line in lines} == expected
+        summary = json.loads((together / f"{name}.json").read_text())
+        assert summary["not_asked_for"] == (0 if name == "speech" else 8)
+    # Other batches: rounding may tip a near tie the other way.
+    assert same >= 0.99 * total
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--name", "a", "b"], "as many values"),
+        (["--domains", "speech", "audio"], "as many values"),
+    ],
+)
+def test_options_of_several_teachers(setup, data_dir, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        tokenize(setup, data_dir, tmp_path, *options)
+
+
+def test_lower_precision_is_compared_with_float32(setup, data_dir, tmp_path, caplog):
+    summary = tokenize(setup, data_dir, tmp_path, "--dtype", "bfloat16")
+    assert summary["dtype"] == "bfloat16"
+    # Eight bits of mantissa: most codes stay, some must change.
+    assert 0.3 < summary["float32_agreement"] < 1.0
+    found = same = 0
+    for utt, spec in read_scp(tmp_path / "speech.scp").items():
+        quantizer = load_quantizer(setup["quantizer"])
+        expected = quantizer.encode(alone(setup, data_dir, utt)).numpy()
+        same += int((read_matrix(spec) == expected).sum())
+        found += expected.size
+    assert same / found == pytest.approx(summary["float32_agreement"], abs=0.05)
+    assert "float32_agreement" not in tokenize(setup, data_dir, tmp_path / "full")
+
+
+def test_what_fails_is_tried_once_more(setup, data_dir, tmp_path, monkeypatch):
+    from espnet2_spear.teachers import extract
+
+    spoil(data_dir)
+    calls = []
+
+    def read_audio(path, *args):
+        calls.append(path)
+        if path.endswith("utt08.wav") and calls.count(path) == 1:
+            raise OSError("the file server was busy")
+        return original(path, *args)
+
+    original = extract.read_audio
+    monkeypatch.setattr(extract, "read_audio", read_audio)
+    summary = tokenize(setup, data_dir, tmp_path)
+    assert summary["failed"] == 5 and summary["tokenized"] == 7
+    assert calls.count(str(data_dir / "utt08.wav")) == 2
+    assert calls.count(str(data_dir / "utt01.wav")) == 2  # for ever gone
+    assert calls.count(str(data_dir / "utt09.wav")) == 1
+    frames = read_matrix(read_scp(tmp_path / "speech.scp")["utt08"])
+    assert len(frames) == len(alone(setup, data_dir, "utt08"))
+
+
 def test_bad_utterances_are_listed_and_have_no_codes(setup, data_dir, tmp_path):
     out = tmp_path / "codes"
     reasons = spoil(data_dir)

@@ -52,6 +52,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", default="float16", choices=["float16", "float32"], help="as stored"
     )
+    parser.add_argument(
+        "--compute_dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the teacher's computation",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--num_threads", type=int, default=0, help="0 for torch's own choice"
@@ -94,6 +100,7 @@ def main(cmd=None):
         batch_seconds=args.batch_seconds,
         shard_seconds=args.shard_seconds,
         dtype=args.dtype,
+        compute_dtype=args.compute_dtype,
     )
     frames = sum(file["frames"] for file in index["files"])
     logging.info(

@@ -1,5 +1,9 @@
 #!/usr/bin/env python3
-"""Turn the audio of a data directory into codes, by a teacher and its quantizer."""
+"""Turn the audio of a data directory into codes, by teachers and their quantizers.
+
+Several teachers (as many values of --teacher_config, --quantizer, --name and --domains)
+share one reading of the audio.
+"""
 
 import argparse
 import logging
@@ -11,7 +15,8 @@ import torch
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.teachers import load_teacher_config
 from espnet2_spear.teachers.extract import read_utterances, select_domains
-from espnet2_spear.teachers.tokenize import TokenizeOptions, TokenizeRun
+from espnet2_spear.teachers.tokenize import TokenizeOptions
+from espnet2_spear.teachers.tokenize_run import TokenizeRun
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -21,22 +26,29 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--log_level", default="INFO")
     parser.add_argument(
-        "--teacher_config", required=True, help="YAML, as conf/teachers/*.yaml"
+        "--teacher_config", required=True, nargs="+", help="conf/teachers/*.yaml"
     )
     parser.add_argument(
-        "--quantizer", required=True, help="trained on that teacher by mvq_train"
+        "--quantizer",
+        required=True,
+        nargs="+",
+        help="trained on that teacher by mvq_train",
     )
     parser.add_argument(
         "--data_dir", required=True, help="with wav.scp, utt2num_samples, utt2domain"
     )
     parser.add_argument(
         "--domains",
+        nargs="+",
         help="tokenize only these, separated by commas; the others get no codes. By "
-        "default all",
+        "default, or for 'all', all",
     )
     parser.add_argument("--output_dir", required=True)
     parser.add_argument(
-        "--name", required=True, help="first part of the outputs: NAME.scp, NAME.failed"
+        "--name",
+        required=True,
+        nargs="+",
+        help="first part of the outputs: NAME.scp, NAME.failed",
     )
     parser.add_argument(
         "--nj", type=int, default=0, help="processes; 0 for one a CPU core or GPU"
@@ -67,6 +79,13 @@ def get_parser() -> argparse.ArgumentParser:
         type=int,
         help="passes of the quantizer's search; by default its own number (5 for mvq)",
     )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the teachers' computation; the share of codes that are those of "
+        "float32 is measured first, logged and written to NAME.json",
+    )
     return parser
 
 
@@ -83,7 +102,19 @@ def main(cmd=None):
         level=args.log_level,
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
-    name, conf = load_teacher_config(args.teacher_config)
+    domains = args.domains or ["all"] * len(args.name)
+    if (
+        not len(args.teacher_config)
+        == len(args.quantizer)
+        == len(args.name)
+        == len(domains)
+    ):
+        raise SystemExit(
+            "--teacher_config, --quantizer, --name and --domains must have as many "
+            "values each: one a teacher"
+        )
+    if len(set(args.name)) < len(args.name):
+        raise SystemExit(f"--name {' '.join(args.name)}: a name is given twice")
     data_dir = Path(args.data_dir)
     if (data_dir / "segments").exists():
         raise DataDirError(
@@ -92,28 +123,30 @@ def main(cmd=None):
         )
     utterances = read_utterances(data_dir / "wav.scp", data_dir / "utt2num_samples")
     everyone = [utterance.utt for utterance in utterances]
-    if args.domains:
-        utterances = select_domains(
-            utterances, data_dir / "utt2domain", args.domains.split(",")
-        )
+    chosen = [
+        utterances
+        if names == "all"
+        else select_domains(utterances, data_dir / "utt2domain", names.split(","))
+        for names in domains
+    ]
     gpus = torch.cuda.device_count() if args.ngpu < 0 else args.ngpu
     devices = [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
     nj = args.nj or gpus or os.cpu_count() or 1
-    options = TokenizeOptions(
-        teacher=name,
-        teacher_conf=conf,
-        quantizer=args.quantizer,
-        batch_seconds=args.batch_seconds,
-        shard_seconds=args.shard_seconds,
-        refine_iters=args.refine_iters,
-    )
-    run = TokenizeRun(options, args.output_dir, args.name)
-    summary = run.run(utterances, everyone, nj, args.num_threads, devices)
-    logging.info(
-        f"{args.output_dir}/{args.name}.scp: codes of {summary['tokenized']} "
-        f"utterances ({summary['frames']} frames), {summary['failed']} skipped, "
-        f"{summary['not_asked_for']} of other domains"
-    )
+    teachers = []
+    for name, config, quantizer in zip(
+        args.name, args.teacher_config, args.quantizer, strict=True
+    ):
+        teacher, conf = load_teacher_config(config)
+        options = (args.refine_iters, args.dtype)
+        teachers.append(TokenizeOptions(name, teacher, conf, quantizer, *options))
+    run = TokenizeRun(teachers, args.output_dir, args.batch_seconds, args.shard_seconds)
+    summaries = run.run(chosen, everyone, nj, args.num_threads, devices)
+    for name, summary in zip(args.name, summaries, strict=True):
+        logging.info(
+            f"{args.output_dir}/{name}.scp: codes of {summary['tokenized']} "
+            f"utterances ({summary['frames']} frames), {summary['failed']} skipped, "
+            f"{summary['not_asked_for']} of other domains"
+        )
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def store_embeddings(
     batch_seconds: float = 20.0,
     shard_seconds: float = 600.0,
     dtype: str = "float16",
+    compute_dtype: str = "float32",
 ) -> dict[str, Any]:
     """Write embeddings to ``embeddings.<shard>.npy`` and list them in an index.
 
@@ -76,6 +77,7 @@ def store_embeddings(
         batch_seconds: bound of a batch's audio, padding included.
         shard_seconds: audio in a file.
         dtype: ``float16`` or ``float32``, as stored.
+        compute_dtype: ``float32``, or ``bfloat16`` or ``float16`` for autocast.
 
     Returns:
         the index.
@@ -85,6 +87,7 @@ def store_embeddings(
     """
     folder = Path(output_dir)
     options = {"batch": batch_seconds, "shard": shard_seconds, "dtype": dtype}
+    options["compute_dtype"] = compute_dtype
     marks = DoneMarks(folder, "embeddings", fingerprint(teacher, utterances, options))
     marks.clear_stale()
     (folder / INDEX).unlink(missing_ok=True)
@@ -94,7 +97,10 @@ def store_embeddings(
         logging.info(f"{len(shards) - len(todo)} of {len(shards)} shards are done")
     progress = Progress(sum(duration(shards[i]) for i in todo), len(todo))
     for i in todo:
-        marks.write(i, _store_shard(teacher, shards[i], folder / _file(i), dtype))
+        record = _store_shard(
+            teacher, shards[i], folder / _file(i), dtype, compute_dtype
+        )
+        marks.write(i, record)
         progress.add(duration(shards[i]))
     records = [marks.read(i) or {} for i in range(len(shards))]
     index = {
@@ -125,9 +131,9 @@ def _file(shard: int) -> str:
 
 
 def _store_shard(
-    teacher: Teacher, batches: Batches, path: Path, dtype: str
+    teacher: Teacher, batches: Batches, path: Path, dtype: str, compute_dtype: str
 ) -> dict[str, Any]:
-    results = [embed_batch(teacher, batch) for batch in batches]
+    results = [embed_batch(teacher, batch, compute_dtype) for batch in batches]
     failed = [failure for result in results for failure in result.failed]
     frames = [x.cpu().numpy() for result in results for x in result.frames]
     if not frames:

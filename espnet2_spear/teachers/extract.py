@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,8 +108,32 @@ def select_domains(
     return kept
 
 
-def _read(utterance: Utterance, teacher: Teacher) -> np.ndarray:
-    """Read the audio of one utterance, raising AudioError or TeacherError."""
+@dataclass(frozen=True)
+class Audio:
+    """A batch of audio as read from files.
+
+    Attributes:
+        utts: the utterances that could be read.
+        samples: for each, (samples,) float32 in [-1, 1] at 16 kHz.
+        failed: the others, with the reason.
+    """
+
+    utts: list[Utterance]
+    samples: list[Tensor]
+    failed: list[tuple[str, str]]
+
+    def select(self, names: Container[str]) -> Audio:
+        """Return the part with these utterances."""
+        kept = [i for i, u in enumerate(self.utts) if u.utt in names]
+        return Audio(
+            [self.utts[i] for i in kept],
+            [self.samples[i] for i in kept],
+            [failure for failure in self.failed if failure[0] in names],
+        )
+
+
+def _read(utterance: Utterance) -> np.ndarray:
+    """Read the audio of one utterance, raising AudioError."""
     speech, rate = read_audio(utterance.path)
     remedy = "run stages 2 and 3 of the recipe again"
     if rate != SAMPLE_RATE:
@@ -118,26 +142,50 @@ def _read(utterance: Utterance, teacher: Teacher) -> np.ndarray:
     if len(speech) != utterance.samples:
         detail = f"has {len(speech)} samples, {utterance.samples} in utt2num_samples"
         raise AudioError(utterance.path, "wrong_length", detail, remedy)
-    teacher.check_length(len(speech))
     return speech
 
 
-def embed_batch(teacher: Teacher, batch: Sequence[Utterance]) -> Embedded:
-    """Read and embed one batch; what cannot be read or embedded is listed."""
-    utts, audio, failed = [], [], []
+def read_batch(batch: Sequence[Utterance]) -> Audio:
+    """Read the audio of a batch; what cannot be read is listed."""
+    audio = Audio([], [], [])
     for utterance in batch:
         try:
-            audio.append(torch.from_numpy(_read(utterance, teacher)))
-            utts.append(utterance)
-        except (AudioError, TeacherError, OSError) as error:
+            audio.samples.append(torch.from_numpy(_read(utterance)))
+            audio.utts.append(utterance)
+        except (AudioError, OSError) as error:
+            audio.failed.append((utterance.utt, " ".join(str(error).split())))
+    return audio
+
+
+def embed_audio(teacher: Teacher, audio: Audio, dtype: str = "float32") -> Embedded:
+    """Embed a batch; what the teacher cannot take is listed with what was unreadable.
+
+    Args:
+        teacher: on the device to compute on.
+        audio: the batch.
+        dtype: ``float32``, or ``bfloat16`` or ``float16`` for autocast to it.
+    """
+    failed = list(audio.failed)
+    utts, samples = [], []
+    for utterance, speech in zip(audio.utts, audio.samples, strict=True):
+        try:
+            teacher.check_length(len(speech))
+        except TeacherError as error:
             failed.append((utterance.utt, " ".join(str(error).split())))
+        else:
+            utts.append(utterance)
+            samples.append(speech)
     if not utts:
         return Embedded([], [], failed)
     device = next(teacher.parameters()).device
-    lengths = torch.tensor([len(x) for x in audio], device=device)
-    speech = torch.nn.utils.rnn.pad_sequence(audio, batch_first=True).to(device)
-    with torch.inference_mode():
+    lengths = torch.tensor([len(x) for x in samples], device=device)
+    speech = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True).to(device)
+    lower = torch.autocast(
+        device.type, getattr(torch, dtype), enabled=dtype != "float32"
+    )
+    with torch.inference_mode(), lower:
         padded, frame_lengths = teacher(speech, lengths)
+    padded = padded.float()
     frames = [x[:n] for x, n in zip(padded, frame_lengths.tolist(), strict=True)]
     # One reduction for the batch: what is no number here is so in one utterance.
     if not bool(torch.isfinite(padded).all()):
@@ -150,3 +198,10 @@ def embed_batch(teacher: Teacher, batch: Sequence[Utterance]) -> Embedded:
         frames = [x for x, ok in zip(frames, good, strict=True) if ok]
         utts = [u for u, ok in zip(utts, good, strict=True) if ok]
     return Embedded(utts, frames, failed)
+
+
+def embed_batch(
+    teacher: Teacher, batch: Sequence[Utterance], dtype: str = "float32"
+) -> Embedded:
+    """Read and embed one batch; what cannot be read or embedded is listed."""
+    return embed_audio(teacher, read_batch(batch), dtype)

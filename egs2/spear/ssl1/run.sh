@@ -68,6 +68,10 @@ Student and teachers (stages 4 to 7)
   --quantizer_frames N        embeddings to train a quantizer on    [200000]
   --quantizer_iters N         steps in each of its two phases (mvq) [as the teacher's YAML]
   --quantizer_args \"...\"      further options of mvq_train, such as \"--batch_frames 128\"
+  --teacher_dtype T           of the teachers' computation: float32, bfloat16 or float16;
+                              the share of codes as in float32 is told   [float32]
+  --one_pass true|false       true tokenizes with all teachers in one pass over the audio;
+                              a change of one then repeats the others    [false]
 
 Pre-training, packing, upload (stages 7 to 9)
   --train_args \"...\"          further options of spear_train, such as \"--max_epoch 5\"
@@ -111,6 +115,8 @@ quantizer=mvq
 quantizer_frames=200000
 quantizer_iters=
 quantizer_args=
+teacher_dtype=float32
+one_pass=false
 
 train_args=
 tag=
@@ -252,7 +258,7 @@ train_quantizer() {
         -- python -m espnet2_spear.bin.spear_embed --teacher_config "${yamls[$1]}" \
         --wav_scp "${raw}/wav.scp" --domains "${quantizer_domains[$1]}" \
         --max_frames "${quantizer_frames}" --output_dir "${dir}/embeddings" \
-        + --device "${device}" --num_threads "$2"
+        --compute_dtype "${teacher_dtype}" + --device "${device}" --num_threads "$2"
     log "teacher '${name}': ${quantizer} quantizer, log in ${quantizers}/${name}/train.log"
     # shellcheck disable=SC2086
     step --mark "${quantizers}/${name}/train.json" --adopt \
@@ -294,27 +300,50 @@ if wanted 4; then
     unlock
 fi
 
+joined() { (IFS=+ && echo "$*"); }
+
+# Names of the tokenizations of a set.
+tokenizations() {
+    if [ "${one_pass}" = true ]; then joined "${names[@]}"; else echo "${names[@]}"; fi
+}
+
+# tokenize <set> <numbers of teachers>: in one pass over the audio
+tokenize() {
+    local set=$1 i raw=${dumpdir}/raw/$1 label joblog inputs=() outputs=()
+    local configs=() files=() roles=() kinds=()
+    shift
+    for i in "$@"; do
+        roles+=("${names[i]}")
+        configs+=("${yamls[i]}")
+        files+=("${quantizers}/${names[i]}/quantizer.pt")
+        kinds+=("${domains[i]}")
+        inputs+=(--input "${yamls[i]}" --input "${quantizers}/${names[i]}/quantizer.pt")
+        [ -z "${weights[i]}" ] || inputs+=(--input "${weights[i]}")
+        outputs+=(--output "${codes}/${set}/${names[i]}.scp")
+    done
+    label=$(joined "${roles[@]}")
+    joblog=${codes}/${set}/log/${label}.log
+    log "${label}, set ${set}: tokenization, log in ${joblog}"
+    step --mark "${codes}/${set}/${label}.step.json" "${inputs[@]}" \
+        --input "${raw}/wav.scp" --input "${raw}/utt2num_samples" \
+        --input "${raw}/utt2domain" "${outputs[@]}" \
+        --runner "$(runner 1 "${joblog}")" \
+        -- python -m espnet2_spear.bin.spear_tokenize --teacher_config "${configs[@]}" \
+        --quantizer "${files[@]}" --domains "${kinds[@]}" --name "${roles[@]}" \
+        --data_dir "${raw}" --output_dir "${codes}/${set}" --dtype "${teacher_dtype}" \
+        + --nj "${nj}" --ngpu "${ngpu}"
+    [ ! -e "${joblog}" ] || show_end "${joblog}"
+}
+
 if wanted 5; then
     log "Stage 5: tokenization"
     lock "${codes}"
-    for i in "${!names[@]}"; do
-        name=${names[i]}
-        for set in train valid; do
-            raw=${dumpdir}/raw/${set}
-            joblog=${codes}/${set}/log/${name}.log
-            log "teacher '${name}', set ${set}: tokenization, log in ${joblog}"
-            step --mark "${codes}/${set}/${name}.step.json" --input "${yamls[i]}" \
-                ${weights[i]:+--input "${weights[i]}"} \
-                --input "${quantizers}/${name}/quantizer.pt" --input "${raw}/wav.scp" \
-                --input "${raw}/utt2num_samples" --input "${raw}/utt2domain" \
-                --output "${codes}/${set}/${name}.scp" \
-                --runner "$(runner 1 "${joblog}")" \
-                -- python -m espnet2_spear.bin.spear_tokenize --teacher_config "${yamls[i]}" \
-                --quantizer "${quantizers}/${name}/quantizer.pt" --domains "${domains[i]}" \
-                --data_dir "${raw}" --output_dir "${codes}/${set}" --name "${name}" \
-                + --nj "${nj}" --ngpu "${ngpu}"
-            [ ! -e "${joblog}" ] || show_end "${joblog}"
-        done
+    for set in train valid; do
+        if [ "${one_pass}" = true ]; then
+            tokenize "${set}" "${!names[@]}"
+        else
+            for i in "${!names[@]}"; do tokenize "${set}" "${i}"; done
+        fi
     done
     unlock
 fi
@@ -324,9 +353,12 @@ if wanted 6; then
     lock "${codes}"
     for set in train valid; do
         opts=() inputs=(--input "${dumpdir}/raw/${set}")
+        # The marks of stage 5 change when the codes in its files did.
+        for label in $(tokenizations); do
+            inputs+=(--input "${codes}/${set}/${label}.step.json")
+        done
         for i in "${!names[@]}"; do
             inputs+=(--input "${codes}/${set}/${names[i]}.scp")
-            inputs+=(--input "${codes}/${set}/${names[i]}.step.json")
             opts+=(--codes "${names[i]}=${codes}/${set}/${names[i]}.scp"
                 --domains "${names[i]}=${domains[i]}")
         done
