@@ -194,6 +194,31 @@ def test_eden_steps_and_resumes() -> None:
     assert type(whole.get_last_lr()[0]) is float
 
 
+def test_eden_counts_the_hours_that_it_is_told() -> None:
+    """Batches of unequal length, and a resume between them."""
+
+    def make(hours_per_batch: float | None = None) -> Eden:
+        p = torch.nn.Parameter(torch.ones(2))
+        opt = ScaledAdam([p], lr=0.045)
+        return Eden(opt, lr_hours=2.0, hours_per_batch=hours_per_batch)
+
+    whole, second, constant = make(), make(), make(0.25)
+    for step in range(60):
+        seconds = 400.0 + 10 * (step % 7)
+        if step == 30:
+            second.load_state_dict(whole.state_dict())
+        for eden in (whole, second, constant)[:: 1 if step >= 30 else 2]:
+            eden.count_audio(seconds)
+            eden.step()
+    hours = sum(400.0 + 10 * (step % 7) for step in range(60)) / 3600
+    expected = 0.045 * eden_factor(60, hours, 7500, 2.0, 500, 0.5)
+    assert whole.get_last_lr() == second.get_last_lr() == [pytest.approx(expected)]
+    expected = 0.045 * eden_factor(60, 15.0, 7500, 2.0, 500, 0.5)
+    assert constant.get_last_lr() == [pytest.approx(expected)]
+    with pytest.raises(RuntimeError, match="nobody counts"):
+        make().step()
+
+
 def test_eden_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="lr_batches"):
         Eden(ScaledAdam([torch.nn.Parameter(torch.ones(2))]), lr_batches=0)
