@@ -14,6 +14,8 @@ _SAFE_FILES += [f"model.safetensors{INDEX_SUFFIX}"]
 # Wanted if there is no safetensors file. Never: code, optimizers, other models.
 _PICKLES = ["pytorch_model*.bin", f"pytorch_model.bin{INDEX_SUFFIX}", "pretrained*.pt"]
 _PICKLES += ["student.pth", "valid.loss.*.pth"]
+# What spear_upload sends: a packed model, as it was unpacked.
+_PICKLES += ["meta.yaml", "*/config.yaml", "*/spear_plugin.yaml", "*/packed.pth"]
 
 
 def is_hub_id(name: str | Path) -> bool:

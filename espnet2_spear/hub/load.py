@@ -19,6 +19,7 @@ from espnet2_spear.hub.files import (
     read_tensors,
 )
 from espnet2_spear.hub.infer import differences, infer_config
+from espnet2_spear.hub.packed import is_packed, opened_student
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
@@ -42,9 +43,10 @@ def load_model(
     Args:
         path: a folder, or a file of weights in it: as released on Hugging Face
             (``model.safetensors``, whole or in parts, or ``pytorch_model.bin``), a
-            training checkpoint of icefall (``.pt``), what ``spear_import`` writes, an
-            experiment or packed model of ours. Or ``hf:user/name[@revision]``,
-            which is fetched; nothing else ever is.
+            training checkpoint of icefall (``.pt``), what ``spear_import`` writes, or
+            an experiment of ours. A packed model (``.zip``, ``.tgz``), unpacked safely
+            for as long as it is read, or the folder of an unpacked one. Or
+            ``hf:user/name[@revision]``, which is fetched; nothing else ever is.
         padding: ``exact`` makes an utterance's output independent of its batch,
             ``compatible`` is as in the published code; None takes what the
             checkpoint's configuration says (``compatible`` if nothing).
@@ -82,6 +84,10 @@ def open_checkpoint(
         tensors that are not the student's (heads) and were left out.
     """
     local = fetch(str(path)) if is_hub_id(path) else Path(path)
+    if is_packed(local):
+        with opened_student(local) as file:
+            model, _, left_out = open_checkpoint(file, conf)
+            return model, local, left_out
     weights = find_weights(local)
     config_file = find_config(weights)
     known = None if config_file is None else read_config(config_file)

@@ -8,12 +8,19 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from espnet2_spear.teachers.base import SAMPLE_RATE, Teacher
+from espnet2_spear.teachers.base import SAMPLE_RATE
 from espnet2_spear.teachers.extract import Utterance
 
 Batches = list[list[Utterance]]
+
+
+class Described(Protocol):
+    """What names the things that its outputs depend on: teachers, and students."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return facts that JSON can hold."""
 
 
 def duration(batches: Iterable[Sequence[Utterance]]) -> float:
@@ -32,10 +39,10 @@ def deal(batches: Batches, shard_seconds: float) -> list[Batches]:
 
 
 def fingerprint(
-    teacher: Teacher, utterances: Iterable[Utterance], options: Mapping[str, Any]
+    model: Described, utterances: Iterable[Utterance], options: Mapping[str, Any]
 ) -> str:
     """Return a hash by which a run knows outputs made from the same things."""
-    facts = {**teacher.describe(), **options}
+    facts = {**model.describe(), **options}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for utterance in utterances:
         digest.update(repr(utterance).encode("utf-8", "backslashreplace"))

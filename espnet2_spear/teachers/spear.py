@@ -34,7 +34,7 @@ class SpearTeacher(Teacher):
             self.model = load_model(weights)
         except CheckpointError as error:
             raise TeacherError(str(error)) from error
-        self.weights_sha256 = _sha256_of_tensors(self.model.state_dict())
+        self.weights_sha256 = sha256_of_tensors(self.model.state_dict())
         if sha256 is not None and sha256.lower() != self.weights_sha256:
             raise TeacherError(
                 f"{weights}: the SHA-256 of its tensors is {self.weights_sha256}, "
@@ -67,7 +67,8 @@ class SpearTeacher(Teacher):
         return out.hidden_states[self.layer - 1].float()
 
 
-def _sha256_of_tensors(state: dict[str, Tensor]) -> str:
+def sha256_of_tensors(state: dict[str, Tensor]) -> str:
+    """Hash of names, types, shapes and values, whatever file they came from."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

@@ -1,0 +1,262 @@
+"""A run over many recordings: shards with marks, files of features, tables."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from espnet2_spear.fileio.audio import AudioError
+from espnet2_spear.fileio.datadir import write_table
+from espnet2_spear.fileio.feature_files import (
+    ArkFeatures,
+    FeatureFiles,
+    NpyFeatures,
+    checksum,
+)
+from espnet2_spear.hub.extract import ExtractError, Extractor
+from espnet2_spear.hub.recordings import Recording, read_ahead
+from espnet2_spear.teachers.extract import make_batches
+from espnet2_spear.teachers.shards import Batches, DoneMarks, deal, fingerprint
+from espnet2_spear.teachers.spear import sha256_of_tensors
+from espnet2_spear.zipformer.fbank import SAMPLE_RATE
+
+Failures = dict[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How features are batched and stored.
+
+    Attributes:
+        format: ``ark`` or ``npy``.
+        dtype: of npy.
+        batch_seconds: audio in a batch, padding included.
+        shard_seconds: audio in a shard.
+        num_workers: threads that read audio ahead.
+    """
+
+    format: str = "ark"
+    dtype: str = "float32"
+    batch_seconds: float = 60.0
+    shard_seconds: float = 600.0
+    num_workers: int = 2
+
+
+class ExtractionRun:
+    """Features of a set of recordings, in one folder.
+
+    Args:
+        extractor: computes them.
+        folder: made if it is not there.
+        options: as above.
+
+    Attributes:
+        frames: of each recording whose features are there.
+        skipped: of each other recording its reason, in a word, and the message.
+    """
+
+    def __init__(self, extractor: Extractor, folder: Path, options: RunOptions) -> None:
+        self.extractor, self.folder, self.options = extractor, folder, options
+        names = [f"layer{x}" if isinstance(x, int) else x for x in extractor.layers]
+        self.names = names if len(names) > 1 else ["feats"]
+        self.frames: dict[str, int] = {}
+        self.skipped: Failures = {}
+
+    def describe(self) -> dict[str, Any]:
+        """What the features depend on besides the recordings."""
+        extractor, options = self.extractor, asdict(self.options)
+        options.pop("num_workers")
+        return {
+            "weights": sha256_of_tensors(extractor.model.state_dict()),
+            "config": repr(extractor.model.config),
+            "layers": extractor.layers,
+            "pieces": [extractor.longest, extractor.step, extractor.context],
+            "folder": str(self.folder),
+            **options,
+        }
+
+    def __call__(
+        self, recordings: Sequence[Recording], skipped: Sequence[tuple[str, str, str]]
+    ) -> list[Path]:
+        """Compute what is not there yet.
+
+        Writes a table a layer (``feats.scp``, or ``layer<n>.scp`` of several), and
+        ``utt2num_frames`` and ``skipped.txt``.
+
+        Args:
+            recordings: what to encode.
+            skipped: what could not even be opened: utterance, reason, message.
+
+        Returns:
+            the tables of the layers.
+
+        Raises:
+            ExtractError: an utterance whose name is no file name (npy), or too little
+                memory.
+        """
+        if self.options.format == "npy":
+            check_names(recordings)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shards = self._shards(recordings)
+        marks = DoneMarks(self.folder, "feats", fingerprint(self, recordings, {}))
+        marks.clear_stale()
+        self.skipped = {utt: (reason, text) for utt, reason, text in skipped}
+        tables: list[dict[str, str]] = [{} for _ in self.names]
+        kept = 0
+        total = sum(r.samples for r in recordings) / SAMPLE_RATE
+        with tqdm(total=round(total), unit="s", disable=None) as bar:
+            for number, shard in enumerate(shards):
+                record = marks.read(number)
+                if record is None or not self._is_good(record):
+                    record = self._shard(number, shard, bar)
+                    marks.write(number, record)
+                else:
+                    kept += 1
+                    samples = sum(r.samples for batch in shard for r in batch)
+                    bar.update(samples / SAMPLE_RATE)
+                for utt, frames, specs in record["utts"]:
+                    self.frames[utt] = frames
+                    for table, spec in zip(tables, specs, strict=True):
+                        table[utt] = spec
+                self.skipped |= {u: tuple(why) for u, why in record["failed"].items()}
+        if kept:
+            logging.info(f"{kept} of {len(shards)} shards were there and are kept")
+        return self._write_tables(tables)
+
+    def _shards(self, recordings: Sequence[Recording]) -> list[Batches]:
+        """Batches of short recordings, dealt out; each long recording by itself."""
+        long = [r for r in recordings if self.extractor.is_long(r)]
+        short = [r for r in recordings if not self.extractor.is_long(r)]
+        if long:
+            logging.warning(
+                f"{len(long)} recordings are longer than "
+                f"{self.extractor.longest / SAMPLE_RATE:g} s and encoded in "
+                "overlapping pieces: near the cuts, their frames differ slightly from "
+                "those of the whole (see --max_seconds)"
+            )
+        options, shards = self.options, []
+        if short:
+            batches = make_batches(short, options.batch_seconds)
+            shards = deal(batches, options.shard_seconds)
+        return shards + [[[r]] for r in sorted(long, key=lambda r: r.utt)]
+
+    def _is_good(self, record: dict[str, Any]) -> bool:
+        """Whether a finished shard's files are as they were when it was finished."""
+        for file, facts in record["files"].items():
+            path = self.folder / file
+            if not path.exists() or checksum(path) != facts:
+                logging.warning(f"{path}: gone or changed; its shard is made again")
+                return False
+        return True
+
+    def _shard(self, number: int, batches: Batches, bar: tqdm) -> dict[str, Any]:
+        failed: Failures = {}
+        utts = []
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(self._files(number, name)) for name in self.names
+            ]
+            for recording, blocks in self._encoded(batches, failed):
+                try:
+                    utts.append(_write(recording.utt, blocks, files))
+                except AudioError as error:  # in the midst of a long recording
+                    failed[recording.utt] = (error.reason, str(error))
+                bar.update(recording.samples / SAMPLE_RATE)
+        paths = [path for file in files for path in file.paths()]
+        facts = {str(p.relative_to(self.folder)): checksum(p) for p in paths}
+        return {"utts": utts, "files": facts, "failed": failed}
+
+    def _files(self, shard: int, name: str) -> FeatureFiles:
+        if self.options.format == "ark":
+            return ArkFeatures(self.folder / f"feats.{shard}.{name}.ark")
+        return NpyFeatures(self.folder / name, self.options.dtype)
+
+    def _encoded(
+        self, batches: Batches, failed: Failures
+    ) -> Iterator[tuple[Recording, Iterator[list[np.ndarray]]]]:
+        """Yield recordings with the blocks of their layers; note those that fail."""
+
+        def read(batch: Sequence[Recording]) -> list[np.ndarray | AudioError]:
+            audio: list[np.ndarray | AudioError] = []
+            for recording in batch:
+                try:
+                    audio.append(self.extractor.read(recording))
+                except AudioError as error:
+                    audio.append(error)
+            return audio
+
+        if self.extractor.is_long(batches[0][0]):
+            recording = batches[0][0]
+            yield recording, self.extractor.encode_long(recording)
+            return
+        ahead = read_ahead(read, batches, self.options.num_workers)
+        for batch, audio in zip(batches, ahead, strict=True):
+            good = []
+            for recording, item in zip(batch, audio, strict=True):
+                if isinstance(item, AudioError):
+                    failed[recording.utt] = (item.reason, str(item))
+                else:
+                    good.append((recording, item))
+            if not good:
+                continue
+            features = self.extractor.encode([samples for _, samples in good])
+            for (recording, _), layers in zip(good, features, strict=True):
+                yield recording, iter([layers])
+
+    def _write_tables(self, tables: list[dict[str, str]]) -> list[Path]:
+        paths = [self.folder / f"{name}.scp" for name in self.names]
+        for path, table in zip(paths, tables, strict=True):
+            write_table(path, table)
+        write_table(self.folder / "utt2num_frames", self.frames)
+        # On one line each, the file's name first in the message.
+        lines = {
+            utt: f"{reason} {' '.join(text.split())}"
+            for utt, (reason, text) in self.skipped.items()
+        }
+        write_table(self.folder / "skipped.txt", lines)
+        return paths
+
+
+def check_names(recordings: Sequence[Recording]) -> None:
+    """See that utterances can be names of files.
+
+    Raises:
+        ExtractError: one cannot.
+    """
+    for recording in recordings:
+        if "/" in recording.utt or recording.utt.startswith("."):
+            raise ExtractError(
+                f"utterance '{recording.utt}' cannot be a file's name; use --format ark"
+            )
+
+
+def _write(
+    utt: str, blocks: Iterator[list[np.ndarray]], files: Sequence[FeatureFiles]
+) -> tuple[str, int, list[str]]:
+    """Write all layers of an utterance side by side: name, frames, where they are.
+
+    Raises:
+        AudioError: an unreadable piece; nothing of the utterance stays then.
+    """
+    for file in files:
+        file.begin(utt)
+    try:
+        for layers in blocks:
+            for file, block in zip(files, layers, strict=True):
+                file.append(block)
+    except BaseException:
+        for file in files:
+            file.abandon()
+        raise
+    specs, frames = [], 0
+    for file in files:
+        spec, frames = file.finish()
+        specs.append(spec)
+    return utt, frames, specs

@@ -1,0 +1,115 @@
+"""Recordings named on a command line: files, tables, data directories."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from espnet2_spear.fileio.audio import AudioError, audio_info
+from espnet2_spear.fileio.datadir import DataDir, DataDirError, read_table
+from espnet2_spear.teachers.extract import Utterance
+from espnet2_spear.zipformer.fbank import SAMPLE_RATE
+
+X, Y = TypeVar("X"), TypeVar("Y")
+
+
+@dataclass(frozen=True)
+class Recording(Utterance):
+    """An utterance in any audio file.
+
+    Attributes:
+        samples: at 16 kHz, as its header says; resampling may give one more or less.
+        start, end: the part of the file, in seconds; None for the file's ends.
+    """
+
+    start: float | None = None
+    end: float | None = None
+
+
+def find_recordings(
+    inputs: Sequence[str],
+) -> tuple[list[Recording], list[tuple[str, str, str]]]:
+    """List the recordings that a command line names.
+
+    Args:
+        inputs: audio files, ``.scp`` tables (utterance and file), or Kaldi data
+            directories, whose ``segments`` are honoured.
+
+    Returns:
+        recordings, and those that cannot be read: utterance, reason, message.
+
+    Raises:
+        DataDirError: a table that is missing or malformed, or two recordings of one
+            name.
+    """
+    wanted: dict[str, tuple[str, float | None, float | None]] = {}
+
+    def add(utt: str, path: str, start: float | None, end: float | None) -> None:
+        if utt in wanted:
+            raise DataDirError(
+                f"{path}: is called '{utt}', and so is {wanted[utt][0]}; name them in "
+                "a wav.scp"
+            )
+        wanted[utt] = (path, start, end)
+
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            data = DataDir.load(path)
+            for utt in data.utterances:
+                if data.segments is None:
+                    add(utt, _beside(path, data.wav_scp[utt]), None, None)
+                    continue
+                segment = data.segments[utt]
+                file = _beside(path, data.wav_scp[segment.recording])
+                add(utt, file, segment.start, segment.end if segment.end >= 0 else None)
+        elif path.suffix == ".scp":
+            for utt, value in read_table(path, "utterance file").items():
+                add(utt, _beside(path.parent, value), None, None)
+        else:
+            add(path.stem, name, None, None)
+    recordings, skipped = [], []
+    for utt, (path, start, end) in wanted.items():
+        try:
+            if path.rstrip().endswith("|"):
+                raise AudioError(
+                    path, "command", "is a command", "write its output to a file first"
+                )
+            info = audio_info(path)
+        except (AudioError, OSError) as error:
+            skipped.append((utt, getattr(error, "reason", "unreadable"), str(error)))
+            continue
+        seconds = (info.seconds if end is None else end) - (start or 0.0)
+        samples = max(0, round(seconds * SAMPLE_RATE))
+        recordings.append(Recording(utt, path, samples, start, end))
+    return recordings, skipped
+
+
+def _beside(folder: Path, path: str) -> str:
+    """Take a relative path, as Kaldi does, from here; else from beside its table."""
+    beside = folder / path
+    return str(beside) if not Path(path).exists() and beside.exists() else path
+
+
+def read_ahead(
+    function: Callable[[X], Y], items: Iterable[X], workers: int
+) -> Iterator[Y]:
+    """As ``map``, computed by threads some items ahead; in order, bounded in memory."""
+    if workers < 1:
+        yield from map(function, items)
+        return
+    items = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        queue: deque[Future[Y]] = deque(
+            pool.submit(function, item) for item in islice(items, workers + 1)
+        )
+        while queue:
+            result = queue.popleft().result()
+            for item in islice(items, 1):
+                queue.append(pool.submit(function, item))
+            yield result

@@ -1,0 +1,233 @@
+"""Packed models from strangers: what is refused, and that nothing is left of it."""
+
+import io
+import os
+import pickle
+import stat
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from espnet2_spear import __version__, load_model
+from espnet2_spear.hub import packed as models
+from espnet2_spear.hub import unpack
+from espnet2_spear.hub.load import CheckpointError
+from espnet2_spear.hub.unpack import Limits, UnpackError
+from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.zipformer.config import ZipformerConfig
+
+
+def weights(seed: int = 0) -> bytes:
+    torch.manual_seed(seed)
+    model = SpearEncoder(ZipformerConfig.from_name("tiny"))
+    buffer = io.BytesIO()
+    torch.save({f"student.{k}": v for k, v in model.state_dict().items()}, buffer)
+    return buffer.getvalue()
+
+
+def student_members(**more: bytes) -> dict[str, bytes]:
+    """Members of a packed student, as ESPnet's pack() lays them out."""
+    meta = {
+        "yaml_files": {"train_config": "exp/x/config.yaml"},
+        "files": {"model_file": "exp/x/m.pth"},
+    }
+    config = {"student": "tiny", "student_conf": {}, "init": "exp/x/m.pth"}
+    stamp = {"spear_format": models.FORMAT, "espnet2_spear": __version__}
+    return {
+        "meta.yaml": yaml.safe_dump(meta).encode(),
+        "exp/x/config.yaml": yaml.safe_dump(config).encode(),
+        "exp/x/m.pth": weights(),
+        "exp/x/spear_plugin.yaml": yaml.safe_dump(stamp).encode(),
+        **more,
+    }
+
+
+def write(path: Path, members: dict[str, bytes]) -> Path:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            for name, content in members.items():
+                file.writestr(name, content)
+        return path
+    with tarfile.open(path, "w:gz") as file:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+def refused(path: Path, match: str, limits: Limits | None = None) -> None:
+    """It is refused by a message that names it, and nothing appears anywhere."""
+    before = sorted(path.parent.rglob("*"))
+    with pytest.raises(UnpackError, match=match) as error:
+        unpack.unpack(path, path.parent / "out", limits)
+    assert str(path) in str(error.value)
+    assert sorted(path.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tgz", ".tar.gz"])
+def test_load_model_opens_a_packed_student(tmp_path: Path, suffix: str) -> None:
+    packed = write(tmp_path / f"m{suffix}", student_members())
+    model = load_model(packed, padding="exact")
+    assert model.config.padding == "exact"
+    expected = torch.load(io.BytesIO(weights()), weights_only=True)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[f"student.{name}"])
+    # Unpacked by whatever tool, the folder opens as well, and a file named by it too.
+    files = models.unpack_model(packed, tmp_path / "out")
+    again = load_model(tmp_path / "out")
+    torch.testing.assert_close(again.state_dict(), model.state_dict())
+    assert files["model_file"] == str(tmp_path / "out/exp/x/m.pth")
+    config = yaml.safe_load(Path(files["train_config"]).read_text())
+    assert config["init"] == files["model_file"]
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tgz"])
+@pytest.mark.parametrize(
+    "name", ["../evil", "/tmp/evil", "a/../../evil", "a\\..\\evil", "C:evil"]
+)
+def test_names_that_leave_the_folder(tmp_path: Path, suffix: str, name: str) -> None:
+    members = student_members(**{name: b"x"})
+    refused(write(tmp_path / f"m{suffix}", members), "outside its folder")
+
+
+def test_links_and_devices(tmp_path: Path) -> None:
+    info = zipfile.ZipInfo("exp/link")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as file:
+        file.writestr(info, "/etc")
+        file.writestr("exp/link/passwd", "x")
+    refused(tmp_path / "m.zip", "'exp/link' is a link")
+    kinds = [(tarfile.SYMTYPE, "link"), (tarfile.LNKTYPE, "link")]
+    kinds += [(tarfile.CHRTYPE, "device"), (tarfile.FIFOTYPE, "device")]
+    for kind, word in kinds:
+        with tarfile.open(tmp_path / "m.tgz", "w:gz") as file:
+            member = tarfile.TarInfo("exp/odd")
+            member.type, member.linkname = kind, "/etc/passwd"
+            file.addfile(member)
+        refused(tmp_path / "m.tgz", f"'exp/odd' is a {word}")
+
+
+def test_limits(tmp_path: Path) -> None:
+    packed = write(tmp_path / "m.zip", {"a": b"1" * 1000, "b": b"2" * 1000})
+    refused(packed, "more than 1 members", Limits(members=1))
+    refused(packed, "more than 1500 bytes", Limits(total_bytes=1500))
+    bomb = write(tmp_path / "b.zip", {"a": bytes(80 << 20)})
+    refused(bomb, "over 100 times its size")
+    bomb.unlink()
+    bomb = write(tmp_path / "b.tgz", {"a": bytes(80 << 20)})
+    refused(bomb, "over 100 times its size")
+
+
+def test_headers_that_lie_about_sizes(tmp_path: Path) -> None:
+    """The zip says 10 bytes in both of its headers, and holds 100 000."""
+    path = write(tmp_path / "m.zip", {"a": b"1" * 100_000})
+    content = path.read_bytes()
+    real = (100_000).to_bytes(4, "little")
+    assert content.count(real) == 2
+    path.write_bytes(content.replace(real, (10).to_bytes(4, "little")))
+    refused(path, "corrupt")
+
+
+def test_the_same_name_twice(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as file:
+        file.writestr("a", "1")
+        with pytest.warns(UserWarning, match="Duplicate"):
+            file.writestr("a", "2")
+    refused(tmp_path / "m.zip", "'a' is in it twice")
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tgz"])
+def test_corrupt_archives(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"m{suffix}", student_members())
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 255
+    broken = [content[: len(content) // 2], bytes(flipped), b"no archive", b""]
+    for damaged in broken:
+        path.write_bytes(damaged)
+        refused(path, "corrupt|is empty")
+        with pytest.raises(CheckpointError, match=f"m{suffix}"):
+            load_model(path)
+
+
+def test_target_is_not_overwritten(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.zip", {"a": b"1"})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a").write_text("mine")
+    refused(path, "is not empty")
+
+
+class Exploit:
+    """Makes a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_code_in_weights_is_not_executed(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"student.mask_emb": Exploit(tmp_path / "executed")}, buffer)
+    for content in (buffer.getvalue(), pickle.dumps(Exploit(tmp_path / "executed"))):
+        members = student_members(**{"exp/x/m.pth": content})
+        packed = write(tmp_path / "m.zip", members)
+        for open_it in (load_model, lambda p: models.unpack_model(p, tmp_path / "o")):
+            with pytest.raises(
+                CheckpointError, match="m.zip: m.pth.*more than tensors"
+            ):
+                open_it(packed)
+        assert not (tmp_path / "executed").exists() and not (tmp_path / "o").exists()
+    # Where it is trusted the exploit works.
+    torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert (tmp_path / "executed").exists()
+
+
+def test_newer_format(tmp_path: Path) -> None:
+    stamp = yaml.safe_dump({"spear_format": 99, "espnet2_spear": "9.0"}).encode()
+    packed = write(
+        tmp_path / "m.zip", student_members(**{"exp/x/spear_plugin.yaml": stamp})
+    )
+    with pytest.raises(
+        CheckpointError, match="9.0 in format 99.*pip install --upgrade espnet2-spear"
+    ):
+        load_model(packed)
+    unpack.unpack(packed, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="pip install --upgrade"):
+        load_model(tmp_path / "out")
+
+
+def test_other_models_and_bad_tables(tmp_path: Path) -> None:
+    def meta(**tables: dict[str, str]) -> Path:
+        content = yaml.safe_dump(tables).encode()
+        return write(tmp_path / "m.zip", student_members(**{"meta.yaml": content}))
+
+    config, file = "exp/x/config.yaml", "exp/x/m.pth"
+    asr = meta(yaml_files={"asr_train_config": config}, files={"asr_model_file": file})
+    with pytest.raises(UnpackError, match="no pre-trained student.*asr_train_config"):
+        load_model(asr)
+    for value in ("../m.pth", "/etc/passwd", "exp/x/gone.pth"):
+        odd = meta(yaml_files={"train_config": config}, files={"model_file": value})
+        with pytest.raises(UnpackError, match="which is not in it"):
+            load_model(odd)
+    with pytest.raises(UnpackError, match="no table 'files'"):
+        load_model(meta(yaml_files={}))
+    members = student_members()
+    del members["meta.yaml"]
+    with pytest.raises(UnpackError, match="holds no meta.yaml; it is no packed model"):
+        load_model(write(tmp_path / "m.zip", members))
+    members = student_members(**{config: b"a: &a\n  b: *a\n"})
+    with pytest.raises(UnpackError, match="never ends"):
+        load_model(write(tmp_path / "m.zip", members))
+    lines = ["x0: &x0 [1, 1]"]
+    lines += [f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 60)]
+    bomb = "\n".join(lines).encode()
+    members = student_members(**{config: bomb})
+    with pytest.raises(CheckpointError, match="not the configuration of a SPEAR"):
+        load_model(write(tmp_path / "m.zip", members))
