@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espnet2_spear.fileio.audio import AudioError, read_audio, read_pieces, resample
+from espnet2_spear.fileio.audio import AudioError, read_pieces, resample
 from espnet2_spear.hub.recordings import Recording
 from espnet2_spear.spear.encoder import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
@@ -97,8 +97,10 @@ class Extractor:
         Raises:
             AudioError: unreadable, or too short for one frame.
         """
-        samples, rate = read_audio(recording.path, recording.start, recording.end)
-        return self._checked(recording, resample(samples, rate, SAMPLE_RATE))
+        ((samples, info),) = read_pieces(recording.path, [recording.span])
+        if isinstance(samples, AudioError):
+            raise samples
+        return self._checked(recording, resample(samples, info.rate, SAMPLE_RATE))
 
     @torch.inference_mode()
     def encode(self, audio: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
@@ -131,12 +133,13 @@ class Extractor:
             AudioError: as :meth:`read`.
         """
         last = max(1, math.ceil((recording.samples - self.context) / self.step)) - 1
-        offset, spans = recording.start or 0.0, []
+        whole, spans = recording.span, []
+        offset = whole.start or 0.0
         for piece in range(last + 1):
             first = max(0, piece * self.step - self.context) / SAMPLE_RATE
             end = ((piece + 1) * self.step + self.context) / SAMPLE_RATE
-            stop = recording.end if piece == last else offset + end
-            spans.append((offset + first, stop))
+            stop = whole.end if piece == last else offset + end
+            spans.append(whole._replace(start=offset + first, end=stop))
         for piece, (samples, info) in enumerate(read_pieces(recording.path, spans)):
             if isinstance(samples, AudioError):
                 raise samples

@@ -10,11 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from espnet2_spear.fileio.audio import AudioError, audio_info
+from espnet2_spear.fileio.audio import AudioError, Span, audio_info
 from espnet2_spear.fileio.datadir import DataDir, DataDirError, read_table
 from espnet2_spear.teachers.extract import Utterance
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
+WHOLE = Span(None, None)
 X, Y = TypeVar("X"), TypeVar("Y")
 
 
@@ -24,11 +25,10 @@ class Recording(Utterance):
 
     Attributes:
         samples: at 16 kHz, as its header says; resampling may give one more or less.
-        start, end: the part of the file, in seconds; None for the file's ends.
+        span: the part of the file.
     """
 
-    start: float | None = None
-    end: float | None = None
+    span: Span = WHOLE
 
 
 def find_recordings(
@@ -47,15 +47,15 @@ def find_recordings(
         DataDirError: a table that is missing or malformed, or two recordings of one
             name.
     """
-    wanted: dict[str, tuple[str, float | None, float | None]] = {}
+    wanted: dict[str, tuple[str, Span]] = {}
 
-    def add(utt: str, path: str, start: float | None, end: float | None) -> None:
+    def add(utt: str, path: str, span: Span = WHOLE) -> None:
         if utt in wanted:
             raise DataDirError(
                 f"{path}: is called '{utt}', and so is {wanted[utt][0]}; name them in "
                 "a wav.scp"
             )
-        wanted[utt] = (path, start, end)
+        wanted[utt] = (path, span)
 
     for name in inputs:
         path = Path(name)
@@ -63,18 +63,19 @@ def find_recordings(
             data = DataDir.load(path)
             for utt in data.utterances:
                 if data.segments is None:
-                    add(utt, _beside(path, data.wav_scp[utt]), None, None)
+                    add(utt, _beside(path, data.wav_scp[utt]))
                     continue
                 segment = data.segments[utt]
                 file = _beside(path, data.wav_scp[segment.recording])
-                add(utt, file, segment.start, segment.end if segment.end >= 0 else None)
+                end = segment.end if segment.end >= 0 else None
+                add(utt, file, Span(segment.start, end, segment.channel))
         elif path.suffix == ".scp":
             for utt, value in read_table(path, "utterance file").items():
-                add(utt, _beside(path.parent, value), None, None)
+                add(utt, _beside(path.parent, value))
         else:
-            add(path.stem, name, None, None)
+            add(path.stem, name)
     recordings, skipped = [], []
-    for utt, (path, start, end) in wanted.items():
+    for utt, (path, span) in wanted.items():
         try:
             if path.rstrip().endswith("|"):
                 raise AudioError(
@@ -84,9 +85,10 @@ def find_recordings(
         except (AudioError, OSError) as error:
             skipped.append((utt, getattr(error, "reason", "unreadable"), str(error)))
             continue
-        seconds = (info.seconds if end is None else end) - (start or 0.0)
+        end = info.seconds if span.end is None else span.end
+        seconds = end - (span.start or 0.0)
         samples = max(0, round(seconds * SAMPLE_RATE))
-        recordings.append(Recording(utt, path, samples, start, end))
+        recordings.append(Recording(utt, path, samples, span))
     return recordings, skipped
 
 
