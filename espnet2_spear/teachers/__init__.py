@@ -33,6 +33,7 @@ QUANTIZER_OPTIONS = (
 
 # Name of a teacher -> module and class; imported when first asked for.
 TEACHERS = {
+    "atst_frame": "espnet2_spear.teachers.atst_frame:AtstFrameTeacher",
     "dasheng": "espnet2_spear.teachers.dasheng:DashengTeacher",
     "hf_speech": "espnet2_spear.teachers.hf_speech:HFSpeechTeacher",
     "s3prl": "espnet2_spear.teachers.s3prl:S3PRLTeacher",
