@@ -8,11 +8,12 @@ imported before or after. It imports neither torch nor ESPnet itself.
 from ._hook import install as register
 
 __version__ = "0.1.0"
-__all__ = ["SpearEncoder", "__version__", "load_model", "register"]
+__all__ = ["SpearEncoder", "__version__", "as_batch", "load_model", "register"]
 
 # What is worth having at the top, imported when first asked for.
 _LAZY = {
     "SpearEncoder": "espnet2_spear.spear.encoder",
+    "as_batch": "espnet2_spear.hub.waveforms",
     "load_model": "espnet2_spear.hub.load",
 }
 

@@ -61,13 +61,31 @@ def bundle(root: str) -> str:
                     "share a file; rename one"
                 )
             owner[name] = part.name
-    imports = {line for part in parts.values() for line in part.imports}
-    header = sorted(imports, key=lambda line: (line.startswith("from ."), line))
+    header = _merge([line for part in parts.values() for line in part.imports])
     sections = [
         f"# --- {part.name}: {part.summary}\n\n{part.body.strip()}"
         for part in parts.values()
     ]
     return "\n\n\n".join(["\n".join(header), *sections]) + "\n"
+
+
+def _merge(imports: list[str]) -> list[str]:
+    """Sort import statements, one for every module that names come from."""
+    plain, names = set(), {}
+    for line in imports:
+        (node,) = ast.parse(line).body
+        if isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            found = {ast.unparse(alias) for alias in node.names}
+            names[source] = names.get(source, set()) | found
+        else:
+            plain.add(line)
+    # Relative imports last: "." sorts before letters.
+    order = sorted(names, key=lambda source: (source.startswith("."), source))
+    merged = [
+        f"from {source} import {', '.join(sorted(names[source]))}" for source in order
+    ]
+    return [*sorted(plain), *merged]
 
 
 def _collect(name: str, parts: dict[str, _Part]) -> None:

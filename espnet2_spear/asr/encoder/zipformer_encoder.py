@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
+import torch
 from espnet2.asr.encoder.abs_encoder import AbsEncoder
-from torch import Tensor
+from torch import Tensor, nn
 
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.encoder import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.frames import Frames
 
 
 class ZipformerEncoder(SpearEncoder, AbsEncoder):
@@ -26,9 +30,15 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         arch: named size or fields of ZipformerConfig; ``regularize`` and
             ``regularize_start`` among them say what shapes training.
         padding: ``exact`` or ``compatible``, see ZipformerConfig; None: as in ``arch``.
+        interctc_layer_idx: layers, counted from 1 over all stacks, whose outputs are
+            returned for intermediate CTC (``model_conf: {interctc_weight: 0.3}``).
+        interctc_use_conditioning: feed what CTC says of these layers back into the
+            network, behind their stack (self-conditioned CTC); they must be the last
+            ones of stacks then.
 
     Raises:
-        ValueError: an input size that does not fit the network.
+        ValueError: an input size that does not fit the network, or layers that it
+            does not have or cannot condition on.
     """
 
     def __init__(
@@ -36,6 +46,8 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         input_size: int,
         arch: str | Mapping[str, Any] = "base",
         padding: str | None = None,
+        interctc_layer_idx: Sequence[int] = (),
+        interctc_use_conditioning: bool = False,
     ) -> None:
         config = ZipformerConfig.build(arch)
         if padding is not None:
@@ -50,14 +62,35 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         # Nothing here masks the fbank: without this DDP would wait for a gradient.
         self.mask_emb.requires_grad_(False)
         self.schedule = self.batch_count_state()
+        self.interctc_layer_idx = sorted(interctc_layer_idx)
+        self.interctc_use_conditioning = interctc_use_conditioning
+        self._check_layers()
+        # Made by ESPnet's model, which knows the number of tokens.
+        self.conditioning_layer: nn.Module | None = None
+
+    def _check_layers(self) -> None:
+        ends = [*accumulate(self.config.num_encoder_layers)][:-1]
+        wanted, last = self.interctc_layer_idx, self.num_layers
+        if any(not 0 < layer < last for layer in wanted):
+            raise ValueError(
+                f"encoder zipformer: interctc_layer_idx {wanted}: layers before the "
+                f"last, 1 to {last - 1}"
+            )
+        if self.interctc_use_conditioning and not {*wanted} <= {*ends}:
+            raise ValueError(
+                f"encoder zipformer: interctc_layer_idx {wanted}: conditioning works "
+                f"behind a stack, that is on layers {ends}"
+            )
 
     def forward(
         self,
         xs_pad: Tensor,
         ilens: Tensor,
         prev_states: Tensor | None = None,
+        masks: Tensor | None = None,
+        ctc: nn.Module | None = None,
         return_all_hs: bool = False,
-    ) -> tuple[Tensor | tuple[Tensor, list[Tensor]], Tensor, None]:
+    ) -> tuple[Tensor | tuple[Tensor, list], Tensor, None]:
         """Encode.
 
         Args:
@@ -65,17 +98,63 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
                 (B, T, num_mel_bins) features.
             ilens: (B,) samples or frames.
             prev_states: unused, part of ESPnet's interface.
-            return_all_hs: also return the hidden states.
+            masks: (B, T) bool, True in the padding, as ESPnet's SSL task gives it;
+                ``ilens`` say the same.
+            ctc: ESPnet's CTC, for ``interctc_use_conditioning``.
+            return_all_hs: also return the output of every layer.
 
         Returns:
-            encoder_out (B, T', C) or (encoder_out, hidden states), its lengths (B,),
-            and None.
+            encoder_out (B, T', C), its lengths (B,), and None. In place of encoder_out
+            with ``return_all_hs`` (encoder_out, [one (B, T', C) per layer]), and with
+            ``interctc_layer_idx`` (encoder_out, [(layer, (B, T', C)), ...]). All at
+            the output's frame rate.
         """
-        if self.from_waveform:
-            speech = xs_pad.squeeze(-1) if xs_pad.dim() == 3 else xs_pad
-            out = SpearEncoder.forward(self, speech, ilens)
-        else:
-            out = self.encode(xs_pad, ilens)
+        with self._conditioned(ctc):
+            if self.from_waveform:
+                speech = xs_pad.squeeze(-1) if xs_pad.dim() == 3 else xs_pad
+                out = SpearEncoder.forward(self, speech, ilens)
+            else:
+                out = self.encode(xs_pad, ilens)
+        lengths = out.encoder_out_lens
         if return_all_hs:
-            return (out.encoder_out, out.hidden_states), out.encoder_out_lens, None
-        return out.encoder_out, out.encoder_out_lens, None
+            layers = range(1, self.num_layers + 1)
+            return (out.encoder_out, self._hidden(out, layers)), lengths, None
+        if not self.interctc_layer_idx:
+            return out.encoder_out, lengths, None
+        hidden = self._hidden(out, self.interctc_layer_idx)
+        intermediate = list(zip(self.interctc_layer_idx, hidden, strict=True))
+        return (out.encoder_out, intermediate), lengths, None
+
+    def _hidden(self, out: SpearOutput, layers: Sequence[int]) -> list[Tensor]:
+        """Outputs of layers (from 1) at the output's frame rate."""
+        hidden = [out.hidden_states[layer - 1] for layer in layers]
+        downsample = self.encoder.downsample_output
+        if downsample is None:
+            return hidden
+        position = torch.arange(hidden[0].size(1), device=hidden[0].device)
+        padding = position >= out.hidden_states_lens[:, None].to(position.device)
+        frames = Frames(padding, exact=self.config.padding == "exact")
+        return [downsample(frames.hold_last(h)) for h in hidden]
+
+    @contextmanager
+    def _conditioned(self, ctc: nn.Module | None) -> Iterator[None]:
+        """Add to the output of stacks what CTC makes of their last layer."""
+        handles = []
+        if self.interctc_use_conditioning and ctc is not None:
+            layer = self.conditioning_layer
+
+            def hook(stack: nn.Module, inputs: tuple, outputs: tuple) -> tuple:
+                x, hidden_states = outputs
+                return x + layer(ctc.softmax(hidden_states[-1])), hidden_states
+
+            ends = accumulate(self.config.num_encoder_layers)
+            handles = [
+                stack.register_forward_hook(hook)
+                for stack, end in zip(self.encoder.encoders, ends, strict=True)
+                if end in self.interctc_layer_idx
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,334 @@
+"""ZipformerEncoder as an ordinary encoder: what ESPnet's tasks and options want of it.
+
+Everything is trained and decoded by ESPnet's own entry points.
+"""
+
+import importlib.util
+import sys
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from espnet2.asr.ctc import CTC
+from torch import nn
+
+from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
+from espnet2_spear.hub.save import save_student
+from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.zipformer.config import ZipformerConfig
+
+RATE = 16000
+TOKENS = ["<blank>", "<unk>", "<space>", "a", "b", "<sos/eos>"]
+COMMON = [
+    *("--ngpu", "0", "--num_workers", "0", "--seed", "1", "--use_tensorboard", "false"),
+    *("--batch_type", "unsorted", "--batch_size", "2", "--num_iters_per_epoch", "1"),
+    *(
+        "--max_epoch",
+        "1",
+        "--optim",
+        "adam",
+        "--optim_conf",
+        "lr=0.01",
+        "--use_matplotlib",
+        "false",
+    ),
+]
+BASE = {
+    "frontend": None,
+    "input_size": 1,
+    "normalize": None,
+    "encoder": "zipformer",
+    "encoder_conf": {"arch": "tiny"},
+}
+ATTENTION = {
+    "decoder": "transformer",
+    "decoder_conf": {"attention_heads": 1, "linear_units": 8, "num_blocks": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of two recordings, their transcripts and lengths, and a list of tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    tables = {"wav.scp": {}, "text": {"u1": "ab", "u2": "b a"}, "shape": {}}
+    for utt, count in {"u1": RATE, "u2": RATE * 3 // 2}.items():
+        noise = 0.1 * rng.standard_normal(count)
+        soundfile.write(folder / f"{utt}.wav", noise.astype(np.float32), RATE)
+        tables["wav.scp"][utt] = folder / f"{utt}.wav"
+        tables["shape"][utt] = count
+    for name, table in tables.items():
+        lines = "".join(f"{utt} {value}\n" for utt, value in table.items())
+        (folder / name).write_text(lines)
+    (folder / "tokens.txt").write_text("\n".join(TOKENS) + "\n")
+    return folder
+
+
+def run(main, data: Path, out: Path, conf: dict, *options: str) -> dict:
+    """Train a step; returns the weights after it, with a recognizer's configuration."""
+    out.mkdir(exist_ok=True)
+    (out / "train.yaml").write_text(yaml.safe_dump({**BASE, **conf}))
+    cmd = [*COMMON, "--config", str(out / "train.yaml"), "--output_dir", str(out)]
+    cmd += ["--token_list", str(data / "tokens.txt"), "--token_type", "char", *options]
+    for split in ("train", "valid"):
+        for file, kind in (("wav.scp", "speech,sound"), ("text", "text,text")):
+            cmd += [f"--{split}_data_path_and_name_and_type", f"{data / file},{kind}"]
+        cmd += [f"--{split}_shape_file", str(data / "shape")]
+    main(cmd=cmd)
+    state = torch.load(out / "1epoch.pth", weights_only=True)
+    assert all(v.isfinite().all() for v in state.values())
+    return state
+
+
+def decode(out: Path, data: Path, **options) -> list:
+    from espnet2.bin.asr_inference import Speech2Text
+
+    speech, _ = soundfile.read(data / "u1.wav", dtype="float32")
+    recognizer = Speech2Text(
+        str(out / "config.yaml"), str(out / "1epoch.pth"), beam_size=2, **options
+    )
+    return recognizer(speech)
+
+
+@pytest.mark.second_env
+def test_ctc_with_self_conditioned_layers_at_25_hz(data: Path, tmp_path: Path) -> None:
+    from espnet2.bin.asr_train import main
+
+    arch = {"name": "tiny", "output_downsampling_factor": 2}
+    conf = {
+        "encoder_conf": {
+            "arch": arch,
+            "interctc_layer_idx": [1, 2],
+            "interctc_use_conditioning": True,
+        },
+        "decoder": None,
+        "model_conf": {"ctc_weight": 1.0, "interctc_weight": 0.5},
+    }
+    state = run(main, data, tmp_path / "exp", conf)
+    assert state["encoder.conditioning_layer.weight"].shape == (32, len(TOKENS))
+    ((text, *_), *_), layers = decode(tmp_path / "exp", data, ctc_weight=1.0)
+    assert isinstance(text, str) and set(layers) == {1, 2}
+
+
+def test_attention_decoder_frozen_embedding_and_init_param(
+    data: Path, tmp_path: Path
+) -> None:
+    from espnet2.bin.asr_train import main
+
+    torch.manual_seed(5)
+    student = SpearEncoder(ZipformerConfig.from_name("tiny"))
+    weights = save_student(student, tmp_path / "student", "nowhere")
+    state = run(
+        main,
+        data,
+        tmp_path / "exp",
+        {**ATTENTION, "model_conf": {"ctc_weight": 0.3}},
+        *("--freeze_param", "encoder.encoder_embed"),
+        *("--init_param", f"{weights}:student:encoder"),
+    )
+    before = student.state_dict()
+    moved = {k for k, v in before.items() if not torch.equal(state[f"encoder.{k}"], v)}
+    assert moved and not any(k.startswith("encoder_embed") for k in moved)
+    assert "mask_emb" not in moved
+    ((text, *_), *_) = decode(tmp_path / "exp", data, ctc_weight=0.3, maxlenratio=-3)
+    assert isinstance(text, str)
+
+
+class RNNTLoss(nn.Module):
+    """The transducer loss that ESPnet imports, by torchaudio's."""
+
+    def __init__(self, blank: int, fastemit_lambda: float) -> None:
+        super().__init__()
+        self.blank = blank
+
+    def forward(self, logits, targets, logit_lens, target_lens):
+        from torchaudio.functional import rnnt_loss
+
+        return rnnt_loss(
+            logits, targets.int(), logit_lens.int(), target_lens.int(), self.blank
+        )
+
+
+def test_transducer_decoder(data: Path, tmp_path: Path, monkeypatch) -> None:
+    from espnet2.bin.asr_train import main
+
+    if importlib.util.find_spec("warprnnt_pytorch") is None:
+        module = type(sys)("warprnnt_pytorch")
+        module.RNNTLoss = RNNTLoss
+        monkeypatch.setitem(sys.modules, "warprnnt_pytorch", module)
+    conf = {
+        "decoder": "transducer",
+        "decoder_conf": {"hidden_size": 8},
+        "joint_net_conf": {"joint_space_size": 8},
+        "model_conf": {"ctc_weight": 0.3, "report_cer": False, "report_wer": False},
+    }
+    state = run(main, data, tmp_path / "exp", conf)
+    assert any(k.startswith("joint_network") for k in state)
+    ((text, *_), *_) = decode(tmp_path / "exp", data, ctc_weight=0.0)
+    assert isinstance(text, str)
+
+
+def test_lora(data: Path, tmp_path: Path) -> None:
+    """Needs loralib, as ESPnet's option does."""
+    pytest.importorskip("loralib")
+    from espnet2.bin.asr_train import main
+
+    torch.manual_seed(5)
+    student = SpearEncoder(ZipformerConfig.from_name("tiny"))
+    weights = save_student(student, tmp_path / "student", "nowhere")
+    targets = ["self_attn_weights.in_proj", "self_attn1.out_proj", "linear_pos"]
+    conf = {
+        "decoder": None,
+        "model_conf": {"ctc_weight": 1.0},
+        "use_adapter": True,
+        "adapter": "lora",
+        "adapter_conf": {"rank": 2, "target_modules": targets},
+    }
+    # ESPnet freezes first and adds adapters then: nothing else of the student learns.
+    options = ["--init_param", f"{weights}:student:encoder"]
+    options += ["--freeze_param", "encoder", "--save_strategy", "all"]
+    state = run(main, data, tmp_path / "exp", conf, *options)
+    assert sum(".lora_B" in k for k in state) == len(targets) * student.num_layers
+    for name, value in student.state_dict().items():
+        got, adapter = (
+            state[f"encoder.{name}"],
+            f"encoder.{name.removesuffix('weight')}",
+        )
+        if f"{adapter}lora_B" in state:
+            # What ESPnet saves after validation is the sum; alpha / rank is 4.
+            low = state[f"{adapter}lora_B"] @ state[f"{adapter}lora_A"]
+            assert low.abs().max() > 0
+            value = value + 4 * low
+        torch.testing.assert_close(got, value, atol=1e-6, rtol=1e-6)
+    ((text, *_), *_) = decode(tmp_path / "exp", data, ctc_weight=1.0)
+    assert isinstance(text, str)
+
+
+def test_ssl_task(data: Path, tmp_path: Path) -> None:
+    """ESPnet's SSL model with a loss on all hidden states, at one frame rate."""
+    from espnet2.bin.ssl_train import main
+    from espnet2.ssl.loss.abs_loss import AbsSSLLoss
+    from espnet2.tasks.ssl import loss_choices
+
+    class LayersLoss(AbsSSLLoss):
+        def __init__(self, encoder_output_size: int) -> None:
+            super().__init__()
+            self.util_attributes = []
+            self.required_inputs = ["encoder_output", "encoder_output_lengths"]
+            self.size = encoder_output_size
+
+        def forward(self, encoder_output, encoder_output_lengths):
+            assert len(encoder_output) == 3
+            frames = int(encoder_output_lengths.max())
+            assert {h.shape for h in encoder_output} == {(2, frames, self.size)}
+            loss = sum((h - 1).square().mean() for h in encoder_output)
+            return loss, {"layers": loss.detach()}
+
+    loss_choices.classes["layers"] = LayersLoss
+    try:
+        arch = {"name": "tiny", "output_downsampling_factor": 2}
+        conf = {"preencoder": None, "encoder_conf": {"arch": arch}}
+        conf["loss"] = [{"name": "layers", "conf": {}}]
+        run(main, data, tmp_path / "exp", conf)
+    finally:
+        del loss_choices.classes["layers"]
+
+
+# --- The interface --------------------------------------------------------------------
+
+
+def encoder(seed: int = 0, arch: dict | None = None, **conf) -> ZipformerEncoder:
+    torch.manual_seed(seed)
+    return ZipformerEncoder(128, {"name": "tiny", **(arch or {})}, **conf).eval()
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(2, 90, 128) * 3 - 8, torch.tensor([90, 61])
+
+
+@torch.no_grad()
+def test_masks_and_hidden_states(batch) -> None:
+    feats, lens = batch
+    masks = torch.arange(90) >= lens[:, None]
+    model = encoder()
+    (out, hidden), out_lens, nothing = model(
+        feats, lens, masks=masks, return_all_hs=True
+    )
+    assert nothing is None and len(hidden) == 3
+    assert torch.equal(out, hidden[-1])
+    assert torch.equal(out, model(feats, lens)[0])
+    slow = encoder(arch={"output_downsampling_factor": 2, "padding": "exact"})
+    (out, hidden), out_lens, _ = slow(feats, lens, return_all_hs=True)
+    assert {h.shape for h in hidden} == {out.shape}
+    assert out_lens.max() == out.size(1)
+    torch.testing.assert_close(out, hidden[-1])
+    # Exact there, too: an item is what it is alone, an odd number of frames or not.
+    (_, alone), n, _ = slow(feats[1:, :61], lens[1:], return_all_hs=True)
+    for a, b in zip(alone, hidden, strict=True):
+        torch.testing.assert_close(a[0], b[1, : n[0]], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_intermediate_outputs_and_conditioning(batch) -> None:
+    feats, lens = batch
+    plain = encoder()
+    (out, hidden), *_ = plain(feats, lens, return_all_hs=True)
+    (same, between), *_ = encoder(interctc_layer_idx=[2, 1])(feats, lens)
+    assert torch.equal(out, same)
+    assert [layer for layer, _ in between] == [1, 2]
+    assert all(torch.equal(h, hidden[layer - 1]) for layer, h in between)
+
+    model = encoder(interctc_layer_idx=[1, 2], interctc_use_conditioning=True)
+    ctc = CTC(odim=7, encoder_output_size=32)
+    model.conditioning_layer = nn.Linear(7, 32)
+    (got, between), *_ = model(feats, lens, ctc=ctc)
+    # The same by hand, stack after stack.
+    from espnet2_spear.zipformer.frames import Frames
+
+    x = model.encoder_embed(feats)
+    frames = Frames(
+        torch.arange(x.size(1)) >= model.encoder_embed.output_lengths(lens)[:, None]
+    )
+    for i, stack in enumerate(model.encoder.encoders):
+        x, states = stack(x, frames)
+        if i < 2:
+            torch.testing.assert_close(between[i][1], states[-1])
+            x = x + model.conditioning_layer(ctc.softmax(states[-1]))
+    torch.testing.assert_close(got, x)
+    assert (got - out).abs().max() > 1e-3
+    assert not any(s._forward_hooks for s in model.encoder.encoders)
+    nn.init.zeros_(model.conditioning_layer.weight)
+    nn.init.zeros_(model.conditioning_layer.bias)
+    torch.testing.assert_close(model(feats, lens, ctc=ctc)[0][0], out)
+
+
+@pytest.mark.parametrize(
+    "conf, message",
+    [
+        ({"interctc_layer_idx": [0]}, "1 to 11"),
+        ({"interctc_layer_idx": [12]}, "1 to 11"),
+        (
+            {"interctc_layer_idx": [2], "interctc_use_conditioning": True},
+            r"on layers \[1, 3, 6, 9, 10, 11\]",
+        ),
+    ],
+)
+def test_layers_that_cannot_be_intermediate(conf: dict, message: str) -> None:
+    narrow = replace(
+        ZipformerConfig.from_name("base"),
+        encoder_dim=(16,) * 7,
+        feedforward_dim=(16,) * 7,
+        encoder_unmasked_dim=(16,) * 7,
+        embed_channels=(1, 1, 1),
+        regularize=False,
+    )
+    assert [*accumulate(narrow.num_encoder_layers)][-1] == 12
+    with pytest.raises(ValueError, match=message):
+        ZipformerEncoder(128, narrow.to_dict(), **conf)
