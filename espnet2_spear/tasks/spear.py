@@ -23,6 +23,7 @@ from espnet2_spear.train.codes_facts import check_codes_facts
 from espnet2_spear.train.data_types import register_data_types
 from espnet2_spear.train.preprocessor import SpearPreprocessor
 from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.fusion import fuse_chains
 
 model_choices = ClassChoices(
     "model",
@@ -101,6 +102,12 @@ class SpearTask(AbsTask):
             default=True,
             help="Check and convert the data; needed unless the loader does so",
         )
+        group.add_argument(
+            "--compile",
+            type=str2bool,
+            default=False,
+            help="Compile the student's element-wise operations by torch.compile",
+        )
         for class_choices in cls.class_choices_list:
             class_choices.add_arguments(group)
 
@@ -173,6 +180,8 @@ class SpearTask(AbsTask):
         # Trained attention weights and their gradients reach denormal numbers, which
         # slow a CPU down; threads that start later inherit the setting.
         torch.set_flush_denormal(True)
+        # getattr: models of older experiments are built from their own options.
+        fuse_chains(getattr(args, "compile", False))
         config = ZipformerConfig.from_dict({"name": args.student, **args.student_conf})
         # Written out, so that config.yaml describes the training by itself.
         args.student_conf = config.to_dict()
@@ -194,6 +203,10 @@ class SpearTask(AbsTask):
         )
         # Outside the student, whose tensors stay those of released checkpoints.
         model.schedule = student.batch_count_state()
+        if getattr(args, "use_deepspeed", False) and getattr(
+            args, "distributed", False
+        ):
+            weigh_loss(model)
         return model
 
 

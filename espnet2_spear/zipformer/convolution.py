@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet2_spear.zipformer.frames import Frames, Past
+from espnet2_spear.zipformer.fusion import fusible
 from espnet2_spear.zipformer.regularizers import balancer, whiten, whitening_limit
 from espnet2_spear.zipformer.scaling import scaled_linear, swoosh_r
 from espnet2_spear.zipformer.schedule import BatchCount
@@ -127,10 +128,14 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor, frames: Frames, past: Past | None = None) -> Tensor:
         """Map (B, T, dim) to (B, T, dim); frames of padding count as 0."""
         x, gate = self.in_proj(x).chunk(2, dim=-1)
-        x = x * self.balance_gate(gate).sigmoid()
-        x = x.masked_fill(frames.padding[..., None], 0.0)
+        x = _gated(x, self.balance_gate(gate), frames.padding[..., None])
         if isinstance(self.depthwise_conv, ChunkCausalConv):
             x = self.depthwise_conv(x, frames, past)
         else:
             x = depthwise(self.depthwise_conv, x)
         return self.out_proj(swoosh_r(self.whiten(self.balance(x))))
+
+
+@fusible
+def _gated(x: Tensor, gate: Tensor, padding: Tensor) -> Tensor:
+    return (x * gate.sigmoid()).masked_fill(padding, 0.0)

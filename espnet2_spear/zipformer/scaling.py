@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet2_spear.zipformer.fusion import fusible
 from espnet2_spear.zipformer.regularizers import limit_parameter, sequence_mask
 from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
 
@@ -20,14 +21,34 @@ class _Swoosh(torch.autograd.Function):
     def forward(ctx, x: Tensor, shift: float, offset: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.shift = shift
-        y = F.softplus(x - shift)
-        return y.add_(x, alpha=-0.08).sub_(offset)
+        return _swoosh(x, shift, offset)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        slope = torch.sigmoid_(x - ctx.shift).sub_(0.08)
-        return slope.mul_(grad), None, None
+        return _swoosh_gradient(x, grad, ctx.shift), None, None
+
+
+@fusible
+def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
+    return F.softplus(x - shift).add_(x, alpha=-0.08).sub_(offset)
+
+
+@fusible
+def _swoosh_gradient(x: Tensor, grad: Tensor, shift: float) -> Tensor:
+    return torch.sigmoid_(x - shift).sub_(0.08).mul_(grad)
+
+
+@fusible
+def _bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
+    rms = (x - bias).square().mean(dim=-1, keepdim=True).rsqrt()
+    return x * (rms * log_scale.exp())
+
+
+@fusible
+def _interpolate(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+    """torch.lerp of tensors of different dtypes."""
+    return start + (end - start) * share
 
 
 def swoosh_l(x: Tensor) -> Tensor:
@@ -59,11 +80,10 @@ class BiasNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., num_channels)."""
-        rms = (x - self.bias).square().mean(dim=-1, keepdim=True).rsqrt()
         log_scale = self.log_scale
         if self.training and self.count is not None:
             log_scale = limit_parameter(log_scale, -LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)
-        return x * (rms * log_scale.exp())
+        return _bias_norm(x, self.bias, log_scale)
 
 
 class Bypass(nn.Module):
@@ -97,7 +117,7 @@ class Bypass(nn.Module):
                 scale = scale * sequence_mask(x, skip)
         if original.dtype == x.dtype == scale.dtype:
             return torch.lerp(original, x, scale)
-        return original + (x - original) * scale  # under autocast
+        return _interpolate(original, x, scale)  # under autocast
 
 
 def scaled_linear(in_dim: int, out_dim: int, scale: float) -> nn.Linear:
