@@ -21,6 +21,7 @@ from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.targets import IGNORE, TeacherCodes
 from espnet2_spear.train.codes_facts import check_codes_facts
 from espnet2_spear.train.data_types import register_data_types
+from espnet2_spear.train.deepspeed import check_deepspeed_config, weigh_loss
 from espnet2_spear.train.preprocessor import SpearPreprocessor
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.fusion import fuse_chains
@@ -168,6 +169,10 @@ class SpearTask(AbsTask):
     def main_worker(cls, args: argparse.Namespace) -> None:
         """As of every task, after a check that the codes are those of the teachers."""
         check_codes_facts(args)
+        if args.use_deepspeed and args.distributed:
+            check_deepspeed_config(args.deepspeed_config)
+            # ESPnet exchanges its own trainer only.
+            cls.trainer = Trainer
         super().main_worker(args)
 
     @classmethod
@@ -203,9 +208,8 @@ class SpearTask(AbsTask):
         )
         # Outside the student, whose tensors stay those of released checkpoints.
         model.schedule = student.batch_count_state()
-        if getattr(args, "use_deepspeed", False) and getattr(
-            args, "distributed", False
-        ):
+        options = vars(args)
+        if options.get("use_deepspeed") and options.get("distributed"):
             weigh_loss(model)
         return model
 

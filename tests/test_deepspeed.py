@@ -1,0 +1,57 @@
+"""What the task does for DeepSpeed by ESPnet; the engine itself is not needed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_training_precision import build, make_batch
+
+from espnet2_spear.train.deepspeed import (
+    DeepSpeedConfigError,
+    check_deepspeed_config,
+    weigh_loss,
+)
+
+CONF = Path(__file__).resolve().parent.parent / "conf" / "deepspeed_zero2.json"
+
+
+def gradient(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    loss.sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_gradients_are_the_mean_over_ranks() -> None:
+    """That trainer: loss / sum of weights * ranks; the engine: mean over ranks."""
+    model = build(False)
+    batches = [make_batch(0), {**make_batch(1)}]
+    batches[1]["speech_lengths"] = torch.tensor([9000, 4000])
+
+    def run(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+        torch.manual_seed(0)
+        loss, _, weight = model(**batch)
+        return loss, float(weight)
+
+    plain = [run(batch) for batch in batches]
+    total = sum(weight for _, weight in plain)
+    assert plain[0][1] > 1.5 * plain[1][1]
+    expected = sum(gradient(model, loss * weight / total) for loss, weight in plain)
+    weigh_loss(model)
+    got = sum(gradient(model, run(batch)[0] / total * 2) for batch in batches) / 2
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_configurations(tmp_path: Path) -> None:
+    check_deepspeed_config(CONF)
+    rounded = tmp_path / "bf16.json"
+    rounded.write_text('{"bf16": {"enabled": true}}', encoding="utf-8")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{", encoding="utf-8")
+    for path, message in [
+        (rounded, "torch_autocast"),
+        (broken, "broken.json"),
+        (tmp_path / "none.json", "none.json"),
+        (None, "--deepspeed_config"),
+    ]:
+        with pytest.raises(DeepSpeedConfigError, match=message):
+            check_deepspeed_config(path)
