@@ -245,6 +245,13 @@ def test_pool_cuts_and_holds_out(tmp_path: Path, sources: list[Path]) -> None:
     assert {s.recording for s in long} == {"audio-05"}
 
 
+def test_nothing_to_hold_out(tmp_path: Path) -> None:
+    data = DataDir({"a": "a.wav"}, {"a": "a"}, utt2domain={"a": "speech"})
+    data.write(tmp_path / "one")
+    with pytest.raises(DataDirError, match="one recording of each domain is too few"):
+        pool(tmp_path, [tmp_path / "one"])
+
+
 def test_hold_out_does_not_change_when_data_is_added(
     tmp_path: Path, sources: list[Path]
 ) -> None:

@@ -15,7 +15,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from espnet2_spear.fileio.audio import AudioError, audio_info
-from espnet2_spear.fileio.datadir import DOMAINS, DataDir, Segment, combine
+from espnet2_spear.fileio.datadir import (
+    DOMAINS,
+    DataDir,
+    DataDirError,
+    Segment,
+    combine,
+)
 
 
 def hash_fraction(key: str, salt: str) -> float:
@@ -147,6 +153,11 @@ def main(cmd: list[str] | None = None) -> None:
             pieces.append(cut(data, seconds, args.max_piece_seconds))
     data = combine(pieces)
     valid = hold_out(data, args.valid_fraction)
+    if not valid:
+        raise DataDirError(
+            f"{', '.join(map(str, args.sources))}: one recording of each domain is too "
+            "few to hold some out for validation; add recordings, or cut them to files"
+        )
     train = set(data.utterances) - valid
     for domain in DOMAINS:
         hours = getattr(args, f"max_hours_{domain}")
