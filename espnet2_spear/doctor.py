@@ -200,6 +200,21 @@ def check_task(report: Report, name: str) -> None:
         )
 
 
+def check_model(report: Report, path: Path) -> None:
+    """Whether a packed model can be opened here."""
+    from espnet2_spear.hub.files import CheckpointError
+    from espnet2_spear.hub.packed import describe
+
+    report.write(f"Model {path}")
+    try:
+        facts = describe(path)
+    except CheckpointError as error:
+        report.problem(f"the model cannot be opened: {error}", "see above")
+        return
+    for name, text in facts.items():
+        report.line(name, text)
+
+
 def get_parser() -> argparse.ArgumentParser:
     """Parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -213,6 +228,9 @@ def get_parser() -> argparse.ArgumentParser:
         default=list(registration.TARGETS),
         metavar="MODULE",
         help="Task modules to look into (all), such as espnet2.tasks.asr",
+    )
+    parser.add_argument(
+        "--model", type=Path, help="A packed model: can it be opened here?"
     )
     return parser
 
@@ -231,6 +249,8 @@ def main(cmd: Sequence[str] | None = None) -> int:
     check_torch(report)
     check_doors(report)
     check_tasks(report, args.tasks)
+    if args.model is not None:
+        check_model(report, args.model)
     if not report.problems:
         report.write("Nothing is wrong.")
         return 0

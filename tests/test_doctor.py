@@ -2,8 +2,10 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
+from student_files import write_packed, write_student
 
 from espnet2_spear import __version__, doctor
 
@@ -56,3 +58,21 @@ def test_unknown_task_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
         doctor.main(["--tasks", "espnet2.tasks.tea"])
     assert error.value.code == 2
     assert "espnet2.tasks.tea is none of" in capsys.readouterr().err
+
+
+def test_packed_model(tmp_path: Path) -> None:
+    """What it is; and what to do about one from a newer plugin."""
+    student = write_student(tmp_path / "x").parent
+    report = doctor.Report(lambda line: lines.append(line))
+    lines: list[str] = []
+    doctor.check_model(report, write_packed(tmp_path / "x.zip", student))
+    assert not report.problems
+    text = "\n".join(lines)
+    assert "train_config, model_file" in text and "student  " in text
+    (student / "spear_plugin.yaml").write_text("{spear_format: 99, espnet2_spear: 9}")
+    (student / "meta.yaml").write_text(
+        "{yaml_files: {train_config: config.yaml}, "
+        "files: {model_file: valid.loss.best.pth}}"
+    )
+    doctor.check_model(report, student)
+    assert "pip install --upgrade espnet2-spear" in report.problems[0]

@@ -220,7 +220,7 @@ def test_other_models_and_bad_tables(tmp_path: Path) -> None:
         load_model(meta(yaml_files={}))
     members = student_members()
     del members["meta.yaml"]
-    with pytest.raises(UnpackError, match="holds no meta.yaml; it is no packed model"):
+    with pytest.raises(UnpackError, match="holds no meta.yaml.*no packed model"):
         load_model(write(tmp_path / "m.zip", members))
     members = student_members(**{config: b"a: &a\n  b: *a\n"})
     with pytest.raises(UnpackError, match="never ends"):
@@ -229,5 +229,5 @@ def test_other_models_and_bad_tables(tmp_path: Path) -> None:
     lines += [f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 60)]
     bomb = "\n".join(lines).encode()
     members = student_members(**{config: bomb})
-    with pytest.raises(CheckpointError, match="not the configuration of a SPEAR"):
+    with pytest.raises(CheckpointError, match="no pre-trained student"):
         load_model(write(tmp_path / "m.zip", members))

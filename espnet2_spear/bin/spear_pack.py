@@ -5,40 +5,75 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-CARD = """---
-tags:
-- espnet
-- audio
-- self-supervised-learning
-- spear
-library_name: espnet
-license: cc-by-4.0
----
+from espnet2_spear.hub.card import REPO, Card
+from espnet2_spear.hub.pack import add_card_arguments, check_files, pack_model
+from espnet2_spear.zipformer.config import ZipformerConfig
 
-# SPEAR student `{name}`
-
-Pre-trained with [ESPnet](https://github.com/espnet/espnet) and the plugin
-espnet2-spear: masked prediction of multi-codebook tokens of {teachers}.
-
-```python
-# pip install espnet2-spear
-import torch
+DEMO = """import torch
 from espnet2_spear import load_model
 
-model = load_model("{config_dir}")  # the unpacked folder
-speech = torch.zeros(1, 16000)  # 16 kHz, in [-1, 1]
+model = load_model("hf:{repo}")  # or the path of the zip, or of the unpacked folder
+speech = torch.zeros(1, 16000)  # (B, samples), 16 kHz, in [-1, 1]
 out = model(speech, torch.tensor([16000]))
 out.encoder_out, out.encoder_out_lens, out.hidden_states
-```
-
-In an ESPnet recipe: `frontend: spear`, `frontend_conf: {{ckpt: {config_dir}}}`,
-`normalize: null`, run with `--python spear-python`.
-
-| student | hidden size | layers | frames per second | training epochs |
-|---|---|---|---|---|
-| {student} | {width} | {layers} | {rate:g} | {epochs} |
 """
+
+TABLES = """In an ESPnet recipe: `frontend: spear`, `frontend_conf: {{ckpt: PATH}}`,
+`normalize: null`. Features of files: `python -m espnet2_spear.bin.spear_extract --model
+PATH --out DIR wav.scp`.
+
+| student | parameters, millions | hidden size | layers | frames per second | epochs |
+|---|---|---|---|---|---|
+| {student} | {millions:.1f} | {width} | {layers} | {rate:g} | {epochs} |
+
+| teacher | codebooks | entries of each | frames per second |
+|---|---|---|---|
+{teachers}
+"""
+
+
+def make_card(
+    args: argparse.Namespace, conf: dict[str, Any], config: ZipformerConfig, size: int
+) -> Card:
+    """Return the card.
+
+    Args:
+        args: options of this command.
+        conf: training configuration.
+        config: of the student.
+        size: its number of parameters.
+    """
+    teachers = conf.get("teachers") or {}
+    rows = [
+        f"| {name} | {t.get('num_codebooks')} | {t.get('codebook_size', 256)} | "
+        f"{t.get('frame_rate', '')} |"
+        for name, t in teachers.items()
+    ]
+    return Card(
+        title="SPEAR student",
+        name=args.train_config.parent.resolve().name,
+        hf_task="self-supervised-learning",
+        description="Pre-trained with [ESPnet](https://github.com/espnet/espnet) by "
+        "masked prediction of multi-codebook tokens (SPEAR, arXiv 2510.25955) of "
+        f"{len(teachers)} teachers: {', '.join(teachers)}.",
+        demo=DEMO.format(repo=REPO),
+        language=args.language,
+        datasets=args.datasets,
+        license=args.license,
+        tables=TABLES.format(
+            student=conf.get("student"),
+            millions=size / 1e6,
+            width=config.encoder_dim[0],
+            layers=sum(config.num_encoder_layers),
+            rate=config.frame_rate,
+            epochs=conf.get("max_epoch"),
+            teachers="\n".join(rows),
+        ),
+        results=args.results,
+        config=args.train_config,
+    )
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -53,39 +88,34 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--option", type=Path, nargs="*", default=[], help="Further files to include"
     )
+    add_card_arguments(parser)
     return parser
 
 
 def main(cmd: list[str] | None = None) -> None:
-    """Pack; see ``--help``. Run it where training ran: paths are kept relative."""
+    """Pack; see ``--help``. Run it where training ran: paths are kept relative.
+
+    Raises:
+        PackError: a file is missing.
+        CheckpointError: weights and configuration that do not belong together.
+    """
     args = get_parser().parse_args(cmd)
     import yaml
-    from espnet2.main_funcs.pack_funcs import pack
 
     from espnet2_spear.hub.load import load_model
 
-    # Opening it checks that file and configuration belong together.
-    config = load_model(args.model_file).config
+    check_files(args.train_config, args.model_file, *args.option)
+    model = load_model(args.model_file)
     conf = yaml.safe_load(args.train_config.read_text(encoding="utf-8"))
-    folder = args.train_config.parent
-    card = folder / "README.md"
-    card.write_text(
-        CARD.format(
-            name=folder.name,
-            teachers=", ".join(f"the {t} teacher" for t in conf["teachers"]),
-            config_dir=folder,
-            student=conf["student"],
-            width=config.encoder_dim[0],
-            layers=sum(config.num_encoder_layers),
-            rate=config.frame_rate,
-            epochs=conf["max_epoch"],
-        ),
-        encoding="utf-8",
-    )
-    pack(
+    size = sum(p.numel() for p in model.parameters())
+    card = args.train_config.parent / "README.md"
+    text = str(make_card(args, conf, model.config, size))
+    card.write_text(text, encoding="utf-8")
+    results = [] if args.results is None else [args.results]
+    pack_model(
         files={"model_file": args.model_file},
         yaml_files={"train_config": args.train_config},
-        option=[card, *args.option],
+        options=[card, *results, *args.option],
         outpath=args.outpath,
     )
 

@@ -4,8 +4,79 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import re
 import tempfile
 from pathlib import Path
+
+from espnet2_spear.hub.card import REPO
+from espnet2_spear.hub.packed import check_stamp, check_weights, read_meta
+from espnet2_spear.hub.unpack import UnpackError, unpack
+
+CARD = "README.md"  # the hub shows it at the top of the repository
+_REPO_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
+
+
+def prepare(packed: Path, folder: Path, repo_id: str) -> dict[str, bytes | Path]:
+    """Unpack a model and return what the repository will hold.
+
+    As ESPnet's uploads: the archive's members under their names, unchanged, and the
+    card at the top, where the repository's name is put in.
+
+    Args:
+        packed: the archive.
+        folder: a new one, to unpack into.
+        repo_id: ``user/name``.
+
+    Returns:
+        path in the repository -> content, or the file that holds it.
+
+    Raises:
+        UnpackError: unsafe or corrupt, no packed model, or no card in it.
+    """
+    files = unpack(packed, folder)
+    configs, weights = read_meta(packed, folder)
+    check_stamp(packed, folder)
+    for path in weights.values():
+        check_weights(packed, path)
+    cards = [path for path in files if path.name == CARD]
+    if not cards:
+        raise UnpackError(
+            f"{packed}: has no model card ({CARD}); pack it by spear_pack or task_pack"
+        )
+    card = min(cards, key=lambda path: len(path.parts))
+    content: dict[str, bytes | Path] = {
+        CARD: card.read_text(encoding="utf-8").replace(REPO, repo_id).encode()
+    }
+    for path in files:
+        if path != card:
+            content[path.relative_to(folder).as_posix()] = path
+    return content
+
+
+def describe(content: dict[str, bytes | Path]) -> list[str]:
+    """Lines of name, bytes and SHA-256."""
+    lines = []
+    for name, value in content.items():
+        data = value if isinstance(value, bytes) else value.read_bytes()
+        lines.append(
+            f"  {name} ({len(data)} bytes, {hashlib.sha256(data).hexdigest()})"
+        )
+    return lines
+
+
+def send(content: dict[str, bytes | Path], repo_id: str, private: bool) -> str:
+    """Make the repository if it is not there, and one commit; return its address."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, exist_ok=True, private=private)
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=value)
+        for name, value in content.items()
+    ]
+    info = api.create_commit(repo_id, operations, commit_message="Upload a model")
+    return info.commit_url
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -22,6 +93,9 @@ def get_parser() -> argparse.ArgumentParser:
         default=True,
         help="Only list what would be sent (true or false)",
     )
+    parser.add_argument(
+        "--private", action="store_true", help="A new repository is seen by you alone"
+    )
     return parser
 
 
@@ -30,33 +104,26 @@ def main(cmd: list[str] | None = None) -> None:
 
     Raises:
         FileNotFoundError: there is no such packed model.
+        UnpackError: see :func:`prepare`.
     """
-    args = get_parser().parse_args(cmd)
+    parser = get_parser()
+    args = parser.parse_args(cmd)
+    if not _REPO_ID.fullmatch(args.repo_id):
+        parser.error(f"--repo_id {args.repo_id}: must be user/name")
     if not args.packed.is_file():
         raise FileNotFoundError(f"{args.packed}: no packed model; run stage 8 first")
-    from espnet2.main_funcs.pack_funcs import unpack
-
-    with tempfile.TemporaryDirectory() as folder:
-        unpack(args.packed, folder)
-        files = sorted(p for p in Path(folder).rglob("*") if p.is_file())
-        total = sum(p.stat().st_size for p in files)
-        # The hub shows the card at the top of the repository.
-        cards = [p for p in files if p.name == "README.md"]
-        if cards and not (Path(folder) / "README.md").exists():
-            (Path(folder) / "README.md").write_bytes(cards[0].read_bytes())
+    with tempfile.TemporaryDirectory() as work:
+        content = prepare(args.packed, Path(work) / "model", args.repo_id)
+        lines = describe(content)
         verb = "would be sent" if args.dry_run else "are being sent"
-        print(f"{len(files)} files, {total / 1e6:.1f} MB, {verb} to {args.repo_id}:")
-        for p in files:
-            print(f"  {p.relative_to(folder)} ({p.stat().st_size} bytes)")
+        print(f"{len(lines)} files {verb} to {args.repo_id}, in one commit:")
+        print("\n".join(lines))
         if args.dry_run:
+            print(f"The card, {CARD}:\n")
+            print(content[CARD].decode())
             print("Dry run: nothing was sent; --dry_run false (--skip_upload false)")
             return
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(args.repo_id, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=args.repo_id)
-        print(f"Uploaded to {args.repo_id}")
+        print(f"Uploaded: {send(content, args.repo_id, args.private)}")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def opened_student(path: str | os.PathLike[str]) -> Iterator[Path]:
             unpack_model(path, folder)
         configs, weights = read_meta(path, folder)
         check_stamp(path, folder)
-        if set(configs) != {"train_config"} or set(weights) != {"model_file"}:
+        ours = set(configs) == {"train_config"} and set(weights) == {"model_file"}
+        if not ours or "student_conf" not in _read_yaml(path, configs["train_config"]):
             kinds = ", ".join([*configs, *weights])
             raise UnpackError(
                 f"{path}: is no pre-trained student but a model of ESPnet ({kinds}); "
@@ -95,6 +96,30 @@ def opened_student(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield file
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a packed model, or the folder of an unpacked one, is and needs.
+
+    Raises:
+        UnpackError: as :func:`unpack_model`.
+    """
+    path = Path(path)
+    with tempfile.TemporaryDirectory(prefix="spear-") as work:
+        folder = path if path.is_dir() else Path(work) / "model"
+        if not path.is_dir():
+            unpack_model(path, folder)
+        configs, weights = read_meta(path, folder)
+        stamp = check_stamp(path, folder)
+        facts = {"arguments": ", ".join([*configs, *weights])}
+        made_by = stamp.get("espnet2_spear", "no version of the plugin (no stamp)")
+        facts["packed by"] = f"espnet2-spear {made_by}" if stamp else made_by
+        for name, file in configs.items():
+            config = _read_yaml(path, file)
+            for key in ("frontend", "encoder", "student"):
+                if isinstance(config.get(key), str):
+                    facts[f"{name}.{key}"] = config[key]
+        return facts
 
 
 def read_meta(archive: Path, folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -173,8 +198,8 @@ def check_weights(archive: Path, path: Path) -> None:
 def _read_yaml(archive: Path, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UnpackError(
-            f"{archive}: holds no {path.name}; it is no packed model (spear_pack and "
-            "ESPnet's pack write one)"
+            f"{archive}: holds no {path.name}; it is cut off, or no packed model "
+            "(spear_pack and ESPnet's pack write one)"
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -248,11 +248,11 @@ if wanted 6 && [ "${dry_run}" = false ]; then
     log "Stage 6: pack -> ${asr_exp}/packed.zip"
     need "${asr_exp}/${inference_asr_model}" 3
     options=()
-    [ ! -e "${asr_exp}/RESULTS.md" ] || options=(--option "${asr_exp}/RESULTS.md")
+    [ ! -e "${asr_exp}/RESULTS.md" ] || options=(--results "${asr_exp}/RESULTS.md")
     # shellcheck disable=SC2086
-    ${python} -m espnet2_spear.bin.asr_pack \
-        --asr_train_config "${asr_exp}/config.yaml" \
-        --asr_model_file "${asr_exp}/${inference_asr_model}" \
+    ${python} -m espnet2_spear.bin.task_pack --task asr --language en \
+        --train_config "${asr_exp}/config.yaml" \
+        --model_file "${asr_exp}/${inference_asr_model}" \
         --outpath "${asr_exp}/packed.zip" "${options[@]}"
 fi
 

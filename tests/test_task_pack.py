@@ -1,0 +1,211 @@
+"""A packed recognizer stands alone: no checkpoint of the student, no training tree."""
+
+import pytest
+import soundfile
+import torch
+import yaml
+
+from espnet2_spear import load_model
+from espnet2_spear.bin import task_pack
+from espnet2_spear.hub.files import CheckpointError
+from espnet2_spear.hub.packed import unpack_model
+from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.zipformer.config import ZipformerConfig
+
+
+@pytest.fixture
+def student(tmp_path):
+    """Folder of a randomly initialised student, in our own layout."""
+    folder = tmp_path / "student"
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = SpearEncoder(ZipformerConfig.from_name("tiny"))
+    state = {f"student.{k}": v for k, v in model.state_dict().items()}
+    torch.save(state, folder / "valid.loss.ave.pth")
+    conf = {"student": "tiny", "student_conf": {}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(conf))
+    return folder
+
+
+def test_checkpoint_gives_way_to_architecture(student, tmp_path):
+    frontend_conf = {"ckpt": str(student), "freeze": False}
+    config = {"frontend": "spear", "frontend_conf": frontend_conf, "init_param": ["x"]}
+    new = task_pack.self_contained(config, tmp_path / "config.yaml")
+    arch = new["frontend_conf"].pop("arch")
+    assert new["frontend_conf"] == {"freeze": False}
+    assert new["init_param"] == []
+    # Through YAML, as in the packed file.
+    arch = yaml.safe_load(yaml.safe_dump(arch))
+    assert ZipformerConfig.build(arch) == ZipformerConfig.from_name("tiny")
+    assert frontend_conf["ckpt"] == str(student), "the caller's config was changed"
+
+
+def test_other_frontends_are_left_alone(tmp_path):
+    config = {"frontend": "default", "frontend_conf": {"n_mels": 80}, "init_param": []}
+    assert task_pack.self_contained(config, tmp_path) == config
+
+
+def test_lost_checkpoint(tmp_path):
+    conf = {"ckpt": str(tmp_path / "gone"), "arch": "tiny"}
+    config = {"frontend": "spear", "frontend_conf": conf}
+    new = task_pack.self_contained(config, tmp_path / "config.yaml")
+    assert new["frontend_conf"] == {"arch": "tiny"}
+    del conf["arch"]
+    with pytest.raises(task_pack.PackError, match="config.yaml.*gone is gone.*arch"):
+        task_pack.self_contained(config, tmp_path / "config.yaml")
+
+
+def test_state_without_student(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"ctc.ctc_lo.bias": torch.zeros(3)}, path)
+    with pytest.raises(task_pack.PackError, match="model.pth.*frontend.upstream"):
+        task_pack.check_weights({"frontend": "spear"}, path)
+
+
+def test_not_trained_yet(tmp_path):
+    cmd = ["--train_config", str(tmp_path / "c.yaml"), "--model_file", "m.pth"]
+    with pytest.raises(task_pack.PackError, match="c.yaml: no such file; train"):
+        task_pack.main([*cmd, "--outpath", str(tmp_path / "x.zip")])
+
+
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+    """espnet_model_zoo's downloader, its default cache in a folder of the test."""
+    downloader = pytest.importorskip("espnet_model_zoo.downloader")
+    stock = downloader.ModelDownloader
+
+    def make(cachedir=tmp_path / "zoo_cache"):
+        return stock(str(cachedir))
+
+    monkeypatch.setattr(downloader, "ModelDownloader", make)
+    return make
+
+
+def train(task, folder, config, monkeypatch):
+    """Initialise a model of an ESPnet task and leave what training leaves."""
+    folder.mkdir(parents=True)
+    source = folder / "train.yaml"
+    source.write_text(yaml.safe_dump(config))
+    args = task.get_parser().parse_args(
+        ["--config", str(source), "--output_dir", str(folder)]
+    )
+    torch.manual_seed(1)
+    model = task.build_model(args)
+    (folder / "config.yaml").write_text(yaml.safe_dump(vars(args)))
+    torch.save(model.state_dict(), folder / "model.pth")
+    return ["--train_config", str(folder / "config.yaml")] + [
+        "--model_file",
+        str(folder / "model.pth"),
+    ]
+
+
+@pytest.mark.second_env
+@pytest.mark.parametrize("inside", [True, False])
+def test_pack_unpack_decode(student, tmp_path, monkeypatch, zoo, inside):
+    """Same output after packing, with the student and the training folder deleted.
+
+    Packed in the recipe's folder, and from elsewhere.
+    """
+    import shutil
+
+    from espnet2.bin.asr_inference import Speech2Text
+    from espnet2.tasks.asr import ASRTask
+
+    import espnet2_spear  # noqa: F401  (registers the frontend)
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path if inside else tmp_path / "elsewhere")
+    exp = tmp_path / "exp/asr_x"
+    config = {
+        "frontend": "spear",
+        "frontend_conf": {"ckpt": str(student), "freeze": True},
+        "normalize": None,
+        "encoder": "rnn",
+        "encoder_conf": {"num_layers": 1, "hidden_size": 8, "output_size": 8},
+        "decoder": None,
+        "model_conf": {"ctc_weight": 1.0},
+        "token_type": "char",
+        "token_list": ["<blank>", "<unk>", "<space>", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+        + ["<sos/eos>"],
+    }
+    cmd = train(ASRTask, exp, config, monkeypatch)
+    decoding = {"ctc_weight": 1.0, "lm_weight": 0.0, "beam_size": 2}
+    speech = torch.randn(16000, generator=torch.Generator().manual_seed(2)).numpy()
+    before = Speech2Text(cmd[1], cmd[3], **decoding)
+    expected = before.asr_model.encode(*_batch(speech))[0]
+
+    (exp / "RESULTS.md").write_text("# RESULTS\n\n|set|WER|\n|---|---|\n|x|12.3|\n")
+    cmd += ["--results", str(exp / "RESULTS.md"), "--language", "en"]
+    task_pack.main([*cmd, "--datasets", "corpus", "--outpath", str(tmp_path / "p.zip")])
+    packed = shutil.move(tmp_path / "p.zip", tmp_path / "elsewhere/packed.zip")
+    shutil.rmtree(tmp_path / "exp")
+    shutil.rmtree(student)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    unpacked = zoo("cache").unpack_local_file("packed.zip")
+    assert all(str(tmp_path / "elsewhere") in path for path in unpacked.values())
+    models = [
+        Speech2Text(**unpacked, **decoding),
+        Speech2Text.from_pretrained(str(packed), **decoding),
+        Speech2Text(**unpack_model(packed, tmp_path / "ours"), **decoding),
+    ]
+    for after in models:
+        torch.testing.assert_close(after.asr_model.encode(*_batch(speech))[0], expected)
+    assert isinstance(models[0](speech)[0][0], str)
+    (card,) = (tmp_path / "ours").rglob("README.md")
+    text = card.read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["tags"][:3] == ["espnet", "audio", "automatic-speech-recognition"]
+    assert head["language"] == ["en"] and head["datasets"] == ["corpus"]
+    for part in ("|x|12.3|", "pip install 'espnet2-spear", "import espnet2_spear"):
+        assert part in text
+    assert (
+        "<details><summary>configuration" in text and "@article{yang2025spear" in text
+    )
+    # The demo of the card runs as it is, but for the model's name.
+    soundfile.write("speech.wav", speech, 16000)
+    demo = text.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(demo.replace('"USER/NAME"', repr(str(packed))), names)
+    assert isinstance(names["text"], str)
+
+
+def test_pack_speaker_embedder(student, tmp_path, monkeypatch, zoo):
+    """Another task: other names of arguments, another card."""
+    import shutil
+
+    from espnet2.bin.spk_inference import Speech2Embedding
+    from espnet2.tasks.spk import SpeakerTask
+
+    import espnet2_spear  # noqa: F401
+
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "frontend": "spear",
+        "frontend_conf": {"ckpt": str(student), "padding": "exact"},
+        "normalize": None,
+        "specaug": None,
+        "encoder": "identity",
+        "pooling": "mean",
+        "projector": "ska_tdnn",
+        "projector_conf": {"output_size": 8},
+        "loss": "aamsoftmax",
+        "loss_conf": {"margin": 0.2, "scale": 30},
+        "spk_num": 3,
+    }
+    cmd = train(SpeakerTask, tmp_path / "exp/spk_x", config, monkeypatch)
+    speech = torch.randn(32000, generator=torch.Generator().manual_seed(2)).numpy()
+    expected = Speech2Embedding(cmd[1], cmd[3])(speech)
+    task_pack.main(["--task", "spk", *cmd, "--outpath", "packed.tgz"])
+    shutil.rmtree("exp")
+    shutil.rmtree(student)
+    after = Speech2Embedding.from_pretrained("packed.tgz")
+    torch.testing.assert_close(after(speech), expected)
+    unpack_model("packed.tgz", "ours")
+    (card,) = (tmp_path / "ours").rglob("README.md")
+    assert "- speaker-recognition" in card.read_text()
+    with pytest.raises(CheckpointError, match="no pre-trained student"):
+        load_model("packed.tgz")
+
+
+def _batch(speech):
+    return torch.tensor(speech)[None], torch.tensor([len(speech)])
