@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espnet2_spear.optimizers import scaled_adam
+from espnet2_spear.optimizers.lr_scale import check_lr_scale, scale_lr
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.schedulers.eden import Eden, eden_factor
 
@@ -292,3 +293,33 @@ def test_scaled_adam_with_a_gradient_scaler(data_dir: Path, finite: bool) -> Non
     for n in NAMES:
         torch.testing.assert_close(scaled.params[n], plain.params[n])
     assert scaler.get_scale() == 2.0 ** (12 if finite else 4)
+
+
+def test_parts_learn_at_their_own_rate():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    scale_lr(model[0], 0.05)
+    with pytest.raises(ValueError, match="is for `optim: scaledadam`"):
+        check_lr_scale(model[0], "frontend spear")
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = ScaledAdam(model.parameters(), lr=0.04)
+    check_lr_scale(model[0], "frontend spear")
+    check_lr_scale(model[1], "frontend spear")
+    scheduler = Eden(optimizer, warmup_start=0.5)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.001, 0.02])
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    scheduler.step()
+    sizes = [b.square().mean().sqrt() for b in before]
+    steps = [
+        ((p - b).abs().mean() / size).item()
+        for p, b, size in zip(model.parameters(), before, sizes, strict=True)
+    ]
+    assert steps[2] == pytest.approx(20 * steps[0], rel=1e-3)
+    assert steps[3] == pytest.approx(20 * steps[1], rel=1e-3)
+    again = ScaledAdam(model.named_parameters(), lr=0.04)
+    again.load_state_dict(optimizer.state_dict())
+    assert [len(g["params"]) for g in again.param_groups] == [2, 2]
+    with pytest.raises(ValueError, match="must be positive"):
+        scale_lr(model, 0.0)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espnet2_spear.optimizers.lr_scale import split_by_lr_scale
+
 _NORM_PERIOD = 100  # steps between two updates of the clipping threshold
 _BLOCK = 1 << 16  # elements that a CPU updates at once: all operands stay in its cache
 _SCALAR_STATE = ("delta", "exp_avg_sq")
@@ -124,8 +126,17 @@ class ScaledAdam(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; see torch.optim.Optimizer."""
-        super().add_param_group(param_group)
+        """Add a group of parameters; see torch.optim.Optimizer.
+
+        Parameters that ask for another learning rate (:mod:`.lr_scale`) form groups of
+        their own.
+        """
+        lr = param_group.get("lr", self.defaults["lr"])
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else params
+        for scale, chosen in split_by_lr_scale(params).items():
+            group = {**param_group, "params": chosen, "lr": lr * scale}
+            super().add_param_group(group)
         self._stacks = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
