@@ -13,6 +13,7 @@ from espnet2_spear.spear.encoder import SpearEncoder, SpearOutput
 from espnet2_spear.spear.heads import CodebookHead
 from espnet2_spear.spear.loss_tables import LossWeights, resolve_loss_weights
 from espnet2_spear.spear.masking import SpanMasker, pool_time_mask
+from espnet2_spear.spear.mixing import Mixer
 from espnet2_spear.spear.stats import StatSums, code_statistics
 from espnet2_spear.spear.targets import IGNORE, TeacherCodes, match_frame_rate
 from espnet2_spear.zipformer.encoder import FRAME_RATE as HIDDEN_RATE
@@ -61,6 +62,7 @@ class SpearPretrainModel(AbsESPnetModel):
             (over all ranks, through ESPnet's weight); ``sum`` adds up as the
             reference does, which only scale-invariant optimizers (ScaledAdam) bear.
         codebook_groups: accuracy is also reported for so many groups of codebooks.
+        mixer: augmentation in training; None: none.
 
     Raises:
         ValueError: a table that names an unknown domain or teacher, a teacher that
@@ -79,6 +81,7 @@ class SpearPretrainModel(AbsESPnetModel):
         unmasked_weight: float = 1.0,
         normalize: str = "frames",
         codebook_groups: int = 4,
+        mixer: Mixer | None = None,
     ) -> None:
         super().__init__()
         if normalize not in ("frames", "sum"):
@@ -91,6 +94,7 @@ class SpearPretrainModel(AbsESPnetModel):
         self.unmasked_weight = unmasked_weight
         self.normalize = normalize
         self.codebook_groups = codebook_groups
+        self.mixer = mixer
         table = loss_weight_table(loss_weights, self.domains, list(self.teachers))
         self.register_buffer("loss_weights", table, persistent=False)
         # Domains that each teacher's loss sees, on the host.
@@ -148,12 +152,21 @@ class SpearPretrainModel(AbsESPnetModel):
             speech: (B, samples), 16 kHz.
             speech_lengths: (B,).
             domain: (B, 1) int, index into ``domains``.
-            kwargs: ``codes_<teacher>`` (B, T, N) int, negative = ignored.
+            kwargs: ``codes_<teacher>`` (B, T, N) int, negative = ignored; ``noise``
+                (K, samples) and ``noise_lengths`` (K,), clips for the mixer.
 
         Returns:
             loss, statistics for ESPnet's reporter, and the batch's weight.
         """
         domain = domain.reshape(-1)
+        codes = {name: kwargs[f"codes_{name}"] for name in self.teachers}
+        stats = StatSums()
+        if self.mixer is not None and self.training:
+            noise = kwargs.get("noise"), kwargs.get("noise_lengths")
+            mixture = self.mixer(speech, speech_lengths, domain, codes, *noise)
+            speech, speech_lengths = mixture.speech, mixture.lengths
+            codes |= mixture.codes
+            stats.add(*mixture.plan.statistics())
         fbank, fbank_lens = self.student.fbank(speech, speech_lengths)
         # Validation masks too, or its masked accuracy would not exist; the same
         # masks every time make epochs comparable.
@@ -164,14 +177,14 @@ class SpearPretrainModel(AbsESPnetModel):
         out = self.student.encode(fbank, fbank_lens)
         output = self._predictor(out, None, mask)
 
-        stats = StatSums()
         loss = out.encoder_out.new_zeros((), dtype=torch.float32)
         for name, teacher in self.teachers.items():
             predictor = output
             if teacher.layer is not None:
                 predictor = self._predictor(out, teacher.layer, mask)
-            codes = kwargs[f"codes_{name}"]
-            loss = loss + self._teacher_loss(name, predictor, codes, domain, stats)
+            loss = loss + self._teacher_loss(
+                name, predictor, codes[name], domain, stats
+            )
         num_frames = output.valid.sum()
         masked = (output.masked & output.valid).sum()
         stats.add(["mask_ratio"], masked[None], num_frames[None])

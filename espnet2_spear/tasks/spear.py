@@ -9,19 +9,22 @@ import numpy as np
 import torch
 from espnet2.tasks.abs_task import AbsTask
 from espnet2.train.class_choices import ClassChoices
-from espnet2.train.collate_fn import CommonCollateFn
 from espnet2.train.trainer import Trainer
 from espnet2.utils.nested_dict_action import NestedDictAction
-from espnet2.utils.types import str2bool
+from espnet2.utils.types import str2bool, str_or_none
 
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.spear.espnet_model import SpearPretrainModel
 from espnet2_spear.spear.loss_tables import resolve_loss_weights
 from espnet2_spear.spear.masking import SpanMasker
-from espnet2_spear.spear.targets import IGNORE, TeacherCodes
+from espnet2_spear.spear.mixing import Mixer
+from espnet2_spear.spear.mixing_rules import MixerConfig
+from espnet2_spear.spear.targets import TeacherCodes
 from espnet2_spear.train.codes_facts import check_codes_facts
+from espnet2_spear.train.collate_fn import SpearCollateFn
 from espnet2_spear.train.data_types import register_data_types
 from espnet2_spear.train.deepspeed import check_deepspeed_config, weigh_loss
+from espnet2_spear.train.noise import NoiseList
 from espnet2_spear.train.preprocessor import SpearPreprocessor
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.fusion import fuse_chains
@@ -98,6 +101,27 @@ class SpearTask(AbsTask):
             help="Fields of SpanMasker",
         )
         group.add_argument(
+            "--mixer_conf",
+            action=NestedDictAction,
+            default=dict(),
+            help="Augmentation: {preset: token_mixing, batch_mixing, noise or "
+            "task_aware, rules: {domain: fields of MixingRule}, mixed_teachers: "
+            "names}; by default none",
+        )
+        group.add_argument(
+            "--noise_scp",
+            type=str_or_none,
+            default=None,
+            help="wav.scp of noise recordings for --mixer_conf",
+        )
+        group.add_argument(
+            "--noise_conf",
+            action=NestedDictAction,
+            default=dict(),
+            help="{clips: noise clips a batch, max_seconds: longest piece of a "
+            "recording}",
+        )
+        group.add_argument(
             "--use_preprocessor",
             type=str2bool,
             default=True,
@@ -119,10 +143,25 @@ class SpearTask(AbsTask):
         [Collection[tuple[str, dict[str, np.ndarray]]]],
         tuple[list[str], dict[str, torch.Tensor]],
     ]:
-        """Zero padding for audio, ignored targets for codes."""
-        return CommonCollateFn(
-            float_pad_value=0.0, int_pad_value=IGNORE, not_sequence=["domain"]
-        )
+        """Padding; in training also noise, if it is mixed in.
+
+        Raises:
+            ValueError: noise is needed, and no usable list of it is given.
+        """
+        config = build_mixer_config(args)
+        if not train or config is None or not config.needs_noise:
+            return SpearCollateFn()
+        if not args.noise_scp:
+            raise ValueError(
+                "mixer_conf mixes noise in: give --noise_scp, a wav.scp of noise "
+                "recordings, or set noise_prob: 0 in mixer_conf.rules.<domain>"
+            )
+        conf = {"max_seconds": 40.0, "clips": 8} | args.noise_conf
+        noise = NoiseList(args.noise_scp, conf.pop("max_seconds"))
+        try:
+            return SpearCollateFn(noise, seed=args.seed, **conf)
+        except TypeError as error:
+            raise ValueError(f"noise_conf: {error}") from None
 
     @classmethod
     def build_preprocess_fn(
@@ -197,13 +236,16 @@ class SpearTask(AbsTask):
         args.loss_weights = resolve_loss_weights(
             args.loss_weights, args.domains, list(args.teachers)
         )
+        teachers = build_teacher_codes(args.teachers)
+        mixing = build_mixer_config(args)
         student = SpearEncoder(config)
         model = model_choices.get_class(args.model)(
             student=student,
-            teachers=build_teacher_codes(args.teachers),
+            teachers=teachers,
             domains=args.domains,
             loss_weights=args.loss_weights,
             masker=masker,
+            mixer=mixing and Mixer(mixing, args.domains, teachers),
             **args.model_conf,
         )
         # Outside the student, whose tensors stay those of released checkpoints.
@@ -217,3 +259,13 @@ class SpearTask(AbsTask):
 def build_teacher_codes(teachers: dict[str, dict]) -> dict[str, TeacherCodes]:
     """Turn the option ``--teachers`` into objects."""
     return {name: TeacherCodes.from_dict(name, c) for name, c in teachers.items()}
+
+
+def build_mixer_config(args: argparse.Namespace) -> MixerConfig | None:
+    """Turn the option ``--mixer_conf`` into an object; None: no augmentation.
+
+    Raises:
+        ValueError: see :meth:`MixerConfig.from_dict`.
+    """
+    conf = getattr(args, "mixer_conf", {})  # absent in older experiments
+    return MixerConfig.from_dict(conf, args.domains, list(args.teachers))

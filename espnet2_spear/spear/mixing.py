@@ -1,0 +1,323 @@
+"""Mixing of noise and of other utterances into a batch, together with their codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from espnet2_spear.spear.mixing_rules import MixerConfig, MixingRule
+from espnet2_spear.spear.targets import IGNORE, TeacherCodes
+from espnet2_spear.zipformer.fbank import SAMPLE_RATE
+
+# Mean square below which a clip counts as silent (-100 dB of full scale): no gain can
+# bring it to a wanted ratio.
+MIN_POWER = 1e-10
+_NEVER = MixingRule(prob=0.0, noise_prob=0.0)
+
+
+@dataclass
+class MixPlan:
+    """What is mixed into each of B utterances; (B,) tensors on the batch's device.
+
+    Attributes:
+        mixed: bool, whether anything is.
+        is_noise: bool, whether that is noise.
+        row: index of the source: of an utterance of the batch, or B + index of a
+            noise clip; of the utterance itself where nothing is mixed in.
+        snr: dB.
+        gain: factor of the source, 0 where nothing is mixed in.
+        begin: sample of the utterance at which the source begins.
+        source_begin: sample of the source that sounds there.
+        length: samples of the source that sound; noise is repeated to get them.
+        replace_prob: probability that an entry of the overlap becomes a code of the
+            source, 0 where targets stay as they are.
+        mixes_targets: bool.
+    """
+
+    mixed: Tensor
+    is_noise: Tensor
+    row: Tensor
+    snr: Tensor
+    gain: Tensor
+    begin: Tensor
+    source_begin: Tensor
+    length: Tensor
+    replace_prob: Tensor
+    mixes_targets: Tensor
+
+    def statistics(self) -> tuple[list[str], Tensor, Tensor]:
+        """Shares of the utterances that got noise, and that got another utterance.
+
+        Returns:
+            names, numerators and denominators.
+        """
+        noise = self.is_noise.sum()
+        count = self.mixed.new_full((2,), self.mixed.numel(), dtype=torch.long)
+        totals = torch.stack([noise, self.mixed.sum() - noise])
+        return ["mixed_noise", "mixed_utterance"], totals, count
+
+
+@dataclass
+class Mixture:
+    """A batch after mixing.
+
+    Attributes:
+        speech: (B, samples + extension).
+        lengths: (B,) samples.
+        codes: teacher -> (B, T + extension, N), of the teachers whose codes are mixed.
+        plan: what was mixed.
+    """
+
+    speech: Tensor
+    lengths: Tensor
+    codes: dict[str, Tensor]
+    plan: MixPlan
+
+
+class Mixer:
+    """Augments whole batches, on their device and without waiting for it.
+
+    What is decided for each utterance is drawn on the CPU, from torch's generator, so
+    that the same seed means the same mixtures on every device; which codes of the
+    overlap are replaced is drawn on the device.
+
+    Args:
+        config: rules of the domains.
+        domains: names, in the order of the input ``domain``.
+        teachers: teacher name -> shape of its codes.
+
+    Raises:
+        ValueError: frames of a mixed teacher that are not a whole number of samples.
+    """
+
+    def __init__(
+        self,
+        config: MixerConfig,
+        domains: Sequence[str],
+        teachers: Mapping[str, TeacherCodes],
+    ) -> None:
+        self.config = config
+        self.hops: dict[str, int] = {}
+        for name in config.mixed_teachers:
+            hop = SAMPLE_RATE / teachers[name].frame_rate
+            if hop != int(hop):
+                raise ValueError(
+                    f"teacher '{name}': a frame is {hop} samples; codes can only be "
+                    "mixed in whole frames"
+                )
+            self.hops[name] = int(hop)
+        # Sources begin at whole frames of all mixed teachers.
+        self.hop = math.lcm(1, *self.hops.values())
+        self._rules = [config.rules.get(name, _NEVER) for name in domains]
+        self._table = torch.tensor([_row(rule) for rule in self._rules], device="cpu")
+
+    def __call__(
+        self,
+        speech: Tensor,
+        lengths: Tensor,
+        domain: Tensor,
+        codes: Mapping[str, Tensor],
+        noise: Tensor | None = None,
+        noise_lengths: Tensor | None = None,
+    ) -> Mixture:
+        """Mix.
+
+        Args:
+            speech: (B, samples), 16 kHz.
+            lengths: (B,) samples.
+            domain: (B,) int, index into the domains.
+            codes: teacher -> (B, T, N) int, negative = none; those of
+                ``mixed_teachers`` at least.
+            noise: (K, samples) clips.
+            noise_lengths: (K,) samples.
+
+        Raises:
+            ValueError: the rules need noise and there is none.
+        """
+        if self.config.needs_noise and noise is None:
+            raise ValueError(
+                "mixer_conf mixes noise in, but the batch has none: give --noise_scp"
+            )
+        bank, bank_lengths = _bank(speech, lengths, noise, noise_lengths)
+        draws = self._draw(speech.size(0))
+        extension = self._extension(draws)
+        plan = self._plan(
+            draws.to(speech.device, non_blocking=True), bank, bank_lengths, domain
+        )
+        mixed = _mix_speech(speech, bank, bank_lengths, plan, extension)
+        ends = torch.maximum(bank_lengths[: speech.size(0)], plan.begin + plan.length)
+        return Mixture(
+            mixed,
+            ends.to(lengths.dtype),
+            {
+                name: _mix_codes(codes[name], bank_lengths, plan, hop, extension)
+                for name, hop in self.hops.items()
+            },
+            plan,
+        )
+
+    def _draw(self, size: int) -> Tensor:
+        """(B, 7 + B) uniform numbers on the CPU: see ``_plan`` for their use."""
+        return torch.rand(size, 7 + size, device="cpu")
+
+    def _extension(self, draws: Tensor) -> int:
+        """Samples by which the batch may grow, known without a look at the device.
+
+        The longest offset of all utterances that may get another one appended.
+        """
+        longest = draws.new_zeros(draws.size(0))
+        for rule in self._rules:
+            if rule.max_extension > 0:
+                other = (draws[:, 0] < rule.prob) & (draws[:, 1] >= rule.noise_prob)
+                offset = draws[:, 4] * (rule.max_offset * SAMPLE_RATE) * other
+                longest = torch.maximum(longest, offset)
+        return math.ceil(float(longest.max()))
+
+    def _plan(
+        self, draws: Tensor, bank: Tensor, bank_lengths: Tensor, domain: Tensor
+    ) -> MixPlan:
+        """Turn uniform numbers into a plan; columns of ``draws``: augment at all,
+        noise, ratio, share, begin, begin in the source, clip, order of partners.
+        """
+        b = draws.size(0)
+        clips = bank.size(0) - b
+        augment, noise, ratio, share, begin, source_begin, clip = draws[:, :7].T
+        table = self._table.to(draws.device, non_blocking=True)[domain]
+        prob, noise_prob, max_offset, mix_targets = table[:, :4].T
+        is_noise = noise < noise_prob
+        kind = torch.where(is_noise[:, None], table[:, 4:8], table[:, 8:12])
+        low_snr, high_snr, low_share, high_share = kind.T
+        snr = low_snr + (high_snr - low_snr) * ratio
+        # Negative shares stand for complete sources.
+        whole = low_share < 0
+        share = low_share + (high_share - low_share) * share
+
+        own = torch.arange(b, device=draws.device)
+        partner = (domain[:, None] == domain) & (own[:, None] != own)
+        order = draws[:, 7:].masked_fill(~partner, -1.0)
+        row = order.argmax(dim=1)
+        exists = partner.any(dim=1)
+        if clips:
+            row = torch.where(is_noise, b + (clip * clips).long(), row)
+            exists = exists | is_noise
+        else:
+            exists = exists & ~is_noise
+        power = bank.square().sum(dim=1) / bank_lengths
+        p_own, p_other = power[:b], power[row]
+        audible = (p_own > MIN_POWER) & (p_other > MIN_POWER)
+        mixed = (augment < prob) & exists & audible
+        row = torch.where(mixed, row, own)
+        # g = sqrt(P_A 10^(-SNR/10) / P_B) [spear.md 5.8]
+        gain = (p_own * 10 ** (-snr / 10) / p_other.clamp(min=MIN_POWER)).sqrt() * mixed
+
+        mixes_targets = mixed & ~is_noise & (mix_targets > 0)
+        n_own, n_other = bank_lengths[:b], bank_lengths[row]
+        piece = (share * n_own).long()
+        piece = torch.where(is_noise, piece, torch.minimum(piece, n_other))
+        everything = torch.where(is_noise, n_own, n_other)
+        length = torch.where(whole, everything, piece)
+        # Complete utterances begin within the offset, everything else lies inside.
+        offset = torch.minimum(max_offset * SAMPLE_RATE, n_own.float())
+        room = torch.where(whole & ~is_noise, offset, (n_own - length + 1).float())
+        begin = (begin * room).long()
+        room = torch.where(is_noise, n_other, (n_other - length + 1).clamp(min=1))
+        source_begin = (source_begin * room).long()
+        hop = torch.where(mixes_targets, self.hop, 1)
+        begin, source_begin = begin // hop * hop, source_begin // hop * hop
+        return MixPlan(
+            mixed=mixed,
+            is_noise=is_noise & mixed,
+            row=row,
+            snr=snr,
+            gain=gain,
+            begin=begin,
+            source_begin=source_begin,
+            length=length * mixed,
+            # = g^2 P_B / (P_A + g^2 P_B) [spear.md 5.8]
+            replace_prob=mixes_targets / (1 + 10 ** (snr / 10)),
+            mixes_targets=mixes_targets,
+        )
+
+
+def _row(rule: MixingRule) -> list[float]:
+    """A rule as numbers; see ``Mixer._plan``."""
+    return [
+        rule.prob,
+        rule.noise_prob,
+        rule.max_offset,
+        float(rule.mix_targets),
+        *rule.noise_snr,
+        *(rule.noise_share or (-1.0, -1.0)),
+        *rule.utterance_snr,
+        *(rule.utterance_share or (-1.0, -1.0)),
+    ]
+
+
+def _bank(
+    speech: Tensor,
+    lengths: Tensor,
+    noise: Tensor | None,
+    noise_lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """All sources, (B + K, samples) with zeros in the padding, and their lengths."""
+    bank, bank_lengths = speech, lengths.to(speech.device)
+    if noise is not None and noise_lengths is not None:
+        width = max(speech.size(1), noise.size(1))
+        bank = torch.cat(
+            [F.pad(x, (0, width - x.size(1))) for x in (speech, noise.to(speech.dtype))]
+        )
+        bank_lengths = torch.cat([bank_lengths, noise_lengths.to(speech.device)])
+    position = torch.arange(bank.size(1), device=bank.device)
+    return bank.masked_fill(position >= bank_lengths[:, None], 0.0), bank_lengths
+
+
+def _mix_speech(
+    speech: Tensor, bank: Tensor, bank_lengths: Tensor, plan: MixPlan, extension: int
+) -> Tensor:
+    """Add every utterance's source to it, (B, samples + extension)."""
+    position = torch.arange(speech.size(1) + extension, device=speech.device)
+    since = position - plan.begin[:, None]
+    inside = (since >= 0) & (since < plan.length[:, None])
+    index = since.clamp(min=0) + plan.source_begin[:, None]
+    index = index % bank_lengths[plan.row][:, None]  # noise is repeated
+    source = bank[plan.row].gather(1, index)
+    return F.pad(speech, (0, extension)) + source * (plan.gain[:, None] * inside)
+
+
+def _mix_codes(
+    codes: Tensor, bank_lengths: Tensor, plan: MixPlan, hop: int, extension: int
+) -> Tensor:
+    """Replace codes by those of the utterance that was mixed in.
+
+    In the overlap every entry (frame and codebook) by itself, with the plan's
+    probability; behind the utterance's end all. An entry for which the source has no
+    code is kept.
+
+    Args:
+        codes: (B, T, N).
+        bank_lengths: (B + K,) samples of the sources.
+        plan: of the waveforms.
+        hop: samples of a code frame.
+        extension: samples by which the batch grew.
+
+    Returns:
+        (B, T + extension in frames, N).
+    """
+    size = codes.size(0)
+    codes = F.pad(codes, (0, 0, 0, -(-extension // hop)), value=IGNORE)
+    frame = torch.arange(codes.size(1), device=codes.device)
+    since = frame - (plan.begin // hop)[:, None]
+    inside = (since >= 0) & (since * hop < plan.length[:, None])
+    index = since + (plan.source_begin // hop)[:, None]
+    index = index.clamp(min=0, max=codes.size(1) - 1)[..., None].expand_as(codes)
+    source = codes[plan.row.clamp(max=size - 1)].gather(1, index)
+    behind = frame >= (bank_lengths[:size] // hop)[:, None]
+    drawn = torch.rand(codes.shape, device=codes.device)
+    chosen = behind[..., None] | (drawn < plan.replace_prob[:, None, None])
+    chosen &= (inside & plan.mixes_targets[:, None])[..., None] & (source >= 0)
+    return torch.where(chosen, source, codes)

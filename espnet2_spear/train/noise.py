@@ -1,0 +1,103 @@
+"""Noise recordings that are drawn at random."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+
+from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
+from espnet2_spear.fileio.datadir import read_table
+from espnet2_spear.zipformer.fbank import SAMPLE_RATE
+
+
+class NoiseError(ValueError):
+    """A noise list that cannot be used."""
+
+
+class NoiseList:
+    """Recordings of a Kaldi ``wav.scp``, read when they are drawn.
+
+    A recording that cannot be read is skipped: it is counted, named once in the log,
+    and another is drawn in its place.
+
+    Args:
+        scp: ``name file`` lines; files of any format and rate.
+        max_seconds: of longer recordings a random piece of this length is read.
+
+    Attributes:
+        skipped: recordings found unreadable, name -> reason.
+
+    Raises:
+        DataDirError: the list is missing or malformed.
+        NoiseError: the list is empty or holds commands.
+    """
+
+    # Draws of one clip before the list is taken to be useless.
+    MAX_ATTEMPTS = 20
+
+    def __init__(self, scp: str | os.PathLike[str], max_seconds: float = 40.0) -> None:
+        self.scp = Path(scp)
+        if max_seconds <= 0:
+            raise NoiseError(f"max_seconds {max_seconds} of noise: must be above 0")
+        self.max_seconds = max_seconds
+        self._entries = list(read_table(self.scp, "name file").items())
+        if not self._entries:
+            raise NoiseError(f"{self.scp}: no recordings; list some, or mix no noise")
+        for name, file in self._entries:
+            if file.endswith("|"):
+                raise NoiseError(
+                    f"{self.scp}: '{name}' is a command; commands in data files are "
+                    "not run: decode to files and give their paths"
+                )
+        self.skipped: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def draw(
+        self, rng: np.random.Generator, count: int
+    ) -> list[tuple[str, np.ndarray]]:
+        """Draw clips, with replacement.
+
+        Args:
+            rng: decides everything.
+            count: number of clips.
+
+        Returns:
+            (name, float32 samples at 16 kHz) each.
+
+        Raises:
+            NoiseError: one after the other could not be read.
+        """
+        return [self._draw_one(rng) for _ in range(count)]
+
+    def _draw_one(self, rng: np.random.Generator) -> tuple[str, np.ndarray]:
+        for _ in range(self.MAX_ATTEMPTS):
+            name, file = self._entries[rng.integers(len(self._entries))]
+            where = rng.random()
+            try:
+                return name, self._read(file, where)
+            except AudioError as error:
+                if name not in self.skipped:
+                    self.skipped[name] = str(error)
+                    logging.warning(
+                        f"noise '{name}' is skipped ({len(self.skipped)} so far in "
+                        f"this process): {error}"
+                    )
+        reason = next(reversed(self.skipped.values()))
+        raise NoiseError(
+            f"{self.scp}: {self.MAX_ATTEMPTS} recordings drawn one after the other "
+            f"could not be read, one of them because: {reason}"
+        )
+
+    def _read(self, file: str, where: float) -> np.ndarray:
+        info = audio_info(file)
+        start = end = None
+        if info.seconds > self.max_seconds:
+            start = where * (info.seconds - self.max_seconds)
+            end = start + self.max_seconds
+        samples, rate = read_audio(file, start, end)
+        return resample(samples, rate, SAMPLE_RATE)

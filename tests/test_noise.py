@@ -1,0 +1,129 @@
+"""Noise lists and the batches they get into."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from espnet2_spear.fileio.datadir import DataDirError
+from espnet2_spear.tasks.spear import SpearTask
+from espnet2_spear.train.collate_fn import SpearCollateFn
+from espnet2_spear.train.noise import NoiseError, NoiseList
+
+RATE = 16000
+
+
+@pytest.fixture
+def scp(tmp_path: Path) -> Path:
+    """Five recordings, one of them at another rate, one longer than the rest."""
+    lines = []
+    for i, (rate, count) in enumerate(
+        [(16000, 800)] * 3 + [(8000, 400), (16000, 6400)]
+    ):
+        path = tmp_path / f"n{i}.wav"
+        soundfile.write(path, np.full(count, 0.1 * (i + 1)), rate)
+        lines.append(f"n{i} {path}\n")
+    scp = tmp_path / "noise.scp"
+    scp.write_text("".join(lines))
+    return scp
+
+
+def data(*ids: str) -> list[tuple[str, dict[str, np.ndarray]]]:
+    return [
+        (
+            utt,
+            {
+                "speech": np.ones(10 * i, dtype=np.float32),
+                "codes_t": np.zeros((i, 2), dtype=np.int64),
+                "domain": np.array([0]),
+            },
+        )
+        for i, utt in enumerate(ids, 1)
+    ]
+
+
+def test_batches_carry_noise(scp: Path) -> None:
+    collate = SpearCollateFn(NoiseList(scp, max_seconds=0.1), clips=30, seed=3)
+    ids, batch = collate(data("a", "b"))
+    assert ids == ["a", "b"] and "domain_lengths" not in batch
+    assert batch["codes_t"][0].tolist() == [[0, 0], [-1, -1]]
+    assert batch["noise"].shape == (30, 1600) and batch["noise"].dtype == torch.float32
+    assert set(batch["noise_lengths"].tolist()) == {800, 1600}
+    for clip, n in zip(batch["noise"], batch["noise_lengths"], strict=True):
+        assert (clip[:n] > 0.05).all() and not clip[n:].any()
+    levels = {round(clip[400].item(), 1) for clip in batch["noise"]}
+    assert levels == {0.1, 0.2, 0.3, 0.4, 0.5}  # all of them, 8 kHz resampled
+
+
+def test_noise_depends_on_seed_epoch_and_utterances_only(scp: Path) -> None:
+    def draw(seed: int, epoch: int, *ids: str, before: int = 0) -> torch.Tensor:
+        collate = SpearCollateFn(NoiseList(scp), clips=12, seed=seed)
+        collate.set_epoch(epoch)
+        for _ in range(before):
+            collate(data("x"))
+        return collate(data(*ids))[1]["noise"].mean(dim=1)
+
+    first = draw(0, 1, "a", "b")
+    assert torch.equal(first, draw(0, 1, "a", "b", before=3))
+    for other in (draw(1, 1, "a", "b"), draw(0, 2, "a", "b"), draw(0, 1, "b", "a")):
+        assert not torch.equal(first, other)
+
+
+def test_bad_recordings_are_skipped_and_counted(
+    scp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (scp.parent / "n1.wav").write_bytes(b"RIFF and nothing else")
+    (scp.parent / "n4.wav").unlink()
+    noise = NoiseList(scp)
+    clips = noise.draw(np.random.default_rng(0), 50)
+    assert {name for name, _ in clips} == {"n0", "n2", "n3"}
+    assert set(noise.skipped) == {"n1", "n4"}
+    assert "no such file" in noise.skipped["n4"]
+    assert len(caplog.records) == 2 and "2 so far" in caplog.text
+    # It makes no difference whether they are known to be bad.
+    again = noise.draw(np.random.default_rng(0), 50)
+    assert [name for name, _ in again] == [name for name, _ in clips]
+
+
+def test_only_bad_recordings_are_fatal(scp: Path) -> None:
+    for path in scp.parent.glob("*.wav"):
+        path.unlink()
+    with pytest.raises(NoiseError, match=r"noise.scp.*no such file"):
+        SpearCollateFn(NoiseList(scp))(data("a"))
+
+
+def test_bad_lists_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataDirError, match=r"absent.scp"):
+        NoiseList(tmp_path / "absent.scp")
+    (tmp_path / "empty.scp").write_text("")
+    with pytest.raises(NoiseError, match="no recordings"):
+        NoiseList(tmp_path / "empty.scp")
+    (tmp_path / "pipe.scp").write_text("a sox x.wav - |\n")
+    with pytest.raises(NoiseError, match="'a' is a command"):
+        NoiseList(tmp_path / "pipe.scp")
+
+
+def options(**changes) -> Namespace:
+    conf = {"mixer_conf": {"preset": "token_mixing"}, "noise_scp": None}
+    conf |= {"noise_conf": {}, "seed": 5, "domains": ["speech", "audio"]}
+    return Namespace(**conf | {"teachers": {"speech": {"num_codebooks": 2}}} | changes)
+
+
+def test_the_task_wants_a_list_where_noise_is_mixed(scp: Path) -> None:
+    with pytest.raises(ValueError, match="give --noise_scp"):
+        SpearTask.build_collate_fn(options(), train=True)
+    assert SpearTask.build_collate_fn(options(), train=False).noise is None
+    quiet = {"preset": "token_mixing", "rules": {"speech": {"noise_prob": 0}}}
+    for conf in ({}, quiet):
+        collate = SpearTask.build_collate_fn(options(mixer_conf=conf), train=True)
+        assert collate.noise is None
+    args = options(noise_scp=str(scp), noise_conf={"clips": 2, "max_seconds": 1})
+    collate = SpearTask.build_collate_fn(args, train=True)
+    assert (collate.clips, collate.seed, len(collate.noise)) == (2, 5, 5)
+    with pytest.raises(ValueError, match="noise_conf: .*clip"):
+        SpearTask.build_collate_fn(
+            options(noise_scp=str(scp), noise_conf={"clip": 2}), train=True
+        )
