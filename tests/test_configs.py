@@ -84,6 +84,9 @@ def test_values_are_the_published_ones(path: Path) -> None:
     if domains == "speech_audio":
         assert conf["loss_weights"]["audio"] == {"speech": 1.0, "audio": 0.1}
         assert conf["loss_weights"]["speech"] == {"speech": 1.0}
+    mixing = {"base_speech": "token_mixing", "large_speech": "batch_mixing"}
+    mixing["xlarge_speech"] = "batch_mixing"
+    assert conf["mixer_conf"] == {"preset": mixing.get(name(path), "noise")}
     # The schedule's second axis is the audio in a batch.
     hours = conf["batch_bins"] * conf["accum_grad"] / 16000 / 3600
     assert conf["scheduler_conf"]["hours_per_batch"] == pytest.approx(hours, rel=1e-5)

@@ -159,7 +159,7 @@ def test_entries_are_replaced_one_by_one(snr: int, share: float) -> None:
             row = got.codes["speech"][i]
             assert (row[:first] == i).all()
             # All codes end a frame early.
-                overlap, tail = row[first:99], row[100 : first + 99]
+            overlap, tail = row[first:99], row[100 : first + 99]
             assert (tail == got.plan.row[i]).all()
             assert ((overlap == i) | (overlap == got.plan.row[i])).all()
             replaced.append((overlap != i).float())

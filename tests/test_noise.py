@@ -96,8 +96,11 @@ def test_only_bad_recordings_are_fatal(scp: Path) -> None:
 
 
 def test_bad_lists_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataDirError, match=r"absent.scp"):
+    with pytest.raises(NoiseError, match=r"absent.scp: no such list.*data_musan"):
         NoiseList(tmp_path / "absent.scp")
+    (tmp_path / "odd.scp").write_text("name\n")
+    with pytest.raises(DataDirError, match="line 1"):
+        NoiseList(tmp_path / "odd.scp")
     (tmp_path / "empty.scp").write_text("")
     with pytest.raises(NoiseError, match="no recordings"):
         NoiseList(tmp_path / "empty.scp")

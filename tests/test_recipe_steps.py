@@ -176,6 +176,18 @@ def test_plan_reads_presets_of_loss_weights() -> None:
     assert plan.domains_of(config, "audio") == ["audio"]
 
 
+def test_plan_says_that_noise_will_be_needed(
+    planned, caplog: pytest.LogCaptureFixture
+) -> None:
+    planned(student="base")
+    assert "data_musan.py" in caplog.text
+    caplog.clear()
+    planned(student="base", config_override="mixer_conf={}")
+    assert "noise" not in caplog.text
+    with pytest.raises(plan.PlanError, match="'loud': one of"):
+        planned(config_override="mixer_conf.preset=loud")
+
+
 def test_plan_of_the_default(planned) -> None:
     config, lines = planned()
     assert lines[0] == ["conf/train_spear_mini.yaml", "spear_mini"]

@@ -132,6 +132,34 @@ def test_pretraining_steps_and_resumes(data: dict[str, str], tmp_path: Path) -> 
     assert out.encoder_out.isfinite().all()
 
 
+def test_pretraining_with_noise_and_utterances_mixed_in(
+    data: dict[str, str], tmp_path: Path
+) -> None:
+    from espnet2_spear.bin.spear_train import main
+
+    speech = write_table(tmp_path / "utt2domain", {"u1": "speech", "u2": "speech"})
+    data = data | {"domain": speech}
+    rule = "prob: 1.0, noise_prob: 0.5, utterance_snr: [-90, -90]"
+    options = ["--student", "tiny", "--use_matplotlib", "false"]
+    options += ["--teachers", f"speech.num_codebooks={CODEBOOKS['speech']}"]
+    options += ["--domains", "speech", "--config", str(tmp_path / "conf.yaml")]
+    (tmp_path / "conf.yaml").write_text("loss_weights: disjoint\n", encoding="utf-8")
+    options += [
+        "--mixer_conf",
+        f"{{preset: token_mixing, rules: {{speech: {{{rule}}}}}}}",
+    ]
+    options += ["--noise_scp", data["speech"], "--num_workers", "1"]
+    types = {"speech": "sound", "domain": "text", "codes_speech": "kaldi_ark"}
+    states = train_twice(main, options + data_options(data, types), tmp_path / "exp")
+    check(states, "student.")
+    state = torch.load(tmp_path / "exp" / "checkpoint.pth", weights_only=True)
+    stats = state["reporter"]["stats"]
+    for epoch in (1, 2):
+        train, valid = stats[epoch]["train"], stats[epoch]["valid"]
+        assert train["mixed_noise"] + train["mixed_utterance"] == 1.0
+        assert "mixed_noise" not in valid and valid["loss"] > 0
+
+
 @pytest.mark.parametrize("use", ["frontend", "encoder"])
 def test_recognizer_steps_and_resumes(
     data: dict[str, str], tmp_path: Path, use: str

@@ -31,8 +31,8 @@ class NoiseList:
         skipped: recordings found unreadable, name -> reason.
 
     Raises:
-        DataDirError: the list is missing or malformed.
-        NoiseError: the list is empty or holds commands.
+        DataDirError: the list is malformed.
+        NoiseError: the list is missing or empty, or holds commands.
     """
 
     # Draws of one clip before the list is taken to be useless.
@@ -40,6 +40,12 @@ class NoiseList:
 
     def __init__(self, scp: str | os.PathLike[str], max_seconds: float = 40.0) -> None:
         self.scp = Path(scp)
+        if not self.scp.is_file():
+            raise NoiseError(
+                f"{self.scp}: no such list of noise recordings (lines 'name file'). "
+                "The recipe makes one of MUSAN: local/data_musan.py --root MUSAN "
+                f"--out_dir {self.scp.parent}; or set noise_prob: 0 in mixer_conf.rules"
+            )
         if max_seconds <= 0:
             raise NoiseError(f"max_seconds {max_seconds} of noise: must be above 0")
         self.max_seconds = max_seconds

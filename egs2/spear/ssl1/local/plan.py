@@ -22,6 +22,7 @@ import yaml
 
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.spear.loss_tables import resolve_loss_weights
+from espnet2_spear.spear.mixing_rules import MixerConfig
 
 QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
 TEACHERS_OF_MINI = "speech=whisper_tiny_en audio=yamnet"
@@ -164,6 +165,23 @@ def check_data(config: Config, utt2domain: Path) -> set[str]:
                 f"which {utt2domain} has no utterance; leave it out by --teachers"
             )
     return present
+
+
+def check_noise(config: Config) -> None:
+    """Say in time that the training will need a list of noise recordings."""
+    domains = config.get("domains", ["speech", "audio"])
+    conf = config.get("mixer_conf") or {}
+    try:
+        mixing = MixerConfig.from_dict(conf, domains, list(config["teachers"]))
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+    scp = config.get("noise_scp")
+    if mixing and mixing.needs_noise and not (scp and Path(scp).is_file()):
+        logging.warning(
+            f"stage 7 mixes noise in and needs noise_scp ({scp}): make it of MUSAN by "
+            "local/data_musan.py --root MUSAN --out_dir data/noise, or do without: "
+            "--config_override 'mixer_conf={}'"
+        )
 
 
 def take_over(config: Config, facts_of: Mapping[str, list[Path]]) -> None:
@@ -326,6 +344,7 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
         take_over(
             config, {n: [folder / s / f"{n}.json" for s in sets] for n in teachers}
         )
+    check_noise(config)
     lines = [f"{path}|{tag}{suffix}"]
     for name, file in teachers.items():
         weights, options = read_teacher(file, args.check_teachers)
