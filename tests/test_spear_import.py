@@ -5,8 +5,11 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
+import zlib
 from collections import Counter
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from safetensors.torch import save_file
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.bin.spear_import import main as spear_import
+from espnet2_spear.bin.task_pack import self_contained
 from espnet2_spear.hub.files import CheckpointError, read_config
 from espnet2_spear.hub.infer import compact, infer_config, named_size
 from espnet2_spear.hub.load import load_model
@@ -361,6 +365,7 @@ def test_released_layout(golden_dir: Path, tmp_path: Path, name: str) -> None:
 
 # --- Hugging Face ---------------------------------------------------------------------
 
+REVISION = "0123456789" * 4
 HUB = """
 import sys
 from espnet2_spear import load_model
@@ -372,30 +377,122 @@ for name in sys.argv[1:]:
 """
 
 
-def test_hub_ids_offline(tmp_path: Path, state: State) -> None:
-    """A cache as huggingface_hub lays it out, and no network."""
-    revision = "0123456789" * 4
-    for user, layout in (("one", "safetensors in parts"), ("two", "bin")):
-        repo = tmp_path / "hub" / f"models--{user}--student"
-        snapshot = repo / "snapshots" / revision
-        for folder in (repo / "refs", repo / "blobs", snapshot):
-            folder.mkdir(parents=True)
-        (repo / "refs" / "main").write_text(revision)
-        write(repo / "blobs", layout, state)
-        for blob in (repo / "blobs").iterdir():
-            (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
-    names = ["hf:one/student", "hf:two/student", f"hf:one/student@{revision}"]
-    names += ["hf:one/student@other", "hf:three/student", "hf:nonsense", "one/student"]
-    env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+def load_from_hub(names: list[str], home: Path, **more: str) -> list[str]:
+    env = os.environ | {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **more}
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN"):
         env.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-c", HUB, *names], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def fill_cache(home: Path, user: str, layout: str, state: State) -> None:
+    """Lay out a repository as huggingface_hub's cache does."""
+    repo = home / "hub" / f"models--{user}--student"
+    snapshot = repo / "snapshots" / REVISION
+    for folder in (repo / "refs", repo / "blobs", snapshot):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(REVISION)
+    write(repo / "blobs", layout, state)
+    for blob in (repo / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+
+
+def test_hub_ids_offline(tmp_path: Path, state: State) -> None:
+    fill_cache(tmp_path, "one", "safetensors in parts", state)
+    fill_cache(tmp_path, "two", "bin", state)
+    names = ["hf:one/student", "hf:two/student", f"hf:one/student@{REVISION}"]
+    names += ["hf:one/student@other", "hf:three/student", "hf:nonsense", "one/student"]
+    lines = load_from_hub(names, tmp_path, HF_HUB_OFFLINE="1")
     assert lines[:3] == ["ok 4"] * 3
     for line in lines[3:5]:
         assert "HF_HUB_OFFLINE is set, and it is not in the local cache" in line
     assert "hf:USER/NAME" in lines[5]
     assert "no such file or folder" in lines[6]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """So much of the hub's protocol as a snapshot needs, for files of a folder."""
+
+    def do_GET(self) -> None:
+        folder: Path = self.server.folder
+        _, *parts = self.path.partition("?")[0].split("/")
+        if parts[:3] == ["api", "models", "one"] and parts[3] == "student":
+            revision = parts[5] if len(parts) > 5 else "main"
+            if revision not in ("main", REVISION):
+                return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            if "tree" in parts:
+                tree = [
+                    {
+                        "type": "file",
+                        "path": p.name,
+                        "oid": "0",
+                        "size": p.stat().st_size,
+                    }
+                    for p in folder.iterdir()
+                ]
+                return self.reply(200, json.dumps(tree).encode())
+            files = [{"rfilename": p.name} for p in folder.iterdir()]
+            body = {"id": "one/student", "sha": REVISION, "siblings": files}
+            return self.reply(200, json.dumps(body).encode())
+        if parts[:2] == ["one", "student"] and parts[2] == "resolve":
+            self.server.asked.add(parts[4])
+            data = (folder / parts[4]).read_bytes()
+            etag = f'"{zlib.crc32(data)}"'
+            return self.reply(200, data, {"ETag": etag, "X-Repo-Commit": REVISION})
+        return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def reply(self, code: int, data: bytes, headers: dict | None = None) -> None:
+        self.send_response(code)
+        for key, value in {**(headers or {}), "Content-Length": len(data)}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *unused: object) -> None:
+        """Say nothing."""
+
+
+def test_only_what_is_needed_is_downloaded(tmp_path: Path, state: State) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write(source, "safetensors", state)
+    write(source, "bin", state)
+    conf = {"model_type": "spear", **SMALL.to_dict()}
+    (source / "config.json").write_text(json.dumps(conf))
+    for name in ("modeling_spear.py", "README.md", "optimizer.pt", "events.out"):
+        (source / name).write_text("raise SystemExit")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.asked = source, set()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        names = ["hf:one/student", "hf:one/student@v9", "hf:nobody/student"]
+        lines = load_from_hub(names, tmp_path, HF_ENDPOINT=endpoint, NO_PROXY="*")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert lines[0] == "ok 4"
+    assert server.asked == {"config.json", "model.safetensors"}
+    assert "no such revision" in lines[1]
+    assert "no such repository" in lines[2]
+    # And from then on without a network.
+    assert load_from_hub(names[:1], tmp_path, HF_HUB_OFFLINE="1") == ["ok 4"]
+
+
+def test_frontend_and_packing_take_hub_ids(tmp_path, state, monkeypatch) -> None:
+    fill_cache(tmp_path, "one", "safetensors", state)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arch = SMALL.to_dict() | {"encoder_unmasked_dim": [32] * 3}
+    for conf in ({}, {"arch": arch}):
+        frontend = SpearFrontend(ckpt="hf:one/student", **conf)
+        assert torch.equal(frontend.upstream.mask_emb, state["mask_emb"])
+    conf = {"frontend": "spear", "frontend_conf": {"ckpt": "hf:one/student"}}
+    packed = self_contained(conf, tmp_path / "config.yaml")
+    assert packed["frontend_conf"] == {"arch": arch}

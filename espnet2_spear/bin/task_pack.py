@@ -104,8 +104,10 @@ def self_contained(config: dict[str, Any], source: Path) -> dict[str, Any]:
     conf = dict(config.get("frontend_conf") or {})
     if config.get("frontend") != "spear" or conf.get("ckpt") is None:
         return config
-    ckpt = str(conf.pop("ckpt"))
-    if ckpt.startswith("hf:") or Path(ckpt).exists():
+    from espnet2_spear.hub.fetch import is_named
+
+    ckpt = conf.pop("ckpt")
+    if is_named(ckpt):
         from espnet2_spear.hub.load import load_model
 
         conf["arch"] = load_model(ckpt).config.to_dict()

@@ -23,6 +23,11 @@ def is_hub_id(name: str | Path) -> bool:
     return str(name).startswith(HUB_PREFIX)
 
 
+def is_named(ckpt: str | Path) -> bool:
+    """Whether there is something to open: a local path that exists, or a hub id."""
+    return is_hub_id(ckpt) or Path(ckpt).exists()
+
+
 def fetch(name: str) -> Path:
     """Return the local folder of a checkpoint on the hub, downloading what is missing.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import humanfriendly
@@ -18,6 +17,7 @@ from espnet2_spear.asr.frontend.featurizer import Featurizer, FrameReducer
 from espnet2_spear.asr.frontend.freezing import FreezeSchedule
 from espnet2_spear.asr.frontend.logmel import LogMelFusion
 from espnet2_spear.asr.frontend.student import build_student, keep_layers
+from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import CheckpointError, load_model
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.zipformer.checks import InputError
@@ -157,7 +157,7 @@ class SpearFrontend(AbsFrontend):
 
     def reload_pretrained_parameters(self) -> None:
         """Load the checkpoint again, after ESPnet's ``init:`` overwrote it."""
-        if self.ckpt is not None and Path(self.ckpt).exists():
+        if self.ckpt is not None and is_named(self.ckpt):
             self.upstream.load_state_dict(load_model(self.ckpt).state_dict())
 
     @property

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import CheckpointError, load_model
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
@@ -23,7 +23,7 @@ def build_student(
     """Return the student and whether it holds the weights that it should.
 
     Args:
-        ckpt: local checkpoint, see ``espnet2_spear.load_model``.
+        ckpt: local checkpoint or hub id, see ``espnet2_spear.load_model``.
         arch: named size or fields of ZipformerConfig.
         padding: goes before what the checkpoint or ``arch`` says; None: as they say.
 
@@ -35,7 +35,7 @@ def build_student(
     config = None if arch is None else ZipformerConfig.build(arch)
     if config is not None and padding is not None:
         config = replace(config, padding=padding)
-    if ckpt is not None and (Path(ckpt).exists() or config is None):
+    if ckpt is not None and (is_named(ckpt) or config is None):
         student = load_model(ckpt, padding)
         if config is None:
             student.end_schedules()
