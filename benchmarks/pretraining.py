@@ -295,12 +295,38 @@ def count_operations(job: dict) -> dict[str, float]:
     device, amp = torch.device(job["device"]), job["amp"]
     dtype = torch.float32 if amp == "none" else getattr(torch, amp)
     peak = job["peak_tflops"]
+    kept = {}
+    for checkpointing in (False, True):
+        for module in student.modules():
+            if hasattr(module, "checkpointing"):
+                module.checkpointing = checkpointing
+        with torch.autocast(device.type, dtype, enabled=amp != "none"):
+            kept[checkpointing] = kept_bytes(model, batch)
     return {
+        "kept": kept[False],
+        "kept_checkpointing": kept[True],
         "counted": counter.get_total_flops(),
         "analytic": 6.0 * float(seen),
         "peak": peak * 1e12 if peak else product_rate(device, dtype),
         "parameters": sum(p.numel() for p in student.parameters()),
     }
+
+
+def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, besides parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(**batch)[0]
+    del loss
+    return sum(kept.values())
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -331,7 +357,9 @@ def report(
         f"{operations['parameters'] / 1e6:.1f} M parameters; operations of a step: "
         f"{counted / 1e12:.3f} T counted, {analytic / 1e12:.3f} T by 6 x weights x "
         f"frames; peak {peak / 1e12:.3f} TFLOP/s "
-        f"({'given' if job['peak_tflops'] else 'measured'})\n"
+        f"({'given' if job['peak_tflops'] else 'measured'}); kept for the backward "
+        f"pass {operations['kept'] / 2**30:.2f} GiB, with activation checkpointing "
+        f"{operations['kept_checkpointing'] / 2**30:.2f} (amp {job['amp']})\n"
     )
     print(
         "| variant | step, s: median (min to max) | frames/s | x real time "
@@ -352,7 +380,7 @@ def report(
             f"| {frames / median:.0f} | {frames / median / 50:.1f} | {use} "
             f"| {memory:.2f} | {share} |"
         )
-    if not job["split"]:
+    if not job["split"] or not results:
         return
     print("\n| part of a step, s | " + " | ".join(results) + " |")
     print("|---|" + "--:|" * len(results))

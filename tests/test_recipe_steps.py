@@ -419,7 +419,8 @@ def test_slurm_starts_the_command_on_every_node(tmp_path: Path) -> None:
         )
         (tmp_path / name).chmod(0o755)
     result = subprocess.run(
-        [LOCAL / "slurm_job.sh", "--gpu", "8", "--num_nodes", "3"]
+        [LOCAL / "slurm_job.sh", "--gpu", "8", "--num_threads", "64"]
+        + ["--num_nodes", "3"]
         + [tmp_path / "train.log", "echo", "a b"],
         cwd=RECIPE,
         env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
@@ -429,7 +430,8 @@ def test_slurm_starts_the_command_on_every_node(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     args = (tmp_path / "args").read_text().splitlines()
     assert {"--nodes=3", "--ntasks-per-node=1", "--gres=gpu:8"} <= set(args)
-    assert (tmp_path / "train.log").read_text().endswith("srun --export=ALL echo a b\n")
+    log = (tmp_path / "train.log").read_text()
+    assert log.endswith("srun --export=ALL --cpus-per-task=64 echo a b\n")
 
 
 def test_termination_reaches_the_command(tmp_path: Path) -> None:

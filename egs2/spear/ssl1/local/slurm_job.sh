@@ -8,6 +8,7 @@ sbatch_opts=(--wait --job-name=spear)
 job_opts=()
 array=1:1
 num_nodes=1
+launcher_opts=(--export=ALL)
 while [ $# -gt 0 ]; do
     case $1 in
     --gpu)
@@ -17,6 +18,8 @@ while [ $# -gt 0 ]; do
         ;;
     --num_threads)
         sbatch_opts+=("--cpus-per-task=$2")
+        # Of sbatch alone srun has not known it since Slurm 22.05.
+        launcher_opts+=("--cpus-per-task=$2")
         job_opts+=(--num_threads "$2")
         shift 2
         ;;
@@ -44,7 +47,7 @@ shift
 launcher=()
 if [ "${num_nodes}" -gt 1 ]; then
     sbatch_opts+=("--nodes=${num_nodes}" --ntasks-per-node=1)
-    launcher=(srun --export=ALL)
+    launcher=(srun "${launcher_opts[@]}")
 fi
 mkdir -p "$(dirname "${log}")"
 script=${log//JOB/all}.sbatch
