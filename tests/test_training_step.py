@@ -110,11 +110,20 @@ def test_every_module_can_be_imported() -> None:
         importlib.import_module(name)
 
 
-def test_pretraining_steps_and_resumes(data: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("iterator", ["sequence", "task"])
+def test_pretraining_steps_and_resumes(
+    data: dict[str, str], tmp_path: Path, iterator: str
+) -> None:
     from espnet2_spear.bin.spear_train import main
 
     teachers = {"speech": 50.0, "audio": 25.0}
     options = ["--student", "tiny", "--use_matplotlib", "false"]
+    options += ["--iterator_type", iterator]
+    if iterator == "task":
+        options += ["--batch_type", "numel", "--batch_bins", "80000"]
+        options += ["--sampler_conf", "domain_weights.audio=2"]
+        options += ["--sampler_conf", "mix_headroom_seconds=0.5"]
+        options += ["--accum_grad", "2", "--num_iters_per_epoch", "4"]
     for name, frame_rate in teachers.items():
         options += [
             *("--teachers", f"{name}.num_codebooks={CODEBOOKS[name]}"),
@@ -125,6 +134,10 @@ def test_pretraining_steps_and_resumes(data: dict[str, str], tmp_path: Path) -> 
     types |= {"codes_speech": "kaldi_ark", "codes_audio": "kaldi_ark"}
     states = train_twice(main, options + data_options(data, types), tmp_path / "exp")
     check(states, "student.")
+    if iterator == "task":
+        (manifest,) = (tmp_path / "exp/manifest").glob("*/manifest.json")
+        assert "audio" in manifest.read_text(encoding="utf-8")
+        assert not list((tmp_path / "exp").glob("skipped*"))
     # What the next stage needs: the student opens from the experiment's folder.
     weights = tmp_path / "exp" / "2epoch.pth"
     model = espnet2_spear.load_model(weights)

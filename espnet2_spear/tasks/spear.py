@@ -13,6 +13,8 @@ from espnet2.train.trainer import Trainer
 from espnet2.utils.nested_dict_action import NestedDictAction
 from espnet2.utils.types import str2bool, str_or_none
 
+from espnet2_spear.iterators.build import add_sampling_arguments, build_iter_factory
+from espnet2_spear.iterators.iter_factory import SpearIterFactory
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.spear.espnet_model import SpearPretrainModel
 from espnet2_spear.spear.loss_tables import resolve_loss_weights
@@ -133,6 +135,7 @@ class SpearTask(AbsTask):
             default=False,
             help="Compile the student's element-wise operations by torch.compile",
         )
+        add_sampling_arguments(group)
         for class_choices in cls.class_choices_list:
             class_choices.add_arguments(group)
 
@@ -203,6 +206,19 @@ class SpearTask(AbsTask):
                 "codes_<teacher>"
             )
         super().check_task_requirements(dataset, True, train, inference)
+
+    @classmethod
+    def build_task_iter_factory(
+        cls, args: argparse.Namespace, iter_options, mode: str
+    ) -> SpearIterFactory:
+        """Mix corpora and domains by weight, for ``iterator_type: task``."""
+
+        def check(dataset) -> None:
+            cls.check_task_requirements(
+                dataset, args.allow_variable_data_keys, train=iter_options.train
+            )
+
+        return build_iter_factory(args, iter_options, mode, check)
 
     @classmethod
     def main_worker(cls, args: argparse.Namespace) -> None:

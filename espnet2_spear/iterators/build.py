@@ -1,0 +1,193 @@
+"""From ESPnet's options to the iterators of SPEAR's pre-training."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from espnet2.utils.nested_dict_action import NestedDictAction
+
+from espnet2_spear.iterators.iter_factory import (
+    Batches,
+    FixedBatches,
+    SpearIterFactory,
+    StepBatches,
+)
+from espnet2_spear.iterators.lists import ListError
+from espnet2_spear.iterators.manifest import Lists, Manifest, open_manifest
+from espnet2_spear.iterators.sampler import SamplerConfig, StepSampler, once
+from espnet2_spear.mvq.store import CodeStore
+from espnet2_spear.train.data_types import CODES_STORE
+from espnet2_spear.train.manifest_dataset import ManifestDataset
+from espnet2_spear.train.skipping import SkipLimits, SkipLog, SkippingDataset
+
+Config = TypeVar("Config")
+TYPES = {"speech": ("sound",), "domain": ("text",)}
+CODES_TYPES = ("kaldi_ark", CODES_STORE)
+
+
+def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options of ``--iterator_type task``."""
+    group.add_argument(
+        "--sampler_conf",
+        action=NestedDictAction,
+        default=dict(),
+        help="With --iterator_type task: fields of SamplerConfig (domain_weights, "
+        "corpus_weights, num_buckets, mix_headroom_seconds, max_utts, step_shards)",
+    )
+    group.add_argument(
+        "--bad_data_conf",
+        action=NestedDictAction,
+        default=dict(),
+        help="With --iterator_type task: fields of SkipLimits (max_utterances, "
+        "max_share), past which utterances that cannot be read stop the training",
+    )
+    group.add_argument(
+        "--manifest_dir",
+        type=str,
+        default=None,
+        help="With --iterator_type task: where the index of the lists is kept, by "
+        "default OUTPUT_DIR/manifest",
+    )
+
+
+def build_iter_factory(
+    args: argparse.Namespace,
+    iter_options: Any,
+    mode: str,
+    check: Callable[[ManifestDataset], None],
+) -> SpearIterFactory:
+    """Build what SpearTask's ``build_task_iter_factory`` returns.
+
+    Args:
+        args: all options.
+        iter_options: ESPnet's IteratorOptions.
+        mode: ``train``, ``valid`` or ``plot_att``.
+        check: called with the dataset.
+
+    Raises:
+        ListError: lists that do not fit together, or data that does not fit the bounds.
+        ValueError: options that do not fit together.
+    """
+    if iter_options.batch_type not in ("numel", "length") and mode != "plot_att":
+        raise ValueError(
+            f"batch_type '{iter_options.batch_type}': with iterator_type 'task', "
+            "batches are bounded by batch_bins: use 'numel'"
+        )
+    world_size, rank = 1, 0
+    if iter_options.distributed:
+        world_size = torch.distributed.get_world_size()
+        rank = torch.distributed.get_rank()
+    config = _config(SamplerConfig, "sampler_conf", args)
+    if unknown := sorted(set(config.domain_weights) - set(args.domains)):
+        raise ValueError(
+            f"sampler_conf.domain_weights: '{unknown[0]}' is none of --domains "
+            f"{args.domains}"
+        )
+    lists, stores = _sources(
+        iter_options.data_path_and_name_and_type, iter_options.shape_files
+    )
+    manifest = open_manifest(
+        args.manifest_dir or Path(args.output_dir) / "manifest",
+        lists,
+        args.domains,
+        tuple(config.corpus_weights) if iter_options.train else (),
+    )
+    for name, store in stores.items():
+        _check_store(manifest, name, store)
+    dataset = ManifestDataset(
+        manifest, stores, iter_options.preprocess_fn, args.train_dtype
+    )
+    check(dataset)
+    bound: int | None = int(iter_options.batch_bins) // world_size
+    batches: Batches
+    if iter_options.train:
+        parts = world_size * args.accum_grad
+        shards = config.step_shards or parts
+        bins = int(iter_options.batch_bins) * args.accum_grad
+        sampler = StepSampler(manifest, config, bins // shards, shards, args.seed)
+        sampler.log()
+        num_iters = iter_options.num_iters_per_epoch
+        if num_iters is None:
+            num_iters = max(1, round(sampler.steps_per_pass)) * args.accum_grad
+        batches = StepBatches(sampler, num_iters, args.accum_grad, world_size, rank)
+    elif mode == "plot_att":
+        count = min(iter_options.num_batches, len(manifest))
+        batches, bound = FixedBatches([[row] for row in range(count)]), None
+    else:
+        every = once(manifest.samples, bound, config.max_utts, world_size)
+        batches = FixedBatches(every[rank::world_size])
+    logging.info(f"[{mode}] dataset: {dataset}")
+    return SpearIterFactory(
+        SkippingDataset(
+            dataset,
+            partial(
+                dataset.silence,
+                {
+                    f"codes_{name}": int(teacher["num_codebooks"])
+                    for name, teacher in args.teachers.items()
+                },
+            ),
+            substitute=iter_options.train,
+        ),
+        batches,
+        iter_options.collate_fn,
+        SkipLog(
+            Path(args.output_dir) / f"skipped_{mode}.rank{rank}.txt",
+            _config(SkipLimits, "bad_data_conf", args),
+        ),
+        name=mode,
+        bound=bound,
+        num_workers=args.num_workers,
+        pin_memory=args.ngpu > 0,
+    )
+
+
+def _config(kind: type[Config], option: str, args: argparse.Namespace) -> Config:
+    try:
+        return kind(**getattr(args, option))
+    except TypeError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def _sources(
+    entries: Sequence[tuple[str, str, str]], shape_files: Sequence[str]
+) -> tuple[Lists, dict[str, CodeStore]]:
+    """The lists, and the stores of codes, among ESPnet's data options."""
+    files, stores, domain = {}, {}, None
+    for path, name, kind in entries:
+        allowed = CODES_TYPES if name.startswith("codes_") else TYPES.get(name, ())
+        if kind not in allowed:
+            raise ValueError(
+                f"{path},{name},{kind}: with iterator_type 'task', speech is 'sound', "
+                f"domain is 'text' and codes_<teacher> {' or '.join(CODES_TYPES)}; use "
+                "iterator_type 'sequence' for other data"
+            )
+        if kind == CODES_STORE:
+            stores[name] = CodeStore(path)
+        elif name == "domain":
+            domain = path
+        else:
+            files[name] = path
+    if domain is None or "speech" not in files or len(shape_files) != 1:
+        raise ValueError(
+            "with iterator_type 'task', data named speech and domain are needed, and "
+            f"one shape file (utt2num_samples), not {len(shape_files)}"
+        )
+    return Lists(shape_files[0], domain, files), stores
+
+
+def _check_store(manifest: Manifest, name: str, store: CodeStore) -> None:
+    """Look a few utterances up, spread over all, before hours of training."""
+    for row in range(0, len(manifest), max(1, len(manifest) // 100)):
+        utt, _ = manifest.entry(row)
+        if utt not in store:
+            raise ListError(
+                f"{store.folder}: has no codes of utterance '{utt}' ({name}); write "
+                "the store again (spear_store_codes) from codes of all data"
+            )

@@ -1,0 +1,247 @@
+"""Mini-batches of one rank, epoch by epoch, from any batch of an epoch on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+from espnet2.iterators.abs_iter_factory import AbsIterFactory
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from espnet2_spear.iterators.sampler import SAMPLE_RATE, StepSampler
+from espnet2_spear.train.skipping import (
+    SkipLog,
+    SkippingCollate,
+    SkippingDataset,
+    describe,
+)
+
+Batch = tuple[list[str], dict[str, Tensor]]
+
+
+class Batches(Protocol):
+    """Rows of the batches of one rank."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+
+    def rows(self, epoch: int, start: int) -> Iterator[Sequence[int]]:
+        """The batches of an epoch, from number ``start`` on."""
+
+
+class StepBatches:
+    """The part of every step that a rank reads, in ``accum_grad`` batches.
+
+    With W ranks and ``accum_grad`` A, a step of S shards is cut into A * W parts of
+    S / (A * W) shards each: batch a of rank r is part a * W + r. What a step consists
+    of does therefore not depend on W and A.
+
+    Args:
+        sampler: the steps.
+        num_iters: batches of a (virtual) epoch, a multiple of ``accum_grad``.
+        accum_grad: batches of a step.
+        world_size: ranks.
+        rank: this one.
+
+    Raises:
+        ValueError: numbers that do not divide each other.
+    """
+
+    def __init__(
+        self,
+        sampler: StepSampler,
+        num_iters: int,
+        accum_grad: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
+        if sampler.shards % (world_size * accum_grad):
+            raise ValueError(
+                f"sampler_conf.step_shards={sampler.shards} is no multiple of "
+                f"{world_size} GPUs times accum_grad={accum_grad}; choose one that is "
+                "(other steps follow from it), or other numbers of those"
+            )
+        if num_iters % accum_grad:
+            raise ValueError(
+                f"num_iters_per_epoch={num_iters} is no multiple of "
+                f"accum_grad={accum_grad}; an epoch would end within a step"
+            )
+        self.sampler, self.num_iters = sampler, num_iters
+        self.accum_grad, self.world_size, self.rank = accum_grad, world_size, rank
+
+    def __len__(self) -> int:
+        return self.num_iters
+
+    def rows(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Rows of the batches of an epoch (from 1), from number ``start`` (from 0)."""
+        first = (epoch - 1) * self.num_iters + start
+        step, part = divmod(first, self.accum_grad)
+        parts = self.accum_grad * self.world_size
+
+        def endless(part: int) -> Iterator[np.ndarray]:
+            for rows in self.sampler.steps(step):
+                size = len(rows) // parts
+                for number in range(part, self.accum_grad):
+                    at = (number * self.world_size + self.rank) * size
+                    yield rows[at : at + size]
+                part = 0
+
+        return islice(endless(part), self.num_iters - start)
+
+
+class FixedBatches:
+    """The same batches in every epoch."""
+
+    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def rows(self, epoch: int, start: int = 0) -> Iterator[Sequence[int]]:
+        """Rows of the batches, from number ``start`` on."""
+        return iter(self.batches[start:])
+
+
+class SpearIterFactory(AbsIterFactory):
+    """Builds the iterator of an epoch; see docs/pretraining.md, "Sampling".
+
+    Args:
+        dataset: reads the rows of a batch.
+        batches: the rows.
+        collate_fn: ESPnet's interface. If it has ``set_epoch``, that is called with the
+            epoch's number before workers start.
+        skips: counts and lists what cannot be read.
+        name: of the data, for the log.
+        bound: samples of a batch, with padding, at most (for reports only).
+        num_workers: processes that read; 0 reads in this one.
+        pin_memory: for copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        dataset: SkippingDataset,
+        batches: Batches,
+        collate_fn: Callable,
+        skips: SkipLog,
+        name: str = "train",
+        bound: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.batches, self.collate_fn = dataset, batches, collate_fn
+        self.skips, self.name, self.bound = skips, name, bound
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+
+    def build_iter(
+        self, epoch: int, shuffle: bool | None = None, start: int = 0
+    ) -> EpochIterator:
+        """Iterate over the batches of an epoch.
+
+        Args:
+            epoch: its number, from 1.
+            shuffle: part of ESPnet's interface; only None, as the order is the
+                sampler's.
+            start: batch to begin with, from 0. Earlier ones are not read.
+
+        Raises:
+            ValueError: a ``start`` outside the epoch, or another ``shuffle``.
+        """
+        if shuffle is not None:
+            raise ValueError(
+                "the order of batches is sampler_conf's: shuffle=None only"
+            )
+        if not 0 <= start <= len(self.batches):
+            raise ValueError(f"batch {start} of an epoch of {len(self.batches)}")
+        if hasattr(self.collate_fn, "set_epoch"):
+            self.collate_fn.set_epoch(epoch)
+        return EpochIterator(
+            self.skips,
+            self.name,
+            self.bound,
+            dataset=self.dataset,
+            batch_sampler=_Rows(self.batches, epoch, start),
+            collate_fn=SkippingCollate(self.collate_fn),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+
+
+class EpochIterator(DataLoader):
+    """Batches of an epoch, as ESPnet's trainer wants them, and facts about them.
+
+    Args:
+        skips: counts and lists what cannot be read.
+        name: of the data, for the log.
+        bound: samples of a batch, with padding, at most.
+        options: of DataLoader.
+
+    Attributes:
+        samples: of audio, so far.
+        padded: the same with padding.
+        count: batches so far.
+        utterances: so far.
+    """
+
+    def __init__(
+        self, skips: SkipLog, name: str, bound: int | None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.skips, self.name, self.bound = skips, name, bound
+        self.samples = self.padded = self.count = self.utterances = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for utts, batch, loaded in super().__iter__():
+            self.skips.add(loaded)
+            self.count += 1
+            self.utterances += len(utts)
+            self.samples += int(batch["speech_lengths"].sum())
+            self.padded += batch["speech"].shape[0] * batch["speech"].shape[1]
+            yield utts, batch
+        self.log()
+
+    def stats(self) -> dict[str, float]:
+        """What was read so far, by this rank.
+
+        Returns:
+            ``padding_waste``: share of the samples that were padding;
+            ``batch_fill``: mean share of the bound that batches took, with padding;
+            ``audio_seconds``, ``utterances``, and counts of skipped utterances (all of
+            the run's, by cause).
+        """
+        stats: dict[str, Any] = {
+            "padding_waste": 1 - self.samples / max(self.padded, 1),
+            "audio_seconds": self.samples / SAMPLE_RATE,
+            "utterances": self.utterances,
+        }
+        if self.bound is not None:
+            stats["batch_fill"] = self.padded / (max(self.count, 1) * self.bound)
+        return {**stats, **describe(self.skips)}
+
+    def log(self) -> None:
+        """Write the facts to the log."""
+        stats = self.stats()
+        fill = f", {stats['batch_fill']:.1%} of the bound" if self.bound else ""
+        skips = f"; skipped so far: {self.skips.summary()}" if len(self.skips) else ""
+        logging.info(
+            f"[{self.name}] {self.count} batches, {self.utterances} utterances, "
+            f"{stats['audio_seconds'] / 3600:.2f} h; padding "
+            f"{stats['padding_waste']:.1%}{fill}{skips}"
+        )
+
+
+class _Rows:
+    """The batch sampler of a DataLoader; runs in the main process."""
+
+    def __init__(self, batches: Batches, epoch: int, start: int) -> None:
+        self.batches, self.epoch, self.start = batches, epoch, start
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.start
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return self.batches.rows(self.epoch, self.start)

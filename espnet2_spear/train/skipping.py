@@ -1,0 +1,213 @@
+"""Utterances that cannot be read are left out, counted, listed, and limited."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+TRIES = 4  # rows tried in place of a bad one
+MIN_FAILURES = 20  # before their share means something
+
+
+class BadUtterance(Exception):
+    """An utterance cannot be used.
+
+    Args:
+        utt: its id.
+        cause: one word for lists and counts.
+        detail: what was found, in which file.
+    """
+
+    def __init__(self, utt: str, cause: str, detail: str) -> None:
+        super().__init__(utt, cause, detail)
+        self.utt, self.cause, self.detail = utt, cause, detail
+
+
+class TooManyBadUtterances(RuntimeError):
+    """More utterances than allowed could not be used."""
+
+
+class Loaded(NamedTuple):
+    """Utterances of a batch, and what could not be read for it."""
+
+    items: list[tuple[str, dict]]
+    failures: list[tuple[str, str, str]]
+    tried: int
+
+
+class RowDataset(Protocol):
+    """A dataset of which some rows may be bad."""
+
+    def __getitem__(self, row: int) -> tuple[str, dict]:
+        """Read a row; may raise BadUtterance."""
+
+    def substitutes(self, row: int) -> Sequence[int]:
+        """Rows to take instead."""
+
+
+class SkippingDataset:
+    """Reads whole batches, in which bad utterances are replaced.
+
+    In place of one comes the nearest of its ``substitutes`` that can be read and is not
+    in the batch, if one of the first four can. A batch of which nothing can be read
+    becomes one silent utterance without targets, so that the other ranks need not wait.
+
+    Args:
+        dataset: the utterances.
+        silence: makes the silent one.
+        substitute: False leaves bad ones out only (validation).
+    """
+
+    def __init__(
+        self,
+        dataset: RowDataset,
+        silence: Callable[[], tuple[str, dict]],
+        substitute: bool = True,
+    ) -> None:
+        self.dataset, self.silence, self.substitute = dataset, silence, substitute
+
+    def __getitem__(self, row: int) -> tuple[str, dict]:
+        return self.dataset[row]
+
+    def __getitems__(self, rows: Sequence[int]) -> Loaded:
+        """Read a batch; torch's DataLoader calls it with the rows of one."""
+        rows = [int(row) for row in rows]
+        taken = set(rows)
+        result = Loaded([], [], 0)
+        for row in rows:
+            item = self._read(row, result.failures)
+            if item is None and self.substitute:
+                others = (r for r in self.dataset.substitutes(row) if r not in taken)
+                for other, _ in zip(others, range(TRIES), strict=False):
+                    taken.add(other)
+                    item = self._read(other, result.failures)
+                    if item is not None:
+                        break
+            if item is not None:
+                result.items.append(item)
+        result = result._replace(tried=len(result.items) + len(result.failures))
+        if not result.items:
+            result.items.append(self.silence())
+        return result
+
+    def _read(self, row: int, failures: list) -> tuple[str, dict] | None:
+        try:
+            return self.dataset[row]
+        except BadUtterance as bad:
+            failures.append((bad.utt, bad.cause, bad.detail))
+            return None
+
+
+class SkippingCollate:
+    """Collates what SkippingDataset gives, and passes on what could not be read."""
+
+    def __init__(
+        self, collate_fn: Callable[[Collection[tuple[str, dict]]], tuple]
+    ) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, loaded: Loaded) -> tuple[list[str], dict, Loaded]:
+        """Return ids, tensors, and the failures with the number of rows tried."""
+        utts, batch = self.collate_fn(loaded.items)
+        return utts, batch, loaded._replace(items=[])
+
+
+@dataclass(frozen=True)
+class SkipLimits:
+    """Options of ``--bad_data_conf``: how much may be bad, of what a process reads.
+
+    Attributes:
+        max_utterances: different bad utterances; null: any number.
+        max_share: failures among all that was read, in 0..1; counts from the twentieth
+            failure on.
+    """
+
+    max_utterances: int | None = 1000
+    max_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.max_utterances is not None and self.max_utterances < 0:
+            raise ValueError("bad_data_conf.max_utterances is negative")
+        if not 0 <= self.max_share <= 1:
+            raise ValueError(f"bad_data_conf.max_share {self.max_share}: 0 to 1")
+
+
+class SkipLog:
+    """Counts and lists bad utterances of one process, and stops at the limit.
+
+    Args:
+        path: list of them, ``utterance cause detail``; goes on where it ended. None
+            keeps none.
+        limits: when to stop.
+
+    Attributes:
+        causes: how many different utterances failed by which cause.
+    """
+
+    def __init__(self, path: Path | None, limits: SkipLimits) -> None:
+        self.path, self.limits = path, limits
+        self.causes: Counter[str] = Counter()
+        self.failures = self.read = 0
+        self._known: set[str] = set()
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                utt, cause, *_ = line.split(maxsplit=2)
+                self._known.add(utt)
+                self.causes[cause] += 1
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, loaded: Loaded) -> None:
+        """Note what could not be read for a batch.
+
+        Raises:
+            TooManyBadUtterances: the limit was passed.
+        """
+        self.read += loaded.tried
+        if not loaded.failures:
+            return
+        self.failures += len(loaded.failures)
+        fresh = {f[0]: f for f in loaded.failures if f[0] not in self._known}.values()
+        lines = []
+        for utt, cause, detail in fresh:
+            self._known.add(utt)
+            self.causes[cause] += 1
+            # Errors of all ranks show, warnings of the first only.
+            logging.warning(f"skipped utterance '{utt}' ({cause}): {detail}")
+            lines.append(f"{utt} {cause} {' '.join(detail.split())}\n")
+        if lines and self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(lines)
+        self._check()
+
+    def _check(self) -> None:
+        limits, reason = self.limits, None
+        if limits.max_utterances is not None and len(self) > limits.max_utterances:
+            reason = f"more than bad_data_conf.max_utterances={limits.max_utterances}"
+        elif self.failures >= MIN_FAILURES:
+            if self.failures > limits.max_share * self.read:
+                reason = (
+                    f"{self.failures} of {self.read} readings failed, more than "
+                    f"bad_data_conf.max_share={limits.max_share}"
+                )
+        if reason is not None:
+            raise TooManyBadUtterances(
+                f"{len(self)} bad utterances ({self.summary()}): {reason}. They are "
+                f"listed in {self.path}: restore the files, or prepare the data again, "
+                "or raise the limit"
+            )
+
+    def summary(self) -> str:
+        """Counts by cause, the most frequent first."""
+        return ", ".join(f"{n} {cause}" for cause, n in self.causes.most_common())
+
+
+def describe(log: SkipLog) -> dict[str, Any]:
+    """Counts for a reporter: ``skipped`` and ``skipped_<cause>``."""
+    return {"skipped": len(log), **{f"skipped_{c}": n for c, n in log.causes.items()}}

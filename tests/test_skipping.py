@@ -1,0 +1,274 @@
+"""Batches from real files, some of them bad, by worker processes."""
+
+import logging
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from espnet2.train.collate_fn import CommonCollateFn
+
+from espnet2_spear.fileio.kaldi_ark import CodesWriter
+from espnet2_spear.iterators.iter_factory import (
+    FixedBatches,
+    SpearIterFactory,
+    StepBatches,
+)
+from espnet2_spear.iterators.manifest import Lists, open_manifest
+from espnet2_spear.iterators.sampler import SamplerConfig, StepSampler
+from espnet2_spear.mvq.store import CodeStore, CodeStoreWriter
+from espnet2_spear.spear.targets import TeacherCodes
+from espnet2_spear.train.manifest_dataset import SILENCE, ManifestDataset
+from espnet2_spear.train.preprocessor import SpearPreprocessor
+from espnet2_spear.train.skipping import (
+    SkipLimits,
+    SkipLog,
+    SkippingDataset,
+    TooManyBadUtterances,
+)
+
+RATE = 16000
+COUNT = 24
+CODEBOOKS = 4
+LENIENT = SkipLimits(max_utterances=None, max_share=1.0)
+KEYS = {"codes_speech": CODEBOOKS, "codes_store": 2}
+
+
+def audio(folder: Path, number: int) -> Path:
+    """Odd ones are flac."""
+    return folder / f"u-{number:02d}.{('wav', 'flac')[number % 2]}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Utterances u-00 to u-23 of 0.5 s and more, with codes in an ark and a store."""
+    rng = np.random.default_rng(0)
+    lengths = {f"u-{i:02d}": RATE // 2 + 640 * i for i in range(COUNT)}
+    wavs = {u: audio(tmp_path, i) for i, u in enumerate(lengths)}
+    with (
+        CodesWriter(tmp_path / "codes.ark", tmp_path / "codes") as ark,
+        CodeStoreWriter(tmp_path / "store", 2) as store,
+    ):
+        for i, (utt, samples) in enumerate(lengths.items()):
+            noise = 0.1 * rng.standard_normal(samples)
+            soundfile.write(wavs[utt], noise.astype(np.float32), RATE)
+            ark.write(utt, np.full((samples // 320, CODEBOOKS), i))
+            store.write(utt, np.full((samples // 640, 2), i) if i % 2 else None)
+    tables = {
+        "lengths": lengths,
+        "wav": wavs,
+        "domain": dict.fromkeys(lengths, "audio"),
+    }
+    for name, table in tables.items():
+        lines = (f"{utt} {value}\n" for utt, value in table.items())
+        (tmp_path / name).write_text("".join(lines))
+    return tmp_path
+
+
+class Collate(CommonCollateFn):
+    """ESPnet's, which remembers the epoch as one with random noise would."""
+
+    epoch = None
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __call__(self, data):
+        utts, batch = super().__call__(data)
+        return utts, {**batch, "epoch": torch.tensor(self.epoch)}
+
+
+def factory(
+    folder: Path,
+    limits: SkipLimits = LENIENT,
+    workers: int = 0,
+    valid: bool = False,
+    list_path: str | None = "skipped.txt",
+) -> SpearIterFactory:
+    files = {"speech": str(folder / "wav"), "codes_speech": str(folder / "codes")}
+    lists = Lists(str(folder / "lengths"), str(folder / "domain"), files)
+    manifest = open_manifest(folder / "m", lists, ["speech", "audio"])
+    teachers = {
+        "speech": TeacherCodes(CODEBOOKS, 256, 50.0),
+        "store": TeacherCodes(2, 256, 25.0),
+    }
+    dataset = ManifestDataset(
+        manifest,
+        {"codes_store": CodeStore(folder / "store")},
+        SpearPreprocessor(teachers, ["speech", "audio"]),
+    )
+    if valid:
+        batches = FixedBatches([[0, 1, 2], [3]])
+    else:
+        sampler = StepSampler(manifest, SamplerConfig(), 4 * RATE, 1)
+        batches = StepBatches(sampler, 12)
+    return SpearIterFactory(
+        SkippingDataset(dataset, lambda: dataset.silence(KEYS), substitute=not valid),
+        batches,
+        Collate(float_pad_value=0.0, int_pad_value=-1, not_sequence=["domain"]),
+        SkipLog(folder / list_path if list_path else None, limits),
+        bound=4 * RATE,
+        num_workers=workers,
+    )
+
+
+def read(iterator) -> list[tuple]:
+    return [
+        (tuple(utts), {k: v.numpy().tolist() for k, v in batch.items()})
+        for utts, batch in iterator
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_can_begin_anywhere(folder: Path, workers: int) -> None:
+    one = factory(folder, workers=workers)
+    whole = read(one.build_iter(2))
+    assert len(whole) == 12
+    for utts, batch in whole:
+        assert batch["epoch"] == 2 and batch["domain"] == [[1]] * len(utts)
+        for i, utt in enumerate(utts):
+            number = int(utt[2:])
+            frames = batch["codes_speech_lengths"][i]
+            assert frames == (RATE // 2 + 640 * number) // 320
+            codes = np.array(batch["codes_speech"])[i]
+            assert (codes[:frames] == number).all() and (codes[frames:] == -1).all()
+            expected = number if number % 2 else -1  # the store has none of the others
+            assert batch["codes_store"][i][0] == [expected] * 2
+            assert np.array(batch["speech"])[i].std() > 0.05
+    rest = one.build_iter(2, start=7)
+    assert len(rest) == 5
+    assert read(rest) == whole[7:]
+    assert read(factory(folder).build_iter(2, start=12)) == []
+    assert read(one.build_iter(3))[0][0] != whole[0][0]
+    with pytest.raises(ValueError, match="batch 13 of an epoch of 12"):
+        one.build_iter(2, start=13)
+    with pytest.raises(ValueError, match="shuffle=None only"):
+        one.build_iter(2, shuffle=False)
+
+
+def damage(folder: Path) -> dict[str, str]:
+    """Ways in which files go bad; the cause of each utterance."""
+    (folder / "u-04.wav").unlink()
+    (folder / "u-06.wav").write_bytes(b"")
+    flac = (folder / "u-07.flac").read_bytes()
+    (folder / "u-07.flac").write_bytes(flac[: len(flac) // 2])
+    soundfile.write(folder / "u-08.wav", np.zeros(RATE // 4, np.float32), RATE)
+    soundfile.write(folder / "u-10.wav", np.zeros(9000, np.float32), 8000)
+    lines = (folder / "codes").read_text().splitlines()
+    wrong = {1: lambda line: f"{line}5", 3: lambda line: "u-03 no.ark:7"}
+    # The codes of another utterance, of another length.
+    wrong[12] = lambda line: "u-12 " + lines[0].split(maxsplit=1)[1]
+    lines = [wrong.get(i, str)(line) for i, line in enumerate(lines)]
+    (folder / "codes").write_text("\n".join(lines) + "\n")
+    return {
+        "u-04": "audio_unreadable",
+        "u-06": "audio_empty",
+        "u-07": "audio_unreadable",
+        "u-08": "audio_length",
+        "u-10": "audio_rate",
+        "u-01": "codes_unreadable",
+        "u-03": "codes_unreadable",
+        "u-12": "content",
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_are_replaced_and_listed(folder: Path, workers: int) -> None:
+    sizes = [len(utts) for utts, _ in read(factory(folder).build_iter(1))]
+    causes = damage(folder)
+    one = factory(folder, workers=workers)
+    iterator = one.build_iter(1)
+    batches = read(iterator)
+    assert [len(utts) for utts, _ in batches] == sizes
+    for utts, batch in batches:
+        assert not set(utts) & set(causes) and len(set(utts)) == len(utts)
+        # A substitute is no longer than what it stands for.
+        assert len(utts) * len(batch["speech"][0]) <= 4 * RATE
+    listed = (folder / "skipped.txt").read_text().splitlines()
+    assert {line.split()[0]: line.split()[1] for line in listed} == causes
+    assert len(listed) == len(causes) == len(one.skips)
+    stats = iterator.stats()
+    assert stats["skipped"] == 8 and stats["skipped_codes_unreadable"] == 2
+    # After a restart nothing is listed twice, and no batch is another.
+    again = factory(folder, workers=workers)
+    assert read(again.build_iter(1)) == batches
+    assert (folder / "skipped.txt").read_text().splitlines() == listed
+    assert again.skips.causes == one.skips.causes
+
+
+def test_a_batch_of_bad_files_becomes_silence(folder: Path) -> None:
+    for i in range(COUNT):
+        audio(folder, i).write_bytes(b"x")
+    one = factory(folder)
+    for utts, batch in islice(one.build_iter(1), 5):
+        assert utts == [SILENCE]
+        assert batch["speech"].shape == (1, RATE) and not batch["speech"].any()
+        assert batch["codes_speech"].tolist() == [[[-1] * CODEBOOKS]]
+        assert batch["codes_store"].tolist() == [[[-1] * 2]]
+
+
+def test_validation_leaves_out_and_does_not_replace(folder: Path) -> None:
+    causes = damage(folder)
+    batches = [utts for utts, _ in factory(folder, valid=True).build_iter(1)]
+    assert {"u-01", "u-03"} <= set(causes)
+    assert batches == [["u-00", "u-02"], [SILENCE]]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (SkipLimits(max_utterances=3), "more than bad_data_conf.max_utterances=3"),
+        (SkipLimits(None, max_share=0.1), "readings failed.*max_share=0.1"),
+    ],
+)
+def test_past_the_limit_the_run_stops(
+    folder: Path, limits: SkipLimits, message: str
+) -> None:
+    damage(folder)
+    one = factory(folder, limits)
+    with pytest.raises(TooManyBadUtterances, match=message) as raised:
+        for epoch in range(1, 30):
+            read(one.build_iter(epoch))
+    assert "skipped.txt: restore the files" in str(raised.value)
+    assert "audio_unreadable" in str(raised.value)
+
+
+def test_other_errors_are_not_taken_for_bad_data(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise AttributeError("a mistake in a program")
+
+    monkeypatch.setattr(SpearPreprocessor, "__call__", broken)
+    with pytest.raises(AttributeError, match="a mistake in a program"):
+        read(factory(folder).build_iter(1))
+
+
+def test_padding_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    iterator = factory(folder, list_path=None).build_iter(1)
+    with caplog.at_level(logging.INFO):
+        batches = read(iterator)
+    lengths = [sum(batch["speech_lengths"]) for _, batch in batches]
+    padded = [np.array(batch["speech"]).size for _, batch in batches]
+    stats = iterator.stats()
+    assert stats["padding_waste"] == pytest.approx(1 - sum(lengths) / sum(padded))
+    assert stats["batch_fill"] == pytest.approx(sum(padded) / (12 * 4 * RATE))
+    assert stats["audio_seconds"] == sum(lengths) / RATE
+    assert f"padding {stats['padding_waste']:.1%}" in caplog.text
+
+
+def test_audio_a_little_longer_than_listed_is_cut(folder: Path) -> None:
+    samples = RATE // 2
+    soundfile.write(folder / "u-00.wav", np.ones(samples + 100, np.float32) / 2, RATE)
+    dataset = factory(folder).dataset.dataset
+    assert dataset[0][1]["speech"].shape == (samples,)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_utterances": -1}, {"max_share": 1.5}, {"max_share": -0.1}]
+)
+def test_bad_limits(options: dict) -> None:
+    with pytest.raises(ValueError, match=f"bad_data_conf.{next(iter(options))}"):
+        SkipLimits(**options)
