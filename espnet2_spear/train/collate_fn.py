@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -42,6 +42,18 @@ class SpearCollateFn(CommonCollateFn):
         """Say which epoch begins, before workers are started."""
         self.epoch = epoch
 
+    def draw_noise(self, ids: Sequence[str]) -> list[tuple[str, np.ndarray]]:
+        """Return the (name, samples) of the clips for a batch of these utterances.
+
+        Raises:
+            NoiseError: no noise could be read.
+        """
+        if self.noise is None:
+            return []
+        key = zlib.crc32("\n".join(ids).encode("utf-8", "surrogateescape"))
+        rng = np.random.default_rng([self.seed, self.epoch, key])
+        return self.noise.draw(rng, self.clips)
+
     def __call__(
         self, data: Collection[Utterance]
     ) -> tuple[list[str], dict[str, torch.Tensor]]:
@@ -55,13 +67,8 @@ class SpearCollateFn(CommonCollateFn):
             NoiseError: no noise could be read.
         """
         ids, batch = super().__call__(data)
-        if self.noise is not None:
-            key = zlib.crc32("\n".join(ids).encode("utf-8", "surrogateescape"))
-            rng = np.random.default_rng([self.seed, self.epoch, key])
-            clips = [
-                torch.from_numpy(samples)
-                for _, samples in self.noise.draw(rng, self.clips)
-            ]
+        clips = [torch.from_numpy(clip) for _, clip in self.draw_noise(ids)]
+        if clips:
             batch["noise"] = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
             batch["noise_lengths"] = torch.tensor([len(clip) for clip in clips])
         return ids, batch

@@ -1,0 +1,268 @@
+#!/usr/bin/env python3
+"""Listen to what pre-training mixes: waveforms of a batch, and their targets."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import yaml
+
+from espnet2_spear.fileio.audio import AudioError, Span, read_pieces, resample
+from espnet2_spear.fileio.datadir import DOMAINS, DataDir
+from espnet2_spear.fileio.kaldi_ark import read_matrix, read_scp
+from espnet2_spear.spear.mixing import Mixer, Mixture
+from espnet2_spear.spear.mixing_rules import PRESETS, MixerConfig
+from espnet2_spear.spear.targets import TeacherCodes
+from espnet2_spear.train.codes_facts import codes_facts
+from espnet2_spear.train.collate_fn import SpearCollateFn
+from espnet2_spear.train.noise import NoiseList
+from espnet2_spear.train.preprocessor import SpearPreprocessor
+from espnet2_spear.zipformer.fbank import SAMPLE_RATE
+
+TABLE = "mixtures.tsv"
+LEVEL = 0.9  # loudest sample of a written file, at most
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--log_level", default="INFO")
+    parser.add_argument("--data_dir", required=True, help="with wav.scp, utt2domain")
+    parser.add_argument(
+        "--codes",
+        required=True,
+        action="append",
+        type=_named,
+        metavar="TEACHER=SCP",
+        help="scp file of a teacher's codes, TEACHER.json beside it; once for each",
+    )
+    parser.add_argument("--out_dir", required=True, help=f"for wav files and {TABLE}")
+    parser.add_argument(
+        "--preset", default="token_mixing", choices=list(PRESETS), help="of mixer_conf"
+    )
+    parser.add_argument(
+        "--mixer_conf",
+        type=_mapping,
+        default={},
+        help="YAML, added to the preset, such as '{rules: {speech: {prob: 1.0}}}'",
+    )
+    parser.add_argument("--noise_scp", help="wav.scp of noise recordings")
+    parser.add_argument("--batch_size", type=int, default=16, help="utterances")
+    parser.add_argument("--num_batches", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"expected TEACHER=SCP, found '{text}'")
+    return name, value
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a YAML mapping, found '{text}'")
+    return value
+
+
+@dataclass
+class Source:
+    """Utterances of a data directory with the codes of all teachers.
+
+    Attributes:
+        data: the directory.
+        specs: teacher -> utterance -> ``ark:offset``.
+        prepare: checks of one utterance, those of the training.
+    """
+
+    data: DataDir
+    specs: dict[str, dict[str, str]]
+    prepare: SpearPreprocessor
+
+    def read(self, utt: str) -> tuple[str, dict[str, np.ndarray]]:
+        """Load one utterance as the training does."""
+        file, span = utt, Span(None, None)
+        if self.data.segments is not None:
+            file, start, end, channel = self.data.segments[utt]
+            span = Span(start, end if end >= 0 else None, channel)
+        ((samples, info),) = read_pieces(self.data.wav_scp[file], [span])
+        if isinstance(samples, AudioError):
+            raise samples
+        loaded = {
+            "speech": resample(samples, info.rate, SAMPLE_RATE),
+            "domain": self.data.utt2domain[utt],
+        }
+        for name, specs in self.specs.items():
+            loaded[f"codes_{name}"] = read_matrix(specs[utt], utt)
+        return utt, self.prepare(utt, loaded)
+
+
+def _teacher(name: str, scp: str) -> TeacherCodes:
+    facts = codes_facts(scp)
+    try:
+        return TeacherCodes(
+            facts["num_codebooks"], facts["codebook_size"], facts["frame_rate"]
+        )
+    except (KeyError, TypeError) as error:
+        raise SystemExit(
+            f"{Path(scp).with_suffix('.json')}: missing or malformed ({error!r}); "
+            "it is written beside the codes: tokenize (stage 5)"
+        ) from None
+
+
+def _share_of_source(
+    mixture: Mixture, row: int, name: str, hop: int, codes: torch.Tensor, samples: int
+) -> tuple[float, int]:
+    """Share of the source's codes in the overlap, and frames that only it has."""
+    plan = mixture.plan
+    begin, length = int(plan.begin[row]) // hop, -(-int(plan.length[row]) // hop)
+    shift = int(plan.source_begin[row]) // hop
+    own = codes[row]
+    known = int((own[:, 0] >= 0).sum())
+    got = mixture.codes[name][row]
+    source = codes[int(plan.row[row])][shift : shift + length]
+    end = min(begin + len(source), known)
+    old, new = own[begin:end], got[begin:end]
+    # Where both have the same code nobody can tell.
+    differs = (old != source[: end - begin]) & (source[: end - begin] >= 0)
+    share = (new != old)[differs].float().mean().item()
+    tail = int((got[samples // hop :, 0] >= 0).sum())
+    return share, tail
+
+
+def _describe(
+    mixture: Mixture,
+    ids: list[str],
+    noises: list[str],
+    batch: dict[str, torch.Tensor],
+    hops: dict[str, int],
+) -> list[dict[str, str]]:
+    """A row of the table for every utterance of a batch that was changed."""
+    plan, rows = mixture.plan, []
+    for i in plan.mixed.nonzero().flatten().tolist():
+        source = (ids + noises)[int(plan.row[i])]
+        row = {
+            "utterance": ids[i],
+            "mixed_with": source,
+            "kind": "noise" if plan.is_noise[i] else "utterance",
+            "snr_db": f"{float(plan.snr[i]):.2f}",
+            "offset_s": f"{int(plan.begin[i]) / SAMPLE_RATE:.3f}",
+            "source_s": f"{int(plan.source_begin[i]) / SAMPLE_RATE:.3f}",
+            "length_s": f"{int(plan.length[i]) / SAMPLE_RATE:.3f}",
+            "seconds_before": f"{int(batch['speech_lengths'][i]) / SAMPLE_RATE:.3f}",
+            "seconds_after": f"{int(mixture.lengths[i]) / SAMPLE_RATE:.3f}",
+            "replace_prob": f"{float(plan.replace_prob[i]):.3f}",
+        }
+        for name, hop in hops.items():
+            row[f"{name}_replaced"] = row[f"{name}_tail_frames"] = "-"
+            if plan.mixes_targets[i]:
+                codes = batch[f"codes_{name}"]
+                samples = int(batch["speech_lengths"][i])
+                share, tail = _share_of_source(mixture, i, name, hop, codes, samples)
+                row[f"{name}_replaced"] = f"{share:.3f}"
+                row[f"{name}_tail_frames"] = str(tail)
+        rows.append(row)
+    return rows
+
+
+def _write_audio(path: Path, samples: np.ndarray) -> None:
+    """Write 16-bit audio, quieter where it would clip."""
+    peak = float(np.abs(samples).max(initial=0.0))
+    soundfile.write(path, samples * min(1.0, LEVEL / max(peak, 1e-9)), SAMPLE_RATE)
+
+
+def main(cmd=None):
+    """Mix and write; see ``--help``.
+
+    Example:
+        % python -m espnet2_spear.bin.spear_mix --data_dir dump/raw/train \
+            --codes speech=dump/codes/train/speech.scp \
+            --noise_scp data/noise/wav.scp --out_dir exp/mixtures
+    """
+    args = get_parser().parse_args(cmd)
+    logging.basicConfig(
+        level=args.log_level,
+        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
+    )
+    data = DataDir.load(args.data_dir)
+    data.validate(require=("utt2domain",))
+    teachers = {name: _teacher(name, scp) for name, scp in args.codes}
+    specs = {name: read_scp(scp) for name, scp in args.codes}
+    conf = {"preset": args.preset} | args.mixer_conf
+    try:
+        config = MixerConfig.from_dict(conf, DOMAINS, list(teachers))
+        mixer = Mixer(config, DOMAINS, teachers)
+    except ValueError as error:
+        raise SystemExit(f"--mixer_conf: {error}") from None
+    if config.needs_noise and not args.noise_scp:
+        raise SystemExit(
+            f"preset '{args.preset}' mixes noise in: give --noise_scp, or "
+            "--mixer_conf '{rules: {speech: {noise_prob: 0}}}'"
+        )
+    noise = NoiseList(args.noise_scp) if args.noise_scp else None
+    collate = SpearCollateFn(noise, clips=args.batch_size, seed=args.seed)
+    source = Source(data, specs, SpearPreprocessor(teachers, DOMAINS))
+
+    usable = [
+        utt
+        for utt in data.utterances
+        if data.utt2domain[utt] in config.rules
+        and all(utt in s for s in specs.values())
+    ]
+    if len(usable) < 2:
+        raise SystemExit(
+            f"{args.data_dir}: {len(usable)} utterances of domain "
+            f"{', '.join(config.rules)} with codes; two are needed"
+        )
+    order = np.random.default_rng(args.seed).permutation(len(usable))
+    torch.manual_seed(args.seed)
+    out_dir = Path(args.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    table: list[dict[str, str]] = []
+    order = order[: args.num_batches * args.batch_size]
+    for first in range(0, len(order), args.batch_size):
+        chosen = [usable[k] for k in order[first : first + args.batch_size]]
+        ids, batch = collate([source.read(utt) for utt in chosen])
+        codes = {name: batch[f"codes_{name}"] for name in teachers}
+        mixture = mixer(
+            batch["speech"],
+            batch["speech_lengths"],
+            batch["domain"].reshape(-1),
+            codes,
+            batch.get("noise"),
+            batch.get("noise_lengths"),
+        )
+        noises = [name for name, _ in collate.draw_noise(ids)]
+        for row in _describe(mixture, ids, noises, batch, mixer.hops):
+            i = ids.index(row["utterance"])
+            row = {"file": f"{len(table):03d}_{row['kind']}.wav"} | row
+            samples = mixture.speech[i, : int(mixture.lengths[i])].numpy()
+            _write_audio(out_dir / row["file"], samples)
+            if mixture.plan.mixes_targets[i]:
+                targets = {k: v[i].numpy() for k, v in mixture.codes.items()}
+                np.savez_compressed(
+                    (out_dir / row["file"]).with_suffix(".npz"), **targets
+                )
+            table.append(row)
+    if not table:
+        raise SystemExit("nothing was mixed: draw more (--num_batches), or raise prob")
+    columns = list(table[0])
+    lines = ["\t".join(columns)]
+    lines += ["\t".join(row[column] for column in columns) for row in table]
+    (out_dir / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    logging.info(f"{len(table)} mixtures of {len(order)} utterances: {out_dir / TABLE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The listening command, on files."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from espnet2_spear.bin.spear_mix import TABLE, main
+from espnet2_spear.fileio.kaldi_ark import CodesWriter
+
+RATE = 16000
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    """Four spoken utterances in two recordings, their codes, and a noise."""
+    rng = np.random.default_rng(0)
+    data = tmp_path / "data"
+    data.mkdir()
+    tables: dict[str, list[str]] = {}
+    for r in range(2):
+        path = tmp_path / f"r{r}.flac"
+        soundfile.write(path, 0.1 * rng.standard_normal(2 * RATE), RATE)
+        tables.setdefault("wav.scp", []).append(f"r{r} {path}")
+        for half in range(2):
+            utt = f"u{r}{half}"
+            tables.setdefault("segments", []).append(f"{utt} r{r} {half} {half + 1}")
+            tables.setdefault("utt2spk", []).append(f"{utt} s")
+            tables.setdefault("utt2domain", []).append(f"{utt} speech")
+    for name, lines in tables.items():
+        (data / name).write_text("".join(f"{line}\n" for line in lines))
+    with CodesWriter(tmp_path / "speech.ark", tmp_path / "speech.scp") as writer:
+        for i, line in enumerate(tables["utt2spk"]):
+            # Codes tell whose they are.
+            writer.write(line.split()[0], np.full((49, 8), i))
+    facts = {"num_codebooks": 8, "codebook_size": 256, "frame_rate": 50.0}
+    (tmp_path / "speech.json").write_text(json.dumps(facts))
+    soundfile.write(tmp_path / "hum.wav", np.full(800, 0.2), RATE)
+    (tmp_path / "noise.scp").write_text(f"hum {tmp_path / 'hum.wav'}\n")
+    return [
+        *("--data_dir", str(data), "--codes", f"speech={tmp_path / 'speech.scp'}"),
+        *("--out_dir", str(tmp_path / "out"), "--batch_size", "4"),
+    ]
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "out" / TABLE, encoding="utf-8") as lines:
+        return list(csv.DictReader(lines, delimiter="\t"))
+
+
+def test_mixtures_and_their_targets(options: list[str], tmp_path: Path) -> None:
+    conf = "{rules: {speech: {prob: 1.0, noise_prob: 0.0, utterance_snr: [0, 0]}}}"
+    main([*options, "--mixer_conf", conf])
+    rows = table(tmp_path)
+    assert sorted(row["utterance"] for row in rows) == ["u00", "u01", "u10", "u11"]
+    names = {f"u{i:02b}": i for i in range(4)}
+    for row in rows:
+        assert row["kind"] == "utterance" and float(row["snr_db"]) == 0.0
+        assert row["mixed_with"] != row["utterance"]
+        assert row["seconds_before"] == "1.000"
+        assert float(row["replace_prob"]) == 0.5
+        assert float(row["speech_replaced"]) == pytest.approx(0.5, abs=0.25)
+        wav, rate = soundfile.read(tmp_path / "out" / row["file"])
+        assert len(wav) / rate == pytest.approx(float(row["seconds_after"]), abs=1e-3)
+        codes = np.load((tmp_path / "out" / row["file"]).with_suffix(".npz"))["speech"]
+        own, other = names[row["utterance"]], names[row["mixed_with"]]
+        first = round(float(row["offset_s"]) * 50)
+        assert (codes[:first] == own).all() and (codes[50 : first + 49] == other).all()
+        assert int(row["speech_tail_frames"]) == max(0, first - 1)
+        assert set(codes[first:49].ravel()) <= {own, other}
+        share = (codes[first:49] == other).mean()
+        assert share == pytest.approx(float(row["speech_replaced"]), abs=1e-3)
+
+
+def test_noise(options: list[str], tmp_path: Path) -> None:
+    main(
+        [*options, "--preset", "noise", "--noise_scp", str(tmp_path / "noise.scp")]
+        + ["--mixer_conf", "{rules: {speech: {prob: 1.0}}}"]
+    )
+    rows = table(tmp_path)
+    assert len(rows) == 4 and {row["mixed_with"] for row in rows} == {"hum"}
+    assert {row["seconds_after"] for row in rows} == {"1.000"}
+    assert not list((tmp_path / "out").glob("*.npz"))
+
+
+def test_bad_options(options: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="give --noise_scp"):
+        main(options)
+    with pytest.raises(SystemExit, match="mixer_conf: .*unknown"):
+        main([*options, "--mixer_conf", "{rule: 1}"])
+    (tmp_path / "speech.json").unlink()
+    with pytest.raises(SystemExit, match="speech.json: missing or malformed"):
+        main(options)
