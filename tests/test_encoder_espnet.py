@@ -19,6 +19,7 @@ from torch import nn
 
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.hub.save import save_student
+from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
@@ -332,3 +333,34 @@ def test_layers_that_cannot_be_intermediate(conf: dict, message: str) -> None:
     assert [*accumulate(narrow.num_encoder_layers)][-1] == 12
     with pytest.raises(ValueError, match=message):
         ZipformerEncoder(128, narrow.to_dict(), **conf)
+
+
+def test_frozen_start_and_own_learning_rate(batch) -> None:
+    network = encoder(freeze_steps=2, lr_scale=0.05)
+    head = torch.nn.Linear(network.output_size(), 1)
+    with pytest.raises(ValueError, match="lr_scale is for `optim: scaledadam`"):
+        network.train()(*batch)
+    model = torch.nn.ModuleList([network, head])
+    optimizer = ScaledAdam(model.parameters(), lr=0.04)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert rates[id(head.weight)] == 0.04
+    assert rates[id(network.encoder_embed.out.weight)] == pytest.approx(0.002)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    for step in range(4):
+        out, *_ = network.train()(*batch)
+        assert network.encoder.training == (step >= 2)
+        head(out).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = [
+            k
+            for k, v in network.state_dict().items()
+            if k in before and not torch.equal(v, before[k]) and "updates" not in k
+        ]
+        assert bool(moved) == (step >= 2), step
+    # The schedule goes on where it was.
+    again = encoder(freeze_steps=2)
+    again.load_state_dict(network.state_dict())
+    assert not again.frozen and encoder(freeze_steps=2).frozen
+    with pytest.raises(ValueError, match="freeze_steps 3"):
+        encoder(freeze_steps=3, interctc_use_conditioning=True)

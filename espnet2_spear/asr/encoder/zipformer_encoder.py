@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from espnet2.asr.encoder.abs_encoder import AbsEncoder
 from torch import Tensor, nn
 
+from espnet2_spear.asr.frontend.freezing import FreezeSchedule
+from espnet2_spear.optimizers.lr_scale import check_lr_scale, scale_lr
 from espnet2_spear.spear.encoder import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.frames import Frames
@@ -35,10 +37,13 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         interctc_use_conditioning: feed what CTC says of these layers back into the
             network, behind their stack (self-conditioned CTC); they must be the last
             ones of stacks then.
+        freeze_steps: train the network only after so many updates; see FreezeSchedule.
+        lr_scale: learning rate of the network relative to the rest of the model; with
+            ``optim: scaledadam`` only.
 
     Raises:
-        ValueError: an input size that does not fit the network, or layers that it
-            does not have or cannot condition on.
+        ValueError: an input size that does not fit the network, layers that it does
+            not have or cannot condition on, or options out of their range.
     """
 
     def __init__(
@@ -48,6 +53,8 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         padding: str | None = None,
         interctc_layer_idx: Sequence[int] = (),
         interctc_use_conditioning: bool = False,
+        freeze_steps: int = 0,
+        lr_scale: float = 1.0,
     ) -> None:
         config = ZipformerConfig.build(arch)
         if padding is not None:
@@ -65,8 +72,31 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         self.interctc_layer_idx = sorted(interctc_layer_idx)
         self.interctc_use_conditioning = interctc_use_conditioning
         self._check_layers()
+        network = nn.ModuleList([self.encoder_embed, self.encoder])
+        scale_lr(network, lr_scale)
+        if freeze_steps < 0 or (freeze_steps and interctc_use_conditioning):
+            raise ValueError(
+                f"encoder zipformer: freeze_steps {freeze_steps}: updates, at least 0, "
+                "and 0 with interctc_use_conditioning, which trains within the network"
+            )
+        self.unfreezing = (
+            FreezeSchedule(network, freeze_steps) if freeze_steps else None
+        )
         # Made by ESPnet's model, which knows the number of tokens.
         self.conditioning_layer: nn.Module | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the network is fixed now."""
+        return self.unfreezing is not None and self.unfreezing.frozen
+
+    def train(self, mode: bool = True) -> ZipformerEncoder:
+        """Switch modes; a frozen network stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+            self.encoder_embed.eval()
+        return self
 
     def _check_layers(self) -> None:
         ends = [*accumulate(self.config.num_encoder_layers)][:-1]
@@ -109,13 +139,20 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
             ``interctc_layer_idx`` (encoder_out, [(layer, (B, T', C)), ...]). All at
             the output's frame rate.
         """
-        with self._conditioned(ctc):
+        if self.training:
+            check_lr_scale(self.encoder_embed, "encoder zipformer")
+            if not self.frozen and not self.encoder.training:
+                self.train()  # as of now
+        no_grad = torch.no_grad() if self.frozen else nullcontext()
+        with self._conditioned(ctc), no_grad:
             if self.from_waveform:
                 speech = xs_pad.squeeze(-1) if xs_pad.dim() == 3 else xs_pad
                 out = SpearEncoder.forward(self, speech, ilens)
             else:
                 out = self.encode(xs_pad, ilens)
         lengths = out.encoder_out_lens
+        if self.training and self.frozen and torch.is_grad_enabled():
+            out.encoder_out = self.unfreezing.attach(out.encoder_out)
         if return_all_hs:
             layers = range(1, self.num_layers + 1)
             return (out.encoder_out, self._hidden(out, layers)), lengths, None
