@@ -25,11 +25,16 @@ Stages (what is finished is not done again)
   --ngpu N                       GPUs for training             [all visible]
   --gpu_inference true|false     decode on a GPU               [false]
   --search greedy|beam           best path, or ESPnet's prefix search, slow on CPUs [greedy]
+  --prepare \"SET=CORPUS:PART,PART ...\"  sets from the corpora of ../ssl1/db.sh, such as
+                                 \"train_100=librispeech:train-clean-100\"
+  --partial true|false           accept less of a corpus than was published [false]
+  --nj N                         processes to format them with [number of CPUs]
   --asr_config FILE              training configuration        [conf/train_asr_spear_frozen.yaml]
   --asr_args \"...\"               further options of asr_train  []
   --asr_tag TAG                  name of the recognizer        [<config>_<token type>_s<seed>]
   --seed N                       seed of training              [0]
-  --ckpt PATH                    pre-trained student, for frontend: spear
+  --ckpt PATH                    pre-trained student, for frontend: spear (anything that
+                                 load_model opens) or encoder: zipformer (a .pth file)
   --token_type char|bpe          kind of tokens                [char]
   --nbpe N                       size of the bpe vocabulary    [100]
   --inference_config FILE        decoding configuration        [conf/decode_asr_ctc.yaml] (beam)
@@ -43,6 +48,9 @@ stage=1
 stop_stage=7
 ngpu=
 gpu_inference=false
+prepare=
+partial=false
+nj=$(env -u OMP_NUM_THREADS nproc) # which obeys path.sh's 1
 asr_config=conf/train_asr_spear_frozen.yaml
 asr_args=
 asr_tag=
@@ -126,9 +134,38 @@ need() { # need <file> <stage that makes it>
     fi
 }
 
+# prepare_set <set> <corpus> <parts>: read, format and filter, as ../ssl1 does
+prepare_set() {
+    local source=${datadir}/local/$1 org=${dumpdir}/raw/org/$1 parts
+    read -ra parts <<<"${3//,/ }"
+    [ "${partial}" = false ] || parts+=(--partial)
+    # In a shell of its own: the folders of corpora are exported there.
+    (. ../ssl1/db.sh && PYTHONPATH=../ssl1/local:${PYTHONPATH} python \
+        "../ssl1/local/data_$2.py" --out_dir "${source}" --parts "${parts[@]}")
+    python -m espnet2_spear.bin.spear_format --in_dir "${source}" --out_dir "${org}" \
+        --audio_format flac --fs 16000 --nj "${nj}"
+    python -m espnet2_spear.bin.spear_filter --in_dir "${org}" \
+        --out_dir "${dumpdir}/raw/$1" --fs 16000 --min_seconds 0.3 --max_seconds 40 \
+        --min_peak_db -60
+}
+
 if wanted 1 && [ "${dry_run}" = false ]; then
     log "Stage 1: data"
+    for item in ${prepare}; do
+        set=${item%%=*} corpus=${item#*=}
+        if [[ ! ${item} =~ ^[^=:]+=[^=:]+:[^=:]+$ ]] ||
+            [ ! -e "../ssl1/local/data_${corpus%%:*}.py" ]; then
+            log "ERROR: --prepare '${item}': must be SET=CORPUS:PART,PART with a corpus of ../ssl1/local/data_corpora.py --list"
+            exit 2
+        fi
+        if [ -e "${dumpdir}/raw/${set}/wav.scp" ]; then
+            log "${dumpdir}/raw/${set} was prepared before"
+        else
+            prepare_set "${set}" "${corpus%%:*}" "${corpus#*:}"
+        fi
+    done
     for set in ${all_sets}; do
+        [[ " ${prepare} " != *" ${set}="* ]] || continue
         if newer "${dumpdir}/raw/${set}/wav.scp" \
             "${SSL_DATA}/${set}"/{wav.scp,text,utt2num_samples}; then
             log "${dumpdir}/raw/${set} is up to date"
@@ -191,6 +228,13 @@ if wanted 3; then
             fi
             args+=(--frontend_conf "ckpt=${ckpt}")
         fi
+    fi
+    if grep -Eq '^encoder: *zipformer *$' "${asr_config}" && [ -n "${ckpt}" ]; then
+        if [ ! -f "${ckpt}" ]; then
+            log "ERROR: --ckpt ${ckpt}: must be the file of a student; a folder in another layout becomes one by python -m espnet2_spear.bin.spear_import" >&2
+            exit 1
+        fi
+        args+=(--init_param "${ckpt}:student:encoder")
     fi
     if [ -e "${asr_exp}/${inference_asr_model}" ]; then
         say "${asr_exp}/${inference_asr_model} is there: trained before"

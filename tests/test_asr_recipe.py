@@ -1,0 +1,74 @@
+"""The recipe asr1: corpora made its sets, configurations of fine-tuning."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from corpus_miniatures import librispeech
+from test_encoder_espnet import RNNTLoss
+
+from espnet2_spear.fileio.datadir import DataDir
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "egs2/spear/asr1"
+CONFIGS = sorted((ROOT / "conf").glob("train_asr_spear_librispeech_*.yaml"))
+
+
+def run_sh(*options: str, **env: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(RECIPE / "run.sh"), *options]
+    env = {**os.environ, **env}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def test_sets_from_a_corpus(tmp_path: Path) -> None:
+    librispeech(tmp_path / "corpus")
+    # The miniature has fewer utterances than published: the check is another test's.
+    prepare = "train=librispeech:train-clean-100 dev=librispeech:dev-clean"
+    options = ["--stop_stage", "1", "--nj", "1", "--prepare", prepare]
+    options += ["--train_set", "train", "--valid_set", "dev", "--test_sets", "dev"]
+    options += [
+        "--datadir",
+        str(tmp_path / "data"),
+        "--dumpdir",
+        str(tmp_path / "dump"),
+    ]
+    done = run_sh(*options, LIBRISPEECH=str(tmp_path / "corpus"))
+    assert done.returncode != 0 and "2 utterances instead of" in done.stderr
+    done = run_sh(*options, "--partial", "true", LIBRISPEECH=str(tmp_path / "corpus"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = DataDir.load(tmp_path / "dump/raw/train")
+    data.validate(require=("text", "utt2num_samples"))
+    assert data.text["librispeech-19-198-0000"] == "NORTHANGER ABBEY"
+    assert data.utt2num_samples["librispeech-19-198-0000"] == 11200
+    again = run_sh(*options, "--partial", "true", LIBRISPEECH=str(tmp_path / "corpus"))
+    assert "raw/dev was prepared before" in again.stdout
+
+
+@pytest.mark.parametrize("item", ["train", "train=librispeech", "train=nobody:x"])
+def test_bad_sets_are_refused(tmp_path: Path, item: str) -> None:
+    done = run_sh("--prepare", item, "--datadir", str(tmp_path), "--stop_stage", "1")
+    assert done.returncode == 2 and f"--prepare '{item}'" in done.stdout
+
+
+def test_configurations_pass_the_dry_run(tmp_path: Path, monkeypatch) -> None:
+    from espnet2.bin.asr_train import main
+
+    if importlib.util.find_spec("warprnnt_pytorch") is None:
+        module = ModuleType("warprnnt_pytorch")
+        module.RNNTLoss = RNNTLoss
+        monkeypatch.setitem(sys.modules, "warprnnt_pytorch", module)
+    assert len(CONFIGS) == 2
+    for path in CONFIGS:
+        assert (RECIPE / "conf" / path.name).resolve() == path
+        conf = yaml.safe_load(path.read_text())
+        conf["encoder_conf"]["arch"]["name"] = "tiny"  # for speed alone
+        (tmp_path / path.name).write_text(yaml.safe_dump(conf))
+        (tmp_path / "tokens").write_text("<blank>\n<unk>\na\n<sos/eos>\n")
+        cmd = ["--config", str(tmp_path / path.name), "--dry_run", "true"]
+        cmd += ["--iterator_type", "none", "--output_dir", str(tmp_path / "out")]
+        main(cmd=[*cmd, "--token_list", str(tmp_path / "tokens")])
