@@ -12,12 +12,15 @@ DECODE = sorted(CONF.glob("decode_asr_*.yaml"))
 
 
 def test_every_configuration_is_of_a_kind_that_is_checked() -> None:
-    """Here, in test_configs.py (train_spear_*, teachers) or test_corpora.py (data)."""
+    """Here, in test_configs.py (train_spear_*, teachers) or test_corpora.py (data).
+
+    Those named s3prl_* are of another toolkit.
+    """
     known = {*TRAIN, *DECODE, *CONF.glob("train_spear_*.yaml")}
     known |= {*CONF.glob("teachers/*.yaml"), *CONF.glob("data/*.yaml")}
     assert {*CONF.rglob("*.yaml")} == known
     recipes = {path.resolve() for path in (ROOT / "egs2").glob("*/*/conf/*.yaml")}
-    assert recipes <= known
+    assert {path for path in recipes if not path.name.startswith("s3prl_")} <= known
 
 
 @pytest.mark.parametrize("path", TRAIN, ids=lambda p: p.stem)
