@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import espnet2_spear  # noqa: F401 (registers the frontend)
+
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 TRAIN = sorted(CONF.glob("train_asr_*.yaml"))
