@@ -10,11 +10,11 @@ import torch
 
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.encoder import SpearEncoder
-from espnet2_spear.zipformer.attention import relative_to_absolute
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.embed import ConvEmbed
 from espnet2_spear.zipformer.fbank import PADDING_VALUE, Fbank
 from espnet2_spear.zipformer.scaling import swoosh_l, swoosh_r
+from espnet2_spear.zipformer.scores import relative_to_absolute
 
 GOLDEN_CONFIG = ZipformerConfig(
     num_encoder_layers=(1, 1, 2, 1, 1, 1, 1),
@@ -157,7 +157,7 @@ def test_swoosh_gradient_is_right_and_finite() -> None:
 def test_relative_to_absolute_reads_the_right_offsets() -> None:
     t = 5
     offsets = torch.arange(1.0 - t, t).expand(2, 3, t, 2 * t - 1).contiguous()
-    got = relative_to_absolute(offsets)
+    got = relative_to_absolute(offsets, t)
     key, query = torch.arange(t), torch.arange(t)[:, None]
     assert (got == (key - query)).all()
 

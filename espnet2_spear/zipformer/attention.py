@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from espnet2_spear.zipformer.frames import Frames, Past
+from espnet2_spear.zipformer.linear import apply_linear
 from espnet2_spear.zipformer.regularizers import (
     balancer,
     chance,
-    penalize_large,
     whiten,
     whitening_limit,
 )
 from espnet2_spear.zipformer.scaling import scaled_linear
 from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
+from espnet2_spear.zipformer.scores import Attention, Inputs, attend
 
-MASKED_SCORE = -1000.0  # finite, as in the reference: rows of padding stay finite
 POS_SKIP: Scheduled = ((0, 0.5), (4000, 0.0))
-SCORE_LIMIT, SCORE_PENALTY, SCORE_PROB = 25.0, 1.0e-4, 0.1
+SCORE_PROB = 0.1  # that large scores are penalised in a call
 
 
 class RelPositionalEncoding(nn.Module):
@@ -69,26 +69,6 @@ class RelPositionalEncoding(nn.Module):
         return table.float()
 
 
-def relative_to_absolute(scores: Tensor, left: int = 0) -> Tensor:
-    """Turn scores by offset into scores by key position, without copying.
-
-    Args:
-        scores: (B, H, T, 2 T + left - 1), last axis = key - query + T + left - 1, in
-            positions; contiguous.
-        left: keys before the first query.
-
-    Returns:
-        (B, H, T, left + T) view, last axis = key.
-    """
-    b, h, t, _ = scores.shape
-    s = scores.stride()
-    return scores.as_strided(
-        (b, h, t, left + t),
-        (s[0], s[1], s[2] - s[3], s[3]),
-        scores.storage_offset() + (t - 1) * s[3],
-    )
-
-
 class AttentionWeights(nn.Module):
     """Multi-head attention weights with relative positions.
 
@@ -133,41 +113,28 @@ class AttentionWeights(nn.Module):
             count, whitening_limit(3.0), groups=num_heads, grad_scale=0.025
         )
 
-    def forward(self, x: Tensor, frames: Frames, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames, past: Past | None = None) -> Attention:
         """Compute attention weights.
 
         Args:
             x: (B, T, dim).
             frames: positions and masks.
             past: keys kept in streaming.
-
-        Returns:
-            (B, H, T, S), rows (queries) sum to 1; S = T plus the kept keys.
         """
-        b, t, _ = x.shape
         h, qd, pd = self.num_heads, self.query_head_dim, self.pos_head_dim
-        q, k, p = self.in_proj(x).split([h * qd, h * qd, h * pd], dim=-1)
+        q, k, p = apply_linear(self.in_proj, x).split([h * qd, h * qd, h * pd], dim=-1)
         k = self.whiten_keys(self.balance_keys(k))
         if past is not None:
             k = past.extend("keys", k, frames.left)
-        q = q.reshape(b, t, h, qd).transpose(1, 2)
-        k = k.reshape(b, -1, h, qd).permute(0, 2, 3, 1)
+        q, k, p = (y.unflatten(2, (h, -1)).transpose(1, 2) for y in (q, k, p))
         regularize = self.training and self.count is not None
         if regularize and chance(self.count.at(POS_SKIP)):
             # In the graph all the same: DDP waits for every gradient.
-            scores = torch.matmul(q + 0.0 * self.linear_pos.weight.sum(), k)
+            q, p, r = q + 0.0 * self.linear_pos.weight.sum(), None, None
         else:
-            p = p.reshape(b, t, h, pd).transpose(1, 2)
-            r = self.linear_pos(frames.pos).reshape(-1, h, pd).permute(1, 2, 0)
-            by_offset = torch.matmul(p, r)
-            scores = torch.matmul(q, k)
-            scores = scores + relative_to_absolute(by_offset, k.size(-1) - t)
-        if regularize and chance(SCORE_PROB):
-            scores = penalize_large(scores, SCORE_LIMIT, SCORE_PENALTY)
-        if frames.blocked is not None:
-            scores = scores.masked_fill(frames.blocked, MASKED_SCORE)
-        scores = scores.masked_fill(frames.key_padding[:, None, None, :], MASKED_SCORE)
-        return scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
+            r = self.linear_pos(frames.pos).unflatten(1, (h, pd)).permute(1, 2, 0)
+        inputs = Inputs(q, k, p, r, frames.key_padding, frames.blocked)
+        return attend(inputs, regularize and chance(SCORE_PROB))
 
 
 class SelfAttention(nn.Module):
@@ -194,16 +161,19 @@ class SelfAttention(nn.Module):
         self.whiten = whiten(count, whitening_limit(7.5, 3.0))
 
     def forward(
-        self, x: Tensor, weights: Tensor, frames: Frames, past: Past | None = None
+        self,
+        x: Tensor,
+        attention: Attention,
+        frames: Frames,
+        past: Past | None = None,
     ) -> Tensor:
-        """Apply weights (B, H, T, S) to x (B, T, dim)."""
-        b, t, _ = x.shape
-        v = self.in_proj(x)
+        """Apply attention weights to x (B, T, dim)."""
+        v = apply_linear(self.in_proj, x)
         if past is not None:
             v = past.extend("values", v, frames.left)
-        v = v.reshape(b, v.size(1), self.num_heads, -1).transpose(1, 2)
-        out = torch.matmul(weights, v).transpose(1, 2).reshape(b, t, -1)
-        return self.whiten(self.out_proj(out))
+        v = v.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        out = attention.apply(v).transpose(1, 2).flatten(2)
+        return self.whiten(apply_linear(self.out_proj, out))
 
 
 class NonlinAttention(nn.Module):
@@ -230,12 +200,16 @@ class NonlinAttention(nn.Module):
         self.whiten = whiten(count, whitening_limit(5.0, 3.0))
 
     def forward(
-        self, x: Tensor, weights: Tensor, frames: Frames, past: Past | None = None
+        self,
+        x: Tensor,
+        attention: Attention,
+        frames: Frames,
+        past: Past | None = None,
     ) -> Tensor:
-        """Apply weights (B, H, T, S) to x (B, T, dim)."""
-        s, v, y = self.in_proj(x).chunk(3, dim=-1)
+        """Apply attention weights to x (B, T, dim)."""
+        s, v, y = apply_linear(self.in_proj, x).chunk(3, dim=-1)
         v = self.whiten_values(v) * self.balance(s).tanh()
         if past is not None:
             v = past.extend("values", v, frames.left)
-        v = torch.matmul(weights[:, 0], v)
-        return self.whiten(self.out_proj(v * y))
+        v = attention.apply(v.unsqueeze(1)).squeeze(1)
+        return self.whiten(apply_linear(self.out_proj, v * y))

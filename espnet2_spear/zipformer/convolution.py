@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from espnet2_spear.zipformer.frames import Frames, Past
 from espnet2_spear.zipformer.fusion import fusible
+from espnet2_spear.zipformer.linear import apply_linear, swoosh_linear
 from espnet2_spear.zipformer.regularizers import balancer, whiten, whitening_limit
-from espnet2_spear.zipformer.scaling import scaled_linear, swoosh_r
+from espnet2_spear.zipformer.scaling import SWOOSH_R, scaled_linear
 from espnet2_spear.zipformer.schedule import BatchCount
 
 
@@ -127,13 +128,23 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, frames: Frames, past: Past | None = None) -> Tensor:
         """Map (B, T, dim) to (B, T, dim); frames of padding count as 0."""
-        x, gate = self.in_proj(x).chunk(2, dim=-1)
-        x = _gated(x, self.balance_gate(gate), frames.padding[..., None])
+        both = apply_linear(self.in_proj, x)
+        x, gate = both.chunk(2, dim=-1)
+        balanced, padding = self.balance_gate(gate), frames.padding[..., None]
+        if balanced is gate:  # F.glu keeps what it is given, and no gate
+            x = _glu(both, padding)
+        else:
+            x = _gated(x, balanced, padding)
         if isinstance(self.depthwise_conv, ChunkCausalConv):
             x = self.depthwise_conv(x, frames, past)
         else:
             x = depthwise(self.depthwise_conv, x)
-        return self.out_proj(swoosh_r(self.whiten(self.balance(x))))
+        return swoosh_linear(self.out_proj, self.whiten(self.balance(x)), SWOOSH_R)
+
+
+@fusible
+def _glu(both: Tensor, padding: Tensor) -> Tensor:
+    return F.glu(both).masked_fill_(padding, 0.0)
 
 
 @fusible

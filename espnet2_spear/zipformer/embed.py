@@ -6,19 +6,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet2_spear.zipformer.linear import linear_map, on_cpu, pointwise_pair
 from espnet2_spear.zipformer.regularizers import (
+    Balancer,
     balancer,
     scale_grad,
     sequence_mask,
     shared_dropout,
     whiten,
 )
-from espnet2_spear.zipformer.scaling import BiasNorm, swoosh_l, swoosh_r
+from espnet2_spear.zipformer.scaling import (
+    SWOOSH_R,
+    BiasNorm,
+    swoosh_,
+    swoosh_l,
+    swoosh_r,
+)
 from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
 
 CONVNEXT_SKIP: Scheduled = ((0, 0.2), (20000, 0.015))
 FIRST_GRAD_SCALE = 0.2
 CONVNEXT_REACH = 3  # frames that the ConvNeXt block looks back and ahead
+# Without gradients, output frames (of all utterances together) computed at once, and
+# the fewest of each: 2 x 3 frames are computed twice in every block.
+BLOCK_FRAMES, MIN_BLOCK = 1024, 64
 
 
 class ConvNeXt(nn.Module):
@@ -69,12 +80,19 @@ class ConvNeXt(nn.Module):
         return self._residual(x[:, :, CONVNEXT_REACH:-CONVNEXT_REACH], y)
 
     def _residual(self, x: Tensor, y: Tensor) -> Tensor:
-        y = swoosh_l(self.balance_hidden(self.pointwise_conv1(y)))
-        y = self.pointwise_conv2(y)
+        y = self._pointwise(y)
         if self.training and self.count is not None:
             y = y * sequence_mask(y, self.count.at(CONVNEXT_SKIP))
-        x = self.balance_out(x + y)
+        x = self.balance_out(x + y if torch.is_grad_enabled() else y.add_(x))
         return self.whiten(x.transpose(1, 3)).transpose(1, 3)
+
+    def _pointwise(self, y: Tensor) -> Tensor:
+        first, second = self.pointwise_conv1, self.pointwise_conv2
+        if not on_cpu(y, first, second):
+            return second(swoosh_l(self.balance_hidden(first(y))))
+        balanced = isinstance(self.balance_hidden, Balancer) and y.requires_grad
+        limits = self.balance_hidden.draw() if balanced else None
+        return pointwise_pair(first, second, y, limits)
 
 
 class ConvEmbed(nn.Module):
@@ -135,10 +153,33 @@ class ConvEmbed(nn.Module):
         Returns:
             (B, (T - 7) // 2, dim).
         """
+        out_lens = None if lengths is None else self.output_lengths(lengths)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            size = max(MIN_BLOCK, BLOCK_FRAMES // x.size(0))
+            starts = range(0, self.output_lengths(x.size(1)), size)
+            if len(starts) > 1:
+                blocks = (self._block(x, i, i + size, out_lens) for i in starts)
+                return torch.cat(list(blocks), dim=1)
         x = self.convolve(x)
-        if lengths is not None:
-            x = silence(x, self.output_lengths(lengths))
+        if out_lens is not None:
+            x = silence(x, out_lens)
         return self.project(self.convnext(x))
+
+    def _block(self, x: Tensor, start: int, end: int, lengths: Tensor | None) -> Tensor:
+        """Output frames start to end, of the same numbers as if all were computed.
+
+        Memory does not grow with the length of the utterance, and what is computed
+        stays in the caches of a CPU.
+        """
+        frames = self.output_lengths(x.size(1))
+        first, last = start - CONVNEXT_REACH, min(end, frames) + CONVNEXT_REACH
+        inside = slice(max(0, first), min(frames, last))
+        y = self.convolve(x[:, 2 * inside.start : 2 * inside.stop + 7])
+        if lengths is not None:
+            y = silence(y, lengths, inside.start)
+        around = (inside.start - first, last - inside.stop)  # zeros before and after
+        y = F.pad(y, (0, 0, *around))
+        return self.project(self.convnext.inner(y))
 
     def convolve(self, x: Tensor) -> Tensor:
         """Map fbank (B, T, num_mel_bins) to (B, C, (T - 7) // 2, F)."""
@@ -151,12 +192,20 @@ class ConvEmbed(nn.Module):
             x = conv(x)
             if i == 0 and self.training and self.count is not None:
                 x = scale_grad(x, FIRST_GRAD_SCALE)
-            x = swoosh_r(balance(x))
+            x = balance(x)
+            x = swoosh_r(x) if torch.is_grad_enabled() else swoosh_(x, SWOOSH_R)
         return x
 
     def project(self, x: Tensor) -> Tensor:
         """Map (B, C, T, F) to (B, T, dim)."""
-        x = self.whiten(self.out(x.transpose(1, 2).flatten(2)))
+        if on_cpu(x, self.out):
+            # Reorders the weight, not the much larger x, which is channels last.
+            weight = self.out.weight.unflatten(1, (x.size(1), -1))
+            weight = weight.transpose(1, 2).flatten(1)
+            x = linear_map(x.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
+        else:
+            x = self.out(x.transpose(1, 2).flatten(2))
+        x = self.whiten(x)
         return self.dropout(self.out_norm(x))
 
 

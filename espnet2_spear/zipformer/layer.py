@@ -12,7 +12,9 @@ from espnet2_spear.zipformer.attention import (
 )
 from espnet2_spear.zipformer.convolution import Convolution
 from espnet2_spear.zipformer.frames import Frames, Past
+from espnet2_spear.zipformer.linear import apply_linear, swoosh_linear
 from espnet2_spear.zipformer.regularizers import (
+    SharedDropout,
     balancer,
     sequence_mask,
     shared_dropout,
@@ -20,10 +22,10 @@ from espnet2_spear.zipformer.regularizers import (
     whitening_limit,
 )
 from espnet2_spear.zipformer.scaling import (
+    SWOOSH_L,
     BiasNorm,
     Bypass,
     scaled_linear,
-    swoosh_l,
 )
 from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
 
@@ -53,8 +55,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, dim) to (B, T, dim)."""
-        x = self.dropout(swoosh_l(self.balance(self.in_proj(x))))
-        return self.whiten(self.out_proj(x))
+        x = self.balance(apply_linear(self.in_proj, x))
+        dropout = self.dropout
+        keep = dropout.draw(x) if isinstance(dropout, SharedDropout) else None
+        return self.whiten(swoosh_linear(self.out_proj, x, SWOOSH_L, keep))
 
 
 class ZipformerLayer(nn.Module):
@@ -136,19 +140,19 @@ class ZipformerLayer(nn.Module):
             return None if past is None else past.child(name)
 
         start = x
-        weights = self.self_attn_weights(x, frames, kept("attention"))
+        attention = self.self_attn_weights(x, frames, kept("attention"))
         x = x + self.feed_forward1(x)
         attends = self._keep(x, ATTENTION_SKIP)
-        y = self.nonlin_attention(x, weights, frames, kept("nonlin"))
+        y = self.nonlin_attention(x, attention, frames, kept("nonlin"))
         x = _add(x, self.balance_nonlin(y), attends)
-        y = self.self_attn1(x, weights, frames, kept("attention1"))
+        y = self.self_attn1(x, attention, frames, kept("attention1"))
         x = _add(x, y, attends)
         y = self.conv_module1(x, frames, kept("conv1"))
         x = _add(x, y, self._keep(x, CONVOLUTION_SKIP))
         y = self.balance_ff2(self.feed_forward2(x))
         x = _add(x, y, self._keep(x, FEED_FORWARD_SKIP))
         x = self.bypass_mid(start, x)
-        y = self.self_attn2(x, weights, frames, kept("attention2"))
+        y = self.self_attn2(x, attention, frames, kept("attention2"))
         x = _add(x, y, attends)
         y = self.conv_module2(x, frames, kept("conv2"))
         x = _add(x, y, self._keep(x, CONVOLUTION_SKIP))

@@ -9,6 +9,7 @@ regularisers (``ZipformerConfig.regularize``).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,61 @@ def sequence_mask(x: Tensor, drop: float) -> Tensor:
     return (torch.rand(shape, device=x.device) >= drop).to(x.dtype)
 
 
+class Limits(NamedTuple):
+    """What a channel is balanced to: ranges of mean / std and of RMS.
+
+    Attributes:
+        low_mean, high_mean, low_rms, high_rms: the ranges.
+        grad_scale: size of the added gradient relative to the incoming one.
+    """
+
+    low_mean: float
+    high_mean: float
+    low_rms: float
+    high_rms: float
+    grad_scale: float
+
+
+def balance_terms(
+    var: Tensor, mean: Tensor, limits: Limits
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, slope and offset of each channel, for :func:`add_balance_`.
+
+    Args:
+        var, mean: of each channel.
+        limits: what they should be.
+    """
+    rms2 = (var + mean.square()).clamp_(min=1e-20)
+    var = var.clamp(min=1e-20)
+    std, rms = var.sqrt(), rms2.sqrt()
+    m = mean / std
+    sign_m = (m > limits.high_mean).float() - (m < limits.low_mean).float()
+    sign_r = (rms > limits.high_rms).float() - (rms < limits.low_rms).float()
+    # The gradient of |m - clamp(m)| + |log(clamp(rms) / rms)| with respect to x
+    # is a positive multiple of offset + slope (x - mean) / std in each channel.
+    offset = sign_m + sign_r * mean * std / rms2
+    slope = sign_r * var / rms2 - sign_m * m
+    size = (offset.square() + slope.square()).sqrt_().clamp_(min=1e-20)
+    scale = limits.grad_scale / size
+    return mean, slope * scale / std, offset * scale
+
+
+def add_balance_(
+    grad: Tensor, x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor
+) -> Tensor:
+    """Add to grad, in place, what moves the channels of x into their limits.
+
+    The incoming gradient's magnitude says how large a term an element bears.
+    """
+    term = (x - mean).mul_(slope).add_(offset).mul_(grad.abs())
+    return grad.add_(term.to(grad.dtype))
+
+
 class _Balance(torch.autograd.Function):
     """Identity whose gradient gets a term that moves channels into their limits."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, limits: tuple[float, ...], channel_dim: int) -> Tensor:
+    def forward(ctx, x: Tensor, limits: Limits, channel_dim: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.limits, ctx.channel_dim = limits, channel_dim
         return x.view_as(x)
@@ -49,28 +100,13 @@ class _Balance(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        low_mean, high_mean, low_rms, high_rms, grad_scale = ctx.limits
         x = x.float()
         axes = [i for i in range(x.dim()) if i != ctx.channel_dim % x.dim()]
+        # Not E x^2 - (E x)^2, where small deviations would drown.
         mean = x.mean(axes, keepdim=True)
-        x = x - mean  # before squaring, or small deviations would drown
-        var = x.square().mean(axes, keepdim=True)
-        rms2 = (var + mean.square()).clamp_(min=1e-20)
-        var.clamp_(min=1e-20)
-        std, rms = var.sqrt(), rms2.sqrt()
-        m = mean / std
-        sign_m = (m > high_mean).float() - (m < low_mean).float()
-        sign_r = (rms > high_rms).float() - (rms < low_rms).float()
-        # The gradient of |m - clamp(m)| + |log(clamp(rms) / rms)| with respect to x
-        # is a positive multiple of offset + slope (x - mean) / std in each channel.
-        offset = sign_m + sign_r * mean * std / rms2
-        slope = sign_r * var / rms2 - sign_m * m
-        size = (offset.square() + slope.square()).sqrt_().clamp_(min=1e-20)
-        offset = offset * (grad_scale / size)
-        slope = slope * (grad_scale / (size * std))
-        # The incoming gradient's magnitude says how large a term an element bears.
-        term = x.mul_(slope).add_(offset).mul_(grad.abs())
-        return grad + term.to(grad.dtype), None, None
+        var = (x - mean).square_().mean(axes, keepdim=True)
+        terms = balance_terms(var, mean, ctx.limits)
+        return add_balance_(grad.clone(), x, *terms), None, None
 
 
 def _mean_for_positive(share: float) -> float:
@@ -122,13 +158,18 @@ class Balancer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x."""
+        limits = self.draw() if x.requires_grad else None
+        return x if limits is None else _Balance.apply(x, limits, self.channel_dim)
+
+    def draw(self) -> Limits | None:
+        """Limits of a call; None: it is not balanced."""
         at = self.count.at
-        if not self.training or not x.requires_grad or not chance(at(self.prob)):
-            return x
+        if not self.training or not chance(at(self.prob)):
+            return None
         means = (_mean_for_positive(at(p)) for p in self.positive)
         # E|x| to RMS, of a normal distribution.
         sizes = (at(a) * math.sqrt(math.pi / 2) for a in self.abs)
-        return _Balance.apply(x, (*means, *sizes, self.grad_scale), self.channel_dim)
+        return Limits(*means, *sizes, self.grad_scale)
 
 
 def whitening_metric(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -298,11 +339,16 @@ class SharedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop channels of x (B, T, C) and scale the others up."""
+        keep = self.draw(x)
+        return x if keep is None else x * keep
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """What x (B, T, C) is to be multiplied by, (B, 1, C); None: nothing drops."""
         rate = self.count.at(self.rate) if self.training else 0.0
         if rate <= 0.0:
-            return x
+            return None
         keep = torch.rand(x.size(0), 1, x.size(-1), device=x.device) >= rate
-        return x * (keep.to(x.dtype) / (1.0 - rate))
+        return keep.to(x.dtype) / (1.0 - rate)
 
 
 def balancer(count: BatchCount | None, **limits) -> nn.Module:

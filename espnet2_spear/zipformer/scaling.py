@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,33 +16,98 @@ BYPASS_MIN: Scheduled = ((0, 0.9), (20000, 0.2))
 LOG_SCALE_LIMIT = 1.5
 
 
-class _Swoosh(torch.autograd.Function):
-    """softplus(x - shift) - 0.08 x - offset, keeping only x for the backward pass."""
+class Swoosh(NamedTuple):
+    """softplus(x - shift) - 0.08 x - offset."""
 
-    @staticmethod
-    def forward(ctx, x: Tensor, shift: float, offset: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.shift = shift
-        return _swoosh(x, shift, offset)
+    shift: float
+    offset: float
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        return _swoosh_gradient(x, grad, ctx.shift), None, None
+
+SWOOSH_L = Swoosh(4.0, 0.035)  # Zipformer, eq. 5
+SWOOSH_R = Swoosh(1.0, 0.313261687)  # eq. 4
 
 
 @fusible
-def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
-    return F.softplus(x - shift).add_(x, alpha=-0.08).sub_(offset)
+def swoosh_value(x: Tensor, kind: Swoosh) -> Tensor:
+    """Compute swoosh without a gradient."""
+    shift, offset = kind
+    if torch.compiler.is_compiling():
+        return F.softplus(x - shift) - 0.08 * x - offset
+    y = x - shift  # the only temporary tensor, and the result
+    torch._C._nn.softplus(y, 1.0, 20.0, out=y)
+    return y.add_(x, alpha=-0.08).sub_(offset)
+
+
+def swoosh_(x: Tensor, kind: Swoosh) -> Tensor:
+    """Compute swoosh in place, without a gradient."""
+    y = x - kind.shift
+    torch._C._nn.softplus(y, 1.0, 20.0, out=y)
+    return x.mul_(-0.08).add_(y).sub_(kind.offset)
 
 
 @fusible
-def _swoosh_gradient(x: Tensor, grad: Tensor, shift: float) -> Tensor:
+def swoosh_gradient(x: Tensor, grad: Tensor, shift: float) -> Tensor:
+    """Gradient with respect to x, given that of swoosh(x)."""
     return torch.sigmoid_(x - shift).sub_(0.08).mul_(grad)
+
+
+class _Swoosh(torch.autograd.Function):
+    """Keeps only x for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kind: Swoosh) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.kind = kind
+        return swoosh_value(x, kind)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return swoosh_gradient(x, grad, ctx.kind.shift), None
+
+
+def swoosh(x: Tensor, kind: Swoosh) -> Tensor:
+    """Return swoosh(x) of either kind."""
+    if torch.compiler.is_compiling():
+        return swoosh_value(x, kind)
+    return _Swoosh.apply(x, kind)
+
+
+def swoosh_l(x: Tensor) -> Tensor:
+    """SwooshL(x) = log(1 + exp(x - 4)) - 0.08 x - 0.035 (Zipformer, eq. 5)."""
+    return swoosh(x, SWOOSH_L)
+
+
+def swoosh_r(x: Tensor) -> Tensor:
+    """SwooshR(x) = log(1 + exp(x - 1)) - 0.08 x - 0.313261687 (Zipformer, eq. 4)."""
+    return swoosh(x, SWOOSH_R)
+
+
+class _BiasNorm(torch.autograd.Function):
+    """x / RMS(x - bias) * exp(log_scale), keeping x and one number per frame."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
+        square = (x - bias).square_().mean(dim=-1, keepdim=True)
+        scale = square.rsqrt() * log_scale.exp()
+        ctx.save_for_backward(x, bias, square, scale)
+        return x * scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, bias, square, scale = ctx.saved_tensors
+        product = (grad * x).sum(dim=-1, keepdim=True) * scale
+        # d scale / d x = -scale (x - bias) / (square C)
+        from_scale = (x - bias).mul_(product / (square * x.size(-1)))
+        gx = torch.addcmul(-from_scale, grad, scale)
+        return gx, from_scale.flatten(0, -2).sum(dim=0), product.sum()
 
 
 @fusible
 def _bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
+    if x.dtype == bias.dtype and not torch.compiler.is_compiling():
+        return _BiasNorm.apply(x, bias, log_scale)
     rms = (x - bias).square().mean(dim=-1, keepdim=True).rsqrt()
     return x * (rms * log_scale.exp())
 
@@ -49,16 +116,6 @@ def _bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
 def _interpolate(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
     """torch.lerp of tensors of different dtypes."""
     return start + (end - start) * share
-
-
-def swoosh_l(x: Tensor) -> Tensor:
-    """SwooshL(x) = log(1 + exp(x - 4)) - 0.08 x - 0.035 (Zipformer, eq. 5)."""
-    return _Swoosh.apply(x, 4.0, 0.035)
-
-
-def swoosh_r(x: Tensor) -> Tensor:
-    """SwooshR(x) = log(1 + exp(x - 1)) - 0.08 x - 0.313261687 (Zipformer, eq. 4)."""
-    return _Swoosh.apply(x, 1.0, 0.313261687)
 
 
 class BiasNorm(nn.Module):
