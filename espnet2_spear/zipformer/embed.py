@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet2_spear.zipformer.linear import linear_map, on_cpu, pointwise_pair
+from espnet2_spear.zipformer.linear import (
+    linear_map,
+    on_cpu,
+    pointwise_pair,
+    swoosh_conv,
+)
 from espnet2_spear.zipformer.regularizers import (
     Balancer,
     balancer,
@@ -186,15 +191,22 @@ class ConvEmbed(nn.Module):
         # Channels last: three times as fast on a CPU, forward and backward, where
         # few channels make the default layout's convolutions slow.
         x = x[:, None].to(memory_format=torch.channels_last)
+        keeps = torch.is_grad_enabled()
+
+        def activate(x: Tensor) -> Tensor:
+            return swoosh_r(x) if keeps else swoosh_(x, SWOOSH_R)
+
         for i, (conv, balance) in enumerate(
             zip(self.conv.values(), self.balance, strict=True)
         ):
-            x = conv(x)
+            if i > 0 and keeps and on_cpu(x, conv):
+                x = swoosh_conv(conv, x)
+            else:
+                x = conv(activate(x) if i > 0 else x)
             if i == 0 and self.training and self.count is not None:
                 x = scale_grad(x, FIRST_GRAD_SCALE)
             x = balance(x)
-            x = swoosh_r(x) if torch.is_grad_enabled() else swoosh_(x, SWOOSH_R)
-        return x
+        return activate(x)
 
     def project(self, x: Tensor) -> Tensor:
         """Map (B, C, T, F) to (B, T, dim)."""

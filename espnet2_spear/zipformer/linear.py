@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet2_spear.zipformer.regularizers import Limits, add_balance_, balance_terms
 from espnet2_spear.zipformer.scaling import (
     SWOOSH_L,
+    SWOOSH_R,
     Swoosh,
     swoosh,
     swoosh_,
@@ -143,6 +145,42 @@ def swoosh_linear(
         return apply_linear(module, x if keep is None else x.mul_(keep))
     y = swoosh(x, kind)
     return module(y if keep is None else y * keep)
+
+
+class _SwooshConv(torch.autograd.Function):
+    """conv(swoosh(x)), which keeps x only, as _SwooshLinear does."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor):
+        ctx.save_for_backward(x, weight)
+        ctx.conv = conv
+        y = swoosh_value(x, SWOOSH_R)
+        return F.conv2d(y, weight, bias, conv.stride, conv.padding, 1, conv.groups)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        conv = ctx.conv
+        gx, gw, gb = torch.ops.aten.convolution_backward(
+            grad,
+            swoosh_value(x, SWOOSH_R),
+            weight,
+            [len(weight)],
+            conv.stride,
+            conv.padding,
+            [1, 1],
+            False,
+            [0, 0],
+            conv.groups,
+            [True, *ctx.needs_input_grad[2:]],
+        )
+        return gx.mul_(swoosh_slope_(x - SWOOSH_R.shift)), None, gw, gb
+
+
+def swoosh_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return conv(swoosh_r(x)) for x that ``on_cpu`` holds for."""
+    return _SwooshConv.apply(x, conv, conv.weight, conv.bias)
 
 
 class _Pointwise(torch.autograd.Function):

@@ -96,31 +96,55 @@ class Inputs(NamedTuple):
             scores.masked_fill_(mask, MASKED_SCORE)
         return scores.softmax(dim=-1, dtype=torch.float32)
 
+    def all_weights(self) -> Tensor:
+        """Weights (B, H, T, S), float32."""
+        b, h, t, _ = self.q.shape
+        weights = self.q.new_empty(b, h, t, self.k.size(2))
+        for start, end in self.blocks():
+            weights[:, :, start:end] = self.weights(start, end, h)
+        return weights
+
+
+class _Shared:
+    """What the backward passes of the uses of some weights do together.
+
+    Attributes:
+        uses: (gradient, values) of the uses so far: the gradient of the weights is the
+            sum of their products.
+        weights: computed again by the first use; nothing keeps them from the forward
+            to the backward pass.
+    """
+
+    def __init__(self) -> None:
+        self.uses: list[tuple[Tensor, Tensor]] = []
+        self.weights: Tensor | None = None
+
+    def again(self, inputs: Inputs) -> Tensor:
+        """Weights, computed if they are not there."""
+        if self.weights is None:
+            self.weights = inputs.all_weights()
+        return self.weights
+
 
 class _Weights(torch.autograd.Function):
-    """All weights. Their gradient never exists as a whole: see :class:`Attention`."""
+    """All weights. Their gradient never exists as a whole: see :class:`_Shared`."""
 
     @staticmethod
-    def forward(ctx, q, k, p, r, padding, blocked, penalize, uses) -> Tensor:
+    def forward(ctx, q, k, p, r, padding, blocked, penalize, shared) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.penalize, ctx.uses = penalize, uses
-        inputs = Inputs(q, k, p, r, padding, blocked)
-        b, h, t, _ = q.shape
-        weights = q.new_empty(b, h, t, k.size(2))
-        for start, end in inputs.blocks():
-            weights[:, :, start:end] = inputs.weights(start, end, h)
-        ctx.save_for_backward(q, k, p, r, padding, blocked, weights)
-        return weights
+        ctx.penalize, ctx.shared = penalize, shared
+        ctx.save_for_backward(q, k, p, r, padding, blocked)
+        return Inputs(q, k, p, r, padding, blocked).all_weights()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, weights = ctx.saved_tensors
-        inputs = Inputs(*saved)
+        inputs = Inputs(*ctx.saved_tensors)
         q, k, p, r, *_ = inputs
+        weights = ctx.shared.again(inputs)
         (b, h, t, d), s = q.shape, k.size(2)
-        uses = [(g, v.transpose(2, 3)) for g, v in ctx.uses]
-        ctx.uses.clear()
+        uses = [(g, v.transpose(2, 3)) for g, v in ctx.shared.uses]
+        ctx.shared.uses, ctx.shared.weights = [], None
         flat_k = k.reshape(b * h, s, d)
         gq, gk = torch.empty_like(q), torch.zeros_like(flat_k)
         gp = None if p is None else torch.empty_like(p)
@@ -164,17 +188,19 @@ class _Apply(torch.autograd.Function):
     """weights @ v; hands the gradient of the weights over in two factors."""
 
     @staticmethod
-    def forward(ctx, weights: Tensor, v: Tensor, uses: list) -> Tensor:
-        ctx.save_for_backward(weights, v)
-        ctx.uses = uses
+    def forward(ctx, weights: Tensor, v: Tensor, shared, *inputs) -> Tensor:
+        ctx.save_for_backward(v, *inputs)
+        ctx.shared = shared
         return torch.matmul(weights[:, : v.size(1)], v)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None]:
-        weights, v = ctx.saved_tensors
-        ctx.uses.append((grad, v))
-        return None, torch.matmul(weights[:, : v.size(1)].transpose(2, 3), grad), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        v, *inputs = ctx.saved_tensors
+        weights = ctx.shared.again(Inputs(*inputs))
+        ctx.shared.uses.append((grad, v))
+        gv = torch.matmul(weights[:, : v.size(1)].transpose(2, 3), grad)
+        return None, gv, *[None] * 7
 
 
 @dataclass
@@ -184,15 +210,13 @@ class Attention:
     Attributes:
         weights: (B, H, T, S), rows (queries) sum to 1; None: they would not fit into
             the memory, and each use computes them again, block by block.
-        inputs: what they are computed from, if ``weights`` is None.
-        uses: (gradient, values) of the uses that the backward pass has been through;
-            the gradient of the weights is the sum of their products. None: autograd
-            does it all.
+        inputs: what they are computed from.
+        shared: for the backward pass; None: autograd does it all.
     """
 
     weights: Tensor | None
-    inputs: Inputs | None = None
-    uses: list[tuple[Tensor, Tensor]] | None = None
+    inputs: Inputs
+    shared: _Shared | None = None
 
     def apply(self, v: Tensor) -> Tensor:
         """Weighted sums of values.
@@ -205,9 +229,9 @@ class Attention:
         """
         if self.weights is None:
             return self._apply_blocks(v)
-        if self.uses is None:
+        if self.shared is None:
             return torch.matmul(self.weights[:, : v.size(1)], v)
-        return _Apply.apply(self.weights, v, self.uses)
+        return _Apply.apply(self.weights, v, self.shared, *self.inputs)
 
     def _apply_blocks(self, v: Tensor) -> Tensor:
         inputs, heads = self.inputs, v.size(1)
@@ -230,9 +254,11 @@ def attend(inputs: Inputs, penalize: bool) -> Attention:
     if not torch.is_grad_enabled() and b * h * t * s > MAX_WEIGHTS:
         return Attention(None, inputs)
     if b * t == 0 or not _in_blocks(inputs.q):
-        return Attention(_composed(inputs, penalize))
-    uses: list[tuple[Tensor, Tensor]] = []
-    return Attention(_Weights.apply(*inputs, penalize, uses), uses=uses)
+        return Attention(_composed(inputs, penalize), inputs)
+    if not torch.is_grad_enabled():
+        return Attention(inputs.all_weights(), inputs)
+    shared = _Shared()
+    return Attention(_Weights.apply(*inputs, penalize, shared), inputs, shared)
 
 
 def _in_blocks(x: Tensor) -> bool:
