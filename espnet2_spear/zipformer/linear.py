@@ -22,7 +22,7 @@ from espnet2_spear.zipformer.scaling import (
     Swoosh,
     swoosh,
     swoosh_,
-    swoosh_slope_,
+    swoosh_gradient,
     swoosh_value,
 )
 
@@ -119,7 +119,7 @@ class _SwooshLinear(torch.autograd.Function):
         gw = matmul_t(g.t(), y.view(-1, y.size(-1)).t())
         del y
         gx = matmul_t(g, weight.t()).view(x.shape)
-        gx.mul_(swoosh_slope_(x - ctx.kind.shift))
+        gx = swoosh_gradient(x, gx, ctx.kind.shift)
         if keep is not None:
             gx.mul_(keep)
         return gx, None, gw, g.sum(dim=0) if ctx.needs_input_grad[3] else None, None
@@ -175,7 +175,7 @@ class _SwooshConv(torch.autograd.Function):
             conv.groups,
             [True, *ctx.needs_input_grad[2:]],
         )
-        return gx.mul_(swoosh_slope_(x - SWOOSH_R.shift)), None, gw, gb
+        return swoosh_gradient(x, gx, SWOOSH_R.shift), None, gw, gb
 
 
 def swoosh_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class _Pointwise(torch.autograd.Function):
             hidden = matmul_t(part, weight1, bias1)
             gw2 += matmul_t(g.t(), swoosh_value(hidden, SWOOSH_L).t())
             gh = matmul_t(g, weight2.t())
-            gh *= swoosh_slope_(hidden - SWOOSH_L.shift)
+            gh = swoosh_gradient(hidden, gh, SWOOSH_L.shift)
             if terms is not None:
                 add_balance_(gh, hidden, *terms)
             gw1 += matmul_t(gh.t(), part.t())
