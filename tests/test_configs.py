@@ -9,6 +9,7 @@ import yaml
 
 from espnet2_spear.bin.spear_train import get_parser
 from espnet2_spear.bin.spear_train import main as train
+from espnet2_spear.iterators.sampler import SamplerConfig
 from espnet2_spear.mvq.training import MVQTrainingConfig
 from espnet2_spear.schedulers.eden import Eden
 from espnet2_spear.tasks.spear import SpearTask
@@ -87,6 +88,12 @@ def test_values_are_the_published_ones(path: Path) -> None:
     mixing = {"base_speech": "token_mixing", "large_speech": "batch_mixing"}
     mixing["xlarge_speech"] = "batch_mixing"
     assert conf["mixer_conf"] == {"preset": mixing.get(name(path), "noise")}
+    assert conf["iterator_type"] == "task"
+    sampler = SamplerConfig(**conf["sampler_conf"])
+    # Mixtures outlast utterances by the largest offset.
+    headroom = 2.0 * (conf["mixer_conf"]["preset"] == "token_mixing")
+    assert sampler.mix_headroom_seconds == headroom
+    assert sampler.max_utts == (150 if size == "xlarge" else None)
     # The schedule's second axis is the audio in a batch.
     hours = conf["batch_bins"] * conf["accum_grad"] / 16000 / 3600
     assert conf["scheduler_conf"]["hours_per_batch"] == pytest.approx(hours, rel=1e-5)
@@ -94,6 +101,7 @@ def test_values_are_the_published_ones(path: Path) -> None:
         seconds, lr_hours, thousands = PAPER[size, domains]
         gpus = conf["batch_bins"] / 16000 / seconds
         assert gpus == (16 if (size, domains) == ("large", "speech") else 8)
+        assert sampler.step_shards == gpus
         assert conf["scheduler_conf"]["lr_hours"] == lr_hours
         steps = conf["max_epoch"] * conf["num_iters_per_epoch"]
         assert steps == thousands * 1000

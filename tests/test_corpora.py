@@ -322,42 +322,14 @@ def test_stage_1_on_a_list(tmp_path: Path) -> None:
 
 # --- Weights --------------------------------------------------------------------------
 
-weighted_lists = load("weighted_lists")
 
-
-def test_weighted_lists(tmp_path: Path) -> None:
-    utts = [f"{name}-{i:03d}" for name in ("a", "b", "c") for i in range(200)]
-    raw, codes, out = (tmp_path / name for name in ("raw", "codes", "out"))
-    raw.mkdir()
-    codes.mkdir()
-    for name in weighted_lists.TABLES:
-        (raw / name).write_text("".join(f"{utt} {name} x\n" for utt in utts))
-    (codes / "speech.scp").write_text("".join(f"{utt} s.ark:7\n" for utt in utts))
-    (codes / "speech.json").write_text("{}")
-    (tmp_path / "weights").write_text("a 1.0\nb 2.5\nc 0.25\n")
-    weighted_lists.main(
-        ["--weights", str(tmp_path / "weights"), "--data_dir", str(raw)]
-        + ["--codes_dir", str(codes), "--teachers", "speech", "--out_dir", str(out)]
-    )
-    tables = {
-        path.name: path.read_text().splitlines()
-        for path in out.iterdir()
-        if path.suffix != ".json"
-    }
-    assert set(tables) == {*weighted_lists.TABLES, "speech.scp"}
-    ids = [line.split()[0] for line in tables["wav.scp"]]
-    assert all([line.split()[0] for line in t] == ids for t in tables.values())
-    assert ids == sorted(set(ids))  # unique, and in Kaldi's order
-    counts = {name: sum(f"{name}-" in utt for utt in ids) for name in "abc"}
-    assert counts["a"] == 200
-    assert counts["b"] == pytest.approx(500, abs=25)
-    assert counts["c"] == pytest.approx(50, abs=25)
-    assert {utt for utt in ids if utt.startswith("2-")} == {
-        f"2-b-{i:03d}" for i in range(200)
-    }
-    assert "2-b-007 s.ark:7" in tables["speech.scp"]
-    (raw / "wav.scp").write_text("other-1 x\n")
-    with pytest.raises(
-        DataDirError, match="'other-1' is of none of the corpora a, b, c"
-    ):
-        weighted_lists.expand(raw / "wav.scp", out / "x", {"a": 1, "b": 1, "c": 1})
+def test_stage_7_passes_weights_to_the_sampler(tmp_path: Path) -> None:
+    (tmp_path / "data/local").mkdir(parents=True)
+    (tmp_path / "data/local/weights").write_text("librispeech 1.0\nmusan 2.5\n")
+    options = ["--stage", "7", "--stop_stage", "7", "--dry_run", "true"]
+    options += ["--datadir", str(tmp_path / "data"), "--ngpu", "0"]
+    result = run_sh(*options, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    words = "corpus_weights.librispeech=1.0 --sampler_conf corpus_weights.musan=2.5"
+    assert f"--sampler_conf {words}" in result.stdout
+    assert "--config exp/spear_mini/train.yaml" in result.stdout

@@ -178,10 +178,14 @@ def test_bad_lists(tmp_path: Path, name: str, text: str, message: str) -> None:
         open_manifest(tmp_path / "m", sources(tmp_path), DOMAINS)
 
 
-def test_corpus_without_utterances(tmp_path: Path) -> None:
-    write_lists(tmp_path)
-    with pytest.raises(ListError, match="no utterance of corpus 'd'.*begin with 'd-'"):
-        open_manifest(tmp_path / "m", sources(tmp_path), DOMAINS, ["a", "d"])
+def test_corpora_without_utterances(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = write_lists(tmp_path)
+    check(open_manifest(tmp_path / "m", sources(tmp_path), DOMAINS, ["a", "d"]), facts)
+    assert "no utterance of corpus 'd', whose ids would begin with 'd-'" in caplog.text
+    with pytest.raises(ListError, match="no utterance of corpus 'd'.*nor of any other"):
+        open_manifest(tmp_path / "m", sources(tmp_path), DOMAINS, ["d", "e"])
 
 
 def test_lines_in_the_same_order_need_no_table(tmp_path: Path) -> None:

@@ -148,6 +148,22 @@ def build_iter_factory(
     )
 
 
+def check_sampling_options(args: argparse.Namespace) -> None:
+    """Raise if options of the sampler are given to an iterator that has none.
+
+    Raises:
+        ValueError: see above.
+    """
+    if args.iterator_type in ("task", "none"):
+        return
+    for option in ("sampler_conf", "bad_data_conf", "manifest_dir"):
+        if getattr(args, option):
+            raise ValueError(
+                f"{option} has no effect with iterator_type '{args.iterator_type}'; "
+                "use iterator_type 'task'"
+            )
+
+
 def _config(kind: type[Config], option: str, args: argparse.Namespace) -> Config:
     try:
         return kind(**getattr(args, option))

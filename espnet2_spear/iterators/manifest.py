@@ -186,7 +186,7 @@ def open_manifest(
 
     Raises:
         ListError: a list that is missing, malformed, or lacks utterances; a domain
-            that is unknown; a corpus without utterances.
+            that is unknown; utterances of none of the corpora.
     """
     folder = Path(folder)
     facts = lists.facts()
@@ -269,10 +269,13 @@ def _build(
             groups.append(Group(names[name], domains[place], first, last, total))
     absent = sorted(set(corpora) - {one.corpus for one in groups})
     if absent:
-        raise ListError(
+        message = (
             f"{reference.path}: no utterance of corpus '{absent[0]}', whose ids would "
-            f"begin with '{absent[0]}-'; correct the weights of the corpora"
+            f"begin with '{absent[0]}-'"
         )
+        if len(absent) == len(corpora):
+            raise ListError(f"{message}, nor of any other that has a weight")
+        logging.warning(message)
     return groups
 
 

@@ -13,7 +13,11 @@ from espnet2.train.trainer import Trainer
 from espnet2.utils.nested_dict_action import NestedDictAction
 from espnet2.utils.types import str2bool, str_or_none
 
-from espnet2_spear.iterators.build import add_sampling_arguments, build_iter_factory
+from espnet2_spear.iterators.build import (
+    add_sampling_arguments,
+    build_iter_factory,
+    check_sampling_options,
+)
 from espnet2_spear.iterators.iter_factory import SpearIterFactory
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.spear.espnet_model import SpearPretrainModel
@@ -223,6 +227,7 @@ class SpearTask(AbsTask):
     @classmethod
     def main_worker(cls, args: argparse.Namespace) -> None:
         """As of every task, after a check that the codes are those of the teachers."""
+        check_sampling_options(args)
         check_codes_facts(args)
         if args.use_deepspeed and args.distributed:
             check_deepspeed_config(args.deepspeed_config)

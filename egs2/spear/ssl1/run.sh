@@ -376,32 +376,25 @@ if wanted 7 || wanted 8; then lock "${exp}"; fi
 if wanted 7; then
     log "Stage 7: pre-training, log in ${exp}/train.log"
     [ "${dry_run}" = true ] || plan --write "${exp}/train.yaml"
-    sources=("${dumpdir}/raw/train:${codes}/train" "${dumpdir}/raw/valid:${codes}/valid")
-    if [ -e "${datadir}/local/weights" ]; then
-        weighted=${exp}/lists inputs=()
-        for name in "${names[@]}"; do inputs+=(--input "${codes}/train/${name}.scp"); done
-        step --mark "${weighted}/.done.json" --input "${datadir}/local/weights" \
-            --input "${dumpdir}/raw/train" "${inputs[@]}" \
-            --output "${weighted}/wav.scp" -- python local/weighted_lists.py \
-            --weights "${datadir}/local/weights" --data_dir "${dumpdir}/raw/train" \
-            --codes_dir "${codes}/train" --out_dir "${weighted}" --teachers "${names[@]}"
-        sources[0]=${weighted}:${weighted}
-    fi
     opts=() inputs=()
     for part in train valid; do
-        raw=${sources[0]%:*}
-        scps=${sources[0]#*:}
-        sources=("${sources[@]:1}")
+        raw=${dumpdir}/raw/${part}
         inputs+=(--input "${raw}")
         opts+=("--${part}_data_path_and_name_and_type" "${raw}/wav.scp,speech,sound"
             "--${part}_data_path_and_name_and_type" "${raw}/utt2domain,domain,text"
             "--${part}_shape_file" "${raw}/utt2num_samples")
         for name in "${names[@]}"; do
-            inputs+=(--input "${scps}/${name}.scp")
+            inputs+=(--input "${codes}/${part}/${name}.scp")
             opts+=("--${part}_data_path_and_name_and_type"
-                "${scps}/${name}.scp,codes_${name},kaldi_ark")
+                "${codes}/${part}/${name}.scp,codes_${name},kaldi_ark")
         done
     done
+    if [ -e "${datadir}/local/weights" ]; then
+        inputs+=(--input "${datadir}/local/weights")
+        while read -r corpus weight; do
+            opts+=(--sampler_conf "corpus_weights.${corpus}=${weight}")
+        done <"${datadir}/local/weights"
+    fi
     nodes=()
     if [ "${num_nodes}" -gt 1 ]; then
         nodes=(--dist_launcher slurm --dist_init_method "file://${PWD}/${exp}/.dist_init.$$")
