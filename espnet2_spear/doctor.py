@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from espnet2_spear import __version__, registration
+from espnet2_spear import __version__, autoload, registration
 from espnet2_spear._hook import DISABLE, disabled
 
 # Distribution -> what it is needed for; those of the second table can be missing.
@@ -127,6 +127,13 @@ def check_doors(report: Report) -> None:
         report.problem(
             f"{DISABLE}={os.environ[DISABLE]} switches registration off",
             f"unset {DISABLE}",
+        )
+    state = autoload.status()
+    report.line("autoload", f"{state} ({autoload.startup_file()})")
+    if state == "changed":
+        report.problem(
+            f"{autoload.startup_file()} is of another version of the plugin",
+            "python -m espnet2_spear.autoload on (or off)",
         )
     door = Path(sys.executable).parent / "spear-python"
     on_path = shutil.which("spear-python")

@@ -1,0 +1,144 @@
+"""``python -m espnet2_spear.autoload on|off|status``: registration without an import.
+
+``on`` writes one file into this Python's site-packages, which makes every start of this
+Python import the plugin (under 5 ms; neither torch nor ESPnet). Then an unmodified
+``asr.sh``, ``espnet.load``, the ``espnet`` command and spawned processes know the
+plugin's classes. ``off`` removes the file. It is never switched on by itself, and does
+nothing once the plugin is uninstalled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+# Read in alphabetical order: behind those that put the plugin on the path.
+FILE_NAME = "zz_espnet2_spear_autoload.pth"
+# Python executes lines of .pth files that begin with import. The plugin's absence is
+# what remains after an uninstallation and no news; anything else is said in one line
+# and must not keep Python from starting.
+_CODE = """\
+try:
+ import espnet2_spear
+except Exception as e:
+ if not isinstance(e, ModuleNotFoundError) or e.name != "espnet2_spear":
+  print("espnet2_spear autoload:", e, file=sys.stderr)
+"""
+CONTENT = f"import sys; exec({_CODE!r})\n"
+
+
+class AutoloadError(OSError):
+    """The start-up file cannot be written or removed; the message says what to do."""
+
+
+def startup_file() -> Path:
+    """Path of the start-up file of this Python, whether it exists or not."""
+    return Path(sysconfig.get_path("purelib")) / FILE_NAME
+
+
+def status() -> str:
+    """Return ``on``, ``off``, or ``changed``: there is a file, but not this version's.
+
+    A changed file is one of another version of the plugin; ``on`` replaces it.
+    """
+    path = startup_file()
+    if not path.exists():
+        return "off"
+    try:
+        return "on" if path.read_text(encoding="utf-8") == CONTENT else "changed"
+    except (OSError, UnicodeDecodeError):
+        return "changed"
+
+
+def switch_on() -> Path:
+    """Write the start-up file.
+
+    Raises:
+        AutoloadError: site-packages cannot be written, or the plugin would not be
+            found from there.
+    """
+    path = startup_file()
+    if not _importable_everywhere():
+        raise AutoloadError(
+            "espnet2_spear is found only by this process's working folder or "
+            "PYTHONPATH; install it first (in a checkout: pip install -e .)"
+        )
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        partial.write_text(CONTENT, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise AutoloadError(
+            f"{path} cannot be written ({error.strerror}): use an environment of your "
+            "own (python -m venv), or `spear-python` in place of python"
+        ) from error
+    return path
+
+
+def switch_off() -> bool:
+    """Remove the start-up file; returns whether there was one.
+
+    Raises:
+        AutoloadError: it cannot be removed.
+    """
+    path = startup_file()
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise AutoloadError(
+            f"{path} cannot be removed ({error.strerror}): ask whoever owns it"
+        ) from error
+    return True
+
+
+def _importable_everywhere() -> bool:
+    """Whether a Python started elsewhere, without PYTHONPATH, finds the plugin."""
+    outside = {os.getcwd(), ""}
+    outside.update(os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    before, sys.path = sys.path, [p for p in sys.path if p not in outside]
+    cached = sys.modules.pop("espnet2_spear", None)
+    try:
+        return importlib.util.find_spec("espnet2_spear") is not None
+    finally:
+        sys.path = before
+        if cached is not None:
+            sys.modules["espnet2_spear"] = cached
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m espnet2_spear.autoload",
+        description="Let every start of this Python make the plugin known to ESPnet, "
+        "or not any more. Nothing else of the environment is changed.",
+    )
+    parser.add_argument("action", choices=("on", "off", "status"))
+    return parser
+
+
+def main(cmd: Sequence[str] | None = None) -> int:
+    """Run one action; returns the exit code."""
+    args = get_parser().parse_args(cmd)
+    try:
+        if args.action == "on":
+            print(f"on: {switch_on()} (undo: python -m espnet2_spear.autoload off)")
+        elif args.action == "off":
+            done = "removed" if switch_off() else "was off already:"
+            print(f"off: {done} {startup_file()}")
+        else:
+            print(f"{status()}: {startup_file()}")
+    except AutoloadError as error:
+        print(f"autoload: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
