@@ -185,7 +185,9 @@ class SpearFrontend(AbsFrontend):
         """Compute features.
 
         Args:
-            input: (B, samples) float in [-1, 1], 16 kHz.
+            input: (B, samples) float in [-1, 1], 16 kHz; or (B, samples, channels), of
+                which one is used, as in ESPnet's frontend: the first, in training a
+                random one.
             input_lengths: (B,) samples.
 
         Returns:
@@ -203,6 +205,9 @@ class SpearFrontend(AbsFrontend):
             )
         if self.upstream.training != (self.training and not self.frozen):
             self.train(self.training)
+        if input.dim() == 3:
+            channels = input.size(2) if self.training else 1
+            input = input[..., int(torch.randint(channels, ()))]
         samples, lengths = input_lengths.tolist(), self.output_lengths(input_lengths)
         self._check_samples(samples)
         if self.training or self.chunks is None or self._short(samples):

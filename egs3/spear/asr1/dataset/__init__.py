@@ -1,0 +1,41 @@
+"""Kaldi data directories as ESPnet3's data set."""
+
+from pathlib import Path
+
+import soundfile
+from espnet3.components.data.base_dataset import BaseDataset
+from espnet3.contract import Field
+
+
+def _read(path: Path) -> dict[str, str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return dict(line.split(maxsplit=1) for line in lines if line.strip())
+
+
+class Dataset(BaseDataset):
+    """Utterances of a folder with ``wav.scp`` and ``text``; 16 kHz, one channel.
+
+    Args:
+        folder: the data directory.
+
+    Raises:
+        ValueError: transcripts without audio.
+    """
+
+    fields = (Field("speech", "audio"), Field("text", "text"))
+
+    def __init__(self, folder: str) -> None:
+        self.audio = _read(Path(folder) / "wav.scp")
+        self.text = _read(Path(folder) / "text")
+        self.utterances = sorted(self.text)
+        missing = [utt for utt in self.utterances if utt not in self.audio]
+        if missing:
+            raise ValueError(f"{folder}/wav.scp lacks {missing[:3]} of {folder}/text")
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        utt = self.utterances[int(index)]
+        speech, _ = soundfile.read(self.audio[utt], dtype="float32")
+        return {"speech": speech, "text": self.text[utt]}

@@ -1,0 +1,87 @@
+"""The ESPnet3 example: its configuration, and a training where lightning is there."""
+
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from student_files import write_student
+
+from espnet2_spear.hub.load import load_model
+
+RECIPE = Path(__file__).resolve().parent.parent / "egs3" / "spear" / "asr1"
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("espnet3") is None, reason="ESPnet3 is in 202611 only"
+)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    """Two utterances, tokens, a student, and a small encoder."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "valid"):
+        folder = tmp_path / "data" / split
+        folder.mkdir(parents=True)
+        wavs = {utt: folder / f"{utt}.wav" for utt in ("u1", "u2")}
+        for i, path in enumerate(wavs.values()):
+            noise = 0.1 * rng.standard_normal(16000 + 3000 * i)
+            soundfile.write(path, noise.astype(np.float32), 16000)
+        table = "".join(f"{utt} {path}\n" for utt, path in wavs.items())
+        (folder / "wav.scp").write_text(table, encoding="utf-8")
+        (folder / "text").write_text("u1 ab\nu2 b a\n", encoding="utf-8")
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("<blank>\n<unk>\n<space>\na\nb\n<sos/eos>\n", encoding="utf-8")
+    return [
+        f"student={write_student(tmp_path / 'student')}",
+        f"data_dir={tmp_path / 'data'}",
+        f"tokens={tokens}",
+        f"exp_dir={tmp_path / 'exp'}",
+        "model.encoder_conf.output_size=8",
+        "model.encoder_conf.linear_units=8",
+        "model.encoder_conf.attention_heads=1",
+        "trainer.accelerator=cpu",
+        "trainer.max_epochs=2",
+        "dataloader.train.num_workers=0",
+        "dataloader.valid.num_workers=0",
+    ]
+
+
+def test_the_class_path_registers_and_builds(options: list[str]) -> None:
+    from espnet3.utils.task_utils import get_espnet_model
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(RECIPE / "conf" / "training.yaml")
+    config = OmegaConf.merge(config, OmegaConf.from_dotlist(options))
+    model = get_espnet_model(
+        config.task, OmegaConf.to_container(config.model, resolve=True)
+    )
+    assert type(model.frontend).__name__ == "SpearFrontend"
+    assert model.frontend.frozen and model.frontend.output_size() == 64
+
+
+def test_trains(options: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if importlib.util.find_spec("lightning") is None:
+        pytest.skip("ESPnet3 trains with lightning, which is not installed")
+    main = runpy.run_path(str(RECIPE / "run.py"))["main"]
+    main(options)
+    (last,) = (tmp_path / "exp").glob("last.ckpt")
+    state = torch.load(last, weights_only=False)["state_dict"]
+    student = load_model(tmp_path / "student" / "valid.loss.best.pth").state_dict()
+    for key, value in student.items():
+        assert torch.equal(state[f"frontend.upstream.{key}"], value)
+    assert state["frontend.featurizer.weights"].abs().max() > 0
+    assert (tmp_path / "exp" / "config.yaml").exists()
+
+
+def test_a_missing_student_is_asked_for(monkeypatch) -> None:
+    if importlib.util.find_spec("lightning") is None:
+        pytest.skip("ESPnet3 trains with lightning, which is not installed")
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    with pytest.raises(SystemExit, match="student="):
+        runpy.run_path(str(RECIPE / "run.py"))["main"]()
