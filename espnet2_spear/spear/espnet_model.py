@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from espnet2.torch_utils.device_funcs import force_gatherable
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from torch import Tensor, nn
 
@@ -193,7 +194,8 @@ class SpearPretrainModel(AbsESPnetModel):
         else:
             weight = torch.ones_like(num_frames)
         reported = {"loss": loss.detach(), **stats.averages()}
-        return loss, reported, weight.to(loss.dtype)
+        # With one axis, as ESPnet's exchange between ranks wants them.
+        return loss, *force_gatherable((reported, weight.to(loss.dtype)), loss.device)
 
     def _predictor(
         self, out: SpearOutput, layer: int | None, mask: Tensor

@@ -1,0 +1,205 @@
+"""Training with several real processes (gloo) is training with one."""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from espnet2_spear.fileio.kaldi_ark import CodesWriter, write_missing_codes
+
+RATE = 16000
+STEPS = 4
+# Utterances of a batch are dealt out in turn: with four ranks the last one has no
+# audio in any batch, and so no target for the audio teacher's head.
+DOMAINS = ("audio", "speech", "speech", "speech")
+COMMON = [
+    *("--ngpu", "0", "--num_workers", "0", "--seed", "1", "--student", "tiny"),
+    *("--use_tensorboard", "false", "--use_matplotlib", "false"),
+    *("--teachers", "speech.num_codebooks=4", "--teachers", "audio.num_codebooks=2"),
+    *("--teachers", "audio.frame_rate=25.0"),
+    *("--model_conf", "normalize=frames"),
+    *("--batch_type", "unsorted", "--batch_size", "8", "--num_iters_per_epoch", "1"),
+    *("--max_epoch", str(STEPS), "--keep_nbest_models", "1"),
+    *("--optim", "scaledadam", "--optim_conf", "lr=0.02", "--grad_clip", "1e9"),
+    *("--scheduler", "eden", "--scheduler_conf", "warmup_batches=0"),
+    *("--dist_backend", "gloo", "--multiprocessing_distributed", "false"),
+]
+# What depends on neither chance nor the utterances beside one.
+EXACT = ["--student_conf", "padding=exact", "--student_conf", "regularize=false"]
+EXACT += ["--masker_conf", "time_prob=0", "--masker_conf", "channel_prob=0"]
+RANDOM = ["--student_conf", "regularize=true"]
+# Name -> number of processes and what differs from COMMON.
+RUNS = {
+    "one": (1, EXACT),
+    "two": (2, EXACT),
+    "four": (4, [*EXACT, "--student_conf", "activation_checkpointing=true"]),
+    "summed_one": (1, [*EXACT, "--model_conf", "normalize=sum"]),
+    "summed_two": (2, [*EXACT, "--model_conf", "normalize=sum"]),
+    "random_two": (2, RANDOM),
+    # Two machines, as egs2/spear/ssl1/run.sh --num_nodes 2 starts them.
+    "slurm": (2, [*EXACT, "--dist_launcher", "slurm"]),
+}
+
+
+def write_data(folder: Path) -> list[str]:
+    """Write 16 utterances of different lengths; return the options that name them."""
+    rng = np.random.default_rng(0)
+    tables = {name: [] for name in ("wav.scp", "utt2domain", "audio.scp", "shape")}
+    missing = write_missing_codes(folder / "missing.ark", 2)
+    with (
+        CodesWriter(folder / "speech.ark", folder / "speech.scp") as speech,
+        CodesWriter(folder / "audio.ark", folder / "written.scp") as audio,
+    ):
+        for i in range(16):
+            utt, samples = f"u{i:02d}", int(rng.integers(RATE // 2, RATE * 3 // 2))
+            noise = 0.1 * rng.standard_normal(samples)
+            soundfile.write(folder / f"{utt}.wav", noise.astype(np.float32), RATE)
+            domain = DOMAINS[i % 4]
+            speech.write(utt, rng.integers(0, 256, (samples // 320, 4)))
+            if domain == "audio":
+                audio.write(utt, rng.integers(0, 256, (samples // 640, 2)))
+            else:
+                tables["audio.scp"].append(f"{utt} {missing}\n")
+            tables["wav.scp"].append(f"{utt} {folder / utt}.wav\n")
+            tables["utt2domain"].append(f"{utt} {domain}\n")
+            tables["shape"].append(f"{utt} {samples}\n")
+    tables["audio.scp"] += (folder / "written.scp").read_text().splitlines(True)
+    for name, lines in tables.items():
+        (folder / name).write_text("".join(sorted(lines)), encoding="utf-8")
+    options = []
+    for split in ("train", "valid"):
+        options += [f"--{split}_shape_file", str(folder / "shape")]
+        for entry in (
+            "wav.scp,speech,sound",
+            "utt2domain,domain,text",
+            "speech.scp,codes_speech,kaldi_ark",
+            "audio.scp,codes_audio,kaldi_ark",
+        ):
+            options += [f"--{split}_data_path_and_name_and_type", f"{folder}/{entry}"]
+    return options
+
+
+def run_rank(rank: int, world: int, port: int, options: list[str], log: Path) -> None:
+    """Be one process of a run."""
+    with open(log, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        if "slurm" in options:
+            # What srun tells the task of each node.
+            os.environ.update(SLURM_PROCID=str(rank), SLURM_NODEID=str(rank))
+            os.environ.update(SLURM_NTASKS=str(world), SLURM_LOCALID="0")
+            os.environ.update(SLURM_STEP_NUM_NODES=str(world))
+            os.environ.update(SLURM_STEP_NODELIST="node[1-2]")
+            options += ["--multiprocessing_distributed", "true"]
+            options += ["--dist_init_method", f"file://{log.parent}/dist_init"]
+        elif world > 1:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        from espnet2_spear.bin.spear_train import main
+
+        try:
+            main(cmd=options)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def run_all(folder: Path) -> None:
+    """Train all of RUNS, one after the other, from one import of ESPnet.
+
+    Raises:
+        SystemExit: a rank failed.
+    """
+    import espnet2_spear.bin.spear_train  # noqa: F401  (for all forks)
+
+    data = write_data(folder)
+    context = multiprocessing.get_context("fork")
+    for name, (world, options) in RUNS.items():
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        out = folder / name
+        options = [*COMMON, *data, *options, "--output_dir", str(out)]
+        ranks = []
+        for rank in range(world):
+            log = folder / f"{name}.{rank}.log"
+            job = (rank, world, port, options, log)
+            ranks.append(context.Process(target=run_rank, args=job))
+            ranks[-1].start()
+        for rank in ranks:
+            rank.join()
+        if any(rank.exitcode for rank in ranks):
+            logs = [(folder / f"{name}.{r}.log").read_text() for r in range(world)]
+            sys.exit(f"{name} failed\n" + "\n".join(log[-3000:] for log in logs))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with an experiment for each of RUNS."""
+    folder = tmp_path_factory.mktemp("distributed")
+    # In a fresh process: forks of one that has worked with threads may hang.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return folder
+
+
+def curve(exp: Path, name: str = "loss") -> list[float]:
+    """A figure of every training step (an epoch has one) and every validation."""
+    stats = torch.load(exp / "checkpoint.pth", weights_only=True)["reporter"]["stats"]
+    parts = ("train", "valid")
+    return [stats[e][part][name] for e in range(1, STEPS + 1) for part in parts]
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("one", "two"),
+        ("one", "four"),
+        ("one", "slurm"),
+        ("summed_one", "summed_two"),
+    ],
+)
+def test_loss_curve_is_that_of_one_process(folder: Path, one: str, other: str) -> None:
+    """The global mean over ranks with different numbers of frames is exact.
+
+    With ``sum`` it is the mean of the ranks' sums, whose scale ScaledAdam ignores.
+    """
+    expected, got = np.array(curve(folder / one)), np.array(curve(folder / other))
+    assert expected[1] - expected[-1] > 1e-3 * expected[1]  # it learns something
+    if one.startswith("summed"):
+        expected = expected / RUNS[other][0]
+    np.testing.assert_allclose(got, expected, rtol=2e-5)
+    for figure in ("audio_audio_loss", "audio_audio_acc_unmasked", "mask_ratio"):
+        np.testing.assert_allclose(
+            curve(folder / other, figure), curve(folder / one, figure), atol=1e-3
+        )
+
+
+def test_random_training_stays_in_step(folder: Path) -> None:
+    """Masks, regularisers and their skipped parts differ from rank to rank."""
+    losses = curve(folder / "random_two")
+    assert all(np.isfinite(losses))
+    assert curve(folder / "random_two", "mask_ratio")[0] > 0.2
+    state = torch.load(folder / "random_two" / "4epoch.pth", weights_only=True)
+    assert state["schedule.batches"] > 0
+
+
+if __name__ == "__main__":
+    run_all(Path(sys.argv[1]))
