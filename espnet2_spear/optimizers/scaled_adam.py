@@ -12,7 +12,7 @@ from torch import Tensor
 from espnet2_spear.optimizers.lr_scale import split_by_lr_scale
 
 _NORM_PERIOD = 100  # steps between two updates of the clipping threshold
-_BLOCK = 1 << 16  # elements that a CPU updates at once: all operands stay in its cache
+_BLOCK = 1 << 19  # elements that a CPU updates at once: all operands stay in its cache
 _SCALAR_STATE = ("delta", "exp_avg_sq")
 _STATE = (*_SCALAR_STATE, "param_rms", "scale_exp_avg_sq", "scale_grads")
 
