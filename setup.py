@@ -12,8 +12,8 @@ README = ROOT / "README.md"
 REQUIRES = [
     "espnet[asr]>=202511",  # the toolkit; its ASR training imports editdistance
     "espnet_model_zoo",  # packed models are opened by its downloader
-    "torch>=2.4",  # the networks
-    "torchaudio>=2.4",  # mel filter banks of teachers; ESPnet imports it too
+    "torch>=2.6",  # the networks; its allow-list of classes in checkpoints
+    "torchaudio>=2.6",  # mel filter banks of teachers; ESPnet imports it too
     "numpy>=2.0",  # codes and embeddings on disk
     "sentencepiece",  # token lists of the recognizers
     "humanfriendly",  # sizes such as fs=16k in ESPnet's configurations
