@@ -32,6 +32,7 @@ from espnet2_spear.train.data_types import register_data_types
 from espnet2_spear.train.deepspeed import check_deepspeed_config, weigh_loss
 from espnet2_spear.train.noise import NoiseList
 from espnet2_spear.train.preprocessor import SpearPreprocessor
+from espnet2_spear.train.trainer import SpearTrainer
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.fusion import fuse_chains
 
@@ -55,7 +56,7 @@ class SpearTask(AbsTask):
 
     num_optimizers: int = 1
     class_choices_list = [model_choices]
-    trainer = Trainer
+    trainer = SpearTrainer
 
     @classmethod
     def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:

@@ -66,7 +66,8 @@ def check_codes_facts(args: argparse.Namespace) -> None:
             continue
         facts = codes_facts(path)
         if facts is None:
-            logging.info(f"{path}: nothing beside it says how the codes were made")
+            # logging.info() would set the root logger up before ESPnet does.
+            logging.getLogger(__name__).info(f"{path}: no facts beside these codes")
             continue
         conf = args.teachers[teacher]
         _check_shape(path, teacher, conf, facts)

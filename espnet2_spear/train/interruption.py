@@ -1,0 +1,105 @@
+"""Requests to stop: SIGTERM as schedulers send it before they take a node away."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
+EXIT_INTERRUPTED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_WORKER_GRACE = 30  # seconds
+
+
+class Interrupted(SystemExit):
+    """A training that was asked to stop has written its checkpoint and ends."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_INTERRUPTED)
+
+
+class StopRequest:
+    """Remembers that a signal asked for an end."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listen(self) -> Iterator[StopRequest]:
+        """Catch the signals while inside; only possible in a main thread."""
+        owner = os.getpid()
+
+        def handle(number: int, frame: object) -> None:
+            if os.getpid() != owner:  # a worker, forked with this handler
+                return _end_later(number, frame)
+            logging.warning(
+                f"{signal.Signals(number).name}: a checkpoint is written after this "
+                "step, then the training ends"
+            )
+            self.requested = True
+
+        with _handlers(handle):
+            yield self
+
+
+def _end_later(number: int, frame: object) -> None:
+    """Handler of data loading processes.
+
+    Schedulers signal all processes of a job. The training still needs its workers
+    until it has stopped, and ends them itself; the alarm is for when it cannot.
+    """
+    signal.alarm(_WORKER_GRACE)
+
+
+class PatientWorker:
+    """worker_init_fn for torch's DataLoader: survive SIGTERM for a while.
+
+    Args:
+        then: the loader's own function.
+    """
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker_id: int) -> None:
+        """Run in a new worker, after torch has set its own handler."""
+        for number in SIGNALS:
+            signal.signal(number, _end_later)
+        if self.then is not None:
+            self.then(worker_id)
+
+
+@contextmanager
+def pass_on_to_children() -> Iterator[None]:
+    """Hand the signals to child processes and live on until they have ended.
+
+    For the parent of ESPnet's spawned trainings, whose early end would take the
+    children's node away before they have written their checkpoint.
+    """
+
+    def handle(number: int, frame: object) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, number)
+
+    with _handlers(handle):
+        yield
+
+
+@contextmanager
+def _handlers(handle: Callable[[int, object], None]) -> Iterator[None]:
+    try:
+        before = {number: signal.signal(number, handle) for number in SIGNALS}
+    except ValueError:  # not the main thread
+        logging.warning("not in a main thread: signals to stop are not caught")
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,158 @@
+"""Average of the model over the steps of a training, and over any part of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espnet2_spear.train.checkpoint import atomic_save
+
+FOLDER = "running_average"
+
+
+class AverageError(ValueError):
+    """Running averages that are not there or do not fit together."""
+
+
+class RunningAverage:
+    """Mean of the parameters over samples of the training so far.
+
+    After n samples theta_1..theta_n the mean is m_n = m_(n-1) + (theta_n - m_(n-1)) /
+    n, in float64 on the CPU. Two of them give the mean over what lies between (see
+    :func:`average_between`), so that which checkpoints to average can be decided
+    afterwards.
+
+    Args:
+        period: optimizer steps between two samples; 0 switches averaging off.
+
+    Attributes:
+        count: samples so far.
+    """
+
+    def __init__(self, period: int) -> None:
+        self.period = period
+        self.count = 0
+        self._mean: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, steps: int) -> None:
+        """Take a sample if ``steps`` optimizer steps say that it is time."""
+        if self.period <= 0 or steps % self.period:
+            return
+        self.count += 1
+        for name, value in model.named_parameters():
+            value = value.detach().to("cpu", torch.float64)
+            if name not in self._mean:
+                self._mean[name] = value.clone()
+            else:
+                mean = self._mean[name]
+                mean.add_((value - mean) / self.count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Count, period and float64 means."""
+        return {"count": self.count, "period": self.period, "mean": dict(self._mean)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from another run's state."""
+        if self.period > 0 and state["count"] and state["period"] != self.period:
+            logging.warning(
+                f"the running average was taken every {state['period']} steps so far, "
+                f"now every {self.period}: earlier and later samples weigh the same"
+            )
+        self.count = state["count"]
+        self._mean = {k: v.clone() for k, v in state["mean"].items()}
+
+
+def save_epoch_average(
+    average: RunningAverage, model: nn.Module, folder: Path, epoch: int, keep: int
+) -> None:
+    """Write ``running_average/{epoch}epoch.pth``; keep the newest ``keep`` of them.
+
+    Nothing is written before the first sample.
+    """
+    if average.count == 0 or keep <= 0:
+        return
+    (folder / FOLDER).mkdir(exist_ok=True)
+    state = average.state_dict()
+    # The rest of the model's state, so that an average is a complete model.
+    state["other"] = {
+        k: v for k, v in model.state_dict().items() if k not in state["mean"]
+    }
+    state["dtypes"] = {k: str(v.dtype) for k, v in model.named_parameters()}
+    atomic_save(state, average_file(folder, epoch))
+    for old in (folder / FOLDER).glob("*epoch.pth"):
+        number = old.name.removesuffix("epoch.pth")
+        if number.isdecimal() and int(number) <= epoch - keep:
+            old.unlink()
+
+
+def average_file(folder: Path, epoch: int) -> Path:
+    """Where the running average at the end of an epoch is."""
+    return folder / FOLDER / f"{epoch}epoch.pth"
+
+
+def average_between(folder: Path, first: int, last: int) -> dict[str, Tensor]:
+    """Mean of the model from the end of one epoch to the end of another.
+
+    With running means m_a over n_a and m_b over n_b samples, the mean over the samples
+    in between is (n_b m_b - n_a m_a) / (n_b - n_a).
+
+    Args:
+        folder: an experiment.
+        first: epoch after which the average begins; 0 for the start of training.
+        last: epoch with whose end it ends.
+
+    Returns:
+        a complete state dict, in the types of the model.
+
+    Raises:
+        AverageError: an average that was not kept, or no sample in between.
+    """
+    if not 0 <= first < last:
+        raise AverageError(
+            f"epochs {first} to {last}: the first must be 0 or more and before the last"
+        )
+    end = _read(folder, last)
+    count, mean = end["count"], end["mean"]
+    if first > 0:
+        start = _read(folder, first)
+        count -= start["count"]
+        if count > 0:
+            mean = {
+                k: (end["count"] * v - start["count"] * start["mean"][k]) / count
+                for k, v in mean.items()
+            }
+    if count <= 0:
+        raise AverageError(
+            f"{folder}: no sample of the model was taken from epoch {first} to {last}; "
+            "choose epochs further apart, or train with a smaller --average_period"
+        )
+    state = {
+        k: v.to(getattr(torch, end["dtypes"][k].removeprefix("torch.")))
+        for k, v in mean.items()
+    }
+    return {**state, **end["other"]}
+
+
+def _read(folder: Path, epoch: int) -> dict[str, Any]:
+    path = average_file(folder, epoch)
+    if not path.exists():
+        there = sorted(
+            int(p.name.removesuffix("epoch.pth"))
+            for p in (folder / FOLDER).glob("[0-9]*epoch.pth")
+        )
+        raise AverageError(
+            f"{path}: not there. Epochs with a running average: {there or 'none'} "
+            "(--keep_averages says how many are kept, --average_period 0 makes none)"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise AverageError(
+            f"{path}: cannot be read ({error}); choose another epoch"
+        ) from error

@@ -1,0 +1,96 @@
+"""ESPnet's reporter, able to go on in the middle of an epoch."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from espnet2.train.reporter import Average, Reporter, SubReporter, WeightedAverage
+
+from espnet2_spear.train.checkpoint import from_primitive, primitive
+
+
+class SpearReporter(Reporter):
+    """Statistics of all epochs; also those of an epoch that was interrupted.
+
+    Its state holds Python's own types only, whichever ESPnet writes it, and it reads
+    the states of both supported versions.
+    """
+
+    def __init__(self, epoch: int = 0) -> None:
+        super().__init__(epoch)
+        self.interrupted: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics of complete epochs."""
+        return primitive({"stats": self.stats, "epoch": self.epoch})
+
+    def state_before(self, epoch: int) -> dict[str, Any]:
+        """State as it was when an epoch began."""
+        stats = {e: s for e, s in self.stats.items() if e < epoch}
+        return primitive({"stats": stats, "epoch": epoch - 1})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore from :meth:`state_dict`."""
+        self.epoch = state_dict["epoch"]
+        self.stats = from_primitive(state_dict["stats"])
+
+    def start_epoch(self, key: str, epoch: int | None = None) -> SubReporter:
+        """Begin, or go on with what :attr:`interrupted` holds of this epoch."""
+        sub_reporter = super().start_epoch(key, epoch)
+        state = self.interrupted
+        if state is not None and (key, self.epoch) == (state["key"], state["epoch"]):
+            restore_statistics(sub_reporter, state)
+            self.interrupted = None
+        return sub_reporter
+
+
+def statistics_state(reporter: SubReporter) -> dict[str, Any]:
+    """Everything that an epoch's reporter has collected, as tensors and numbers."""
+    stats = {}
+    for name, values in reporter.stats.items():
+        weights = None
+        if isinstance(values[0], WeightedAverage):
+            weights = torch.tensor([v.weight for v in values], dtype=torch.float64)
+        stats[name] = {
+            "values": torch.tensor([v.value for v in values], dtype=torch.float64),
+            "weights": weights,
+        }
+    return {
+        "key": reporter.key,
+        "epoch": reporter.epoch,
+        "count": reporter.count,
+        "total_count": reporter.total_count,
+        "seconds": time.perf_counter() - reporter.start_time,
+        "stats": stats,
+    }
+
+
+def restore_statistics(reporter: SubReporter, state: dict[str, Any]) -> None:
+    """Put :func:`statistics_state` back into a new reporter of the same epoch."""
+    reporter.count = state["count"]
+    reporter.total_count = state["total_count"]
+    reporter.start_time -= state["seconds"]
+    for name, stat in state["stats"].items():
+        values = stat["values"].tolist()
+        if stat["weights"] is None:
+            reporter.stats[name] = [Average(v) for v in values]
+        else:
+            weights = stat["weights"].tolist()
+            reporter.stats[name] = [
+                WeightedAverage(v, w) for v, w in zip(values, weights, strict=True)
+            ]
+
+
+def recent(reporter: SubReporter, name: str, count: int) -> float:
+    """Mean of the last ``count`` values of a statistic, not counting nan.
+
+    Weighted as the reporter weights; nan if there is none.
+    """
+    values = reporter.stats.get(name, [])[-count:]
+    pairs = [(v.value, getattr(v, "weight", 1.0)) for v in values]
+    pairs = [(v, w) for v, w in pairs if np.isfinite(v) and np.isfinite(w)]
+    total = sum(w for _, w in pairs)
+    return sum(v * w for v, w in pairs) / total if total > 0 else float("nan")

@@ -1,0 +1,432 @@
+"""ESPnet's trainer, for trainings that last weeks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import espnet2.train.trainer as espnet_trainer
+import torch
+from espnet2.torch_utils.device_funcs import to_device
+from espnet2.train.distributed_utils import DistributedOption
+from espnet2.train.reporter import SubReporter
+from espnet2.train.trainer import Trainer, TrainerOptions
+from espnet2.utils.build_dataclass import build_dataclass
+
+from espnet2_spear.train.batches import ResumableIterFactory, windows
+from espnet2_spear.train.checkpoint import (
+    CHECKPOINT,
+    PREVIOUS,
+    atomic_saves,
+    read_checkpoint,
+    read_last_good,
+    repair_epoch_files,
+)
+from espnet2_spear.train.gradients import evaluate
+from espnet2_spear.train.interruption import Interrupted
+from espnet2_spear.train.model_average import RunningAverage, save_epoch_average
+from espnet2_spear.train.progress import Progress
+from espnet2_spear.train.rank_monitor import monitor_ranks
+from espnet2_spear.train.reporter import SpearReporter
+from espnet2_spear.train.run_state import RunState
+from espnet2_spear.train.step import SAMPLE_RATE, OptimizerStep, autocast
+
+
+@dataclasses.dataclass
+class SpearTrainerOptions(TrainerOptions):
+    """ESPnet's options and those of :meth:`SpearTrainer.add_arguments`."""
+
+    save_interval: int
+    average_period: int
+    keep_averages: int
+    max_skipped_steps: int
+    rank_timeout: float
+
+
+class SpearTrainer(Trainer):
+    """Trainer whose runs can be killed at any moment and go on as if nothing happened.
+
+    Beyond ESPnet's: checkpoints in the middle of an epoch, each whole or not there;
+    random numbers that depend on the step only; the exact mean over accumulated
+    batches and ranks; a running average of the model; steps with numbers that are not
+    finite are skipped, listed and limited; ranks that die end the others; a line of
+    progress. ESPnet's loop over epochs is used as it is.
+
+    Class attributes:
+        state: of the training that this process runs.
+    """
+
+    state: RunState
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the options of this trainer."""
+        group = parser.add_argument_group("SpearTrainer related")
+        group.add_argument(
+            "--save_interval",
+            type=int,
+            default=1000,
+            help="Steps between checkpoints within an epoch; 0: at its end only",
+        )
+        group.add_argument(
+            "--average_period",
+            type=int,
+            default=200,
+            help="Steps between samples of the running average of the model; 0: none",
+        )
+        group.add_argument(
+            "--keep_averages",
+            type=int,
+            default=10,
+            help="Epochs whose running average is kept, for spear_average",
+        )
+        group.add_argument(
+            "--max_skipped_steps",
+            type=int,
+            default=50,
+            help="Steps of an epoch that may be skipped because loss or gradients "
+            "are not finite; one more ends the training",
+        )
+        group.add_argument(
+            "--rank_timeout",
+            type=float,
+            default=40.0,
+            help="Seconds of silence after which a rank of a distributed training "
+            "counts as dead, which ends the others; 0: leave it to the backend",
+        )
+
+    @classmethod
+    def build_options(cls, args: argparse.Namespace) -> SpearTrainerOptions:
+        """Collect the options.
+
+        Raises:
+            ValueError: an option that this trainer does not support.
+        """
+        for name in ("sharded_ddp", "create_graph_in_tensorboard", "use_adapter"):
+            if getattr(args, name, False):
+                raise ValueError(f"--{name} true is not supported in pre-training")
+        return build_dataclass(SpearTrainerOptions, args)
+
+    @classmethod
+    def run(
+        cls,
+        model: torch.nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedulers: Sequence[Any],
+        train_iter_factory: Any,
+        valid_iter_factory: Any,
+        plot_attention_iter_factory: Any,
+        trainer_options: SpearTrainerOptions,
+        distributed_option: DistributedOption,
+    ) -> None:
+        """Train; ends with exit code 75 if a signal asked for it.
+
+        Raises:
+            TrainingError: too many steps were skipped.
+            ResumeError: no checkpoint can be read.
+            CheckpointWriteError: the files of an epoch cannot be written.
+        """
+        options, distributed = trainer_options, distributed_option.distributed
+        if distributed_option.ngpu > 1 and not distributed:
+            raise ValueError("several GPUs need --multiprocessing_distributed true")
+        output_dir = Path(options.output_dir)
+        state = cls.state = RunState(
+            output_dir,
+            model,
+            optimizers,
+            schedulers,
+            RunningAverage(options.average_period),
+            options.accum_grad,
+            best_model_criterion=options.best_model_criterion,
+        )
+        if distributed:
+            state.rank = torch.distributed.get_rank()
+            state.world_size = torch.distributed.get_world_size()
+        _leave_out_missing_packages(options)
+        _prepare_folder(state, options.resume)
+        with (
+            monitor_ranks(
+                state.rank,
+                state.world_size,
+                distributed_option.dist_master_addr,
+                distributed_option.dist_master_port,
+                options.rank_timeout,
+            ),
+            state.stop.listen(),
+            atomic_saves(state.complete),
+            _own_reporter(state),
+        ):
+            super().run(
+                model=model,
+                optimizers=optimizers,
+                schedulers=schedulers,
+                train_iter_factory=ResumableIterFactory(
+                    train_iter_factory, state.start_of
+                ),
+                valid_iter_factory=ResumableIterFactory(
+                    valid_iter_factory, lambda epoch: 0
+                ),
+                plot_attention_iter_factory=plot_attention_iter_factory,
+                trainer_options=options,
+                distributed_option=distributed_option,
+            )
+
+    @classmethod
+    def resume(
+        cls,
+        checkpoint: str | Path,
+        model: torch.nn.Module,
+        reporter: SpearReporter,
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedulers: Sequence[Any],
+        scaler: Any,
+        ngpu: int = 0,
+        strict: bool = True,
+    ) -> None:
+        """Go on from the last checkpoint that is whole.
+
+        Raises:
+            ResumeError: there is none.
+        """
+        state = cls.state
+        checkpoint, content = _read_on_all_ranks(Path(checkpoint).parent, state)
+        model.load_state_dict(content["model"], strict=strict)
+        reporter.load_state_dict(content["reporter"])
+        for optimizer, saved in zip(optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for scheduler, saved in zip(schedulers, content["schedulers"], strict=True):
+            if scheduler is not None:
+                scheduler.load_state_dict(saved)
+        if scaler is not None and content.get("scaler") is not None:
+            scaler.load_state_dict(content["scaler"])
+        own = content.get("spear")
+        state.epoch = reporter.get_epoch() + 1
+        if own is None:
+            logging.warning(
+                f"{checkpoint}: of ESPnet's own trainer, without running average and "
+                "count of steps, which begin anew"
+            )
+        else:
+            state.load_state_dict(own)
+            reporter.interrupted = own.get("interrupted")
+        if state.position == 0 and state.rank == 0 and state.epoch > 1:
+            epoch = state.epoch - 1
+            best = [
+                f"{phase}.{name}"
+                for phase, name, mode in state.best_model_criterion
+                if reporter.has(phase, name)
+                and reporter.get_best_epoch(phase, name, mode) == epoch
+            ]
+            repair_epoch_files(state.output_dir, epoch, content["model"], best)
+        logging.info(
+            f"{checkpoint}: the training goes on after {state.position} batches of "
+            f"epoch {state.epoch}"
+        )
+
+    @classmethod
+    def train_one_epoch(
+        cls,
+        model: torch.nn.Module,
+        iterator: Iterable,
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedulers: Sequence[Any],
+        scaler: Any,
+        reporter: SubReporter,
+        summary_writer: Any,
+        options: SpearTrainerOptions,
+        distributed_option: DistributedOption,
+    ) -> bool:
+        """Train what is left of an epoch.
+
+        Returns:
+            whether every step had to be skipped.
+        """
+        state = cls.state
+        state.begin_epoch(reporter.get_epoch())
+        state.scaler, state.train_reporter = scaler, reporter
+        state.summary_writer = summary_writer
+        device = torch.device("cuda" if options.ngpu > 0 else "cpu")
+        model.train()
+        batches = _length(iterator)
+        progress = Progress(options.max_epoch, batches and state.position + batches)
+        log_interval = options.log_interval or max((batches or 2000) // 20, 10)
+        step = OptimizerStep(
+            model, optimizers, schedulers, scaler, reporter, options, device, state
+        )
+        groups = windows(
+            iterator,
+            options.accum_grad,
+            state.position,
+            (options.seed, state.epoch, state.rank),
+            lambda: state.stop.requested,
+            device if distributed_option.distributed else None,
+        )
+        with contextlib.closing(groups):
+            start = time.perf_counter()
+            for window in groups:
+                if window.stop:
+                    cls._stop()
+                if options.no_forward_run:
+                    state.any_valid = True
+                    continue
+                figures = step(window, start)
+                start = time.perf_counter()
+                progress.count(figures)
+                done = state.position // log_interval
+                state.position += figures.batches
+                if state.position // log_interval != done:
+                    cls._report(progress, optimizers, reporter, options)
+                if options.save_interval and state.steps % options.save_interval == 0:
+                    state.save()
+        return not state.any_valid
+
+    @classmethod
+    def _report(
+        cls,
+        progress: Progress,
+        optimizers: Sequence[torch.optim.Optimizer],
+        reporter: SubReporter,
+        options: SpearTrainerOptions,
+    ) -> None:
+        """Line of progress and curves; rank 0 has the figures of all."""
+        state = cls.state
+        if state.rank != 0:
+            return
+        percentiles = progress.grad_norm_percentiles()
+        count = progress.batches
+        pairs = [f"{d}_{t}" for d in state.model.domains for t in state.model.teachers]
+        lr = optimizers[0].param_groups[0]["lr"]
+        logging.info(progress.line(reporter, pairs, state.position, state.samples, lr))
+        hours = state.samples / SAMPLE_RATE / 3600
+        if state.summary_writer is not None:
+            reporter.tensorboard_add_scalar(state.summary_writer, -count)
+            for name, value in {**percentiles, "hours_of_audio": hours}.items():
+                state.summary_writer.add_scalar(name, value, reporter.total_count)
+        if options.use_wandb:
+            import wandb
+
+            reporter.wandb_log(-count)
+            extra = {f"train/{k}": v for k, v in percentiles.items()}
+            wandb.log({**extra, "train/hours_of_audio": hours})
+
+    @classmethod
+    def validate_one_epoch(
+        cls,
+        model: torch.nn.Module,
+        iterator: Iterable,
+        reporter: SubReporter,
+        options: SpearTrainerOptions,
+        distributed_option: DistributedOption,
+    ) -> None:
+        """Validate; then what belongs to the end of an epoch."""
+        state = cls.state
+        device = torch.device("cuda" if options.ngpu > 0 else "cpu")
+        model.eval()
+        groups = windows(
+            iterator,
+            1,
+            0,
+            (options.seed, "valid"),
+            lambda: state.stop.requested,
+            device if distributed_option.distributed else None,
+        )
+        with contextlib.closing(groups):
+            for window in groups:
+                if window.stop:
+                    cls._stop()
+                if options.no_forward_run:
+                    continue
+                ids, batch = window.batches[0]
+                batch = {**to_device(batch, device, non_blocking=True), "utt_id": ids}
+                stats, weight = evaluate(model, batch, partial(autocast, options))
+                reporter.register(stats, weight)
+                reporter.next()
+        state.gather_ranks()
+        if state.rank == 0:
+            save_epoch_average(
+                state.average,
+                state.model,
+                state.output_dir,
+                state.epoch,
+                options.keep_averages,
+            )
+
+    @classmethod
+    def _stop(cls) -> None:
+        """Write a checkpoint and end, on all ranks."""
+        cls.state.save()
+        logging.warning(
+            "the training was asked to stop and ends; the same command with --resume "
+            "true goes on"
+        )
+        raise Interrupted
+
+
+def _length(iterator: Iterable) -> int | None:
+    try:
+        return len(iterator)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _leave_out_missing_packages(options: SpearTrainerOptions) -> None:
+    """Curves and pictures are optional, and so are the packages that draw them."""
+    for option, package in (
+        ("use_matplotlib", "matplotlib"),
+        ("use_tensorboard", "tensorboard"),
+    ):
+        if getattr(options, option) and importlib.util.find_spec(package) is None:
+            logging.warning(f"{package} is not installed: as with --{option} false")
+            setattr(options, option, False)
+
+
+def _prepare_folder(state: RunState, resume: bool) -> None:
+    """Rank 0 removes what an earlier training left, or finds what it can resume."""
+    if state.rank == 0:
+        checkpoint, previous = (state.output_dir / n for n in (CHECKPOINT, PREVIOUS))
+        if not resume:
+            previous.unlink(missing_ok=True)
+        elif previous.exists() and not checkpoint.exists():
+            logging.warning(f"{checkpoint}: gone, {previous} is used instead")
+            checkpoint.hardlink_to(previous)
+        for left in state.output_dir.glob("*.pth.tmp"):
+            left.unlink()
+    if state.world_size > 1:
+        torch.distributed.barrier()
+
+
+def _read_on_all_ranks(folder: Path, state: RunState) -> tuple[Path, dict]:
+    """Read the same checkpoint everywhere: rank 0 decides which is whole."""
+    path, content = None, None
+    if state.rank == 0:
+        path, content = read_last_good(folder)
+    if state.world_size > 1:
+        chosen = [path]
+        torch.distributed.broadcast_object_list(chosen, src=0)
+        if content is None:
+            path, content = chosen[0], read_checkpoint(chosen[0])
+    return path, content
+
+
+@contextlib.contextmanager
+def _own_reporter(state: RunState) -> Iterator[None]:
+    """Let ESPnet's loop, which makes its reporter itself, make one of ours."""
+
+    def make() -> SpearReporter:
+        state.reporter = SpearReporter()
+        return state.reporter
+
+    plain = espnet_trainer.Reporter
+    espnet_trainer.Reporter = make
+    try:
+        yield
+    finally:
+        espnet_trainer.Reporter = plain

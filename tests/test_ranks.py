@@ -1,0 +1,136 @@
+"""Trainings of two processes over gloo: resuming, skipping, and ranks that die."""
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tiny_training import RATE, difference, options, start, write_data
+
+from espnet2_spear.train import step
+from espnet2_spear.train.interruption import EXIT_INTERRUPTED
+from espnet2_spear.train.rank_monitor import EXIT_RANK_LOST
+
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def launch(cmd, folder: Path, before=lambda rank: lambda: None) -> list:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cmd = [*cmd, "--dist_backend", "gloo", "--multiprocessing_distributed", "false"]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": str(RANKS)}
+    return [
+        start(
+            cmd,
+            folder / f"log{rank}",
+            before(rank),
+            {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(RANKS)
+    ]
+
+
+def end(processes: list, seconds: float = 60) -> list[int]:
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [p.exitcode for p in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def wait_for(path: Path, processes: list) -> None:
+    while not path.exists():
+        assert all(p.is_alive() for p in processes)
+        time.sleep(0.02)
+
+
+def test_stopped_and_resumed(data, tmp_path):
+    """A signal to one rank stops both; what each rank remembers is its own."""
+    more = ("--batch_size", 4, "--accum_grad", 2)
+    cmd = options(data, tmp_path / "exp", *more)
+
+    def stop_one(rank):
+        def before():
+            def update(self, *args):
+                if rank == 1 and self.state.steps == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return plain(self, *args)
+
+            plain = step.OptimizerStep._update
+            step.OptimizerStep._update = update
+
+        return before
+
+    assert end(launch(cmd, tmp_path, stop_one)) == [EXIT_INTERRUPTED] * RANKS
+    state = torch.load(tmp_path / "exp/checkpoint.pth", weights_only=True)["spear"]
+    assert (state["epoch"], state["position"], state["steps"]) == (1, 3, 2)
+    assert len(state["ranks"]) == RANKS and state["ranks"][0] != state["ranks"][1]
+    assert end(launch(cmd, tmp_path)) == [0] * RANKS
+    cmd = options(data, tmp_path / "whole", *more)
+    assert end(launch(cmd, tmp_path)) == [0] * RANKS
+    assert difference(tmp_path / "exp/1epoch.pth", tmp_path / "whole/1epoch.pth") == ""
+    # Not bit by bit: a few elements may differ in their last bit.
+    one, two = (
+        torch.load(tmp_path / name / "2epoch.pth", weights_only=True)
+        for name in ("exp", "whole")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-6, atol=1e-8)
+
+
+def test_skipped_by_all_ranks(data, tmp_path):
+    """Rank 1 meets an utterance of nan; both skip, and rank 0 knows its name."""
+    lines = Path(data["speech"]).read_text().splitlines()
+    sizes = dict(x.split() for x in Path(data["shape"]).read_text().splitlines())
+    utt = lines[1].split()[0]
+    wave = np.full(int(sizes[utt]), np.nan, dtype=np.float32)
+    soundfile.write(tmp_path / "nan.wav", wave, RATE, subtype="FLOAT")
+    lines[1] = f"{utt} {tmp_path}/nan.wav"
+    (tmp_path / "wav.scp").write_text("\n".join(lines) + "\n")
+    cmd = options(data, tmp_path / "exp", "--max_epoch", 1, "--batch_size", 4)
+    cmd[cmd.index(f"{data['speech']},speech,sound")] = (
+        f"{tmp_path}/wav.scp,speech,sound"
+    )
+    assert end(launch(cmd, tmp_path)) == [0] * RANKS
+    skipped = (tmp_path / "exp" / step.SKIPPED).read_text().splitlines()
+    assert len(skipped) == 1 and utt in skipped[0] and '"u0000"' not in skipped[0]
+    for value in torch.load(tmp_path / "exp/1epoch.pth", weights_only=True).values():
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_rank_that_dies_or_hangs_ends_the_other(data, tmp_path, victim, number):
+    """A frozen process closes no connection: only its silence gives it away."""
+    cmd = options(data, tmp_path / "exp", "--max_epoch", 10000)
+    cmd += ["--rank_timeout", "3"]
+    processes = launch(cmd, tmp_path)
+    wait_for(tmp_path / "exp" / "2epoch.pth", processes)
+    os.kill(processes[victim].pid, number)
+    began = time.monotonic()
+    other = processes[1 - victim]
+    other.join(30)
+    took = time.monotonic() - began
+    end(processes, 0)
+    log = (tmp_path / f"log{1 - victim}").read_text()
+    assert took < 20, log
+    if number == signal.SIGSTOP:
+        assert other.exitcode == EXIT_RANK_LOST
+        assert f"rank {victim} has been silent for" in log
+    else:
+        assert other.exitcode not in (0, None)
+        assert "another rank has died" in log or "ends, because" in log

@@ -1,0 +1,198 @@
+"""Trainings that are killed, starved of disk or fed with nonsense still arrive."""
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tiny_training import RATE, difference, options, start, train, write_data
+
+from espnet2_spear.train import checkpoint, step
+from espnet2_spear.train.interruption import EXIT_INTERRUPTED
+
+pytestmark = pytest.mark.second_env
+RESULTS = ("1epoch.pth", "2epoch.pth", "running_average/2epoch.pth")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that nothing happened to: 12 steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(options(data, folder / "exp"), folder / "log") == 0
+    return folder / "exp"
+
+
+def signal_at(where: str, call: int, number: int) -> Callable[[], None]:
+    """In the process to come: a signal at the n-th step, sync or rename of a file."""
+
+    def before() -> None:
+        owner, name = {
+            "step": (step.OptimizerStep, "_update"),
+            "written": (os, "fsync"),
+            "renamed": (os, "replace"),
+        }[where]
+        plain, count = getattr(owner, name), [0]
+
+        def counted(*args, **kwargs):
+            count[0] += 1
+            if count[0] == call:
+                os.kill(os.getpid(), number)
+            return plain(*args, **kwargs)
+
+        setattr(owner, name, counted)
+
+    return before
+
+
+def assert_same(whole: Path, interrupted: Path) -> None:
+    for name in RESULTS:
+        assert difference(whole / name, interrupted / name) == ""
+    for name in ("latest.pth", "valid.loss.best.pth"):
+        assert os.readlink(whole / name) == os.readlink(interrupted / name)
+
+
+def test_killed_anywhere_and_resumed(data, whole, tmp_path):
+    cmd = options(data, tmp_path / "exp", "--save_interval", 2)
+    for where, call, number, code in (
+        ("step", 4, signal.SIGKILL, -signal.SIGKILL),  # resumes after 2 steps
+        ("step", 2, signal.SIGTERM, EXIT_INTERRUPTED),  # after 4
+        ("written", 1, signal.SIGKILL, -signal.SIGKILL),  # mid-checkpoint: after 4
+        # Renamed are: previous and checkpoint of step 6, running average, previous and
+        # checkpoint of the epoch. Dies before 1epoch.pth.
+        ("renamed", 6, signal.SIGKILL, -signal.SIGKILL),
+        ("step", 1, signal.SIGTERM, EXIT_INTERRUPTED),  # in the second epoch
+        ("step", 4, signal.SIGKILL, -signal.SIGKILL),
+    ):
+        assert train(cmd, tmp_path / "log", signal_at(where, call, number)) == code
+    assert train(cmd, tmp_path / "log") == 0
+    assert_same(whole, tmp_path / "exp")
+    log = (tmp_path / "log").read_text()
+    for position in ("after 2 batches of epoch 1", "after 4 batches of epoch 1"):
+        assert f"the training goes on {position}" in log
+    assert "1epoch.pth: was not written before the interruption" in log
+    # Statistics of the interrupted epochs are those of whole ones.
+    states = [
+        torch.load(p / "checkpoint.pth", weights_only=True)["reporter"]["stats"]
+        for p in (whole, tmp_path / "exp")
+    ]
+    for epoch in (1, 2):
+        for key in ("loss", "speech_speech_acc_group1", "grad_norm", "padding_waste"):
+            one, other = (s[epoch]["train"][key] for s in states)
+            assert one == pytest.approx(other, rel=1e-12), key
+        assert states[0][epoch]["valid"]["loss"] == states[1][epoch]["valid"]["loss"]
+
+
+def test_signal_to_all_processes_of_a_job(data, whole, tmp_path):
+    """As Slurm does it: the loader's workers get SIGTERM, too; batches accumulate."""
+    common = ("--num_workers", 2, "--accum_grad", 2, "--max_epoch", 60)
+    cmd = options(data, tmp_path / "exp", *common, "--save_interval", 0)
+    process = start(cmd, tmp_path / "log", os.setpgrp)
+    while not (tmp_path / "exp" / "1epoch.pth").exists():
+        time.sleep(0.02)
+        assert process.is_alive()
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == EXIT_INTERRUPTED
+    assert "asked to stop" in (tmp_path / "log").read_text()
+    last = torch.load(tmp_path / "exp" / "checkpoint.pth", weights_only=True)["spear"]
+    until = ("--max_epoch", last["epoch"] + 1)
+    assert train([*cmd, *map(str, until)], tmp_path / "log") == 0
+    cmd = options(data, tmp_path / "other", *common, *until)
+    assert train(cmd, tmp_path / "log") == 0
+    name = f"{last['epoch'] + 1}epoch.pth"
+    assert difference(tmp_path / "exp" / name, tmp_path / "other" / name) == ""
+
+
+def test_full_disk(data, whole, tmp_path):
+    cmd = options(data, tmp_path / "exp", "--save_interval", 4)
+
+    def limit_files(steps: range, forever: bool) -> Callable[[], None]:
+        """Enough for the log, not for a checkpoint: writes fail as on a full disk."""
+
+        def before() -> None:
+            def before_step(self, *args):
+                hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+                size = 200_000 if self.state.steps in steps else hard
+                new = (size, size if forever else hard)
+                resource.setrlimit(resource.RLIMIT_FSIZE, new)
+                return plain(self, *args)
+
+            plain = step.OptimizerStep._update
+            step.OptimizerStep._update = before_step
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+        return before
+
+    # The checkpoint of the epoch's end ends the training; the one of step 4 is whole.
+    assert train(cmd, tmp_path / "log", limit_files(range(5, 99), True)) == 1
+    log = (tmp_path / "log").read_text()
+    assert "CheckpointWriteError" in log and "MiB are free on that disk" in log
+    assert not list((tmp_path / "exp").glob("*.tmp"))
+    content, _ = checkpoint.read_last_good(tmp_path / "exp")[::-1]
+    assert content["spear"]["position"] == 4
+
+    # One in the middle of an epoch is left out: step 8, in the second epoch.
+    assert train(cmd, tmp_path / "log2", limit_files(range(7, 8), False)) == 0
+    assert "goes on without this checkpoint" in (tmp_path / "log2").read_text()
+    assert_same(whole, tmp_path / "exp")
+
+
+def test_damaged_checkpoint(data, whole, tmp_path):
+    exp = tmp_path / "exp"
+    cmd = options(data, exp, "--save_interval", 2)
+    kill = signal_at("step", 6, signal.SIGKILL)
+    assert train(cmd, tmp_path / "log", kill) == -signal.SIGKILL
+    content = (exp / "checkpoint.pth").read_bytes()
+    (exp / "checkpoint.pth").write_bytes(content[: len(content) // 2])
+    assert train(cmd, tmp_path / "log") == 0
+    assert_same(whole, exp)
+    log = (tmp_path / "log").read_text()
+    assert "checkpoint.pth: cannot be read" in log
+    assert "checkpoint.prev.pth: the training goes on after 2 batches" in log
+    for name in ("checkpoint.pth", "checkpoint.prev.pth"):
+        (exp / name).write_bytes(b"nothing")
+    assert train(cmd, tmp_path / "log3") == 1
+    assert "ResumeError" in (tmp_path / "log3").read_text()
+
+
+def test_steps_with_nan_are_skipped(data, tmp_path):
+    table = tmp_path / "wav.scp"
+    lines = Path(data["speech"]).read_text().splitlines()
+    nan = np.full(RATE * 3 // 4, np.nan, dtype=np.float32)
+    bad = tmp_path / "nan.wav"
+    soundfile.write(bad, nan, RATE, subtype="FLOAT")
+    samples = dict(
+        line.split() for line in Path(data["shape"]).read_text().splitlines()
+    )
+    utt = lines[4].split()[0]
+    soundfile.write(bad, nan.repeat(2)[: int(samples[utt])], RATE, subtype="FLOAT")
+    lines[4] = f"{utt} {bad}"
+    table.write_text("\n".join(lines) + "\n")
+    # Only the training set is spoiled.
+    cmd = options(data, tmp_path / "exp")
+    at = cmd.index(f"{data['speech']},speech,sound")
+    cmd[at] = f"{table},speech,sound"
+    assert train(cmd, tmp_path / "log") == 0
+    skipped = (tmp_path / "exp" / step.SKIPPED).read_text().splitlines()
+    assert len(skipped) == 2 and utt in skipped[0] and '"loss"' in skipped[0]
+    assert (
+        f"is not finite. Utterances (all in {tmp_path}"
+        in (tmp_path / "log").read_text()
+    )
+    for value in torch.load(tmp_path / "exp/2epoch.pth", weights_only=True).values():
+        assert value.isfinite().all()
+    cmd += ["--max_skipped_steps", "0", "--max_epoch", "3"]
+    assert train(cmd, tmp_path / "log2") == 1
+    log = (tmp_path / "log2").read_text()
+    assert "TrainingError: 1 steps of epoch 3" in log and "remove them" in log

@@ -1,0 +1,150 @@
+"""A training of the tiny student on random audio, and processes that run it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from espnet2_spear.fileio.kaldi_ark import CodesWriter
+
+RATE = 16000
+CODEBOOKS = {"speech": 4, "audio": 2}  # at 50 and 25 Hz
+FORK = multiprocessing.get_context("fork")
+
+
+def write_data(folder: Path, utts: int = 12, seconds: float = 0.5) -> dict[str, str]:
+    """Write audio, domains and codes of two teachers; returns name -> table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    tables = {name: folder / name for name in ("wav.scp", "utt2domain", "shape")}
+    lines: dict[str, list[str]] = {name: [] for name in tables}
+    codes = {name: folder / f"{name}.scp" for name in CODEBOOKS}
+    with (
+        CodesWriter(folder / "speech.ark", codes["speech"]) as speech,
+        CodesWriter(folder / "audio.ark", codes["audio"]) as audio,
+    ):
+        for i in range(utts):
+            utt = f"u{i:04d}"
+            samples = int(RATE * seconds * (1 + rng.random()))
+            noise = 0.1 * rng.standard_normal(samples)
+            wav = folder / f"{utt}.wav"
+            soundfile.write(wav, noise.astype(np.float32), RATE)
+            lines["wav.scp"].append(f"{utt} {wav}\n")
+            lines["utt2domain"].append(f"{utt} {('speech', 'audio')[i % 2]}\n")
+            lines["shape"].append(f"{utt} {samples}\n")
+            speech.write(utt, rng.integers(0, 256, (samples // 320, 4)))
+            audio.write(utt, rng.integers(0, 256, (samples // 640, 2)))
+    for name, path in tables.items():
+        path.write_text("".join(lines[name]), encoding="utf-8")
+    return {
+        "speech": str(tables["wav.scp"]),
+        "domain": str(tables["utt2domain"]),
+        "shape": str(tables["shape"]),
+        **{f"codes_{name}": str(path) for name, path in codes.items()},
+    }
+
+
+def options(data: dict[str, str], out: Path, *more: object) -> list[str]:
+    """Command line of spear_train; later options win."""
+    cmd = [
+        *("--student", "tiny", "--ngpu", "0", "--num_workers", "0", "--seed", "1"),
+        # Everything that changes from step to step is on.
+        *("--student_conf", "regularize=true"),
+        *("--use_tensorboard", "false", "--use_matplotlib", "false"),
+        *("--batch_type", "unsorted", "--batch_size", "2", "--max_epoch", "2"),
+        *("--optim", "scaledadam", "--optim_conf", "lr=0.01", "--grad_clip", "1e9"),
+        *("--scheduler", "eden", "--scheduler_conf", "lr_batches=100"),
+        *(
+            "--scheduler_conf",
+            "lr_hours=0.01",
+            "--scheduler_conf",
+            "hours_per_batch=null",
+        ),
+        *("--average_period", "2", "--log_interval", "3", "--resume", "true"),
+        *("--output_dir", str(out)),
+    ]
+    for name, rate in (("speech", 50.0), ("audio", 25.0)):
+        cmd += ["--teachers", f"{name}.num_codebooks={CODEBOOKS[name]}"]
+        cmd += ["--teachers", f"{name}.codebook_size=256"]
+        cmd += ["--teachers", f"{name}.frame_rate={rate}"]
+    kinds = {"speech": "sound", "domain": "text"}
+    kinds |= {"codes_speech": "kaldi_ark", "codes_audio": "kaldi_ark"}
+    for split in ("train", "valid"):
+        for name, kind in kinds.items():
+            entry = f"{data[name]},{name},{kind}"
+            cmd += [f"--{split}_data_path_and_name_and_type", entry]
+        cmd += [f"--{split}_shape_file", data["shape"]]
+    return cmd + [str(word) for word in more]
+
+
+def start(
+    cmd: Sequence[str],
+    log: Path,
+    before: Callable[[], None] = lambda: None,
+    env: dict[str, str] | None = None,
+) -> multiprocessing.Process:
+    """Train in a forked process: it is real, and need not import everything again.
+
+    Args:
+        cmd: for spear_train.
+        log: gets standard output and error.
+        before: runs first in the new process.
+        env: added to the environment.
+    """
+    from espnet2_spear.bin.spear_train import main
+
+    def work() -> None:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(handle, stream)
+        sys.stdout = os.fdopen(1, "w", buffering=1)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        os.environ.update(env or {})
+        for handler in list(__import__("logging").getLogger().handlers):
+            __import__("logging").getLogger().removeHandler(handler)
+        torch.set_num_threads(1)
+        before()
+        main(cmd=list(cmd))
+
+    process = FORK.Process(target=work)
+    process.start()
+    return process
+
+
+def train(cmd: Sequence[str], log: Path, before=lambda: None, env=None) -> int:
+    """Run to the end; the exit code, negative for a signal."""
+    process = start(cmd, log, before, env)
+    process.join()
+    return process.exitcode
+
+
+def difference(a: Path, b: Path) -> str:
+    """Where two files of tensors differ; empty if they are equal bit by bit."""
+    a, b = (torch.load(p, map_location="cpu", weights_only=True) for p in (a, b))
+    return _differs(a, b, "")
+
+
+def _differs(a: object, b: object, where: str) -> str:
+    if isinstance(a, torch.Tensor):
+        same = a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        if set(a) != set(b):
+            return f"{where}: keys {sorted(map(str, set(a) ^ set(b)))}"
+        return next((d for k in a if (d := _differs(a[k], b[k], f"{where}/{k}"))), "")
+    elif isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return f"{where}: {len(a)} and {len(b)} entries"
+        pairs = enumerate(zip(a, b, strict=True))
+        return next(
+            (d for i, (x, y) in pairs if (d := _differs(x, y, f"{where}/{i}"))), ""
+        )
+    else:
+        same = a == b or (a != a and b != b)
+    return "" if same else f"{where}: {a} and {b}"
