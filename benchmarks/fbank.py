@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""Speed of the fbank: ours in batches beside torchaudio's, utterance by utterance.
+
+Ours runs on --device, torchaudio.compliance.kaldi.fbank always on the CPU, as data
+loaders of other recipes do it; the two take turns. Lengths of the utterances are drawn
+between half and all of --seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+from roofline import timed
+from torchaudio.compliance import kaldi
+
+from espnet2_spear.zipformer.fbank import SAMPLE_RATE, Fbank
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", help="of ours: cpu, cuda, ...")
+    parser.add_argument("--utterances", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8, help="utterances at once")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of the longest")
+    parser.add_argument("--num_mel_bins", type=int, default=128)
+    parser.add_argument("--num_threads", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=7)
+    return parser
+
+
+def main(cmd=None):
+    """Measure; see ``--help``."""
+    args = get_parser().parse_args(cmd)
+    torch.set_num_threads(args.num_threads)
+    device, cpu = torch.device(args.device), torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    samples = int(args.seconds * SAMPLE_RATE)
+    lengths = torch.randint(
+        samples // 2, samples + 1, (args.utterances,), generator=generator
+    )
+    lengths = lengths.sort().values
+    waves = [torch.randn(1, n, generator=generator) * 0.1 for n in lengths.tolist()]
+    batches = []
+    for start in range(0, args.utterances, args.batch):
+        part = [wave[0] for wave in waves[start : start + args.batch]]
+        speech = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
+        batches.append((speech.to(device), lengths[start : start + args.batch]))
+    fbank = Fbank(args.num_mel_bins).to(device)
+
+    def ours():
+        return [fbank(*batch)[0] for batch in batches]
+
+    def alone():
+        ones = (torch.tensor([wave.size(1)]) for wave in waves)
+        return [
+            fbank(wave.to(device), one)[0]
+            for wave, one in zip(waves, ones, strict=True)
+        ]
+
+    def torchaudio():
+        return [
+            kaldi.fbank(
+                wave,
+                num_mel_bins=args.num_mel_bins,
+                high_freq=-400.0,
+                dither=0.0,
+                energy_floor=0.0,
+                snip_edges=False,
+            )
+            for wave in waves
+        ]
+
+    work = {
+        f"ours, {args.batch} at once, {device}": (ours, device),
+        f"ours, one by one, {device}": (alone, device),
+        "torchaudio, one by one, cpu": (torchaudio, cpu),
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for trial in range(args.trials + 1):  # the first one does not count
+        for name, (call, where) in work.items():
+            seconds, _ = timed(call, where)
+            if trial:
+                times[name].append(seconds)
+    difference = (alone()[0][0, :-2].cpu() - torchaudio()[0][:-2]).abs().max()
+    total = float(lengths.sum()) / SAMPLE_RATE
+    print(
+        f"{args.utterances} utterances, {total:.0f} s of audio, {args.num_threads} "
+        f"threads, median of {args.trials}; largest difference {float(difference):.1e}"
+        "\n\n| | ms | times real time | speed beside torchaudio |\n|---|--:|--:|--:|"
+    )
+    reference = statistics.median(times["torchaudio, one by one, cpu"])
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(
+            f"| {name} | {1000 * median:.1f} | {total / median:,.0f} "
+            f"| {reference / median:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
