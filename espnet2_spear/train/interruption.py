@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -71,23 +70,6 @@ class PatientWorker:
             signal.signal(number, _end_later)
         if self.then is not None:
             self.then(worker_id)
-
-
-@contextmanager
-def pass_on_to_children() -> Iterator[None]:
-    """Hand the signals to child processes and live on until they have ended.
-
-    For the parent of ESPnet's spawned trainings, whose early end would take the
-    children's node away before they have written their checkpoint.
-    """
-
-    def handle(number: int, frame: object) -> None:
-        for child in multiprocessing.active_children():
-            if child.pid is not None:
-                os.kill(child.pid, number)
-
-    with _handlers(handle):
-        yield
 
 
 @contextmanager
