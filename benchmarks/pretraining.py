@@ -274,18 +274,22 @@ def count_operations(job: dict) -> dict[str, float]:
     """Operations of a step's matrix products and convolutions, counted in two ways.
 
     Returns:
-        ``counted``: by FlopCounterMode, forward and backward, without regularisers and
-        recomputation;
+        ``counted``: by FlopCounterMode, forward and backward, without regularisers, in
+        PyTorch's own operations, which are all that it knows;
         ``analytic``: 6 x weights x the frames that they see (padding included), of the
         student's layers and heads: no attention scores, no embedding.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    from espnet2_spear.zipformer import linear
+
     model, _, _ = build({**job, "compile": False, "checkpointing": False})
     student, batch = model.student, make_batch(job, 0)
+    onednn, linear.ONEDNN = linear.ONEDNN, False
     mapping = {torch.ops.aten.convolution_backward: convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         model(**batch)[0].sum().backward()
+    linear.ONEDNN = onednn
     utts, samples = batch["speech"].shape
     frames = utts * student.hidden_lengths(samples)
     seen = 0
