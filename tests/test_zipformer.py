@@ -139,6 +139,16 @@ def test_fbank_of_utterance_is_independent_of_batch() -> None:
         assert (batch[i, lens[i] :] == np.float32(PADDING_VALUE)).all()
 
 
+def test_fbank_passes_gradients_on() -> None:
+    """For joint training with what enhances the waveform."""
+    torch.manual_seed(0)
+    speech = torch.randn(2, 3000, requires_grad=True)
+    fbank, lens = Fbank(80)(speech, torch.tensor([3000, 900]))
+    (gradient,) = torch.autograd.grad(fbank.sum(), speech)
+    assert torch.isfinite(gradient).all()
+    assert (gradient[0] != 0).all() and (gradient[1, 900:] == 0).all()
+
+
 @pytest.mark.parametrize("lengths", [[0, 100], [100, 101]])
 def test_fbank_refuses_impossible_lengths(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="lengths"):

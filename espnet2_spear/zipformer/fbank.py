@@ -21,6 +21,7 @@ LOG_FLOOR = 1.1920928955078125e-07  # float32 epsilon
 PADDING_VALUE = math.log(1e-10)
 # The window of frame t is centred on sample 160 t + 80.
 LEFT = FRAME_LENGTH // 2 - FRAME_SHIFT // 2
+FBANK_FRAMES = 128  # frames computed at once on a CPU
 
 
 def mel_filterbank(num_mel_bins: int) -> Tensor:
@@ -70,7 +71,8 @@ class Fbank(nn.Module):
         self.num_mel_bins = num_mel_bins
         window = torch.hann_window(FRAME_LENGTH, periodic=False, dtype=torch.float64)
         self.register_buffer("window", window.pow(0.85).float(), persistent=False)
-        self.register_buffer("mel", mel_filterbank(num_mel_bins), persistent=False)
+        mel = mel_filterbank(num_mel_bins).repeat_interleave(2, dim=0)
+        self.register_buffer("mel", mel, persistent=False)
 
     def forward(self, speech: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the fbank.
@@ -98,20 +100,52 @@ class Fbank(nn.Module):
     def _fbank(self, speech: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         out_lens = num_frames(lengths)
         frames = int(num_frames(speech.size(1)))
-        position = torch.arange(
-            -LEFT, (frames - 1) * FRAME_SHIFT + FRAME_LENGTH - LEFT
-        ).to(speech.device)
-        position = torch.where(position < 0, -1 - position, position)
-        n = lengths[:, None].to(speech.device)
-        # Mirror at the end of each utterance; very short ones mirror repeatedly.
-        index = position.remainder(2 * n)
-        index = torch.minimum(index, 2 * n - 1 - index)
-        x = speech.gather(1, index).unfold(1, FRAME_LENGTH, FRAME_SHIFT)
+        n = lengths.to(speech.device)
+        windows = _mirrored(speech, n, frames).unfold(1, FRAME_LENGTH, FRAME_SHIFT)
+        fbank = speech.new_empty(len(speech), frames, self.num_mel_bins)
+        # On a CPU so many frames that they stay in its caches.
+        size = max(1, FBANK_FRAMES // len(speech)) if speech.is_cpu else frames
+        for start in range(0, frames, size):
+            part = slice(start, start + size)
+            fbank[:, part] = self._log_mel(windows[:, part])
+        pad = torch.arange(frames, device=speech.device)[None] >= num_frames(n)[:, None]
+        return fbank.masked_fill_(pad[..., None], PADDING_VALUE), out_lens
+
+    def _log_mel(self, x: Tensor) -> Tensor:
+        """Map windows (B, T, FRAME_LENGTH) to (B, T, num_mel_bins)."""
         x = x - x.mean(dim=-1, keepdim=True)
-        previous = torch.cat([x[..., :1], x[..., :-1]], dim=-1)
-        x = (x - PREEMPHASIS * previous) * self.window
-        spectrum = torch.fft.rfft(x, n=FFT_SIZE)
-        power = spectrum.real.square() + spectrum.imag.square()
-        fbank = torch.matmul(power, self.mel).clamp_(min=LOG_FLOOR).log_()
-        pad = torch.arange(frames, device=speech.device)[None] >= out_lens[:, None]
-        return fbank.masked_fill(pad[..., None], PADDING_VALUE), out_lens
+        y = x.new_zeros(*x.shape[:-1], FFT_SIZE)
+        y[..., 0] = x[..., 0] * (1.0 - PREEMPHASIS)
+        y[..., 1:FRAME_LENGTH] = torch.sub(x[..., 1:], x[..., :-1], alpha=PREEMPHASIS)
+        y[..., :FRAME_LENGTH] *= self.window
+        # Squares of real and imaginary parts in turn, which share a filter's weight.
+        spectrum = torch.view_as_real(torch.fft.rfft(y)).flatten(-2)
+        fbank = torch.matmul(spectrum.square_(), self.mel)
+        return fbank.clamp_(min=LOG_FLOOR).log_()
+
+
+def _mirrored(speech: Tensor, lengths: Tensor, frames: int) -> Tensor:
+    """Samples that so many frames cover, with both edges of utterances mirrored.
+
+    Args:
+        speech: (B, samples).
+        lengths: (B,) samples of each, on the same device.
+        frames: number of frames.
+
+    Returns:
+        (B, (frames - 1) * FRAME_SHIFT + FRAME_LENGTH), from sample -LEFT on; further
+        behind an utterance than its own frames reach, anything.
+    """
+    size = (frames - 1) * FRAME_SHIFT + FRAME_LENGTH
+    room = max(size, LEFT + speech.size(1)) + FRAME_LENGTH
+    x = speech.new_zeros(len(speech), room)
+    x[:, LEFT : LEFT + speech.size(1)] = speech
+    n = lengths[:, None]
+    near = torch.arange(FRAME_LENGTH, device=speech.device)
+    before = (near[:LEFT] - LEFT).expand(len(speech), -1)
+    for position in (before, n + near):
+        # Very short utterances are mirrored repeatedly.
+        index = torch.where(position < 0, -1 - position, position).remainder(2 * n)
+        index = torch.minimum(index, 2 * n - 1 - index)
+        x.scatter_(1, position + LEFT, speech.gather(1, index))
+    return x[:, :size]
