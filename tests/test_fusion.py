@@ -37,6 +37,7 @@ def step(model: SpearEncoder, b: int, t: int) -> torch.Tensor:
 
 def test_compiled_chains_train_alike() -> None:
     """With few graphs, however many batches of other shapes come."""
+    counters.clear()  # of what other tests compiled
     config = replace(NARROW, num_mel_bins=24, regularize=True)
     models = []
     for _ in range(2):

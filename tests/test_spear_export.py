@@ -131,7 +131,8 @@ def test_transformers_loads_it_without_this_package(
         expected = expected_by_us(source, audio)
         assert set(got) == set(expected)
         for key, value in expected.items():
-            np.testing.assert_allclose(got[key], value, atol=1e-6)
+            # Another process may add in another order.
+            np.testing.assert_allclose(got[key], value, atol=1e-5)
         if name.startswith("hf_tiny"):
             ref = np.load(audio)
             for key in set(expected) & set(ref):
