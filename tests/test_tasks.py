@@ -242,6 +242,15 @@ CASES = {
         CLS,
         needs="torcheval",
     ),
+    "cls-encoder": Case(
+        "cls:CLSTask",
+        ZIPFORMER + "normalize: null\ndecoder: linear\n"
+        "model_conf: {classification_type: multi-class}\n",
+        {"speech": "sound", "label": "text"},
+        ("--token_list", "CLASSES", "--token_type", "word"),
+        CLS,
+        needs="torcheval",
+    ),
     "ssl-frontend": Case(
         "ssl:SSLTask",
         spear() + "normalize: null\npreencoder: linear\n"
