@@ -2,6 +2,7 @@
 """Train a quantizer on a teacher's embeddings."""
 
 import argparse
+import importlib
 import logging
 import os
 from dataclasses import asdict, fields
@@ -138,6 +139,10 @@ def _join_processes(args: argparse.Namespace) -> None:
     if cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
+    # Its functions hold the group of the moment of their import, by default arguments.
+    # Imported later (Adam does it), they would keep the group and its threads alive
+    # beyond destroy_process_group, and gloo's abort a process that ends meanwhile.
+    importlib.import_module("torch.distributed.nn")
     torch.distributed.init_process_group("nccl" if cuda else "gloo")
 
 

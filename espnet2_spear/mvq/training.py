@@ -165,10 +165,6 @@ class MVQTrainer:
             self.step += 1
             if self.step % self.log_interval == 0:
                 self._log(progress)
-        if self.world_size > 1:
-            # gloo's threads let go of the last gradients only when Python runs them;
-            # a process that ends before that is aborted. Waiting here runs them.
-            dist.barrier()
         self.quantizer.stamp()
         return self.quantizer.eval()
 
