@@ -2,7 +2,6 @@
 """Train a quantizer on a teacher's embeddings."""
 
 import argparse
-import importlib
 import logging
 import os
 from dataclasses import asdict, fields
@@ -22,6 +21,7 @@ from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingEr
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.teachers.extract import read_utterances, select_domains
 from espnet2_spear.teachers.stream import TeacherFrames
+from espnet2_spear.train.process_group import process_group_that_ends
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -139,10 +139,6 @@ def _join_processes(args: argparse.Namespace) -> None:
     if cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    # Its functions hold the group of the moment of their import, by default arguments.
-    # Imported later (Adam does it), they would keep the group and its threads alive
-    # beyond destroy_process_group, and gloo's abort a process that ends meanwhile.
-    importlib.import_module("torch.distributed.nn")
     torch.distributed.init_process_group("nccl" if cuda else "gloo")
 
 
@@ -163,12 +159,9 @@ def main(cmd=None):
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     config = _configuration(args)
-    _join_processes(args)
-    try:
+    with process_group_that_ends():
+        _join_processes(args)
         _train(args, config)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def _train(args: argparse.Namespace, config: MVQTrainingConfig | BaselineConfig):

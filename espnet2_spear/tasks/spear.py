@@ -32,6 +32,7 @@ from espnet2_spear.train.data_types import register_data_types
 from espnet2_spear.train.deepspeed import check_deepspeed_config, weigh_loss
 from espnet2_spear.train.noise import NoiseList
 from espnet2_spear.train.preprocessor import SpearPreprocessor
+from espnet2_spear.train.process_group import process_group_that_ends
 from espnet2_spear.train.trainer import SpearTrainer
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.fusion import fuse_chains
@@ -234,7 +235,8 @@ class SpearTask(AbsTask):
             check_deepspeed_config(args.deepspeed_config)
             # ESPnet exchanges its own trainer only.
             cls.trainer = Trainer
-        super().main_worker(args)
+        with process_group_that_ends():
+            super().main_worker(args)
 
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> SpearPretrainModel:
