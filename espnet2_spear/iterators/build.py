@@ -118,7 +118,9 @@ def build_iter_factory(
         batches = StepBatches(sampler, num_iters, args.accum_grad, world_size, rank)
     elif mode == "plot_att":
         count = min(iter_options.num_batches, len(manifest))
-        batches, bound = FixedBatches([[row] for row in range(count)]), None
+        # Spread over the manifest, and so over its domains and lengths.
+        rows = [len(manifest) * (2 * i + 1) // (2 * count) for i in range(count)]
+        batches, bound = FixedBatches([[row] for row in rows]), None
     else:
         every = once(manifest.samples, bound, config.max_utts, world_size)
         batches = FixedBatches(every[rank::world_size])

@@ -15,6 +15,7 @@ from espnet2_spear.spear.heads import CodebookHead
 from espnet2_spear.spear.loss_tables import LossWeights, resolve_loss_weights
 from espnet2_spear.spear.masking import SpanMasker, pool_time_mask
 from espnet2_spear.spear.mixing import Mixer
+from espnet2_spear.spear.predictions import Prediction, TeacherTokens
 from espnet2_spear.spear.stats import StatSums, code_statistics
 from espnet2_spear.spear.targets import IGNORE, TeacherCodes, match_frame_rate
 from espnet2_spear.zipformer.encoder import FRAME_RATE as HIDDEN_RATE
@@ -168,13 +169,7 @@ class SpearPretrainModel(AbsESPnetModel):
             speech, speech_lengths = mixture.speech, mixture.lengths
             codes |= mixture.codes
             stats.add(*mixture.plan.statistics())
-        fbank, fbank_lens = self.student.fbank(speech, speech_lengths)
-        # Validation masks too, or its masked accuracy would not exist; the same
-        # masks every time make epochs comparable.
-        generator = None
-        if not self.training:
-            generator = torch.Generator(fbank.device).manual_seed(0)
-        fbank, mask = self.masker(fbank, fbank_lens, self.student.mask_emb, generator)
+        fbank, fbank_lens, mask = self._masked_fbank(speech, speech_lengths)
         out = self.student.encode(fbank, fbank_lens)
         output = self._predictor(out, None, mask)
 
@@ -196,6 +191,70 @@ class SpearPretrainModel(AbsESPnetModel):
         reported = {"loss": loss.detach(), **stats.averages()}
         # With one axis, as ESPnet's exchange between ranks wants them.
         return loss, *force_gatherable((reported, weight.to(loss.dtype)), loss.device)
+
+    def _masked_fbank(
+        self, speech: Tensor, speech_lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Masked fbank, its lengths, and its time mask (B, T)."""
+        fbank, fbank_lens = self.student.fbank(speech, speech_lengths)
+        # Validation masks too, or its masked accuracy would not exist; the same
+        # masks every time make epochs comparable.
+        generator = None
+        if not self.training:
+            generator = torch.Generator(fbank.device).manual_seed(0)
+        fbank, mask = self.masker(fbank, fbank_lens, self.student.mask_emb, generator)
+        return fbank, fbank_lens, mask
+
+    @torch.no_grad()
+    def predict(
+        self,
+        speech: Tensor,
+        speech_lengths: Tensor,
+        domain: Tensor,
+        **kwargs: Tensor,
+    ) -> list[Prediction]:
+        """Predict the codes of a small batch, masked as in validation, to draw them.
+
+        Args:
+            speech, speech_lengths, domain, kwargs: see :meth:`forward`.
+
+        Returns:
+            of each utterance, on the CPU.
+        """
+        fbank, fbank_lens, mask = self._masked_fbank(speech, speech_lengths)
+        out = self.student.encode(fbank, fbank_lens)
+        tokens: list[dict[str, TeacherTokens]] = [{} for _ in speech]
+        for index, (name, teacher) in enumerate(self.teachers.items()):
+            predictor = self._predictor(out, teacher.layer, mask)
+            frames = predictor.hidden.size(1)
+            codes = kwargs[f"codes_{name}"]
+            targets = match_frame_rate(
+                codes, teacher.frame_rate, predictor.rate, frames
+            )
+            best = self.heads[name].logits(predictor.hidden).argmax(-1)
+            # Frames of the teacher that a frame of the student predicts.
+            ratio = targets.size(-1) // teacher.num_codebooks
+            for utt, found in enumerate(tokens):
+                if not self.loss_weights[domain.reshape(-1)[utt], index] > 0:
+                    continue
+                valid = predictor.valid[utt]
+                found[name] = TeacherTokens(
+                    *(
+                        x[utt, valid].unflatten(-1, (ratio, -1)).flatten(0, 1).cpu()
+                        for x in (targets, best)
+                    ),
+                    predictor.masked[utt, valid].repeat_interleave(ratio).cpu(),
+                    predictor.rate * ratio,
+                    teacher.codebook_size,
+                )
+        return [
+            Prediction(
+                fbank[utt, :length].float().cpu(), mask[utt, :length].cpu(), found
+            )
+            for utt, (length, found) in enumerate(
+                zip(fbank_lens.tolist(), tokens, strict=True)
+            )
+        ]
 
     def _predictor(
         self, out: SpearOutput, layer: int | None, mask: Tensor

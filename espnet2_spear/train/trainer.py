@@ -33,6 +33,7 @@ from espnet2_spear.train.checkpoint import (
 from espnet2_spear.train.gradients import evaluate
 from espnet2_spear.train.interruption import Interrupted
 from espnet2_spear.train.model_average import RunningAverage, save_epoch_average
+from espnet2_spear.train.pictures import show_prediction
 from espnet2_spear.train.progress import Progress
 from espnet2_spear.train.rank_monitor import monitor_ranks
 from espnet2_spear.train.reporter import SpearReporter
@@ -174,7 +175,9 @@ class SpearTrainer(Trainer):
                 valid_iter_factory=ResumableIterFactory(
                     valid_iter_factory, lambda epoch: 0
                 ),
-                plot_attention_iter_factory=plot_attention_iter_factory,
+                plot_attention_iter_factory=(
+                    plot_attention_iter_factory if options.use_matplotlib else None
+                ),
                 trainer_options=options,
                 distributed_option=distributed_option,
             )
@@ -358,6 +361,38 @@ class SpearTrainer(Trainer):
                 state.epoch,
                 options.keep_averages,
             )
+
+    @classmethod
+    @torch.no_grad()
+    def plot_attention(
+        cls,
+        model: torch.nn.Module,
+        output_dir: Path | None,
+        summary_writer: Any,
+        iterator: Iterable,
+        reporter: SubReporter,
+        options: SpearTrainerOptions,
+    ) -> None:
+        """Draw what is predicted of the first ``num_att_plot`` utterances.
+
+        Where other models draw their attention; into ``predictions/<utterance>/``.
+        """
+        assert output_dir is not None  # ESPnet's loop always names one
+        device = torch.device("cuda" if options.ngpu > 0 else "cpu")
+        student = cls.state.model.eval()
+        for ids, batch in iterator:
+            with autocast(options):
+                predictions = student.predict(**to_device(batch, device))
+            for utt, prediction in zip(ids, predictions, strict=True):
+                show_prediction(
+                    prediction,
+                    utt,
+                    reporter.get_epoch(),
+                    output_dir.with_name("predictions"),
+                    summary_writer,
+                    options.use_wandb,
+                )
+            reporter.next()
 
     @classmethod
     def _stop(cls) -> None:
