@@ -112,6 +112,33 @@ def test_skipped_by_all_ranks(data, tmp_path):
         assert value.isfinite().all()
 
 
+def test_unreadable_utterances_of_all_ranks_are_counted(data, tmp_path):
+    lines = Path(data["speech"]).read_text().splitlines()
+    bad = [line.split()[0] for line in lines[::3]]
+    (tmp_path / "empty.wav").write_bytes(b"")
+    lines = [
+        f"{utt} {tmp_path}/empty.wav" if utt in bad else f"{utt} {wav}"
+        for utt, wav in (line.split() for line in lines)
+    ]
+    (tmp_path / "wav.scp").write_text("\n".join(lines) + "\n")
+    cmd = options(data, tmp_path / "exp", "--max_epoch", 1, "--num_iters_per_epoch", 6)
+    cmd += ["--iterator_type", "task", "--batch_type", "numel"]
+    cmd += ["--batch_bins", str(4 * RATE)]
+    speech = f"{data['speech']},speech,sound"
+    cmd[cmd.index(speech)] = f"{tmp_path}/wav.scp,speech,sound"
+    assert end(launch(cmd, tmp_path)) == [0] * RANKS
+    listed = [
+        [line.split()[0] for line in path.read_text().splitlines()]
+        for path in sorted((tmp_path / "exp").glob("skipped_train.rank*.txt"))
+    ]
+    assert len(listed) == RANKS and all(set(utts) <= set(bad) for utts in listed)
+    count = sum(map(len, listed))
+    state = torch.load(tmp_path / "exp/checkpoint.pth", weights_only=True)
+    last = state["reporter"]["stats"][1]["train"]["skipped_utts"]
+    assert 0 < last <= count
+    assert f"skipped utterances: {count} |" in (tmp_path / "log0").read_text()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_rank_that_dies_or_hangs_ends_the_other(data, tmp_path, victim, number):

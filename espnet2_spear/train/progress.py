@@ -32,7 +32,7 @@ class Progress:
         self.max_epoch = max_epoch
         self.epoch_batches = epoch_batches
         self._grad_norms: list[float] = []
-        self._utts = self._samples = 0.0
+        self._utts = self._samples = self._skipped = 0.0
         self._since = time.perf_counter()
         # Seconds and batches of the last lines: speeds change during a training.
         self._speeds: deque[tuple[float, int]] = deque(maxlen=10)
@@ -43,6 +43,7 @@ class Progress:
         self.batches += figures.batches
         self._utts += figures.utts
         self._samples += figures.samples
+        self._skipped = figures.skipped_utts
         if math.isfinite(figures.grad_norm):
             self._grad_norms.append(figures.grad_norm)
 
@@ -90,6 +91,8 @@ class Progress:
             f"padding {100 * mean('padding_waste'):.0f} %",
             f"loss {mean('loss'):.4g}",
         ]
+        if self._skipped:
+            parts.insert(2, f"skipped utterances: {self._skipped:.0f}")
         for pair in pairs:
             loss = mean(f"{pair}_loss")
             if math.isfinite(loss):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class RunState:
         samples: of audio (16 kHz) seen so far, by all ranks, without padding.
         skipped: steps of the epoch that were skipped for numbers that are not finite.
         any_valid: whether any step of the epoch was not.
+        skips: utterances that this rank could not read so far.
         ranks: what modules remember in each rank, beside their tensors.
     """
 
@@ -67,6 +68,7 @@ class RunState:
     samples: float = 0.0
     skipped: int = 0
     any_valid: bool = False
+    skips: Sized = ()
     ranks: list[dict[str, float]] = field(default_factory=list)
     stop: StopRequest = field(default_factory=StopRequest)
     reporter: SpearReporter | None = None

@@ -44,6 +44,7 @@ class StepFigures:
         samples: of audio, 16 kHz, without padding.
         padded: the same with padding.
         utts: utterances.
+        skipped_utts: utterances that could not be read, since the training began.
     """
 
     batches: int
@@ -51,6 +52,7 @@ class StepFigures:
     samples: float
     padded: float
     utts: float
+    skipped_utts: float
 
 
 class OptimizerStep:
@@ -115,7 +117,9 @@ class OptimizerStep:
             self.model.parameters(), options.grad_clip, options.grad_clip_type
         )
         audio = [count_audio(batch) for _, batch in window.batches]
-        fetched = _fetch(result, grad_norm, audio, self.state.world_size)
+        fetched = _fetch(
+            result, grad_norm, audio, len(self.state.skips), self.state.world_size
+        )
         stats, weights, bad, bad_here, figures = fetched
         own = {}
         if any(bad) or not math.isfinite(figures.grad_norm):
@@ -129,6 +133,7 @@ class OptimizerStep:
         state.samples += figures.samples
         if state.rank == 0:
             state.average.after_step(state.model, state.steps)
+        own["skipped_utts"] = figures.skipped_utts
         own["padding_waste"] = 1 - figures.samples / figures.padded
         own["train_time"] = time.perf_counter() - start
         for i, optimizer in enumerate(self.optimizers):
@@ -249,6 +254,7 @@ def _fetch(
     result: StepResult,
     grad_norm: torch.Tensor,
     audio: Sequence[tuple[float, float, int]],
+    skipped: int,
     world_size: int,
 ) -> tuple[list[dict[str, float]], list[float], list[float], list[float], StepFigures]:
     """Bring a step's figures to the host, in one transfer.
@@ -257,14 +263,16 @@ def _fetch(
         result: of the step.
         grad_norm: before clipping.
         audio: samples, samples with padding and utterances of this rank's batches.
-        world_size: ranks over which ``audio`` is added up.
+        skipped: utterances that this rank could not read so far.
+        world_size: ranks over which ``audio`` and ``skipped`` are added up.
 
     Returns:
         of each batch its statistics, weight, ranks whose loss was bad, and whether
         this one's was; figures of the step.
     """
     device, n = grad_norm.device, len(audio)
-    total = torch.tensor(audio, dtype=torch.float64).sum(dim=0).to(device)
+    total = torch.tensor(audio, dtype=torch.float64).sum(dim=0)
+    total = torch.cat([total, total.new_tensor([skipped])]).to(device)
     if world_size > 1:
         torch.distributed.all_reduce(total)
     scalars = [*result.weights, *result.bad, *result.bad_here, grad_norm]

@@ -256,6 +256,7 @@ class SpearTrainer(Trainer):
         state.begin_epoch(reporter.get_epoch())
         state.scaler, state.train_reporter = scaler, reporter
         state.summary_writer = summary_writer
+        state.skips = getattr(iterator, "skips", ())
         device = torch.device("cuda" if options.ngpu > 0 else "cpu")
         model.train()
         batches = _length(iterator)
