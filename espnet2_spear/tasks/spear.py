@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from espnet2_spear.train.codes_facts import check_codes_facts
 from espnet2_spear.train.collate_fn import SpearCollateFn
 from espnet2_spear.train.data_types import register_data_types
 from espnet2_spear.train.deepspeed import check_deepspeed_config, weigh_loss
+from espnet2_spear.train.interruption import ranks_are_told
 from espnet2_spear.train.noise import NoiseList
 from espnet2_spear.train.preprocessor import SpearPreprocessor
 from espnet2_spear.train.process_group import process_group_that_ends
@@ -225,6 +226,16 @@ class SpearTask(AbsTask):
             )
 
         return build_iter_factory(args, iter_options, mode, check)
+
+    @classmethod
+    def main(
+        cls,
+        args: argparse.Namespace | None = None,
+        cmd: Sequence[str] | None = None,
+    ) -> None:
+        """As of every task; signals reach the ranks that it starts."""
+        with ranks_are_told():
+            super().main(args=args, cmd=cmd)
 
     @classmethod
     def main_worker(cls, args: argparse.Namespace) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from torch.multiprocessing import ProcessExitedException
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
 EXIT_INTERRUPTED = 75
@@ -43,6 +46,35 @@ class StopRequest:
 
         with _handlers(handle):
             yield self
+
+
+@contextmanager
+def ranks_are_told() -> Iterator[None]:
+    """Within it, a process that waits for ranks that it spawned passes signals on.
+
+    ESPnet starts the ranks of one machine so (``--multiprocessing_distributed``). The
+    process would else die at once, and its ranks would train on without it.
+
+    Raises:
+        Interrupted: the ranks have written their checkpoint and ended.
+    """
+
+    def handle(number: int, frame: object) -> None:
+        ranks = multiprocessing.active_children()
+        for rank in ranks:
+            if rank.pid is not None:
+                os.kill(rank.pid, number)
+        if not ranks:  # nothing runs yet, or only this process
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    with _handlers(handle):
+        try:
+            yield
+        except ProcessExitedException as error:
+            if error.exit_code == EXIT_INTERRUPTED:
+                raise Interrupted from None
+            raise
 
 
 def _end_later(number: int, frame: object) -> None:
