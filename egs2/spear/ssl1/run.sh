@@ -77,6 +77,8 @@ Pre-training, packing, upload (stages 7 to 9)
   --train_args \"...\"          further options of spear_train, such as \"--max_epoch 5\"
   --tag TAG                   name in exp/                          [from the configuration]
   --inference_model NAME      what is packed                        [valid.loss.best.pth]
+  --pack_args \"...\"           further options of spear_pack, for the model card, such as
+                              \"--results RESULTS.md --language en --license cc-by-4.0\"
   --hf_repo USER/NAME         where stage 9 uploads to
   --skip_upload true|false    true only lists what would be sent    [true]"
 
@@ -121,6 +123,7 @@ one_pass=false
 train_args=
 tag=
 inference_model=valid.loss.best.pth
+pack_args=
 hf_repo=
 skip_upload=true
 
@@ -424,10 +427,12 @@ if wanted 8; then
         # The link is resolved to the epoch that it stands for.
         cp -L "${exp}/${inference_model}" "${exp}/packed.pth"
     fi
+    # shellcheck disable=SC2086
     step --mark "${exp}/pack.json" --input "${exp}/config.yaml" \
         --input "${exp}/${inference_model}" --output "${packed}" \
         -- python -m espnet2_spear.bin.spear_pack --train_config "${exp}/config.yaml" \
-        --model_file "${exp}/packed.pth" --outpath "${packed}" --option "${options[@]}"
+        --model_file "${exp}/packed.pth" --outpath "${packed}" \
+        --option "${options[@]}" ${pack_args}
 fi
 if wanted 7 || wanted 8; then unlock; fi
 
