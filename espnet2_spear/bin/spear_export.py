@@ -7,6 +7,8 @@ import argparse
 import logging
 from pathlib import Path
 
+from espnet2.utils.types import str2bool
+
 from espnet2_spear.hub.export import export_student, fits_released_code
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.zipformer.config import PADDING_MODES
@@ -33,7 +35,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--overwrite",
-        type=lambda x: {"true": True, "false": False}[x.lower()],
+        type=str2bool,
         default=False,
         help="Replace the files of an earlier export (true or false)",
     )

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 import yaml
+from espnet2.utils.types import str2bool
 
 from espnet2_spear.hub.fetch import is_hub_id
 from espnet2_spear.hub.infer import compact, named_size
@@ -42,7 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--overwrite",
-        type=lambda x: {"true": True, "false": False}[x.lower()],
+        type=str2bool,
         default=False,
         help="Replace a student that is in the folder (true or false)",
     )

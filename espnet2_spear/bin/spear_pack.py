@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from espnet2_spear.hub.card import REPO, Card
-from espnet2_spear.hub.pack import add_card_arguments, check_files, pack_model
+from espnet2_spear.hub.pack import add_pack_arguments, check_files, pack_model
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 DEMO = """import torch
@@ -82,13 +81,7 @@ def get_parser() -> argparse.ArgumentParser:
         description="Pack a pre-trained student with configuration and card",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--train_config", type=Path, required=True, help="config.yaml")
-    parser.add_argument("--model_file", type=Path, required=True, help="xxx.pth")
-    parser.add_argument("--outpath", type=Path, required=True, help="xxx.zip, xxx.tgz")
-    parser.add_argument(
-        "--option", type=Path, nargs="*", default=[], help="Further files to include"
-    )
-    add_card_arguments(parser)
+    add_pack_arguments(parser)
     return parser
 
 

@@ -9,6 +9,8 @@ import re
 import tempfile
 from pathlib import Path
 
+from espnet2.utils.types import str2bool
+
 from espnet2_spear.hub.card import REPO
 from espnet2_spear.hub.packed import check_stamp, check_weights, read_meta
 from espnet2_spear.hub.unpack import UnpackError, unpack
@@ -89,7 +91,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repo_id", type=str, required=True, help="user/name")
     parser.add_argument(
         "--dry_run",
-        type=lambda x: {"true": True, "false": False}[x.lower()],
+        type=str2bool,
         default=True,
         help="Only list what would be sent (true or false)",
     )

@@ -12,7 +12,7 @@ import yaml
 from espnet2_spear.hub.card import REPO, Card
 from espnet2_spear.hub.pack import (
     PackError,
-    add_card_arguments,
+    add_pack_arguments,
     base_of,
     check_files,
     pack_model,
@@ -194,13 +194,7 @@ def get_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--task", choices=list(TASKS), default="asr")
-    parser.add_argument("--train_config", type=Path, required=True, help="config.yaml")
-    parser.add_argument("--model_file", type=Path, required=True, help="xxx.pth")
-    parser.add_argument("--outpath", type=Path, required=True, help="xxx.zip, xxx.tgz")
-    parser.add_argument(
-        "--option", type=Path, nargs="*", default=[], help="Further files to include"
-    )
-    add_card_arguments(parser)
+    add_pack_arguments(parser)
     return parser
 
 

@@ -16,8 +16,14 @@ class PackError(ValueError):
     """A model that cannot be packed; names the file and the remedy."""
 
 
-def add_card_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what a card says besides what the files tell."""
+def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the files to pack, and what the card says besides what they tell."""
+    parser.add_argument("--train_config", type=Path, required=True, help="config.yaml")
+    parser.add_argument("--model_file", type=Path, required=True, help="xxx.pth")
+    parser.add_argument("--outpath", type=Path, required=True, help="xxx.zip, xxx.tgz")
+    parser.add_argument(
+        "--option", type=Path, nargs="*", default=[], help="Further files to include"
+    )
     group = parser.add_argument_group("Model card")
     group.add_argument("--results", type=Path, help="RESULTS.md to quote")
     group.add_argument(

@@ -4,8 +4,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') (run.sh) $*"; }
-
 . ./path.sh
 
 help_message="Usage: ./run.sh --ckpt CHECKPOINT [options]
@@ -30,37 +28,8 @@ Stages (what is finished is done again only if its inputs or options changed)
   --datadir, --dumpdir, --expdir, --downloads   folders   [data dump exp ../ssl1/downloads]
   --dry_run true|false        only list commands, inputs and outputs [false]"
 
-stage=1
-stop_stage=4
-nj=$(env -u OMP_NUM_THREADS nproc) # which obeys path.sh's 1
-ckpt=
-tag=
-teachers="whisper_tiny_en=../ssl1/conf/teachers/whisper_tiny_en.yaml yamnet=../ssl1/conf/teachers/yamnet.yaml"
-seeds="0 1 2"
-data_dir=
 num_clips=60
-device=cpu
-datadir=data
-dumpdir=dump
-expdir=exp
-downloads=../ssl1/downloads
-dry_run=false
-
-. local/parse_options.sh
-if [ $# -gt 0 ]; then
-    log "ERROR: unexpected argument '$1' (see --help)"
-    exit 2
-fi
-if [ "${stop_stage}" -ge 3 ] && [ -z "${ckpt}" ]; then
-    log "ERROR: --ckpt is needed: a pre-trained student, such as ../ssl1/exp/spear_mini/valid.loss.best.pth"
-    exit 2
-fi
-if [ -z "${tag}" ] && [ -d "${ckpt}" ]; then tag=$(basename "${ckpt}"); fi
-tag=${tag:-$(basename "$(dirname "${ckpt:-none/none}")")}
-exp=${expdir}/${tag}
-
-wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
-step() { python local/step.py --dry_run "${dry_run}" "$@"; }
+. local/probe_options.sh
 
 source=${data_dir:-${datadir}/characters}
 if wanted 1 && [ -z "${data_dir}" ]; then

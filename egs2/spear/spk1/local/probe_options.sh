@@ -1,0 +1,1 @@
+../../cls1/local/probe_options.sh
