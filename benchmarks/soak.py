@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Train the tiny student while it is killed, stopped and starved of disk at random.
 
-A training that nothing happens to comes first; then the same training, with a fault
-every few seconds, is started again and again until it has finished; at the end the
-parameters of both must be equal bit by bit. One utterance of the data is nan, so that
-steps are skipped in both.
+In each round a training that nothing happens to comes first; then the same training,
+with a fault every few seconds, is started again and again until it has finished; the
+parameters of both must be equal bit by bit. In both, one utterance of the data is nan,
+so that steps are skipped, one audio file is cut short and one entry of codes is another
+utterance's, so that these two are left out. Rounds follow until the time is over.
 
     python benchmarks/soak.py --minutes 30
 """
@@ -31,6 +32,8 @@ from espnet2_spear.train.step import SKIPPED  # noqa: E402
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 DISK = "disk full"
+UTTS, STEPS = 40, 20  # steps of an epoch
+NAN, CUT, OTHERS = 3, 8, 15  # utterances
 
 
 def full_disk() -> None:
@@ -41,78 +44,107 @@ def full_disk() -> None:
 
 
 def spoil(data: dict[str, str]) -> None:
-    """Make one utterance nan."""
-    line = Path(data["speech"]).read_text().splitlines()[3]
-    path = line.split(maxsplit=1)[1]
-    samples = soundfile.info(path).frames
-    nan = np.full(samples, np.nan, dtype=np.float32)
-    soundfile.write(path, nan, RATE, subtype="FLOAT")
+    """Damage three utterances, see above."""
+    paths = [x.split()[1] for x in Path(data["speech"]).read_text().splitlines()]
+    nan = np.full(soundfile.info(paths[NAN]).frames, np.nan, dtype=np.float32)
+    soundfile.write(paths[NAN], nan, RATE, subtype="FLOAT")
+    content = Path(paths[CUT]).read_bytes()
+    Path(paths[CUT]).write_bytes(content[: len(content) // 2])
+    scp = Path(data["codes_speech"])
+    lines = scp.read_text().splitlines()
+    # The shortest utterance's codes are too few for any other one.
+    sizes = [int(x.split()[1]) for x in Path(data["shape"]).read_text().splitlines()]
+    shortest = lines[sizes.index(min(sizes))].split()[1]
+    lines[OTHERS] = f"{lines[OTHERS].split()[0]} {shortest}"
+    scp.write_text("\n".join(lines) + "\n")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=30.0, help="at least; [30]")
+    parser.add_argument("--epochs", type=int, default=30, help="of a training; [30]")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults; [0]")
+    parser.add_argument("--num_workers", type=int, default=0, help="of the loader; [0]")
+    return parser
+
+
+def soak(cmd: list[str], log: Path, rng, counts) -> bool:
+    """Start a training until it has finished; whether it did without an odd end."""
+    while True:
+        fault = rng.choice([*SIGNALS, *SIGNALS, DISK])
+        process = start(cmd, log, full_disk if fault == DISK else lambda: None)
+        process.join(rng.uniform(2.0, 12.0))
+        if process.exitcode is None:
+            process.terminate() if fault == signal.SIGTERM else process.kill()
+            process.join()
+        name = fault if fault == DISK else signal.Signals(fault).name
+        if process.exitcode == 0:
+            counts["finished", 0] += 1
+            return True
+        counts[name, process.exitcode] += 1
+        allowed = {signal.SIGTERM: (75, -signal.SIGTERM), signal.SIGKILL: (-9,)}
+        # With a full disk the end of an epoch ends the training, with a message.
+        if process.exitcode not in allowed.get(fault, (1, -9)):
+            return False
 
 
 def main(cmd=None) -> int:
     """Return 0 if the parameters are equal."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30.0, help="About; [30]")
-    parser.add_argument("--seed", type=int, default=0, help="Of the faults")
-    parser.add_argument("--num_workers", type=int, default=0, help="Of the loader")
-    args = parser.parse_args(cmd)
+    args = get_parser().parse_args(cmd)
     rng = random.Random(args.seed)
     counts: collections.Counter = collections.Counter()
+    totals: collections.Counter = collections.Counter()
+    begin = time.monotonic()
+    rounds, differs = 0, ""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        data = write_data(root / "data", 40)
+        data = write_data(root / "data", UTTS)
         spoil(data)
-        more = ("--save_interval", 7, "--num_workers", args.num_workers)
-
-        def run(name: str, epochs: int) -> list[str]:
-            return options(data, root / name, "--max_epoch", epochs, *more)
-
-        begin = time.monotonic()
-        if train(run("probe", 10), root / "probe.log"):
-            print((root / "probe.log").read_text()[-2000:])
-            return 1
-        # Every start costs about as much as two epochs: aim at a third of the time.
-        epoch = (time.monotonic() - begin) / 10
-        epochs = max(10, round(args.minutes * 60 / 3 / epoch))
-        if train(run("whole", epochs), root / "whole.log"):
-            return 1
-        deadline = begin + args.minutes * 60
-        while True:
-            quiet = time.monotonic() > deadline
-            fault = None if quiet else rng.choice([*SIGNALS, *SIGNALS, DISK])
-            before = full_disk if fault == DISK else lambda: None
-            process = start(run("faulty", epochs), root / "faulty.log", before)
-            process.join(None if quiet else rng.uniform(1.0, 6.0 + epoch * 5))
-            ended_itself = process.exitcode is not None
-            if not ended_itself:
-                number = signal.SIGKILL if fault == DISK else fault
-                process.kill() if number == signal.SIGKILL else process.terminate()
-                process.join()
-            name = fault if fault in (None, DISK) else signal.Signals(fault).name
-            if process.exitcode == 0 and fault in SIGNALS:
-                name = None  # it was done before
-            counts[(name or "none", process.exitcode)] += 1
-            if process.exitcode == 0:
-                break
-            if quiet:
-                print((root / "faulty.log").read_text()[-2000:])
+        more = ["--iterator_type", "task", "--batch_type", "numel"]
+        more += ["--batch_bins", 2 * RATE, "--num_iters_per_epoch", STEPS]
+        more += ["--bad_data_conf", "max_share=0.2", "--save_interval", 7]
+        more += ["--max_epoch", args.epochs, "--num_workers", args.num_workers]
+        while not differs and time.monotonic() - begin < args.minutes * 60:
+            rounds += 1
+            more += ["--seed", args.seed + rounds]
+            names = [root / f"{name}{rounds}" for name in ("whole", "faulty")]
+            whole, faulty = names
+            logs = [name.with_suffix(".log") for name in names]
+            if train(options(data, whole, *more), logs[0]):
+                print(logs[0].read_text()[-2000:])
                 return 1
-        log = (root / "faulty.log").read_text()
-        print("| fault | exit code | times |\n|---|--:|--:|")
-        for (name, code), count in sorted(counts.items(), key=str):
-            print(f"| {name} | {code} | {count} |")
-        last = f"{epochs}epoch.pth"
-        differs = difference(root / "whole" / last, root / "faulty" / last)
-        lines = len((root / "faulty" / SKIPPED).read_text().splitlines())
-        resumed = log.count("training goes on after")
-        print(
-            f"\n{epochs} epochs of 20 steps; resumed {resumed} times, "
-            f"{log.count('without this checkpoint')} checkpoints left out, "
-            f"{lines} steps skipped (repeated ones included), "
-            f"{(time.monotonic() - begin) / 60:.1f} minutes"
-        )
-        print(f"parameters: {'DIFFERENT ' + differs if differs else 'equal'}")
-        return 1 if differs else 0
+            if not soak(
+                options(data, faulty, *more), logs[1], args.epochs, rng, counts
+            ):
+                print(logs[1].read_text()[-2000:])
+                return 1
+            differs = difference(*(name / f"{args.epochs}epoch.pth" for name in names))
+            text = logs[1].read_text()
+            totals["resumed"] += text.count("training goes on after")
+            totals["left_out"] += text.count("without this checkpoint")
+            for name in ("whole", "faulty"):
+                path = root / f"{name}{rounds}"
+                totals[f"skipped_{name}"] += len(
+                    (path / SKIPPED).read_text().splitlines()
+                )
+                listed = (path / "skipped_train.rank0.txt").read_text().splitlines()
+                totals[f"unreadable_{name}"] += len(listed)
+    print("| fault | exit code | times |\n|---|--:|--:|")
+    for (name, code), count in sorted(counts.items(), key=str):
+        print(f"| {name} | {code} | {count} |")
+    print(
+        f"\n{rounds} trainings of {args.epochs} epochs of {STEPS} steps, each twice; "
+        f"resumed {totals['resumed']} times, {totals['left_out']} checkpoints left "
+        f"out; steps skipped: {totals['skipped_whole']} undisturbed, "
+        f"{totals['skipped_faulty']} with faults (repeated ones included); utterances "
+        f"listed as unreadable: {totals['unreadable_whole']} and "
+        f"{totals['unreadable_faulty']}; {(time.monotonic() - begin) / 60:.1f} minutes"
+    )
+    print(f"parameters: {'DIFFERENT ' + differs if differs else 'equal'}")
+    return 1 if differs else 0
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def run_job(job: dict) -> dict:
                 module.zero_grad(set_to_none=True)
         return out.detach()
 
+    held = _status("VmRSS") if device.type == "cpu" else 0
     out = step()  # the first one does not count
     if job["compile"]:
         step()
@@ -149,6 +150,7 @@ def run_job(job: dict) -> dict:
     result = {
         "times": times,
         "peak": read_peak(device),
+        "held": held,
         "sum": float(out.double().abs().mean()),
     }
     if job["name"] == "ours":
@@ -187,8 +189,13 @@ def read_peak(device: torch.device) -> int:
     """Peak in bytes: allocated on the GPU, else resident of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """Bytes of a line of /proc/self/status."""
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
 
 def build_ours(job: dict):
@@ -265,15 +272,17 @@ def build_peer(job: dict):
 
 def report(mode: str, results: dict[str, list[dict]], args) -> None:
     """Print medians, peak memory, ratios and the share of the device's peak."""
-    medians, peaks = {}, {}
+    medians, peaks, steps = {}, {}, {}
     for name, runs in results.items():
         times = [t for r in runs for t in r["times"]]
         medians[name] = statistics.median(times)
         peaks[name] = statistics.median(r["peak"] for r in runs)
+        steps[name] = statistics.median(r["peak"] - r["held"] for r in runs)
         print(
             f"{mode} {name}: median {medians[name]:.3f} s of {len(times)}, "
             f"from {min(times):.3f} to {max(times):.3f}; "
-            f"peak {peaks[name] / 2**30:.2f} GiB; mean |out| {runs[0]['sum']:.6f}"
+            f"peak {peaks[name] / 2**30:.2f} GiB, {steps[name] / 2**30:.2f} of it "
+            f"above torch and weights; mean |out| {runs[0]['sum']:.6f}"
         )
     flops = results["ours"][0].get("flops")
     if flops:
@@ -285,7 +294,8 @@ def report(mode: str, results: dict[str, list[dict]], args) -> None:
     if "peer" in results:
         print(
             f"  {medians['peer'] / medians['ours']:.2f} times as fast, "
-            f"{peaks['ours'] / peaks['peer']:.2f} of the peak memory"
+            f"{peaks['ours'] / peaks['peer']:.2f} of the peak memory, "
+            f"{steps['ours'] / steps['peer']:.2f} of what is above torch and weights"
         )
 
 
