@@ -75,16 +75,10 @@ def draw_prediction(prediction: Prediction, title: str) -> Figure:
         interpolation="nearest",
         extent=(0, seconds, 0, prediction.fbank.size(1)),
     )
-    times = torch.arange(frames) / FBANK_RATE
-    axes.fill_between(
-        times,
-        0,
-        0.05,
-        where=prediction.masked.numpy(),
-        transform=axes.get_xaxis_transform(),
-        color="red",
-        linewidth=0,
-    )
+    mels = prediction.fbank.size(1)
+    mark = torch.tensor([1.0, 0.0, 0.0, 1.0]) * prediction.masked[None, :, None]
+    axes.imshow(mark.numpy(), aspect="auto", extent=(0, seconds, 0, 0.05 * mels))
+    axes.set_ylim(0, mels)
     axes.set_ylabel("fbank, masked")
     for row, (name, tokens) in enumerate(prediction.teachers.items()):
         top = figure.add_subplot(grid[1 + 2 * row, 0], sharex=axes)
@@ -125,4 +119,4 @@ def _draw_accuracy(axes: Axes, tokens: TeacherTokens) -> None:
     axes.set_yticks(codebooks)
     axes.set_xlabel("accuracy, %")
     axes.set_ylabel("codebook")
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize="small")
