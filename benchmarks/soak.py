@@ -3,9 +3,9 @@
 
 In each round a training that nothing happens to comes first; then the same training,
 with a fault every few seconds, is started again and again until it has finished; the
-parameters of both must be equal bit by bit. In both, one utterance of the data is nan,
-so that steps are skipped, one audio file is cut short and one entry of codes is another
-utterance's, so that these two are left out. Rounds follow until the time is over.
+parameters of both must be equal bit by bit. In both, one audio file is nan, one is cut
+short, and one entry of codes is another utterance's: these three are left out and
+listed. Rounds follow until the time is over.
 
     python benchmarks/soak.py --minutes 30
 """
@@ -27,8 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_training import RATE, difference, options, start, train, write_data  # noqa: E402
-
-from espnet2_spear.train.step import SKIPPED  # noqa: E402
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 DISK = "disk full"
@@ -116,9 +114,7 @@ def main(cmd=None) -> int:
             if train(options(data, whole, *more), logs[0]):
                 print(logs[0].read_text()[-2000:])
                 return 1
-            if not soak(
-                options(data, faulty, *more), logs[1], args.epochs, rng, counts
-            ):
+            if not soak(options(data, faulty, *more), logs[1], rng, counts):
                 print(logs[1].read_text()[-2000:])
                 return 1
             differs = difference(*(name / f"{args.epochs}epoch.pth" for name in names))
@@ -127,9 +123,6 @@ def main(cmd=None) -> int:
             totals["left_out"] += text.count("without this checkpoint")
             for name in ("whole", "faulty"):
                 path = root / f"{name}{rounds}"
-                totals[f"skipped_{name}"] += len(
-                    (path / SKIPPED).read_text().splitlines()
-                )
                 listed = (path / "skipped_train.rank0.txt").read_text().splitlines()
                 totals[f"unreadable_{name}"] += len(listed)
     print("| fault | exit code | times |\n|---|--:|--:|")
@@ -138,9 +131,7 @@ def main(cmd=None) -> int:
     print(
         f"\n{rounds} trainings of {args.epochs} epochs of {STEPS} steps, each twice; "
         f"resumed {totals['resumed']} times, {totals['left_out']} checkpoints left "
-        f"out; steps skipped: {totals['skipped_whole']} undisturbed, "
-        f"{totals['skipped_faulty']} with faults (repeated ones included); utterances "
-        f"listed as unreadable: {totals['unreadable_whole']} and "
+        f"out; utterances listed as unreadable: {totals['unreadable_whole']} and "
         f"{totals['unreadable_faulty']}; {(time.monotonic() - begin) / 60:.1f} minutes"
     )
     print(f"parameters: {'DIFFERENT ' + differs if differs else 'equal'}")
