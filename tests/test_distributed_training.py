@@ -1,7 +1,7 @@
 """Training with several real processes (gloo) is training with one."""
 
 import contextlib
-import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import subprocess
@@ -15,6 +15,8 @@ import soundfile
 import torch
 
 from espnet2_spear.fileio.kaldi_ark import CodesWriter, write_missing_codes
+
+pytestmark = pytest.mark.second_env
 
 RATE = 16000
 STEPS = 4
@@ -103,6 +105,7 @@ def run_rank(rank: int, world: int, port: int, options: list[str], log: Path) ->
             options += ["--dist_init_method", f"file://{log.parent}/dist_init"]
         elif world > 1:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+            os.environ.update(LOCAL_RANK=str(rank))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         from espnet2_spear.bin.spear_train import main
 
@@ -136,8 +139,11 @@ def run_all(folder: Path) -> None:
             job = (rank, world, port, options, log)
             ranks.append(context.Process(target=run_rank, args=job))
             ranks[-1].start()
-        for rank in ranks:
-            rank.join()
+        while running := [r.sentinel for r in ranks if r.exitcode is None]:
+            multiprocessing.connection.wait(running)
+            if any(rank.exitcode for rank in ranks):  # the others would wait for it
+                for rank in ranks:
+                    rank.kill()
         if any(rank.exitcode for rank in ranks):
             logs = [(folder / f"{name}.{r}.log").read_text() for r in range(world)]
             sys.exit(f"{name} failed\n" + "\n".join(log[-3000:] for log in logs))
@@ -148,7 +154,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with an experiment for each of RUNS."""
     folder = tmp_path_factory.mktemp("distributed")
     # In a fresh process: forks of one that has worked with threads may hang.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, __file__, str(folder)],
         env=env,

@@ -21,6 +21,8 @@ from torch.multiprocessing.spawn import ProcessContext
 from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.train.interruption import Interrupted, StopRequest
 
+pytestmark = pytest.mark.second_env
+
 folder = Path("{folder}")
 
 def rank(number):

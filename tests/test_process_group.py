@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from espnet2_spear.train.process_group import process_group_that_ends
 
+pytestmark = pytest.mark.second_env
+
 def gloo_threads():
     tasks = Path("/proc/self/task").iterdir()
     return sum("gloo" in (task / "comm").read_text() for task in tasks)

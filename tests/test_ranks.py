@@ -16,6 +16,8 @@ from espnet2_spear.train import step
 from espnet2_spear.train.interruption import EXIT_INTERRUPTED
 from espnet2_spear.train.rank_monitor import EXIT_RANK_LOST
 
+pytestmark = pytest.mark.second_env
+
 RANKS = 2
 
 
