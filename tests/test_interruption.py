@@ -10,6 +10,8 @@ import pytest
 
 from espnet2_spear.train.interruption import EXIT_INTERRUPTED
 
+pytestmark = pytest.mark.second_env
+
 # The ranks are real processes that ESPnet's way of waiting waits for; in place of a
 # training, which would need GPUs, they stop as one does.
 SCRIPT = """
@@ -20,8 +22,6 @@ from espnet2.tasks.abs_task import AbsTask
 from torch.multiprocessing.spawn import ProcessContext
 from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.train.interruption import Interrupted, StopRequest
-
-pytestmark = pytest.mark.second_env
 
 folder = Path("{folder}")
 

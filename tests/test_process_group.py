@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.second_env
+
 SCRIPT = """
 from pathlib import Path
 import torch
 from espnet2_spear.train.process_group import process_group_that_ends
-
-pytestmark = pytest.mark.second_env
 
 def gloo_threads():
     tasks = Path("/proc/self/task").iterdir()
