@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from espnet2_spear.mvq import refine
 from espnet2_spear.mvq.quantizer import Quantizer
 
 DIMS, NUMS, SIZES = (384, 512, 1024, 1536), (4, 8, 16, 32), (16, 256)
@@ -104,26 +103,3 @@ def test_never_worse_than_the_obvious_search(dim, num, size):
         if not torch.equal(codes, expected):  # then it was a tie within rounding
             assert squared_error(centers, frame, codes) >= error * (1 - 1e-4)
         assert not torch.equal(begin, expected)  # the search had something to do
-
-
-def test_codes_do_not_depend_on_threads():
-    quantizer, _ = make(64, 8, 256)
-    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
-    assert x.size(0) * 8 * 256 > refine.MIN_SHARED
-    threads = torch.get_num_threads()
-    codes = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            codes.append(quantizer.encode(x))
-    finally:
-        torch.set_num_threads(threads)
-    # Sums of another order may decide ties otherwise.
-    for other in codes[1:]:
-        assert (codes[0] != other).float().mean() < 0.01
-    # A row whose limit ties is found otherwise, and so are all others with it.
-    scores = torch.arange(2.0**19).view(-1, 256).flip(1).contiguous()
-    scores[5, :20] = scores[5, 0]
-    values, index = refine._smallest(scores, 16)
-    assert torch.equal(values.sort(1).values, scores.sort(1).values[:, :16])
-    assert torch.equal(scores.gather(1, index), values)

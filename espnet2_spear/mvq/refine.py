@@ -8,16 +8,12 @@ never touches the vectors themselves, whose dimension is large.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 MAX_KEPT = 128
-MIN_SHARED = 2**18  # values from which on a second thread saves more than it costs
 
 
 class GramTables:
@@ -187,31 +183,17 @@ def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if count == 1:
         return scores.min(dim=-1, keepdim=True)
     if scores.device.type == "cpu":
-        # NumPy's partition is several times as fast as topk, on one thread.
-        rows = scores.flatten(0, -2).numpy()
-        threads = torch.get_num_threads() if rows.size > MIN_SHARED else 1
-        if threads == 1:
-            where = [_smallest_of_rows(rows, count)]
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                parts = np.array_split(rows, threads)
-                where = list(pool.map(_smallest_of_rows, parts, repeat(count)))
-        if all(part is not None for part in where):
-            index = torch.from_numpy(np.concatenate(where))
+        # NumPy's partition is several times as fast as topk.
+        values = scores.numpy()
+        limit = np.partition(values, count - 1, axis=-1)[..., count - 1 : count]
+        where = np.flatnonzero(values <= limit)
+        rows = scores.shape[:-1].numel()
+        if len(where) == rows * count:  # else some row has a tie at its limit
+            index = torch.from_numpy(where).view(rows, count)
+            index -= torch.arange(rows).unsqueeze(1) * scores.shape[-1]
             index = index.view(*scores.shape[:-1], count)
             return scores.gather(-1, index), index
     return scores.topk(count, dim=-1, largest=False, sorted=False)
-
-
-def _smallest_of_rows(rows: np.ndarray, count: int) -> np.ndarray | None:
-    """Columns (R, count) of the smallest values of rows (R, C); None if some tie."""
-    limit = np.partition(rows, count - 1, axis=1)[:, count - 1 : count]
-    where = np.flatnonzero(rows <= limit)
-    if len(where) != len(rows) * count:
-        return None
-    return (
-        where.reshape(len(rows), count) - rows.shape[1] * np.arange(len(rows))[:, None]
-    )
 
 
 def _cross_products(products: Tensor, pairs: Tensor, sides: Tensor) -> Tensor:
