@@ -141,11 +141,24 @@ def test_unreadable_utterances_of_all_ranks_are_counted(data, tmp_path):
     assert f"skipped utterances: {count} |" in (tmp_path / "log0").read_text()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_rank_that_dies_or_hangs_ends_the_other(data, tmp_path, victim, number):
+@pytest.mark.parametrize(
+    ("number", "victim", "by_file"),
+    [
+        (signal.SIGKILL, 0, False),
+        (signal.SIGKILL, 1, False),
+        (signal.SIGSTOP, 0, False),
+        (signal.SIGSTOP, 1, False),
+        (signal.SIGSTOP, 0, True),
+        (signal.SIGSTOP, 1, True),
+    ],
+)
+def test_rank_that_dies_or_hangs_ends_the_other(
+    data, tmp_path, victim, number, by_file
+):
     """A frozen process closes no connection: only its silence gives it away."""
     cmd = options(data, tmp_path / "exp", "--max_epoch", 10000)
+    if by_file:  # as the recipe starts several machines
+        cmd += ["--dist_init_method", f"file://{tmp_path}/init"]
     cmd += ["--rank_timeout", "3"]
     processes = launch(cmd, tmp_path)
     wait_for(tmp_path / "exp" / "2epoch.pth", processes)

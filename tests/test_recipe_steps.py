@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -431,7 +432,9 @@ def test_slurm_starts_the_command_on_every_node(tmp_path: Path) -> None:
     args = (tmp_path / "args").read_text().splitlines()
     assert {"--nodes=3", "--ntasks-per-node=1", "--gres=gpu:8"} <= set(args)
     log = (tmp_path / "train.log").read_text()
-    assert log.endswith("srun --export=ALL --cpus-per-task=64 echo a b\n")
+    assert log.endswith(
+        "srun --kill-on-bad-exit=1 --export=ALL --cpus-per-task=64 echo a b\n"
+    )
 
 
 def test_termination_reaches_the_command(tmp_path: Path) -> None:
@@ -450,3 +453,21 @@ def test_termination_reaches_the_command(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "m").read_text()) == {"pending": True}
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # the sleep, if it was started
+
+
+def test_jobs_end_in_their_own_time(tmp_path: Path) -> None:
+    """A training that is told to stop writes a checkpoint, and then says 75."""
+    script = (
+        f"trap 'sleep 1; touch {tmp_path}/saved; exit 75' TERM; "
+        f"touch {tmp_path}/up; while :; do sleep 0.1; done"
+    )
+    process = subprocess.Popen(
+        [LOCAL / "run_job.sh", tmp_path / "log", "bash", "-c", script],
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=20) == 75
+    assert (tmp_path / "saved").exists()

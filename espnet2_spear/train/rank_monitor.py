@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -23,9 +24,9 @@ class RankMonitor(threading.Thread):
 
     Backends notice a dead rank only if its sockets are closed (gloo) or after half an
     hour (NCCL's and gloo's time limits); a node without power closes nothing. Rank 0
-    watches all, the others watch rank 0, through the store that the process group
-    was made with. A rank that falls silent ends this process with ``EXIT_RANK_LOST``
-    and a message, whatever its main thread is waiting for.
+    watches all, the others watch rank 0, through a store that rank 0 serves. A rank
+    that falls silent ends this process with ``EXIT_RANK_LOST`` and a message, whatever
+    its main thread is waiting for.
 
     Args:
         rank: of this process.
@@ -134,17 +135,28 @@ class RankMonitor(threading.Thread):
 def monitor_ranks(
     rank: int, world_size: int, host: str | None, port: int | None, timeout: float
 ) -> Iterator[RankMonitor | None]:
-    """Watch while inside; nothing for one rank, no address or a timeout of 0."""
+    """Watch while inside; nothing for one rank or a timeout of 0.
+
+    Args:
+        rank: of this process.
+        world_size: number of ranks.
+        host: of the store that the process group was made with; None if it was made
+            through a file (``--dist_init_method file://``): rank 0 then serves a store.
+        port: of that store.
+        timeout: seconds of silence after which a rank counts as lost.
+    """
     if world_size < 2 or timeout <= 0:
         yield None
         return
+    served = None  # lives until the end of this block
     if host is None or port is None:
-        logging.warning(
-            "no --dist_master_addr and --dist_master_port: ranks that die are noticed "
-            "by the communication backend only, maybe after half an hour"
-        )
-        yield None
-        return
+        if rank == 0:
+            served = dist.TCPStore(
+                socket.gethostname(), 0, is_master=True, wait_for_workers=False
+            )
+        address = [(served.host, served.port) if served else None]
+        dist.broadcast_object_list(address, src=0)
+        host, port = address[0]
     monitor = RankMonitor(rank, world_size, host, port, timeout)
     monitor.start()
     error = None

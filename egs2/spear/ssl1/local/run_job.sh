@@ -45,7 +45,15 @@ log=$1
 shift
 
 pids=()
-trap 'trap - TERM INT; [ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null; exit 143' TERM INT
+# A training that is told to stop writes a checkpoint first. A second signal does not wait.
+stop() {
+    local status=143 pid
+    trap - TERM INT
+    if [ ${#pids[@]} -gt 0 ]; then kill "${pids[@]}" 2>/dev/null; fi
+    for pid in "${pids[@]}"; do wait "${pid}" || status=$?; done
+    exit "${status}"
+}
+trap stop TERM INT
 for ((job = first; job <= last; job++)); do
     job_log=${log//JOB/${job}}
     mkdir -p "$(dirname "${job_log}")"

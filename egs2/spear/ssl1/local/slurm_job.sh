@@ -47,7 +47,7 @@ shift
 launcher=()
 if [ "${num_nodes}" -gt 1 ]; then
     sbatch_opts+=("--nodes=${num_nodes}" --ntasks-per-node=1)
-    launcher=(srun "${launcher_opts[@]}")
+    launcher=(srun --kill-on-bad-exit=1 "${launcher_opts[@]}")
 fi
 mkdir -p "$(dirname "${log}")"
 script=${log//JOB/all}.sbatch
