@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_objective import INNER, TEACHERS, batch, build
 from tiny_training import options, train, write_data
 
@@ -75,9 +76,11 @@ def test_picture_shows_masks_tokens_and_accuracies() -> None:
 
 
 def test_training_draws_at_each_validation(tmp_path) -> None:
+    """And TensorBoard has the pictures and the curves."""
     data, log = write_data(tmp_path / "data", utts=6), tmp_path / "log"
     cmd = options(data, tmp_path / "exp")
     cmd += ["--use_matplotlib", "true", "--num_att_plot", "2", "--max_epoch", "2"]
+    cmd += ["--use_tensorboard", "true", "--log_interval", "1"]
     assert (
         train([*cmd, "--iterator_type", "task", "--batch_type", "numel"], log) == 0
     ), log.read_text()
@@ -89,3 +92,17 @@ def test_training_draws_at_each_validation(tmp_path) -> None:
             "1ep.png",
             "2ep.png",
         ]
+    tags = {"scalars": set(), "images": set()}
+    for path in (tmp_path / "exp" / "tensorboard").iterdir():
+        events = EventAccumulator(str(path)).Reload()
+        for kind, found in tags.items():
+            found |= set(events.Tags()[kind])
+    assert tags["images"] == {f"predictions/{utt}" for utt in utts}
+    assert {
+        *("grad_norm_p50", "grad_norm_p90", "grad_norm_p99", "hours_of_audio"),
+        *("padding_waste", "skipped_utts", "mask_ratio", "optim0_lr0", "loss"),
+        *("speech_speech_acc_masked", "audio_audio_acc_group0"),
+    } <= {tag.removeprefix("train/") for tag in tags["scalars"]}
+    line = next(x for x in log.read_text().splitlines() if "utterances/s" in x)
+    for part in ("h of audio", "masked", "padding", "speech:speech", "lr", "ends in"):
+        assert part in line
