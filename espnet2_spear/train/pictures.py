@@ -45,7 +45,7 @@ def show_prediction(
     if use_wandb:
         import wandb
 
-        wandb.log({f"predictions/{utt}": wandb.Image(figure)})
+        wandb.log({f"predictions/{utt}": wandb.Image(str(path))})
 
 
 def draw_prediction(prediction: Prediction, title: str) -> Figure:
