@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from espnet2_spear.spear.espnet_model import FBANK_RATE
 from espnet2_spear.spear.predictions import Prediction, TeacherTokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FBANK_RATE = 100.0
 FAINT = 0.15  # opacity of a wrong prediction
 
 

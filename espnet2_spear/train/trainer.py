@@ -374,9 +374,10 @@ class SpearTrainer(Trainer):
         reporter: SubReporter,
         options: SpearTrainerOptions,
     ) -> None:
-        """Draw what is predicted of the first ``num_att_plot`` utterances.
+        """Draw what is predicted of ``num_att_plot`` utterances.
 
-        Where other models draw their attention; into ``predictions/<utterance>/``.
+        Where other models draw their attention; into ``predictions/<utterance>/``. With
+        ``iterator_type: task`` they are spread over the data, else they are the first.
         """
         assert output_dir is not None  # ESPnet's loop always names one
         device = torch.device("cuda" if options.ngpu > 0 else "cpu")

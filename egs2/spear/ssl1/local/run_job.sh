@@ -49,7 +49,8 @@ pids=()
 stop() {
     local status=143 pid
     trap - TERM INT
-    if [ ${#pids[@]} -gt 0 ]; then kill "${pids[@]}" 2>/dev/null; fi
+    # Some may have ended by themselves.
+    if [ ${#pids[@]} -gt 0 ]; then kill "${pids[@]}" 2>/dev/null || true; fi
     for pid in "${pids[@]}"; do wait "${pid}" || status=$?; done
     exit "${status}"
 }
