@@ -95,6 +95,13 @@ def test_drop_audio_and_look(address: str, browser, tmp_path: Path) -> None:
         assert min(size) > 100
     note = browser.find_element("css selector", "#note textarea")
     assert " s at " in note.get_attribute("value")
+    extra = os.environ.get("SPEAR_DEMO_OPTIONS", "").split()
+    if "--asr" in extra:
+        (text,) = wait_for(browser, "#text textarea")
+        assert text.get_attribute("value").strip()
+    if "--cls" in extra:
+        (tags, *_) = wait_for(browser, "#tags")
+        assert "%" in tags.text
     picture = Path(os.environ.get("SPEAR_DEMO_SCREENSHOT", tmp_path / "page.png"))
     browser.save_screenshot(str(picture))
     assert picture.stat().st_size > 10_000

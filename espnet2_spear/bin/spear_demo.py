@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from espnet2_spear.fileio.audio import AudioError, read_audio, resample
+from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.look import (
     TeacherTokens,
@@ -169,13 +169,14 @@ class Page:
         if not path:
             raise DemoError("Drop or record some audio first.")
         try:
-            samples, rate = read_audio(path, 0.0, None)
+            info = audio_info(path)
+            note = f"{info.samples / info.rate:.2f} s at {info.rate} Hz"
+            limit = None
+            if info.samples > self.max_seconds * info.rate:
+                limit = self.max_seconds
+                note += f"; only the first {limit:g} s are looked at"
+            samples, rate = read_audio(path, 0.0, limit)
             speech = resample(samples, rate)
-            note = f"{len(samples) / rate:.2f} s at {rate} Hz"
-            limit = round(self.max_seconds * SAMPLE_RATE)
-            if len(speech) > limit:
-                speech = speech[:limit]
-                note += f"; only the first {self.max_seconds:g} s are looked at"
             seen = look(self.model, torch.from_numpy(speech), self.sources)
         except (AudioError, InputError, ValueError) as error:
             # The browser's file has a path that tells the visitor nothing.

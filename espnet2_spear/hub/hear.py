@@ -52,9 +52,12 @@ class HearModel(nn.Module):
         """Normalised hidden states (layers, B, T, C), 50 Hz, of audio (B, samples).
 
         Audio too short for one frame gets silence behind it.
+
+        Raises:
+            InputError: no sound, or sounds that are empty, longer than an hour or no
+                numbers.
         """
-        audio = audio.float()
-        audio = F.pad(audio, (0, max(0, self.student.min_samples - audio.size(1))))
+        audio = self.student.pad_short(audio.float())
         audio = F.pad(audio, (int(FRONT), BACK), mode="reflect")
         rows = max(1, MAX_SAMPLES // audio.size(1))
         parts = []

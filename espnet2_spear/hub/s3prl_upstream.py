@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from espnet2_spear.hub.load import load_model
+from espnet2_spear.zipformer.checks import InputError
 
 SAMPLES_PER_FRAME = 320
 
@@ -41,12 +42,19 @@ class UpstreamExpert(nn.Module):
         Returns:
             ``hidden_states``: one (B, T, C) per layer, 50 Hz. Lengths are not returned:
             s3prl derives them from the samples and the rate.
+
+        Raises:
+            InputError: a waveform that is empty, longer than an hour or no numbers.
         """
+        empty = [index for index, wav in enumerate(wavs) if len(wav) == 0]
+        if empty or not wavs:
+            raise InputError(
+                f"waveforms {empty} of {len(wavs)} hold no sample; leave them out"
+            )
+        self.student.check_longest(max(len(wav) for wav in wavs))
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
-        speech = pad_sequence(wavs, batch_first=True)
-        short = self.student.min_samples - speech.size(1)
-        if short > 0:  # s3prl probes upstreams with very short noise
-            speech = nn.functional.pad(speech, (0, short))
+        # s3prl probes upstreams with very short noise.
+        speech = self.student.pad_short(pad_sequence(wavs, batch_first=True))
         lengths = lengths.clamp(min=self.student.min_samples)
         return {"hidden_states": self.student(speech, lengths).hidden_states}
 

@@ -53,9 +53,12 @@ class SpearXaresEncoder(nn.Module):
         """Encode (B, samples), or (samples,), in [-1, 1]: (B, T, output_dim).
 
         Audio too short for one frame gets silence behind it.
+
+        Raises:
+            InputError: no sound, or sounds that are empty, longer than an hour or no
+                numbers.
         """
-        audio = torch.atleast_2d(audio).float()
-        audio = F.pad(audio, (0, max(0, self.student.min_samples - audio.size(1))))
+        audio = self.student.pad_short(torch.atleast_2d(audio).float())
         lengths = torch.full((len(audio),), audio.size(1), device=audio.device)
         states = self.student(audio, lengths).hidden_states
         return torch.stack([F.layer_norm(x, x.shape[-1:]) for x in states]).mean(dim=0)

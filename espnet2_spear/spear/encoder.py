@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet2_spear.zipformer.checks import (
@@ -16,7 +17,7 @@ from espnet2_spear.zipformer.checks import (
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.embed import ConvEmbed
 from espnet2_spear.zipformer.encoder import Zipformer
-from espnet2_spear.zipformer.fbank import FRAME_SHIFT, Fbank, num_frames
+from espnet2_spear.zipformer.fbank import FRAME_SHIFT, SAMPLE_RATE, Fbank, num_frames
 from espnet2_spear.zipformer.schedule import SCHEDULES_END, BatchCountState
 from espnet2_spear.zipformer.streaming import (
     StreamState,
@@ -24,6 +25,8 @@ from espnet2_spear.zipformer.streaming import (
     embed_piece,
     encode_chunks,
 )
+
+MAX_SECONDS = 3600  # of an utterance in one piece
 
 
 @dataclass
@@ -130,13 +133,29 @@ class SpearEncoder(nn.Module):
             fbank (B, T, num_mel_bins), 100 Hz, and its lengths (B,).
 
         Raises:
-            InputError: samples that are no numbers.
+            InputError: samples that are no numbers, or more of them than one piece
+                may have.
             ValueError: an utterance too short for one output frame, or a length
                 beyond the tensor.
         """
+        self.check_longest(speech.size(-1))
         check_finite(speech, lengths)
         self.check_shortest(int(lengths.min()))
         return self.fbank(speech, lengths)
+
+    def check_longest(self, samples: int) -> None:
+        """Raise InputError if so many samples are too many for one piece.
+
+        Memory grows with the length, and time with its square: what takes hours and
+        ends with the machine's memory is refused before it begins.
+        """
+        if samples > MAX_SECONDS * SAMPLE_RATE:
+            raise InputError(
+                f"an utterance of {samples / SAMPLE_RATE:.0f} s; in one piece at most "
+                f"{MAX_SECONDS} s are tried: cut it (Kaldi: a segments file), or let "
+                "frontend spear compute it in pieces (outside training): "
+                "frontend_conf.chunk_seconds, such as 30"
+            )
 
     def check_shortest(self, samples: int) -> None:
         """Raise ValueError unless so many samples give an output frame."""
@@ -145,6 +164,22 @@ class SpearEncoder(nn.Module):
                 f"an utterance of {samples} samples is shorter than one output "
                 f"frame: at least {self.min_samples} samples at 16 kHz are needed"
             )
+
+    def pad_short(self, speech: Tensor) -> Tensor:
+        """Put silence behind (B, samples) that are too short for one output frame.
+
+        For benchmarks, which must embed every sound.
+
+        Raises:
+            InputError: no utterance, or utterances without a sample or too long.
+        """
+        if speech.dim() != 2 or 0 in speech.shape:
+            raise InputError(
+                f"audio of shape {tuple(speech.shape)}: expected (utterances, samples) "
+                "with at least one of each; leave empty recordings out"
+            )
+        self.check_longest(speech.size(1))
+        return F.pad(speech, (0, max(0, self.min_samples - speech.size(1))))
 
     def start_stream(
         self, chunk_size: int | None = None, left_context_frames: int | None = None

@@ -20,12 +20,9 @@ from espnet2_spear.asr.frontend.student import build_student, keep_layers
 from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import CheckpointError, load_model
 from espnet2_spear.spear.masking import SpanMasker
-from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-# Audio beyond which attention over all of it is refused.
-MAX_SECONDS = 3600
 # What `mask` takes for options that it does not name: much less than pre-training.
 MASK_DEFAULTS = {
     "time_prob": 0.1,
@@ -236,14 +233,6 @@ class SpearFrontend(AbsFrontend):
             raise ValueError(
                 f"frontend spear: an utterance of {frames} frames is shorter than "
                 f"pool={self.reduce.pool} times stack={self.reduce.stack}"
-            )
-        cut = self.chunks is not None and not self.training
-        if max(samples) > MAX_SECONDS * SAMPLE_RATE and not cut:
-            raise InputError(
-                f"frontend spear: an utterance of {max(samples) / SAMPLE_RATE:.0f} s; "
-                "cut it, or (outside training) set frontend_conf.chunk_seconds, such "
-                f"as 30: in one piece at most {MAX_SECONDS} s are tried, since memory "
-                "grows with the square of the length"
             )
 
     def _compute(self, speech: Tensor, lengths: Tensor) -> Tensor:
