@@ -1,12 +1,13 @@
 """SPEAR in every ESPnet2 task with a frontend or encoder choice.
 
 Each case trains for two updates through the task's own entry point, reloads the model
-as inference does, and decodes where the task has an inference class. What ESPnet cannot
-do is in docs/tasks.md.
+as inference does, and decodes where the task has an inference class, before and after
+it is packed. What ESPnet cannot do is in docs/tasks.md.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,11 +23,15 @@ import pytest
 import soundfile
 import torch
 import torchaudio
+import yaml
 from student_files import write_student
 
 import espnet2_spear  # noqa: F401  (registers)
+from espnet2_spear.bin import task_pack
 from espnet2_spear.hub.load import load_model
+from espnet2_spear.hub.packed import FORMAT, unpack_model
 
+ENDS = ("train_config", "model_file")
 RATE = 16000
 SAMPLES = {"u1": 16000, "u2": 24000, "u3": 20000}
 COMMON = (
@@ -413,6 +418,33 @@ def test_trains_reloads_and_decodes(name: str, files: dict, tmp_path: Path) -> N
             out / "config.yaml", out / "1epoch.pth", speech.astype(np.float32)
         )
         assert EXPECTED.get(name.split("-")[0], is_text)(result), result
+        if module in task_pack.TASKS:
+            packed = pack(module, out, tmp_path / "packed")
+            shutil.rmtree(out)
+            again = case.decode(*unpacked(packed), speech.astype(np.float32))
+            assert repr(again) == repr(result)
+
+
+def pack(task: str, exp: Path, folder: Path) -> Path:
+    """Pack an experiment so that it needs neither its folder nor the student's."""
+    files = ["--train_config", exp / "config.yaml", "--model_file", exp / "1epoch.pth"]
+    task_pack.main(
+        ["--task", task, *map(str, files), "--outpath", str(folder / "model.zip")]
+    )
+    return folder / "model.zip"
+
+
+def unpacked(packed: Path) -> tuple[Path, Path]:
+    """Unpack with checks; configuration and weights under the inference's names."""
+    files = unpack_model(packed, packed.parent / "unpacked")
+    config, model = (
+        next(v for k, v in files.items() if k.endswith(end)) for end in ENDS
+    )
+    conf = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    ours = "frontend" if conf["frontend"] == "spear" else "encoder"
+    assert conf[f"{ours}_conf"]["spear_format"] == FORMAT
+    assert "ckpt" not in conf[f"{ours}_conf"]
+    return Path(config), Path(model)
 
 
 def test_asvspoof_as_far_as_espnet_goes(files: dict) -> None:

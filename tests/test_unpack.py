@@ -6,6 +6,7 @@ import pickle
 import stat
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 import yaml
 
 from espnet2_spear import __version__, load_model
+from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
+from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.hub import packed as models
 from espnet2_spear.hub import unpack
 from espnet2_spear.hub.load import CheckpointError
@@ -199,8 +202,22 @@ def test_newer_format(tmp_path: Path) -> None:
     ):
         load_model(packed)
     unpack.unpack(packed, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="pip install --upgrade"):
-        load_model(tmp_path / "out")
+    # The folder that was unpacked, the folder in it with the weights, the weights.
+    (weights,) = (tmp_path / "out").rglob("*.pth")
+    for path in (tmp_path / "out", weights.parent, weights):
+        with pytest.raises(CheckpointError, match="pip install --upgrade"):
+            load_model(path)
+
+
+def test_newer_format_of_a_task() -> None:
+    """ESPnet's inference classes build the frontend or encoder by its options."""
+    newer = {"arch": "tiny", "spear_format": models.FORMAT + 1}
+    for build in (SpearFrontend, partial(ZipformerEncoder, 1)):
+        build(**{**newer, "spear_format": models.FORMAT})
+        with pytest.raises(
+            CheckpointError, match=r"(frontend|encoder) .*pip install --upgrade"
+        ):
+            build(**newer)
 
 
 def test_other_models_and_bad_tables(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from espnet2_spear.hub.pack import (
     pack_model,
     relocate,
 )
+from espnet2_spear.hub.packed import FORMAT
 
 
 class Kind(NamedTuple):
@@ -43,6 +44,12 @@ TASKS = {
         "automatic-speech-recognition",
         "text = model(speech)[0][0]",
     ),
+    "asr_transducer": Kind(
+        "asr_",
+        "asr_transducer_inference.Speech2Text",
+        "automatic-speech-recognition",
+        "text = model.hypotheses_to_results(model(speech))[0][0]",
+    ),
     "st": Kind(
         "st_",
         "st_inference.Speech2Text",
@@ -54,6 +61,12 @@ TASKS = {
         "s2t_inference.Speech2Text",
         "automatic-speech-recognition",
         "text = model(speech)[0][0]",
+    ),
+    "slu": Kind(
+        "slu_",
+        "slu_inference.Speech2Understand",
+        "automatic-speech-recognition",
+        "intent_and_text = model(speech)[0][0]",
     ),
     "spk": Kind(
         "",
@@ -72,6 +85,12 @@ TASKS = {
         "cls_inference.Classification",
         "audio-classification",
         "labels = model(speech)",
+    ),
+    "aqa": Kind(
+        "",
+        "aqa_inference.AqaInference",
+        "audio-classification",
+        "scores = model(speech)",
     ),
 }
 
@@ -118,6 +137,19 @@ def self_contained(config: dict[str, Any], source: Path) -> dict[str, Any]:
             "frontend_conf.arch, and run from the folder the model was trained in"
         )
     config["frontend_conf"] = conf
+    return config
+
+
+def stamped(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with the number of its format where ours is used.
+
+    So that an older version of the plugin says what to do, whoever unpacks the model.
+    """
+    config = dict(config)
+    for kind, name in (("frontend", "spear"), ("encoder", "zipformer")):
+        if config.get(kind) == name:
+            conf = config.get(f"{kind}_conf") or {}
+            config[f"{kind}_conf"] = {**conf, "spear_format": FORMAT}
     return config
 
 
@@ -207,7 +239,7 @@ def main(cmd: list[str] | None = None) -> None:
     args = get_parser().parse_args(cmd)
     check_files(args.train_config, args.model_file)
     config = yaml.safe_load(args.train_config.read_text(encoding="utf-8"))
-    config = self_contained(config, args.train_config)
+    config = stamped(self_contained(config, args.train_config))
     check_weights(config, args.model_file)
     folder = args.train_config.parent
     options = list(args.option)

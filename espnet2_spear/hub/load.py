@@ -19,7 +19,7 @@ from espnet2_spear.hub.files import (
     read_tensors,
 )
 from espnet2_spear.hub.infer import differences, infer_config
-from espnet2_spear.hub.packed import is_packed, opened_student
+from espnet2_spear.hub.packed import check_stamp_beside, is_packed, opened_student
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
@@ -60,7 +60,8 @@ def load_model(
 
     Raises:
         CheckpointError: no checkpoint there; one with missing, extra or misshapen
-            tensors; a configuration that contradicts them.
+            tensors; a configuration that contradicts them; one packed in a newer
+            format.
         ConfigError: a ``padding`` that does not exist, or a ``conf`` that does not
             fit.
     """
@@ -89,6 +90,7 @@ def open_checkpoint(
             model, _, left_out = open_checkpoint(file, conf)
             return model, local, left_out
     weights = find_weights(local)
+    check_stamp_beside(weights)
     config_file = find_config(weights)
     known = None if config_file is None else read_config(config_file)
     state, left_out = strip_prefix(read_tensors(weights), weights)

@@ -151,22 +151,56 @@ def read_meta(archive: Path, folder: Path) -> tuple[dict[str, Path], dict[str, P
 def check_stamp(archive: Path, folder: Path) -> dict[str, Any]:
     """Return the plugin's stamp of an unpacked model, empty if it has none.
 
+    Args:
+        archive: what messages name.
+        folder: in which, or in a folder of which, the stamp is.
+
     Raises:
         UnpackError: the model is of a format newer than this version knows.
     """
     stamps = sorted(folder.rglob(STAMP))
-    if not stamps:
-        return {}
-    stamp = _read_yaml(archive, stamps[0])
-    number = stamp.get("spear_format")
+    return _read_stamp(archive, stamps[0]) if stamps else {}
+
+
+def check_stamp_beside(weights: Path) -> None:
+    """See that a file of weights can be opened, if a stamp lies beside it.
+
+    Raises:
+        UnpackError: as of :func:`check_stamp`.
+    """
+    stamp = weights.with_name(STAMP)
+    if stamp.is_file():
+        _read_stamp(weights, stamp)
+
+
+def check_format(number: Any, where: str, made_by: Any = None) -> None:
+    """Refuse a model of a newer format.
+
+    Args:
+        number: ``spear_format`` as the model says.
+        where: what to name.
+        made_by: version of the plugin that wrote it, if known.
+
+    Raises:
+        UnpackError: it is no number, or a newer one than :data:`FORMAT`.
+    """
     if not isinstance(number, int):
-        raise UnpackError(f"{archive}: {STAMP} says no spear_format; pack it again")
+        raise UnpackError(f"{where} says no number as spear_format; pack it again")
     if number > FORMAT:
-        raise UnpackError(
-            f"{archive}: was packed by espnet2-spear {stamp.get('espnet2_spear')} in "
-            f"format {number}; this is espnet2-spear {__version__}, which knows up to "
-            f"format {FORMAT}: pip install --upgrade espnet2-spear"
+        author = (
+            "a newer espnet2-spear" if made_by is None else f"espnet2-spear {made_by}"
         )
+        raise UnpackError(
+            f"{where} was packed by {author} in format {number}; this is "
+            f"espnet2-spear {__version__}, which knows up to format {FORMAT}: "
+            "pip install --upgrade espnet2-spear"
+        )
+
+
+def _read_stamp(archive: Path, path: Path) -> dict[str, Any]:
+    stamp = _read_yaml(archive, path)
+    made_by = stamp.get("espnet2_spear")
+    check_format(stamp.get("spear_format"), f"{archive}: {STAMP}: it", made_by)
     return stamp
 
 

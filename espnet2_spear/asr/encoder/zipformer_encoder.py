@@ -13,6 +13,7 @@ from espnet2.asr.encoder.abs_encoder import AbsEncoder
 from torch import Tensor, nn
 
 from espnet2_spear.asr.frontend.freezing import FreezeSchedule
+from espnet2_spear.hub.packed import check_format
 from espnet2_spear.optimizers.lr_scale import check_lr_scale, scale_lr
 from espnet2_spear.spear.encoder import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.config import ZipformerConfig
@@ -40,8 +41,10 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         freeze_steps: train the network only after so many updates; see FreezeSchedule.
         lr_scale: learning rate of the network relative to the rest of the model; with
             ``optim: scaledadam`` only.
+        spear_format: of a packed model, as of the frontend.
 
     Raises:
+        CheckpointError: a model of a newer format.
         ValueError: an input size that does not fit the network, layers that it does
             not have or cannot condition on, or options out of their range.
     """
@@ -55,7 +58,10 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         interctc_use_conditioning: bool = False,
         freeze_steps: int = 0,
         lr_scale: float = 1.0,
+        spear_format: int | None = None,
     ) -> None:
+        if spear_format is not None:
+            check_format(spear_format, "encoder zipformer: this model")
         config = ZipformerConfig.build(arch)
         if padding is not None:
             config = replace(config, padding=padding)

@@ -19,6 +19,7 @@ from espnet2_spear.asr.frontend.logmel import LogMelFusion
 from espnet2_spear.asr.frontend.student import build_student, keep_layers
 from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import CheckpointError, load_model
+from espnet2_spear.hub.packed import check_format
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
@@ -71,12 +72,14 @@ class SpearFrontend(AbsFrontend):
         amp_dtype: ``bfloat16`` or ``float16`` for the student's own autocast, whatever
             surrounds it; None: as what surrounds it. The features are float32.
         logmel: ``concat`` or ``project``: join log-mel features, see LogMelFusion.
+        spear_format: of a packed model, which ``task_pack`` writes here; a newer one
+            than this version knows is refused.
 
     Raises:
         ValueError: another sampling rate, a layer that does not exist, or another
             option out of its range.
         CheckpointError: a checkpoint that is absent (without ``arch``), unreadable or
-            of another architecture than ``arch``.
+            of another architecture than ``arch``; or a model of a newer format.
     """
 
     def __init__(
@@ -96,8 +99,11 @@ class SpearFrontend(AbsFrontend):
         context_seconds: float = 10.0,
         amp_dtype: str | None = None,
         logmel: str | None = None,
+        spear_format: int | None = None,
     ) -> None:
         super().__init__()
+        if spear_format is not None:
+            check_format(spear_format, "frontend spear: this model")
         _check_rate(fs)
         if freeze_steps is not None and not (freeze and freeze_steps >= 1):
             raise ValueError(
