@@ -210,7 +210,7 @@ def check_task(report: Report, name: str) -> None:
 def check_model(report: Report, path: Path) -> None:
     """Whether a packed model can be opened here."""
     from espnet2_spear.hub.files import CheckpointError
-    from espnet2_spear.hub.packed import describe
+    from espnet2_spear.hub.packed import NEEDS, describe
 
     report.write(f"Model {path}")
     try:
@@ -220,6 +220,13 @@ def check_model(report: Report, path: Path) -> None:
         return
     for name, text in facts.items():
         report.line(name, text)
+    if NEEDS in facts:
+        report.problem(
+            f"{path} does not hold the student's architecture: it can be opened only "
+            f"where {facts[NEEDS]} is",
+            "where it was trained, pack it by python -m espnet2_spear.bin.task_pack, "
+            "not by stage 14 of asr.sh",
+        )
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -31,6 +31,7 @@ def write_packed(path: Path, folder: Path) -> Path:
         "yaml_files": {"train_config": "exp/x/config.yaml"},
         "files": {"model_file": "exp/x/valid.loss.best.pth"},
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("meta.yaml", yaml.safe_dump(meta))
         for name in ("config.yaml", "valid.loss.best.pth"):

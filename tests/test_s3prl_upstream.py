@@ -1,11 +1,17 @@
 """The student as an upstream of s3prl."""
 
+import os
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from student_files import write_packed
 
 from espnet2_spear.hub.s3prl_upstream import spear_local
 from espnet2_spear.spear.encoder import SpearEncoder
@@ -63,3 +69,48 @@ def test_unmodified_s3prl_finds_it(ckpt):
         [sys.executable, "-c", CODE, ckpt], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
+
+
+FETCH = """
+import sys, torch
+import espnet2_spear
+from s3prl import hub
+from s3prl.util import download
+download.set_dir(sys.argv[2])
+upstream = hub.spear_url(sys.argv[1], refresh=False)
+states = upstream([torch.ones(16000)])["hidden_states"]
+print(len(states), float(states[-1].sum()))
+"""
+
+
+def test_url_is_fetched_once(ckpt: str, tmp_path: Path) -> None:
+    """s3prl's downloader gets a packed student from a web server, and keeps it."""
+    pytest.importorskip("s3prl")
+    packed = write_packed(tmp_path / "www" / "student.zip", Path(ckpt))
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            asked.append(str(args[0]))
+
+    def fetch(url: str) -> str:
+        cmd = [sys.executable, "-c", FETCH, url, str(tmp_path / "cache")]
+        env = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        done = subprocess.run(cmd, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    handler = partial(Handler, directory=str(packed.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/student.zip"
+        first = fetch(url)
+        number = len(asked)
+        assert number and all("/student.zip" in line for line in asked)
+        server.shutdown()
+    assert fetch(url) == first, "the second time the server is gone"
+    with torch.no_grad():
+        states = spear_local(ckpt)([torch.ones(16000)])["hidden_states"]
+    layers, total = first.split()
+    assert int(layers) == len(states)
+    assert float(total) == pytest.approx(float(states[-1].sum()), rel=1e-4)

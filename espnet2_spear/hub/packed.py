@@ -24,6 +24,7 @@ from espnet2_spear.hub.unpack import Limits, UnpackError, is_archive, unpack
 
 META = "meta.yaml"
 STAMP = "spear_plugin.yaml"
+NEEDS = "needs the file"  # what a packed model lacks, among the facts of describe()
 FORMAT = 1  # grows when older versions of the plugin could not open a model any more
 
 
@@ -119,6 +120,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, str]:
             for key in ("frontend", "encoder", "student"):
                 if isinstance(config.get(key), str):
                     facts[f"{name}.{key}"] = config[key]
+            conf = config.get("frontend_conf") or {}
+            if conf.get("ckpt") and not conf.get("arch"):
+                facts[NEEDS] = str(conf["ckpt"])
         return facts
 
 
