@@ -4,7 +4,7 @@ PYTHON_VENV := .venv/bin/python
 SHELL_SCRIPTS = $(shell git ls-files '*.sh' .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo demo-full lint setup-espnet202511
+.PHONY: help setup test demo demo-full lint setup-espnet202511 check-hear
 
 help: ## this list
 	@echo "espnet2-spear: SPEAR pre-training and its students in ESPnet2"
@@ -30,3 +30,6 @@ lint: setup ## ruff and shellcheck
 
 setup-espnet202511: ## a second environment, .venv-espnet202511, with the older ESPnet
 	@tools/setup.sh espnet202511
+
+check-hear: setup-espnet202511 ## HEAR's public validator, in an environment of its own
+	@tools/check_hear.sh

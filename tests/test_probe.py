@@ -141,6 +141,19 @@ def test_clips_of_the_packages(tmp_path: Path) -> None:
     assert sorted(instruments) == ["sf3-piano", "sf3-piano", "sf3-violin"]
     piece = data.segments["moh-long-3"]
     assert (piece.start, piece.end) == (37.5, 47.5)
+    # With animals, impacts and doors; an animal in two colours is one group.
+    for label in sounds.UFOAI_SMALL:
+        put(f"ufoai/sound/{label}/a.wav")
+    for name in ("birds/owl", "birds/owl_desc", "pig", "pig_golden", "pig_desc_fr"):
+        put(f"usr/share/tuxpaint/stamps/animals/{name}.wav")
+    out = tmp_path / "all"
+    sounds.main(["--root", str(root), "--out_dir", str(out), "--all_classes"])
+    labels = dict(line.split() for line in (out / "labels").read_text().splitlines())
+    assert {"impact", "doors"} < set(labels.values())
+    animals = {utt for utt, label in labels.items() if label == "animal"}
+    assert animals == {"tuxpaint-owl", "tuxpaint-pig", "tuxpaint-pig_golden"}
+    groups = dict(line.split() for line in (out / "groups").read_text().splitlines())
+    assert groups["tuxpaint-pig_golden"] == groups["tuxpaint-pig"]
 
 
 # --- Features -------------------------------------------------------------------------

@@ -42,7 +42,8 @@ CITATION = """### Citation
 @article{yang2025spear,
   author={X. Yang and Y. Yang and Z. Jin and Z. Cui and W. Wu and B. Li and C. Zhang
     and P. Woodland},
-  title={{SPEAR}},
+  title={{SPEAR}: A Unified {SSL} Framework for Learning Speech and Audio
+    Representations},
   year={2025},
   journal={arXiv preprint arXiv:2510.25955}
 }

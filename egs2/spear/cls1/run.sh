@@ -23,6 +23,8 @@ Stages (what is finished is done again only if its inputs or options changed)
                               ../ssl1/local/data_esc50.py writes
   --mix true|false            mixtures of two clips each, which have both labels:
                               multi-label, mAP alone            [false]
+  --all_classes true|false    13 classes instead of 10: animal (a package of 161 MB),
+                              impact and doors (13 and 8 clips), too [false]
   --max_clips N               of a class, in stage 1            [110]
   --stage N, --stop_stage N   first and last stage              [1, 4]
   --nj N                      processes of stage 2              [number of CPUs]
@@ -31,18 +33,29 @@ Stages (what is finished is done again only if its inputs or options changed)
   --dry_run true|false        only list commands, inputs and outputs [false]"
 
 mix=false
+all_classes=false
 max_clips=110
 . local/probe_options.sh
 
-source=${data_dir:-${datadir}/sounds}
+sounds=sounds all=()
+if [ "${all_classes}" = true ]; then
+    if [ -n "${data_dir}" ]; then
+        log "ERROR: --all_classes is of stage 1, which --data_dir replaces"
+        exit 2
+    fi
+    sounds=sounds13 all=(--all_classes)
+    exp+=_13
+fi
+source=${data_dir:-${datadir}/${sounds}}
 if [ "${mix}" = true ]; then
     exp+=_mix
     clips=${source} formatted=${dumpdir}/raw/$(basename "${source}")
     source=${datadir}/$(basename "${clips}")_mix
     if wanted 1; then
         ./run.sh --stop_stage 2 --data_dir "${data_dir}" --max_clips "${max_clips}" \
-            --nj "${nj}" --datadir "${datadir}" --dumpdir "${dumpdir}" \
-            --downloads "${downloads}" --dry_run "${dry_run}"
+            --all_classes "${all_classes}" --nj "${nj}" \
+            --datadir "${datadir}" --dumpdir "${dumpdir}" --downloads "${downloads}" \
+            --dry_run "${dry_run}"
         log "Stage 1: mixtures of two clips"
         step --mark "${source}/.done.json" --input "${formatted}" \
             --input "${clips}/labels" --input "${clips}/groups" \
@@ -55,6 +68,7 @@ elif wanted 1 && [ -z "${data_dir}" ]; then
     packages=(ufoai-sound sonic-pi-samples asterisk-moh-opsound-g722 openttd-opensfx
         musescore-general-soundfont-small)
     for lang in en es fr it ru; do packages+=("asterisk-core-sounds-${lang}-g722"); done
+    [ "${all_classes}" = false ] || packages+=(tuxpaint-stamps-default)
     if [ "${dry_run}" = false ]; then
         local/fetch_debs.sh ../ssl1/local/debs.sha256 "${downloads}" "${packages[@]}"
         python local/unzip_audio.py --out_dir "${downloads}/root/ufoai" \
@@ -63,7 +77,7 @@ elif wanted 1 && [ -z "${data_dir}" ]; then
     step --mark "${source}/.done.json" --output "${source}/wav.scp" \
         --output "${source}/labels" --output "${source}/groups" \
         -- python local/sounds.py --root "${downloads}/root" --out_dir "${source}" \
-        --max_clips "${max_clips}"
+        --max_clips "${max_clips}" "${all[@]}"
 fi
 
 min_seconds=0.1

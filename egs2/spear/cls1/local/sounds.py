@@ -20,6 +20,7 @@ from espnet2_spear.fileio.audio import AUDIO_SUFFIXES, audio_info
 from espnet2_spear.fileio.datadir import DataDir, DataDirError, Segment, write_table
 
 UFOAI = ("weapons", "ambience", "footsteps", "aliens", "soldiers")
+UFOAI_SMALL = ("impact", "doors")  # 13 and 8 clips
 VEHICLE = re.compile(
     r"\b(train|locomotive|ship|ferry|plane|jet|helicopter|bus|truck|car)\b",
     re.IGNORECASE,
@@ -77,14 +78,29 @@ def write_sound(folder: Path, name: str, suffix: str, content: bytes) -> Path:
     return path
 
 
-def clips(root: Path, folder: Path) -> Iterator[Clip]:
+def animals(root: Path) -> Iterator[Clip]:
+    """Yield the animals' voices of tuxpaint-stamps-default.
+
+    Its spoken descriptions are called ``*_desc*``. A cow and the white cow are one
+    group.
+    """
+    for path in audio_files(root / "usr/share/tuxpaint/stamps/animals"):
+        if "_desc" not in path.stem:
+            kind = f"tuxpaint-{path.stem.split('_')[0]}"
+            yield Clip(f"tuxpaint-{path.stem}", "animal", path, kind)
+
+
+def clips(root: Path, folder: Path, all_classes: bool) -> Iterator[Clip]:
     """Yield all labelled sounds of the packages.
 
     Args:
         root: where the packages are unpacked.
         folder: gets the sounds of the containers.
+        all_classes: animals, impacts and doors, too.
     """
-    for label in UFOAI:
+    if all_classes:
+        yield from animals(root)
+    for label in UFOAI + UFOAI_SMALL * all_classes:
         for path in audio_files(root / "ufoai/sound" / label):
             name = path.relative_to(root / "ufoai/sound").with_suffix("").as_posix()
             yield Clip(f"ufoai-{name}", label, path, f"ufoai-{name}")
@@ -151,6 +167,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, required=True, help="unpacked packages")
     parser.add_argument("--max_clips", type=int, default=MAX_CLIPS, help="of a class")
+    parser.add_argument(
+        "--all_classes", action="store_true", help="animal, impact and doors, too"
+    )
     parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
     return parser
 
@@ -158,7 +177,8 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: list[str] | None = None) -> None:
     """Write the data directory."""
     args = get_parser().parse_args(cmd)
-    found = balanced(list(clips(args.root, args.out_dir / "clips")), args.max_clips)
+    every = list(clips(args.root, args.out_dir / "clips", args.all_classes))
+    found = balanced(every, args.max_clips)
     data = DataDir(wav_scp={}, utt2spk={}, segments={}, path=args.out_dir)
     labels, groups = {}, {}
     for clip in found:
