@@ -109,6 +109,7 @@ def test_pack_unpack_decode(student, tmp_path, monkeypatch, zoo, inside):
     import shutil
 
     from espnet2.bin.asr_inference import Speech2Text
+    from espnet2.tasks import asr
     from espnet2.tasks.asr import ASRTask
 
     import espnet2_spear  # noqa: F401  (registers the frontend)
@@ -170,6 +171,10 @@ def test_pack_unpack_decode(student, tmp_path, monkeypatch, zoo, inside):
     names: dict = {}
     exec(demo.replace('"USER/NAME"', repr(str(packed))), names)
     assert isinstance(names["text"], str)
+    # Without the plugin ESPnet cannot say what is missing; the card does, above.
+    monkeypatch.delitem(asr.frontend_choices.classes, "spear")
+    with pytest.raises(ValueError, match="frontend must be one of"):
+        Speech2Text(**unpacked, **decoding)
 
 
 def test_pack_speaker_embedder(student, tmp_path, monkeypatch, zoo):
