@@ -19,7 +19,7 @@ from espnet2_spear.zipformer.config import NAMED_CONFIGS
 CONF = Path(__file__).resolve().parent.parent / "conf"
 RECIPE_CONF = CONF.parent / "egs2/spear/ssl1/conf"
 CONFIGS = sorted(CONF.glob("train_spear_*.yaml"))
-PUBLISHED = [p for p in CONFIGS if p.stem != "train_spear_mini"]
+PUBLISHED = [p for p in CONFIGS if not p.stem.startswith("train_spear_mini")]
 TEACHERS = sorted((CONF / "teachers").glob("*.yaml"))
 # The published students at 50 Hz; a 25 Hz output adds 2 parameters.
 PARAMETERS = {"base": 93_289_489, "large": 326_951_472, "xlarge": 596_973_362}
@@ -39,8 +39,8 @@ def name(path: Path) -> str:
 
 
 def test_all_sizes_and_domains_are_there() -> None:
-    wanted = {f"{s}_{d}" for s in PARAMETERS for d in ("speech", "audio")}
-    wanted |= {f"{s}_speech_audio" for s in PARAMETERS} | {"mini"}
+    domains = ("speech", "audio", "speech_audio")
+    wanted = {f"{s}_{d}" for s in ("mini", *PARAMETERS) for d in domains}
     assert {name(path) for path in CONFIGS} == wanted
     for path in CONFIGS:  # and the recipe sees them
         assert (RECIPE_CONF / path.name).resolve() == path
@@ -113,6 +113,19 @@ def test_says_where_its_numbers_come_from(path: Path) -> None:
     assert re.search(r"Not run in this project", text)
     cited = set(re.findall(r"\[([0-9.]+)(?:, [0-9.]+)*\]", text))
     assert {"4.1", "5.1", "5.2", "5.4", "5.5", "5.6"} <= cited
+
+
+@pytest.mark.parametrize("domain", ["speech", "audio"])
+def test_mini_of_one_teacher_is_the_other_one_cut(domain: str) -> None:
+    both, one = (CONF / f"train_spear_mini_{d}.yaml" for d in ("speech_audio", domain))
+    expected = yaml.safe_load(both.read_text(encoding="utf-8"))
+    expected["teachers"] = {domain: expected["teachers"][domain]}
+    expected |= {"loss_weights": {domain: {domain: 1.0}}, "domains": [domain]}
+    assert yaml.safe_load(one.read_text(encoding="utf-8")) == expected
+    assert "train_spear_mini_speech_audio.yaml, which says" in one.read_text()
+    assert "No values of the paper" in both.read_text() and "not tuned" in (
+        both.read_text()
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)

@@ -332,4 +332,4 @@ def test_stage_7_passes_weights_to_the_sampler(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     words = "corpus_weights.librispeech=1.0 --sampler_conf corpus_weights.musan=2.5"
     assert f"--sampler_conf {words}" in result.stdout
-    assert "--config exp/spear_mini/train.yaml" in result.stdout
+    assert "--config exp/spear_mini_speech_audio/train.yaml" in result.stdout

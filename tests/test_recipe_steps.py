@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from espnet2_spear.mvq.quantizer import Quantizer
 plan = load("plan")
 step = load("step")
 CONF = RECIPE / "conf"
+MINI = "conf/train_spear_mini_speech_audio.yaml"
 
 
 # --- step.py --------------------------------------------------------------------------
@@ -162,7 +164,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def run(**options: str) -> tuple[dict, list[list[str]]]:
         words = ["--expdir", str(tmp_path / "exp"), "--dumpdir", str(tmp_path / "dump")]
         for key, value in options.items():
-            flag = key.startswith("check_")
+            flag = key.startswith("check_") or key == "new_data"
             words += [f"--{key}"] if flag else [f"--{key}", value]
         config, lines = plan.plan(plan.get_parser().parse_args(words))
         return config, [line.split("|") for line in lines]
@@ -191,7 +193,11 @@ def test_plan_says_that_noise_will_be_needed(
 
 def test_plan_of_the_default(planned) -> None:
     config, lines = planned()
-    assert lines[0] == ["conf/train_spear_mini.yaml", "spear_mini"]
+    assert lines[0] == [
+        "conf/train_spear_mini_speech_audio.yaml",
+        "spear_mini_speech_audio",
+        "speech,audio",
+    ]
     counts = {k: v["num_codebooks"] for k, v in config["teachers"].items()}
     assert [line[:4] for line in lines[1:]] == [
         ["speech", "conf/teachers/whisper_tiny_en.yaml", "speech,audio", "speech"],
@@ -204,25 +210,32 @@ def test_plan_of_the_default(planned) -> None:
 @pytest.mark.parametrize(
     ("student", "teachers", "stem"),
     [
+        ("mini", "speech=whisper_tiny_en", "mini_speech"),
+        ("", "audio=yamnet", "mini_audio"),
         ("base", "", "base_speech_audio"),
         ("large", "speech=wavlm_large", "large_speech"),
         ("xlarge", "audio=dasheng_1.2b", "xlarge_audio"),
     ],
 )
-def test_plan_of_the_paper(planned, student: str, teachers: str, stem: str) -> None:
+def test_plan_of_students_and_teachers(
+    planned, student: str, teachers: str, stem: str
+) -> None:
     config, lines = planned(student=student, teachers=teachers)
-    assert lines[0] == [f"conf/train_spear_{stem}.yaml", f"spear_{stem}"]
+    heard = stem.partition("_")[2].replace("_", ",")
+    assert lines[0] == [f"conf/train_spear_{stem}.yaml", f"spear_{stem}", heard]
     options = {line[0]: line[5] for line in lines[1:]}
-    if "speech" in options:
+    if "speech" in options and "mini" not in stem:
         assert "--num_codebooks 16 --standardize true" in options["speech"]
         assert "--iters_phase1 35000 --iters_phase2 35000" in options["speech"]
-    if "audio" in options:
+    if "audio" in options and "mini" not in stem:
         assert "--num_codebooks 8 --standardize false" in options["audio"]
     assert set(config["teachers"]) == set(options)
 
 
 def test_plan_leaves_out_a_teacher(planned) -> None:
-    config, lines = planned(teachers="speech=conf/teachers/hubert_large.yaml")
+    config, lines = planned(
+        train_config=MINI, teachers="speech=conf/teachers/hubert_large.yaml"
+    )
     assert set(config["teachers"]) == {"speech"}
     assert config["loss_weights"] == {
         "speech": {"speech": 1.0},
@@ -263,8 +276,9 @@ def test_plan_overrides(planned) -> None:
 
 
 def test_plan_of_another_student_in_a_configuration(planned) -> None:
-    config, lines = planned(student="tiny", train_config="conf/train_spear_mini.yaml")
-    assert config["student"] == "tiny" and lines[0][1] == "spear_mini_tiny"
+    config, lines = planned(student="tiny", train_config=MINI)
+    assert config["student"] == "tiny"
+    assert lines[0][1] == "spear_mini_speech_audio_tiny"
 
 
 @pytest.mark.parametrize(
@@ -305,11 +319,14 @@ def test_plan_compares_data_and_loss(planned, tmp_path: Path) -> None:
     (raw / "utt2domain").write_text("a speech\nb speech\n")
     with pytest.raises(ValueError, match="teacher 'audio'.*leave it out"):
         planned()
-    _, lines = planned(teachers="speech=whisper_tiny_en")
+    one = {"train_config": MINI, "teachers": "speech=whisper_tiny_en"}
+    _, lines = planned(**one)
     assert lines[1][2] == "speech"  # no domain that the data do not have
     (raw / "utt2domain").write_text("a speech\nb audio\n")
     with pytest.raises(ValueError, match="domain 'audio', for which the training has"):
         planned(student="base", teachers="speech=wavlm_large")
+    # Other data are made first.
+    planned(student="base", teachers="speech=wavlm_large", new_data="")
 
 
 def test_training_takes_over_what_the_codes_are(planned, tmp_path: Path) -> None:
@@ -382,6 +399,26 @@ def test_dry_run_lists_all_stages_and_writes_nothing(tmp_path: Path) -> None:
     ):
         assert part in result.stdout, part
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("teachers", "langs", "sets"),
+    [
+        ("", "en es fr it ru", "ufoai sonicpi moh"),
+        ("speech=whisper_tiny_en", "en es fr it ru", ""),
+        ("audio=yamnet", "", "ufoai sonicpi moh"),
+    ],
+)
+def test_embedded_data_are_those_of_the_teachers(
+    tmp_path: Path, teachers: str, langs: str, sets: str
+) -> None:
+    options = ["--dry_run", "true", "--stop_stage", "1", "--teachers", teachers]
+    result = run_sh(*options, "--datadir", str(tmp_path / "data"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (command,) = (x for x in result.stdout.splitlines() if "local/data.sh" in x)
+    words = shlex.split(command)
+    assert words[words.index("--speech_langs") + 1] == langs
+    assert words[words.index("--audio_sets") + 1] == sets
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ export SSL_DATA=../ssl1/smoke/dump/raw
 for system in logmel spear_frozen spear_finetune; do
     ./run.sh --datadir smoke/data --dumpdir smoke/dump --expdir smoke/exp \
         --stop_stage 5 --asr_config "conf/train_asr_${system}.yaml" --asr_tag "${system}" \
-        --ckpt ../ssl1/smoke/exp/spear_mini/valid.loss.best.pth \
+        --ckpt ../ssl1/smoke/exp/spear_mini_speech_audio/valid.loss.best.pth \
         --asr_args "--max_epoch 1 --num_iters_per_epoch 2 --num_workers 0"
 done
 ./run.sh --datadir smoke/data --dumpdir smoke/dump --expdir smoke/exp --stage 6 \

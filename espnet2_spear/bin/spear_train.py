@@ -14,7 +14,8 @@ def main(cmd=None):
     """Train; see ``--help``.
 
     Example:
-        % python -m espnet2_spear.bin.spear_train --config conf/train_spear_mini.yaml
+        % python -m espnet2_spear.bin.spear_train \\
+            --config conf/train_spear_mini_speech_audio.yaml ...
     """
     SpearTask.main(cmd=cmd)
 

@@ -42,6 +42,7 @@ Data (stage 1); without own data the embedded default is fetched (97 MB)
                               (label=PATH names one; quote a path with spaces inside)
   --speech_langs \"en ...\"     languages of the embedded default     [en es fr it ru]
   --audio_sets \"ufoai ...\"    its general audio                     [ufoai sonicpi moh]
+                              (of either nothing if no teacher is trained on it)
   --valid_fraction X          part of the recordings held out       [0.025]
   --max_piece_seconds X       longer recordings are cut (train, valid) [10]
   --max_hours_speech X, --max_hours_audio X     use only a part     [inf]
@@ -59,8 +60,8 @@ Student and teachers (stages 4 to 7)
                               configuration has NAME in its tables
                               [mini: speech=whisper_tiny_en audio=yamnet;
                               others: speech=wavlm_large audio=dasheng_1.2b]
-  --train_config F            [conf/train_spear_mini.yaml, or by student and teachers
-                              conf/train_spear_{base,large,xlarge}_{speech,audio,speech_audio}.yaml]
+  --train_config F            [by student and teachers
+                              conf/train_spear_{mini,base,large,xlarge}_{speech,audio,speech_audio}.yaml]
                               Its tables say how many codebooks each teacher has and
                               which domains it tokenizes: those its loss has a weight in.
   --config_override \"K=V ...\"  changes of it, such as \"optim_conf.lr=0.02 max_epoch=3\"
@@ -96,8 +97,8 @@ dry_run=false
 data_config=
 speech_dirs=${SPEECH_DIRS}
 audio_dirs=${AUDIO_DIRS}
-speech_langs="en es fr it ru"
-audio_sets="ufoai sonicpi moh"
+speech_langs=
+audio_sets=
 valid_fraction=0.025
 max_piece_seconds=10
 max_hours_speech=inf
@@ -159,8 +160,8 @@ runner() { echo "${cuda_cmd} --gpu ${ngpu} --num_threads $1 ${3:-} $(printf %q "
 # show_end <log>: its last line
 show_end() { [ "${dry_run}" = true ] || tail -n 1 "$1"; }
 
-# plan <options of local/plan.py>: sets train_config, plan_tag and, an entry a teacher,
-# names, yamls, domains, quantizer_domains, weights, mvq_options
+# plan <options of local/plan.py>: sets train_config, plan_tag, heard (domains) and, an
+# entry a teacher, names, yamls, domains, quantizer_domains, weights, mvq_options
 plan() {
     local lines line i
     lines=$(python local/plan.py --student "${student}" --train_config "${given_config}" \
@@ -168,7 +169,7 @@ plan() {
         --quantizer_iters "${quantizer_iters}" --dumpdir "${dumpdir}" \
         --config_override "${config_override}" "$@")
     mapfile -t lines <<<"${lines}"
-    IFS='|' read -r train_config plan_tag <<<"${lines[0]}"
+    IFS='|' read -r train_config plan_tag heard <<<"${lines[0]}"
     for i in "${!lines[@]}"; do
         line=${lines[i]}
         [ "${i}" -gt 0 ] || continue
@@ -180,10 +181,17 @@ given_config=${train_config}
 names=() yamls=() domains=() quantizer_domains=() weights=() mvq_options=()
 variant=${quantizer#mvq}
 variant=${variant:+_${variant}}
-if [ "${stop_stage}" -ge 4 ]; then
+heard=
+if wanted 1 || [ "${stop_stage}" -ge 4 ]; then
     # Before hours are spent on data: do the options fit, are the teachers there?
-    if wanted 4 && [ "${dry_run}" = false ]; then plan --check_teachers; else plan; fi
+    opts=()
+    if wanted 1; then opts+=(--new_data); fi
+    if wanted 4 && [ "${dry_run}" = false ]; then opts+=(--check_teachers); fi
+    plan "${opts[@]}"
     tag=${tag:-${plan_tag}}
+    # Of the embedded data what a teacher is trained on.
+    [[ ,${heard}, != *,speech,* ]] || speech_langs=${speech_langs:-en es fr it ru}
+    [[ ,${heard}, != *,audio,* ]] || audio_sets=${audio_sets:-ufoai sonicpi moh}
 fi
 exp=${expdir}/${tag}
 quantizers=${expdir}/teachers${variant}

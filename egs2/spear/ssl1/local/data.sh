@@ -45,7 +45,8 @@ elif [ -n "${speech_dirs}${audio_dirs}" ]; then
         --speech_dirs "${speech_dirs}" --audio_dirs "${audio_dirs}"
     sources=("${datadir}"/local/own/*)
 else
-    packages=(asterisk-core-sounds-en)
+    packages=()
+    [ -z "${speech_langs}" ] || packages+=(asterisk-core-sounds-en)
     for lang in ${speech_langs}; do
         packages+=("asterisk-core-sounds-${lang}-g722")
         [ "${lang}" = en ] || packages+=("asterisk-core-sounds-${lang}")

@@ -6,7 +6,7 @@ and nowhere else: quantizers are trained with so many codebooks, and every teach
 tokenizes the domains in which its loss has a weight. Codebook sizes and frame rates are
 what the codes themselves say; what disagrees with them stops the run.
 
-Prints a line "CONFIG|TAG", and for each teacher a line
+Prints a line "CONFIG|TAG|DOMAINS" (of the loss), and for each teacher a line
 "NAME|YAML|DOMAINS|QUANTIZER'S DOMAINS|WEIGHTS|OPTIONS OF mvq_train".
 """
 
@@ -42,7 +42,8 @@ def read_config(path: Path) -> Config:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or not isinstance(config.get("teachers"), dict):
         raise PlanError(
-            f"{path}: needs a table `teachers`, see conf/train_spear_mini.yaml"
+            f"{path}: needs a table `teachers`, see "
+            "conf/train_spear_mini_speech_audio.yaml"
         )
     return config
 
@@ -51,12 +52,9 @@ def choose_config(train_config: str, student: str, names: list[str]) -> Path:
     """Find the configuration of a student for some teachers."""
     if train_config:
         return Path(train_config)
-    student = student or "mini"
-    if student == "mini":
-        return Path("conf/train_spear_mini.yaml")
     known = [name for name in ("speech", "audio") if name in names]
     suffix = "_".join(known or ["speech", "audio"])
-    return Path(f"conf/train_spear_{student}_{suffix}.yaml")
+    return Path(f"conf/train_spear_{student or 'mini'}_{suffix}.yaml")
 
 
 def parse_teachers(value: str) -> dict[str, Path]:
@@ -155,7 +153,8 @@ def check_data(config: Config, utt2domain: Path) -> set[str]:
         if not any(v > 0 for v in config["loss_weights"].get(domain, {}).values()):
             raise PlanError(
                 f"{utt2domain}: has utterances of domain '{domain}', for which the "
-                "training has no teacher; add one by --teachers, or leave this data out"
+                "training has no teacher; add one by --teachers, leave this data out, "
+                "or name a configuration (--train_config) whose loss_weights have it"
             )
     for teacher in config["teachers"]:
         wanted = domains_of(config, teacher)
@@ -299,6 +298,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config_override", default="")
     parser.add_argument("--expdir", type=Path, required=True)
     parser.add_argument("--dumpdir", type=Path, required=True)
+    parser.add_argument("--new_data", action="store_true", help="what is there will go")
     parser.add_argument("--check_teachers", action="store_true", help="their files")
     parser.add_argument("--check_quantizers", action="store_true", help="their sizes")
     parser.add_argument("--write", type=Path, help="the configuration, completed")
@@ -337,7 +337,9 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
         for conf in config["teachers"].values():
             conf["num_codebooks"] = 1
     utt2domain = args.dumpdir / "raw/train/utt2domain"
-    present = check_data(config, utt2domain) if utt2domain.exists() else None
+    present = None
+    if utt2domain.exists() and not args.new_data:
+        present = check_data(config, utt2domain)
     if args.write is not None:  # all codes are there, or nothing but a dry run is
         folder = args.dumpdir / f"codes{suffix}"
         sets = ("train", "valid")
@@ -345,7 +347,8 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
             config, {n: [folder / s / f"{n}.json" for s in sets] for n in teachers}
         )
     check_noise(config)
-    lines = [f"{path}|{tag}{suffix}"]
+    heard = [d for d, table in config["loss_weights"].items() if any(table.values())]
+    lines = [f"{path}|{tag}{suffix}|{','.join(heard)}"]
     for name, file in teachers.items():
         weights, options = read_teacher(file, args.check_teachers)
         domains = [
