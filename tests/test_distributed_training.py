@@ -39,6 +39,7 @@ COMMON = [
 EXACT = ["--student_conf", "padding=exact", "--student_conf", "regularize=false"]
 EXACT += ["--masker_conf", "time_prob=0", "--masker_conf", "channel_prob=0"]
 RANDOM = ["--student_conf", "regularize=true"]
+SAMPLED = ["--iterator_type", "task", "--batch_type", "numel", "--batch_bins", "160000"]
 # Name -> number of processes and what differs from COMMON.
 RUNS = {
     "one": (1, EXACT),
@@ -47,6 +48,9 @@ RUNS = {
     "summed_one": (1, [*EXACT, "--model_conf", "normalize=sum"]),
     "summed_two": (2, [*EXACT, "--model_conf", "normalize=sum"]),
     "random_two": (2, RANDOM),
+    "sampled_one": (1, [*EXACT, *SAMPLED, "--sampler_conf", "step_shards=2"]),
+    "sampled_two": (2, [*EXACT, *SAMPLED]),
+    "sharded_two": (2, [*EXACT, *SAMPLED, "--sampler_conf", "step_shards=2"]),
     # Two machines, as egs2/spear/ssl1/run.sh --num_nodes 2 starts them.
     "slurm": (2, [*EXACT, "--dist_launcher", "slurm"]),
 }
@@ -180,6 +184,8 @@ def curve(exp: Path, name: str = "loss") -> list[float]:
         ("one", "four"),
         ("one", "slurm"),
         ("summed_one", "summed_two"),
+        ("sampled_one", "sampled_two"),
+        ("sampled_one", "sharded_two"),
     ],
 )
 def test_loss_curve_is_that_of_one_process(folder: Path, one: str, other: str) -> None:
@@ -193,9 +199,29 @@ def test_loss_curve_is_that_of_one_process(folder: Path, one: str, other: str) -
         expected = expected / RUNS[other][0]
     np.testing.assert_allclose(got, expected, rtol=2e-5)
     for figure in ("audio_audio_loss", "audio_audio_acc_unmasked", "mask_ratio"):
+        # The sampler validates by other batches for other numbers of ranks, and a mean
+        # of one pair weighs a batch by all of its frames.
+        every = slice(None, None, 2 if one == "sampled_one" else 1)
         np.testing.assert_allclose(
-            curve(folder / other, figure), curve(folder / one, figure), atol=1e-3
+            curve(folder / other, figure)[every],
+            curve(folder / one, figure)[every],
+            atol=1e-3,
         )
+
+
+def test_says_what_steps_depend_on(folder: Path) -> None:
+    text = "sampler_conf.step_shards is not set"
+    warned = {p.name for p in folder.glob("*.log") if text in p.read_text()}
+    assert warned == {"sampled_two.0.log"}
+    (line,) = (
+        line
+        for line in (folder / "sampled_two.0.log").read_text().splitlines()
+        if text in line
+    )
+    assert "WARNING" in line
+    assert "2 ranks times accum_grad=1" in line
+    # What it tells to set gives the same curve, see above.
+    assert "--sampler_conf step_shards=2 keeps" in line
 
 
 def test_random_training_stays_in_step(folder: Path) -> None:

@@ -109,6 +109,13 @@ def build_iter_factory(
     if iter_options.train:
         parts = world_size * args.accum_grad
         shards = config.step_shards or parts
+        if config.step_shards is None and world_size > 1 and rank == 0:
+            logging.warning(
+                f"sampler_conf.step_shards is not set, so the steps, and the results, "
+                f"are those of {world_size} ranks times accum_grad={args.accum_grad} "
+                f"and change with either; --sampler_conf step_shards={parts} keeps "
+                f"these for all numbers whose product divides {parts}"
+            )
         bins = int(iter_options.batch_bins) * args.accum_grad
         sampler = StepSampler(manifest, config, bins // shards, shards, args.seed)
         sampler.log()
