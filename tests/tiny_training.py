@@ -128,22 +128,23 @@ def train(cmd: Sequence[str], log: Path, before=lambda: None, env=None) -> int:
 def difference(a: Path, b: Path) -> str:
     """Where two files of tensors differ; empty if they are equal bit by bit."""
     a, b = (torch.load(p, map_location="cpu", weights_only=True) for p in (a, b))
-    return _differs(a, b, "")
+    return differs(a, b)
 
 
-def _differs(a: object, b: object, where: str) -> str:
+def differs(a: object, b: object, where: str = "") -> str:
+    """Where two nested contents differ; empty if they are equal bit by bit."""
     if isinstance(a, torch.Tensor):
         same = a.dtype == b.dtype and torch.equal(a, b)
     elif isinstance(a, dict):
         if set(a) != set(b):
             return f"{where}: keys {sorted(map(str, set(a) ^ set(b)))}"
-        return next((d for k in a if (d := _differs(a[k], b[k], f"{where}/{k}"))), "")
+        return next((d for k in a if (d := differs(a[k], b[k], f"{where}/{k}"))), "")
     elif isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return f"{where}: {len(a)} and {len(b)} entries"
         pairs = enumerate(zip(a, b, strict=True))
         return next(
-            (d for i, (x, y) in pairs if (d := _differs(x, y, f"{where}/{i}"))), ""
+            (d for i, (x, y) in pairs if (d := differs(x, y, f"{where}/{i}"))), ""
         )
     else:
         same = a == b or (a != a and b != b)

@@ -177,11 +177,12 @@ class OptimizerStep:
                 optimizer.step()
             else:
                 self.scaler.step(optimizer)
-                self.scaler.update()
             if isinstance(scheduler, Eden):
                 scheduler.count_audio(seconds)
             if isinstance(scheduler, espnet_trainer.AbsBatchStepScheduler):
                 scheduler.step()
+        if self.scaler is not None:
+            self.scaler.update()  # forgets which gradients it has unscaled
         return {
             "grad_norm": figures.grad_norm,
             "clip": 100.0 if figures.grad_norm > self.options.grad_clip else 0.0,
@@ -195,12 +196,12 @@ class OptimizerStep:
         """Skip the step, which all ranks do together: they see the same sums."""
         state = self.state
         if self.scaler is not None:
+            # Without scaler.step: it would step where gradients are finite and loss or
+            # norm are not, and always if the scaler is disabled (a CPU).
             scale = self.scaler.get_scale()
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)  # sees the same numbers, does nothing
             # A bad batch says nothing about the scale; an overflow lowers it.
             self.scaler.update(scale if any(bad) else None)
-            if not any(bad) and scale > MIN_LOSS_SCALE:
+            if self.scaler.get_scale() < scale and scale > MIN_LOSS_SCALE:
                 logging.info(f"gradients overflow at loss scale {scale:g}: lowered")
                 return
         state.skipped += 1
