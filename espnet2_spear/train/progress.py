@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from espnet2.train.reporter import SubReporter
 from humanfriendly import format_timespan
 
 from espnet2_spear.train.reporter import recent
+from espnet2_spear.train.run_state import RunState
 from espnet2_spear.train.step import SAMPLE_RATE, StepFigures
+from espnet2_spear.train.trainer_options import SpearTrainerOptions
 
 PERCENTILES = (50, 90, 99)
 
@@ -116,3 +120,31 @@ class Progress:
         self._utts = self._samples = 0.0
         self._grad_norms = []
         return " | ".join(parts)
+
+
+def report_progress(
+    progress: Progress,
+    state: RunState,
+    optimizers: Sequence[torch.optim.Optimizer],
+    reporter: SubReporter,
+    options: SpearTrainerOptions,
+) -> None:
+    """Line of progress and curves; rank 0 has the figures of all."""
+    if state.rank != 0:
+        return
+    percentiles = progress.grad_norm_percentiles()
+    count = progress.batches
+    pairs = [f"{d}_{t}" for d in state.model.domains for t in state.model.teachers]
+    lr = optimizers[0].param_groups[0]["lr"]
+    logging.info(progress.line(reporter, pairs, state.position, state.samples, lr))
+    hours = state.samples / SAMPLE_RATE / 3600
+    if state.summary_writer is not None:
+        reporter.tensorboard_add_scalar(state.summary_writer, -count)
+        for name, value in {**percentiles, "hours_of_audio": hours}.items():
+            state.summary_writer.add_scalar(name, value, reporter.total_count)
+    if options.use_wandb:
+        import wandb
+
+        reporter.wandb_log(-count)
+        extra = {f"train/{k}": v for k, v in percentiles.items()}
+        wandb.log({**extra, "train/hours_of_audio": hours})

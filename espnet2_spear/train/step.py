@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import espnet2.train.trainer as espnet_trainer
 import torch
@@ -20,9 +20,7 @@ from espnet2_spear.schedulers.eden import Eden
 from espnet2_spear.train.batches import Window, count_audio, seed_all
 from espnet2_spear.train.gradients import StepResult, accumulate_gradients
 from espnet2_spear.train.run_state import RunState
-
-if TYPE_CHECKING:
-    from espnet2_spear.train.trainer import SpearTrainerOptions
+from espnet2_spear.train.trainer_options import SpearTrainerOptions
 
 SAMPLE_RATE = 16000
 SKIPPED = "skipped_steps.jsonl"

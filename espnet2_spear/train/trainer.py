@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import importlib.util
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,38 +16,26 @@ import torch
 from espnet2.torch_utils.device_funcs import to_device
 from espnet2.train.distributed_utils import DistributedOption
 from espnet2.train.reporter import SubReporter
-from espnet2.train.trainer import Trainer, TrainerOptions
-from espnet2.utils.build_dataclass import build_dataclass
+from espnet2.train.trainer import Trainer
 
 from espnet2_spear.train.batches import ResumableIterFactory, windows
-from espnet2_spear.train.checkpoint import (
-    CHECKPOINT,
-    PREVIOUS,
-    atomic_saves,
-    read_checkpoint,
-    read_last_good,
-    repair_epoch_files,
-)
+from espnet2_spear.train.checkpoint import atomic_saves
 from espnet2_spear.train.gradients import evaluate
 from espnet2_spear.train.interruption import Interrupted
 from espnet2_spear.train.model_average import RunningAverage, save_epoch_average
 from espnet2_spear.train.pictures import show_prediction
-from espnet2_spear.train.progress import Progress
+from espnet2_spear.train.progress import Progress, report_progress
 from espnet2_spear.train.rank_monitor import monitor_ranks
 from espnet2_spear.train.reporter import SpearReporter
+from espnet2_spear.train.resume import prepare_folder, read_on_all_ranks, restore
 from espnet2_spear.train.run_state import RunState
-from espnet2_spear.train.step import SAMPLE_RATE, OptimizerStep, autocast
-
-
-@dataclasses.dataclass
-class SpearTrainerOptions(TrainerOptions):
-    """ESPnet's options and those of :meth:`SpearTrainer.add_arguments`."""
-
-    save_interval: int
-    average_period: int
-    keep_averages: int
-    max_skipped_steps: int
-    rank_timeout: float
+from espnet2_spear.train.step import OptimizerStep, autocast
+from espnet2_spear.train.trainer_options import (
+    SpearTrainerOptions,
+    add_trainer_arguments,
+    build_trainer_options,
+    leave_out_missing_packages,
+)
 
 
 class SpearTrainer(Trainer):
@@ -70,39 +56,7 @@ class SpearTrainer(Trainer):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add the options of this trainer."""
-        group = parser.add_argument_group("SpearTrainer related")
-        group.add_argument(
-            "--save_interval",
-            type=int,
-            default=1000,
-            help="Steps between checkpoints within an epoch; 0: at its end only",
-        )
-        group.add_argument(
-            "--average_period",
-            type=int,
-            default=200,
-            help="Steps between samples of the running average of the model; 0: none",
-        )
-        group.add_argument(
-            "--keep_averages",
-            type=int,
-            default=10,
-            help="Epochs whose running average is kept, for spear_average",
-        )
-        group.add_argument(
-            "--max_skipped_steps",
-            type=int,
-            default=50,
-            help="Steps of an epoch that may be skipped because loss or gradients "
-            "are not finite; one more ends the training",
-        )
-        group.add_argument(
-            "--rank_timeout",
-            type=float,
-            default=40.0,
-            help="Seconds of silence after which a rank of a distributed training "
-            "counts as dead, which ends the others; 0: leave it to the backend",
-        )
+        add_trainer_arguments(parser)
 
     @classmethod
     def build_options(cls, args: argparse.Namespace) -> SpearTrainerOptions:
@@ -111,10 +65,7 @@ class SpearTrainer(Trainer):
         Raises:
             ValueError: an option that this trainer does not support.
         """
-        for name in ("sharded_ddp", "create_graph_in_tensorboard", "use_adapter"):
-            if getattr(args, name, False):
-                raise ValueError(f"--{name} true is not supported in pre-training")
-        return build_dataclass(SpearTrainerOptions, args)
+        return build_trainer_options(args)
 
     @classmethod
     def run(
@@ -151,8 +102,8 @@ class SpearTrainer(Trainer):
         if distributed:
             state.rank = torch.distributed.get_rank()
             state.world_size = torch.distributed.get_world_size()
-        _leave_out_missing_packages(options)
-        _prepare_folder(state, options.resume)
+        leave_out_missing_packages(options)
+        prepare_folder(state, options.resume)
         with (
             monitor_ranks(
                 state.rank,
@@ -200,38 +151,17 @@ class SpearTrainer(Trainer):
             ResumeError: there is none.
         """
         state = cls.state
-        checkpoint, content = _read_on_all_ranks(Path(checkpoint).parent, state)
-        model.load_state_dict(content["model"], strict=strict)
-        reporter.load_state_dict(content["reporter"])
-        for optimizer, saved in zip(optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        for scheduler, saved in zip(schedulers, content["schedulers"], strict=True):
-            if scheduler is not None:
-                scheduler.load_state_dict(saved)
-        if scaler is not None and content.get("scaler") is not None:
-            scaler.load_state_dict(content["scaler"])
-        own = content.get("spear")
-        state.epoch = reporter.get_epoch() + 1
-        if own is None:
-            logging.warning(
-                f"{checkpoint}: of ESPnet's own trainer, without running average and "
-                "count of steps, which begin anew"
-            )
-        else:
-            state.load_state_dict(own)
-            reporter.interrupted = own.get("interrupted")
-        if state.position == 0 and state.rank == 0 and state.epoch > 1:
-            epoch = state.epoch - 1
-            best = [
-                f"{phase}.{name}"
-                for phase, name, mode in state.best_model_criterion
-                if reporter.has(phase, name)
-                and reporter.get_best_epoch(phase, name, mode) == epoch
-            ]
-            repair_epoch_files(state.output_dir, epoch, content["model"], best)
-        logging.info(
-            f"{checkpoint}: the training goes on after {state.position} batches of "
-            f"epoch {state.epoch}"
+        path, content = read_on_all_ranks(Path(checkpoint).parent, state)
+        restore(
+            path,
+            content,
+            state,
+            model,
+            reporter,
+            optimizers,
+            schedulers,
+            scaler,
+            strict,
         )
 
     @classmethod
@@ -287,39 +217,10 @@ class SpearTrainer(Trainer):
                 done = state.position // log_interval
                 state.position += figures.batches
                 if state.position // log_interval != done:
-                    cls._report(progress, optimizers, reporter, options)
+                    report_progress(progress, state, optimizers, reporter, options)
                 if options.save_interval and state.steps % options.save_interval == 0:
                     state.save()
         return not state.any_valid
-
-    @classmethod
-    def _report(
-        cls,
-        progress: Progress,
-        optimizers: Sequence[torch.optim.Optimizer],
-        reporter: SubReporter,
-        options: SpearTrainerOptions,
-    ) -> None:
-        """Line of progress and curves; rank 0 has the figures of all."""
-        state = cls.state
-        if state.rank != 0:
-            return
-        percentiles = progress.grad_norm_percentiles()
-        count = progress.batches
-        pairs = [f"{d}_{t}" for d in state.model.domains for t in state.model.teachers]
-        lr = optimizers[0].param_groups[0]["lr"]
-        logging.info(progress.line(reporter, pairs, state.position, state.samples, lr))
-        hours = state.samples / SAMPLE_RATE / 3600
-        if state.summary_writer is not None:
-            reporter.tensorboard_add_scalar(state.summary_writer, -count)
-            for name, value in {**percentiles, "hours_of_audio": hours}.items():
-                state.summary_writer.add_scalar(name, value, reporter.total_count)
-        if options.use_wandb:
-            import wandb
-
-            reporter.wandb_log(-count)
-            extra = {f"train/{k}": v for k, v in percentiles.items()}
-            wandb.log({**extra, "train/hours_of_audio": hours})
 
     @classmethod
     def validate_one_epoch(
@@ -412,45 +313,6 @@ def _length(iterator: Iterable) -> int | None:
         return len(iterator)  # type: ignore[arg-type]
     except TypeError:
         return None
-
-
-def _leave_out_missing_packages(options: SpearTrainerOptions) -> None:
-    """Curves and pictures are optional, and so are the packages that draw them."""
-    for option, package in (
-        ("use_matplotlib", "matplotlib"),
-        ("use_tensorboard", "tensorboard"),
-    ):
-        if getattr(options, option) and importlib.util.find_spec(package) is None:
-            logging.warning(f"{package} is not installed: as with --{option} false")
-            setattr(options, option, False)
-
-
-def _prepare_folder(state: RunState, resume: bool) -> None:
-    """Rank 0 removes what an earlier training left, or finds what it can resume."""
-    if state.rank == 0:
-        checkpoint, previous = (state.output_dir / n for n in (CHECKPOINT, PREVIOUS))
-        if not resume:
-            previous.unlink(missing_ok=True)
-        elif previous.exists() and not checkpoint.exists():
-            logging.warning(f"{checkpoint}: gone, {previous} is used instead")
-            checkpoint.hardlink_to(previous)
-        for left in state.output_dir.glob("*.pth.tmp"):
-            left.unlink()
-    if state.world_size > 1:
-        torch.distributed.barrier()
-
-
-def _read_on_all_ranks(folder: Path, state: RunState) -> tuple[Path, dict]:
-    """Read the same checkpoint everywhere: rank 0 decides which is whole."""
-    path, content = None, None
-    if state.rank == 0:
-        path, content = read_last_good(folder)
-    if state.world_size > 1:
-        chosen = [path]
-        torch.distributed.broadcast_object_list(chosen, src=0)
-        if content is None:
-            path, content = chosen[0], read_checkpoint(chosen[0])
-    return path, content
 
 
 @contextlib.contextmanager
