@@ -421,6 +421,38 @@ def test_embedded_data_are_those_of_the_teachers(
     assert words[words.index("--audio_sets") + 1] == sets
 
 
+@pytest.mark.parametrize(
+    ("set_before", "options", "threads"),
+    [
+        ("", ("--ngpu", "8", "--nj", "64"), 8),
+        ("", ("--ngpu", "3", "--nj", "8"), 2),
+        ("", ("--ngpu", "8", "--nj", "4"), 1),
+        ("", ("--ngpu", "0", "--nj", "6"), 6),
+        ("5", ("--ngpu", "8", "--nj", "64"), 5),
+    ],
+)
+def test_ranks_of_a_machine_share_its_cores(
+    tmp_path: Path, set_before: str, options: tuple[str, ...], threads: int
+) -> None:
+    words = ["--stage", "7", "--stop_stage", "7", "--dry_run", "true", *options]
+    words += ["--datadir", str(tmp_path)]
+    result = run_sh(*words, cwd=tmp_path, env={"OMP_NUM_THREADS": set_before})
+    assert result.returncode == 0, result.stderr
+    (line,) = (x for x in result.stdout.splitlines() if x.startswith("      by "))
+    assert line.endswith(f"/train.log env OMP_NUM_THREADS={threads}")
+
+
+def test_processes_of_a_job_get_their_threads(tmp_path: Path) -> None:
+    """What runs in the end: step.py by run_job.sh, which sets the threads of a job."""
+    runner = f"{LOCAL / 'run_job.sh'} --num_threads 4 {tmp_path}/log"
+    command = [sys.executable, LOCAL / "step.py", "--mark", tmp_path / "mark.json"]
+    command += ["--output", tmp_path / "out", "--runner"]
+    command += [f"{runner} env OMP_NUM_THREADS=2", "--"]
+    command += ["sh", "-c", f"echo $OMP_NUM_THREADS >{tmp_path}/out"]
+    subprocess.run(command, check=True, cwd=RECIPE)
+    assert (tmp_path / "out").read_text() == "2\n"
+
+
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     lock = tmp_path / "data/.lock"

@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') (run.sh) $*"; }
 start_seconds=${SECONDS}
 
+user_threads=${OMP_NUM_THREADS:-} # path.sh sets 1 where there is none
 . ./path.sh
 . ./cmd.sh
 . ./db.sh
@@ -28,6 +29,8 @@ inputs or options changed; then, and when it is skipped, that is said.
 General
   --stage N, --stop_stage N   first and last stage                  [1, 9]
   --nj N                      parallel jobs on CPUs                 [number of CPUs]
+                              In stage 7 the processes of a machine, one a GPU, share so
+                              many threads, unless OMP_NUM_THREADS is in the environment.
   --ngpu N                    GPUs, on each machine                 [all visible]
   --num_nodes N               machines for training, by Slurm (see cmd.sh)   [1]
   --datadir, --dumpdir, --expdir, --downloads   folders             [data dump exp downloads]
@@ -410,11 +413,15 @@ if wanted 7; then
     if [ "${num_nodes}" -gt 1 ]; then
         nodes=(--dist_launcher slurm --dist_init_method "file://${PWD}/${exp}/.dist_init.$$")
     fi
+    # The processes of a machine, one a GPU, share its cores.
+    ranks=$((ngpu > 1 ? ngpu : 1))
+    threads=${user_threads:-$((nj > ranks ? nj / ranks : 1))}
+    runner="$(runner "${nj}" "${exp}/train.log" "--num_nodes ${num_nodes}")"
     # shellcheck disable=SC2086
     step --mark "${exp}/train.json" --input "${exp}/train.yaml" "${inputs[@]}" \
         --output "${exp}/${inference_model}" \
         --again "goes on from its last checkpoint (another --tag starts anew)" \
-        --runner "$(runner "${nj}" "${exp}/train.log" "--num_nodes ${num_nodes}")" \
+        --runner "${runner} env OMP_NUM_THREADS=${threads}" \
         -- python -m espnet2_spear.bin.spear_train --config "${exp}/train.yaml" \
         --output_dir "${exp}" "${opts[@]}" ${train_args} \
         + --ngpu "${ngpu}" --resume true --multiprocessing_distributed true "${nodes[@]}"

@@ -5,7 +5,7 @@ set -euo pipefail
 
 help_message="Usage: $0 [--gpu N] [--num_threads N] [JOB=first:last] <log> <command>...
   --gpu 0          hides the GPUs from the command (else it sees all that are visible)
-  --num_threads N  threads of numerical libraries per job
+  --num_threads N  threads of numerical libraries per process of a job (OMP_NUM_THREADS)
   --num_nodes 1    this machine alone; more need cmd_backend=slurm (see cmd.sh)
 JOB in the log's name and in the command is replaced by the job's number."
 
