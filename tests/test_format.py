@@ -1,6 +1,9 @@
 """Formatting and filtering of data directories (stages 2 and 3)."""
 
+import itertools
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -189,3 +192,36 @@ def test_duplicate_utterances_stop_before_any_work(
     with pytest.raises(DataDirError, match="'good' appears twice"):
         format_dir(tmp_path)
     assert not (tmp_path / "org").exists()
+
+
+def test_what_fails_is_tried_once_more(
+    tmp_path: Path, messy: DataDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file server that fails once, at the whole file or in the midst of it."""
+    read, log = spear_format.read_pieces, tmp_path / "tries"
+    log.touch()
+
+    def busy_at_first(path: str, spans: list) -> Iterator:
+        name = Path(path).stem
+        first = name not in log.read_text().split()
+        with log.open("a") as out:  # by another process
+            out.write(f"{name}\n")
+        pieces = read(path, spans)
+        if first and name in ("good", "stereo"):
+            yield from itertools.islice(pieces, len(spans) - 1)
+            raise OSError(116, "Stale file handle")
+        yield from pieces
+
+    monkeypatch.setattr(spear_format, "read_pieces", busy_at_first)
+    messy.segments = {name: Segment(name, 0.0, -1.0) for name in messy.wav_scp}
+    messy.segments["good-2"] = Segment("good", 0.5, 1.0)
+    messy.utt2spk["good-2"], messy.utt2domain["good-2"] = "s", "speech"
+    messy.write(tmp_path / "data")
+    data = format_dir(tmp_path)
+    assert data.utt2num_samples["good"] == data.utt2num_samples["stereo"] == 16000
+    assert data.utt2num_samples["good-2"] == 8000
+    reasons = skipped(tmp_path / "org")
+    assert sorted(reasons) == ["badrate", "empty", "gone", "text"]
+    tries = Counter(log.read_text().split())
+    twice = {name for name, count in tries.items() if count == 2}
+    assert twice == {*reasons, "good", "stereo"} and max(tries.values()) == 2

@@ -2,9 +2,9 @@
 """Convert a data directory to 16-bit mono files of one rate, one an utterance.
 
 Any format, rate and number of channels goes in; segments are cut. What cannot be used
-is listed in skipped.txt with the reason, and the others go on. Work is done in shards:
-a killed run continues with the shards that are missing, and a shard is done again if
-its audio files or the options have changed.
+is tried once more, then listed in skipped.txt with the reason, and the others go on.
+Work is done in shards: a killed run continues with the shards that are missing, and a
+shard is done again if its audio files or the options have changed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ import soundfile
 
 from espnet2_spear.fileio.audio import (
     AudioError,
+    AudioInfo,
     Span,
     read_pieces,
     resample,
@@ -112,11 +113,27 @@ def shard_mark(shard: list[Recording], options: Options) -> Path:
 
 
 def format_shard(shard: list[Recording], options: Options, mark: Path) -> list[Result]:
-    """Convert the recordings of a shard, write their results to ``mark``."""
-    results = [r for recording in shard for r in format_recording(recording, options)]
-    lines = "".join(json.dumps(asdict(result)) + "\n" for result in results)
+    """Convert the recordings of a shard, write their results to ``mark``.
+
+    What fails is tried once more at the end: a file server may have been busy for a
+    moment.
+    """
+    results = {r.utt: r for rec in shard for r in format_recording(rec, options)}
+    for recording in failed_part(shard, results):
+        results |= {r.utt: r for r in format_recording(recording, options)}
+    lines = "".join(json.dumps(asdict(result)) + "\n" for result in results.values())
     write_atomically(mark, lines.encode())
-    return results
+    return list(results.values())
+
+
+def failed_part(
+    shard: Iterable[Recording], results: Mapping[str, Result]
+) -> Iterator[Recording]:
+    """Yield the recordings of a shard with those of their pieces that failed."""
+    for recording in shard:
+        failed = [piece for piece in recording.pieces if results[piece[0]].reason]
+        if failed:
+            yield replace(recording, pieces=tuple(failed))
 
 
 def finished_shard(mark: Path) -> list[Result] | None:
@@ -131,10 +148,9 @@ def finished_shard(mark: Path) -> list[Result] | None:
 
 def format_recording(recording: Recording, options: Options) -> Iterator[Result]:
     """Convert the pieces of one recording; yield a result for each."""
-    spans = [span for _, span in recording.pieces]
     done = 0
     try:
-        for samples, info in read_pieces(recording.path, spans):
+        for samples, info in _read(recording):
             utt = recording.pieces[done][0]
             done += 1
             if isinstance(samples, AudioError):
@@ -165,6 +181,22 @@ def format_recording(recording: Recording, options: Options) -> Iterator[Result]
     except AudioError as error:
         for utt, _ in recording.pieces[done:]:
             yield Result(utt, reason=error.reason, detail=str(error))
+
+
+def _read(
+    recording: Recording,
+) -> Iterator[tuple[np.ndarray | AudioError, AudioInfo]]:
+    """Read the pieces of a recording; errors of the file system are AudioErrors.
+
+    So they are told from those of writing, such as no space left.
+    """
+    try:
+        yield from read_pieces(recording.path, [span for _, span in recording.pieces])
+    except OSError as error:
+        remedy = "see that its disk is there and can be read"
+        raise AudioError(
+            recording.path, "unreadable", error.strerror or str(error), remedy
+        ) from error
 
 
 def audio_path(utt: str, options: Options) -> str:
