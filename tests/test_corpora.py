@@ -17,11 +17,13 @@ from corpus_miniatures import (
     musan,
     voxceleb1,
 )
+from datadir_files import gather
 from test_local_data import LOCAL, RECIPE, load, run_sh
 
-from espnet2_spear.bin.spear_format import recordings_of
 from espnet2_spear.fileio.audio import read_pieces
+from espnet2_spear.fileio.convert import recordings_of
 from espnet2_spear.fileio.datadir import DataDir, DataDirError
+from espnet2_spear.fileio.datadir_stream import entries
 
 corpus = load("corpus")
 load("data_folders")
@@ -44,6 +46,11 @@ def reduced(name: str, made: Miniature) -> object:
     return dataclasses.replace(CORPORA[name], parts=parts)
 
 
+def prepared(known: object, root: Path, part: str) -> DataDir:
+    """A part of a corpus, in memory."""
+    return gather(known.prepare(root, [part]).entries)
+
+
 def test_every_corpus_has_a_miniature() -> None:
     assert set(CORPORA) == set(MINIATURES)
     for name, known in CORPORA.items():
@@ -59,10 +66,10 @@ def test_miniature(tmp_path: Path, name: str) -> None:
     known = reduced(name, made)
     for part, (utterances, labels, text) in made.items():
         found = known.prepare(tmp_path, [part])
-        data = found.data
+        data = gather(found.entries)
         data.validate(require=("utt2domain",))
         assert data.utterances == utterances
-        assert found.labels.get(utterances[0], "") == labels
+        assert next(iter(found.entries)).labels == labels
         assert data.text.get(utterances[0], "") == text
         assert all(Path(path).is_absolute() for path in data.wav_scp.values())
         assert all(Path(path).is_file() for path in data.wav_scp.values())
@@ -70,7 +77,7 @@ def test_miniature(tmp_path: Path, name: str) -> None:
     # All parts together share no id, but a part that is a subset of another.
     parts = [part for part in made if (name, part) not in SUBSETS]
     joined = known.prepare(tmp_path, parts)
-    assert len(joined.data.utterances) == sum(len(made[part][0]) for part in parts)
+    assert len(joined.entries) == sum(len(made[part][0]) for part in parts)
 
 
 @pytest.mark.parametrize("name", list(MINIATURES))
@@ -78,20 +85,20 @@ def test_missing_audio_is_named(tmp_path: Path, name: str) -> None:
     made = MINIATURES[name](tmp_path)
     known = reduced(name, made)
     part = next(iter(made))
-    data = known.prepare(tmp_path, [part]).data
+    data = prepared(known, tmp_path, part)
     recording, path = min(data.wav_scp.items(), key=lambda item: item[1])
     Path(path).unlink()
     recordings = {utt: s.recording for utt, s in (data.segments or {}).items()}
     left = sum(recordings.get(utt, utt) != recording for utt in data.utterances)
     if known.incomplete and left:  # expected of videos: counted only
         found = known.prepare(tmp_path, [part])
-        assert len(found.missing) == 1 and len(found.data.utterances) == left
+        assert found.missing == 1 and len(found.entries) == left
         return
     with pytest.raises(DataDirError) as error:
         known.prepare(tmp_path, [part])
     assert part in str(error.value) and known.source in str(error.value)
     if left:
-        assert len(known.prepare(tmp_path, [part], True).data.utterances) == left
+        assert len(known.prepare(tmp_path, [part], True).entries) == left
 
 
 @pytest.mark.parametrize("name", list(MINIATURES))
@@ -152,10 +159,10 @@ def test_voxceleb1_list_is_checked(tmp_path: Path) -> None:
 
 def test_segments_of_voice_activity(tmp_path: Path) -> None:
     MINIATURES["librilight"](tmp_path)
-    data = CORPORA["librilight"].prepare(tmp_path, ["small"]).data
+    data = prepared(CORPORA["librilight"], tmp_path, "small")
     spans = [(s.start, s.end) for s in data.segments.values()]
     assert spans == [(0.1, 20.0), (23.0, 30.0), (30.5, 60.0)]
-    whole = CORPORA["librilight"].prepare(tmp_path, ["medium"]).data
+    whole = prepared(CORPORA["librilight"], tmp_path, "medium")
     assert [s.end for s in whole.segments.values()] == [-1.0]
     (tmp_path / "medium/7/emma/01_austen.json").write_text("[")
     with pytest.raises(DataDirError, match="01_austen.json: malformed"):
@@ -164,9 +171,8 @@ def test_segments_of_voice_activity(tmp_path: Path) -> None:
 
 def test_sides_of_a_conversation_are_channels(tmp_path: Path) -> None:
     MINIATURES["fisher"](tmp_path)
-    CORPORA["fisher"].prepare(tmp_path, ["p1"]).data.write(tmp_path / "data")
-    data = DataDir.load(tmp_path / "data")
-    (recording,) = recordings_of(data)
+    prepared(CORPORA["fisher"], tmp_path, "p1").write(tmp_path / "data")
+    (recording,) = recordings_of(entries(tmp_path / "data"))
     spans = [span for _, span in recording.pieces]
     loud, silent = (piece for piece, _ in read_pieces(recording.path, spans))
     assert len(loud) == 6000 and np.abs(loud).max() > 0.2
@@ -281,11 +287,10 @@ def test_manifest(tmp_path: Path) -> None:
         str(tmp_path / "a/x.wav"),
         str(tmp_path / "b/x.wav"),
     ]
-    assert [(s.start, s.end) for _, s in sorted(data.segments.items())] == [
-        (0.25, 0.75),
-        (1.0, 1.5),
-        (0.0, 2.0),
+    spans = [
+        (Path(data.wav_scp[s[0]]).parent.name, *s[1:3]) for s in data.segments.values()
     ]
+    assert sorted(spans) == [("a", 0.25, 0.75), ("a", 1.0, 1.5), ("b", 0.0, 2.0)]
     assert list(data.text.values()) == ["Yes."]
     path.write_text(path.read_text() + '{"audio_filepath": "a/y.wav"}\n')
     with pytest.raises(SystemExit, match="en.jsonl, line 4: needs audio_filepath and"):

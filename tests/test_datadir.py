@@ -1,11 +1,24 @@
-"""Kaldi data directories: round trip, order, consistency, joining."""
+"""Kaldi data directories: round trip, order, consistency; in memory and streamed."""
 
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datadir_files import gather
 
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, Segment, combine
+from espnet2_spear.fileio import spool
+from espnet2_spear.fileio.datadir import DataDir, Segment
+from espnet2_spear.fileio.datadir_stream import (
+    Entry,
+    check,
+    entries,
+    write_entries,
+)
+from espnet2_spear.fileio.spool import Spool
+from espnet2_spear.fileio.tables import DataDirError, Lookup
 
 
 @pytest.fixture
@@ -102,17 +115,22 @@ def test_inconsistent_directories(
     with pytest.raises(DataDirError, match=message) as error:
         DataDir.load(tmp_path).validate()
     assert str(tmp_path) in str(error.value)
+    # The same of the reader that holds nothing in memory; lines it does not number.
+    with pytest.raises(DataDirError, match=message.replace(", line 3", "")) as error:
+        check(tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["wav.scp", "utt2spk"])
 def test_missing_files(tmp_path: Path, data: DataDir, name: str) -> None:
     data.write(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(DataDirError, match=f"{name}: cannot be read"):
-        DataDir.load(tmp_path)
+    for read in (DataDir.load, check):
+        with pytest.raises(DataDirError, match=f"{name}: cannot be read"):
+            read(tmp_path)
 
 
-def test_requirements_and_empty_sets(data: DataDir) -> None:
+def test_requirements_and_empty_sets(tmp_path: Path, data: DataDir) -> None:
     with pytest.raises(DataDirError, match="text: 1 utterances are missing.*s2-u3"):
         data.validate(require=("text",))
     with pytest.raises(DataDirError, match="no utterances"):
@@ -120,19 +138,123 @@ def test_requirements_and_empty_sets(data: DataDir) -> None:
     slash = DataDir(wav_scp={"a/b": "f"}, utt2spk={"a/b": "s"})
     with pytest.raises(DataDirError, match="'a/b' cannot name a file"):
         slash.validate()
+    data.write(tmp_path)
+    with pytest.raises(DataDirError, match="text: 1 utterances are missing.*s2-u3"):
+        check(tmp_path, require=("text",))
+    (tmp_path / "text").unlink()
+    with pytest.raises(DataDirError, match="text: 3 utterances are missing.*s1-u1"):
+        check(tmp_path, require=("text",))
+    for name in ("segments", "wav.scp", "utt2spk", "utt2domain", "utt2num_samples"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(DataDirError, match="no utterances"):
+        check(tmp_path)
 
 
-def test_combine(data: DataDir) -> None:
-    other = DataDir(
-        wav_scp={"r3": "x"},
-        segments={"s3-u": Segment("r3", 0.0, 1.0)},
-        utt2spk={"s3-u": "s3"},
-        utt2domain={"s3-u": "audio"},
+# --- Streamed -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_spool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spools that write to disk, and merge, after a few rows."""
+    monkeypatch.setattr(spool, "ROWS", 3)
+    monkeypatch.setattr(spool, "RUNS", 2)
+    monkeypatch.setattr(spool, "_BLOCK", 2)
+
+
+@pytest.mark.usefixtures("small_spool")
+@pytest.mark.parametrize("count", [0, 2, 3, 50])
+def test_spool_sorts_on_disk(tmp_path: Path, count: int) -> None:
+    order = np.random.default_rng(0).permutation(count)
+    rows = [(f"k{i // 2}", int(i)) for i in order]
+    with Spool(folder=tmp_path) as rows_on_disk:
+        for row in rows:
+            rows_on_disk.add(row)
+        assert len(rows_on_disk) == count
+        # Stable, and as often as wanted.
+        expected = sorted(rows, key=lambda row: row[0].encode())
+        assert list(rows_on_disk) == expected and list(rows_on_disk) == expected
+        # Levels of at most one run each, the rest in memory.
+        files = [p for p in tmp_path.rglob("*") if p.is_file()]
+        assert len(files) == (count // 3).bit_count()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("small_spool")
+def test_streamed_round_trip(tmp_path: Path, data: DataDir) -> None:
+    data.write(tmp_path / "x")
+    # Users' tables need not be sorted.
+    for name in ("wav.scp", "segments", "utt2spk", "text"):
+        path = tmp_path / "x" / name
+        path.write_text("".join(reversed(path.read_text().splitlines(True))))
+    found = list(entries(tmp_path / "x"))
+    assert gather(found, data.path) == data
+    assert write_entries(found, tmp_path / "y") == 3
+    data.write(tmp_path / "z")
+    for path in (tmp_path / "z").iterdir():
+        assert (tmp_path / "y" / path.name).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "y").iterdir())) == len(
+        list((tmp_path / "z").iterdir())
     )
-    both = combine([data, other])
-    both.validate(require=("utt2domain",))
-    assert both.utterances == ["s1-u1", "s1-u2", "s2-u3", "s3-u"]
-    with pytest.raises(DataDirError, match="is in both"):
-        combine([data, data])
-    with pytest.raises(DataDirError, match="with and without segments"):
-        combine([data, DataDir(wav_scp={"u": "f"}, utt2spk={"u": "s"})])
+
+
+def test_streamed_names_that_are_not_utf8(tmp_path: Path) -> None:
+    lines = sorted([b"u\xe9", b"u\xf0\x9f\x98\x80", b"u\xef\xbf\xbd", b"uz"])
+    (tmp_path / "wav.scp").write_bytes(b"".join(u + b" a \xe9.wav\n" for u in lines))
+    (tmp_path / "utt2spk").write_bytes(b"".join(u + b" s\n" for u in lines))
+    write_entries(entries(tmp_path), tmp_path / "copy")
+    for name in ("wav.scp", "utt2spk"):
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_writing_streams(tmp_path: Path) -> None:
+    segment = Segment("r", 0.0, 1.0)
+    a = Entry("a", "1.wav", "s", "speech")
+    for second, message in (
+        (a._replace(path="2.wav"), "id 'a' is in both 1.wav and 2.wav; give"),
+        (a._replace(utt="b", segment=segment), "with and without segments: 1.wav, 1"),
+    ):
+        with pytest.raises(DataDirError, match=message):
+            write_entries([a, second], tmp_path)
+        assert not list(tmp_path.iterdir())  # nothing half-written
+    pieces = [a._replace(utt=utt, segment=segment) for utt in "ab"]
+    pieces[1] = pieces[1]._replace(path="2.wav")
+    with pytest.raises(DataDirError, match="id 'r' is in both 1.wav and 2.wav"):
+        write_entries(pieces, tmp_path)
+    with pytest.raises(ValueError, match="a after b"):
+        write_entries([a._replace(utt="b"), a], tmp_path)
+
+
+def test_lookup_in_any_order(tmp_path: Path) -> None:
+    keys = [f"k{i:03d}" for i in range(40)]
+    (tmp_path / "t").write_text("".join(f"{key} v {key}\n" for key in keys[::2]))
+    table = Lookup(tmp_path / "t", "key value")
+    for i in np.random.default_rng(0).permutation(40):
+        expected = None if i % 2 else (i // 2, f"v {keys[i]}")
+        assert table.find(keys[i]) == expected
+    assert table.unused() == (0, "") and len(table) == 20
+    assert Lookup(tmp_path / "t", "key value").unused() == (20, "k000")
+
+
+def test_memory_does_not_grow_with_utterances(tmp_path: Path) -> None:
+    """Of reading and writing, beyond a first block; dictionaries took 1 kB each."""
+
+    def made(count: int) -> Iterator[Entry]:
+        for i in range(count):
+            segment = Segment(f"r{i // 50:06d}", 0.5, 1.0)
+            path = f"/corpora/some/where/{segment.recording}.flac"
+            yield Entry(f"r-u{i:07d}", path, f"r-u{i:07d}", "speech", segment, "WORDS")
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        write_entries(made(count), tmp_path / "in")
+        assert write_entries(entries(tmp_path / "in"), tmp_path / "out") == count
+        try:
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "ROWS", 200)
+        patch.setattr(spool, "RUNS", 8)
+        patch.setattr(spool, "_BLOCK", 10)
+        assert peak(4000) - peak(1000) < 3000 * 20

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 
 from espnet2_spear.bin import spear_filter, spear_format
+from espnet2_spear.fileio import convert
 from espnet2_spear.fileio.datadir import DataDir, DataDirError, Segment
 
 
@@ -137,7 +138,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_killed_run_continues_to_the_same_result(
     tmp_path: Path, messy: DataDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spear_format, "SHARD_UTTERANCES", 2)
+    monkeypatch.setattr(convert, "SHARD_UTTERANCES", 2)
     format_dir(tmp_path)
     complete = contents(tmp_path / "org")
     marks = list((tmp_path / "org/.shards").iterdir())
@@ -198,7 +199,7 @@ def test_what_fails_is_tried_once_more(
     tmp_path: Path, messy: DataDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file server that fails once, at the whole file or in the midst of it."""
-    read, log = spear_format.read_pieces, tmp_path / "tries"
+    read, log = convert.read_pieces, tmp_path / "tries"
     log.touch()
 
     def busy_at_first(path: str, spans: list) -> Iterator:
@@ -212,7 +213,7 @@ def test_what_fails_is_tried_once_more(
             raise OSError(116, "Stale file handle")
         yield from pieces
 
-    monkeypatch.setattr(spear_format, "read_pieces", busy_at_first)
+    monkeypatch.setattr(convert, "read_pieces", busy_at_first)
     messy.segments = {name: Segment(name, 0.0, -1.0) for name in messy.wav_scp}
     messy.segments["good-2"] = Segment("good", 0.5, 1.0)
     messy.utt2spk["good-2"], messy.utt2domain["good-2"] = "s", "speech"

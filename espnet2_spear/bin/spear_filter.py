@@ -7,11 +7,17 @@ Reads what spear_format wrote; the audio files stay where they are.
 from __future__ import annotations
 
 import argparse
+import heapq
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from itertools import zip_longest
+from operator import itemgetter
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, read_table, write_table
+from espnet2_spear.fileio.datadir_stream import Entry, EntryWriter, entries
+from espnet2_spear.fileio.spool import c_order
+from espnet2_spear.fileio.tables import DataDirError, TableWriter, sorted_rows
 
 
 def reason_to_skip(
@@ -29,6 +35,80 @@ def reason_to_skip(
     if peak_db < min_peak_db:
         return f"silence peak {peak_db:.1f} dB, the limit is {min_peak_db} dB"
     return ""
+
+
+def skipped_before(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the utterances that spear_format left out, with the reason."""
+    return sorted_rows(folder / "skipped.txt", "utterance reason")
+
+
+def with_peaks(folder: Path) -> Iterator[tuple[Entry, float]]:
+    """Yield utterances, and the largest deviation from the mean in dB.
+
+    Raises:
+        DataDirError: utt2peak_db is of other utterances.
+    """
+    peaks = sorted_rows(folder / "utt2peak_db", "utterance peak")
+    found = entries(folder, require=("utt2num_samples",))
+    for entry, peak in zip_longest(found, peaks):
+        if entry is None or peak is None or entry.utt != peak[0]:
+            utt = entry.utt if entry is not None else peak[0]
+            raise DataDirError(
+                f"{folder}/utt2peak_db: does not have the utterances of wav.scp, e.g. "
+                f"'{utt}'; remove the folder's wav.scp and run stage 2 again"
+            )
+        yield entry, float(peak[1])
+
+
+def filter_entries(args: argparse.Namespace) -> tuple[Counter[str], float, int]:
+    """Write what is kept, and skipped.txt.
+
+    Returns:
+        how many were skipped, by reason; seconds and number of those kept.
+
+    Raises:
+        DataDirError: none is left.
+    """
+    limits = (args.min_seconds, args.max_seconds, args.min_peak_db)
+    reasons: Counter[str] = Counter()
+    samples = 0
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    skipped = TableWriter(args.out_dir / "skipped.txt")
+    before = (
+        (c_order(utt), utt, None, line) for utt, line in skipped_before(args.in_dir)
+    )
+    good = (
+        (c_order(entry.utt), entry.utt, entry, peak)
+        for entry, peak in with_peaks(args.in_dir)
+    )
+    try:
+        with EntryWriter(args.out_dir) as writer:
+            for _, utt, entry, found in heapq.merge(before, good, key=itemgetter(0)):
+                reason = found
+                if entry is not None:
+                    seconds = entry.samples / args.fs
+                    reason = reason_to_skip(seconds, found, *limits)
+                if reason:
+                    skipped.add(utt, reason)
+                    reasons[reason.split()[0]] += 1
+                else:
+                    writer.add(entry)
+                    samples += entry.samples
+            skipped.finish()
+            if not writer.count:
+                raise DataDirError(
+                    f"{args.in_dir}: no utterance is left ({summary(reasons)}); see "
+                    f"{args.out_dir}/skipped.txt and the limits --min_seconds, "
+                    "--max_seconds, --min_peak_db"
+                )
+    finally:
+        skipped.discard()
+    return reasons, samples / args.fs, writer.count
+
+
+def summary(reasons: Counter[str]) -> str:
+    """Return numbers of skipped utterances in words."""
+    return ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items()))
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -60,47 +140,15 @@ def main(cmd: list[str] | None = None) -> None:
         level=logging.INFO,
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
-    data = DataDir.load(args.in_dir)
-    data.validate(require=("utt2num_samples",))
-    peaks = read_table(args.in_dir / "utt2peak_db", "utterance peak")
-    skipped = read_table(args.in_dir / "skipped.txt", "utterance reason")
-    keep = []
-    for utt, samples in data.utt2num_samples.items():
-        reason = reason_to_skip(
-            samples / args.fs,
-            float(peaks[utt]),
-            args.min_seconds,
-            args.max_seconds,
-            args.min_peak_db,
-        )
-        if reason:
-            skipped[utt] = reason
-        else:
-            keep.append(utt)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    write_table(args.out_dir / "skipped.txt", skipped)
-    reasons = Counter(line.split()[0] for line in skipped.values())
-    summary = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items()))
-    if not keep:
-        raise DataDirError(
-            f"{args.in_dir}: no utterance is left ({summary}); see "
-            f"{args.out_dir}/skipped.txt and the limits --min_seconds, --max_seconds, "
-            "--min_peak_db"
-        )
-    data.select(keep).write(args.out_dir)
-    logging.info(
-        "%s: %d utterances, %.1f min",
-        args.out_dir,
-        len(keep),
-        sum(data.utt2num_samples[utt] for utt in keep) / args.fs / 60,
-    )
-    if skipped:
+    reasons, seconds, kept = filter_entries(args)
+    if reasons:
         logging.warning(
             "skipped %d utterances (%s), listed in %s/skipped.txt",
-            len(skipped),
-            summary,
+            sum(reasons.values()),
+            summary(reasons),
             args.out_dir,
         )
+    logging.info("%s: %d utterances, %.1f min", args.out_dir, kept, seconds / 60)
 
 
 if __name__ == "__main__":

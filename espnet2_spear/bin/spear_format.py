@@ -10,291 +10,161 @@ shard is done again if its audio files or the options have changed.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
-import json
 import logging
-import os
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    as_completed,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import soundfile
-
-from espnet2_spear.fileio.audio import (
-    AudioError,
-    AudioInfo,
-    Span,
-    read_pieces,
-    resample,
-    to_int16,
+from espnet2_spear.fileio.convert import (
+    Options,
+    Result,
+    finished_shard,
+    format_shard,
+    recordings_of,
+    shard_mark,
+    shards_of,
 )
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, Segment, write_table
+from espnet2_spear.fileio.datadir_stream import EntryWriter, check, entries
+from espnet2_spear.fileio.spool import Spool, c_order
+from espnet2_spear.fileio.tables import DataDirError, TableWriter
 
-SHARD_UTTERANCES = 100
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A recording and the pieces that are wanted of it."""
-
-    path: str
-    pieces: tuple[tuple[str, Span], ...]  # utterance and where it is
+SAY_SECONDS = 30.0  # between two lines about the progress
 
 
-@dataclass(frozen=True)
-class Result:
-    """What became of an utterance; ``reason`` is set where it was skipped.
+def run(in_dir: Path, options: Options, nj: int, total: int) -> Iterator[Result]:
+    """Convert all utterances with ``nj`` processes; yield results in any order.
 
-    ``peak_db`` is the largest deviation from the mean in dB of full scale.
-    """
-
-    utt: str
-    file: str = ""
-    samples: int = 0
-    peak_db: float = 0.0
-    source_rate: int = 0
-    source_channels: int = 0
-    clipped: int = 0
-    reason: str = ""
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to write: folder, ``flac`` or ``wav``, sampling rate in Hz."""
-
-    out_dir: str
-    audio_format: str
-    fs: int
-
-
-def recordings_of(data: DataDir) -> list[Recording]:
-    """Group a data set's utterances by recording."""
-    pieces: dict[str, list[tuple[str, Span]]] = {}
-    for utt in data.utterances:
-        segment = (data.segments or {}).get(utt, Segment(utt, 0.0, -1.0))
-        end = None if segment.end < 0 else segment.end
-        span = Span(segment.start, end, segment.channel)
-        pieces.setdefault(segment.recording, []).append((utt, span))
-    return [Recording(data.wav_scp[key], tuple(pieces[key])) for key in sorted(pieces)]
-
-
-def shards_of(recordings: Iterable[Recording]) -> Iterator[list[Recording]]:
-    """Deal recordings into shards of about SHARD_UTTERANCES utterances."""
-    shard: list[Recording] = []
-    for recording in recordings:
-        shard.append(recording)
-        if sum(len(r.pieces) for r in shard) >= SHARD_UTTERANCES:
-            yield shard
-            shard = []
-    if shard:
-        yield shard
-
-
-def shard_mark(shard: list[Recording], options: Options) -> Path:
-    """Return the file of a shard's results, named by a hash of all it depends on."""
-    stamps = []
-    for recording in shard:
-        try:
-            stat = os.stat(recording.path)
-            stamps.append((stat.st_size, stat.st_mtime_ns))
-        except OSError:
-            stamps.append((-1, -1))
-    content = json.dumps([[asdict(r) for r in shard], stamps, asdict(options)])
-    digest = hashlib.sha256(content.encode()).hexdigest()[:32]
-    return Path(options.out_dir) / ".shards" / f"{digest}.jsonl"
-
-
-def format_shard(shard: list[Recording], options: Options, mark: Path) -> list[Result]:
-    """Convert the recordings of a shard, write their results to ``mark``.
-
-    What fails is tried once more at the end: a file server may have been busy for a
-    moment.
-    """
-    results = {r.utt: r for rec in shard for r in format_recording(rec, options)}
-    for recording in failed_part(shard, results):
-        results |= {r.utt: r for r in format_recording(recording, options)}
-    lines = "".join(json.dumps(asdict(result)) + "\n" for result in results.values())
-    write_atomically(mark, lines.encode())
-    return list(results.values())
-
-
-def failed_part(
-    shard: Iterable[Recording], results: Mapping[str, Result]
-) -> Iterator[Recording]:
-    """Yield the recordings of a shard with those of their pieces that failed."""
-    for recording in shard:
-        failed = [piece for piece in recording.pieces if results[piece[0]].reason]
-        if failed:
-            yield replace(recording, pieces=tuple(failed))
-
-
-def finished_shard(mark: Path) -> list[Result] | None:
-    """Return the results of a shard that is done and whose audio files exist."""
-    if not mark.exists():
-        return None
-    results = [Result(**json.loads(line)) for line in mark.read_text().splitlines()]
-    if any(not r.reason and not os.path.exists(r.file) for r in results):
-        return None
-    return results
-
-
-def format_recording(recording: Recording, options: Options) -> Iterator[Result]:
-    """Convert the pieces of one recording; yield a result for each."""
-    done = 0
-    try:
-        for samples, info in _read(recording):
-            utt = recording.pieces[done][0]
-            done += 1
-            if isinstance(samples, AudioError):
-                yield Result(utt, reason=samples.reason, detail=str(samples))
-                continue
-            samples = resample(samples, info.rate, options.fs)
-            if not len(samples):
-                yield Result(
-                    utt, reason="empty", detail=f"{recording.path}: no samples"
-                )
-                continue
-            pcm, clipped = to_int16(samples)
-            file = audio_path(utt, options)
-            buffer = io.BytesIO()
-            soundfile.write(
-                buffer, pcm, options.fs, "PCM_16", format=options.audio_format
-            )
-            write_atomically(Path(file), buffer.getvalue())
-            yield Result(
-                utt,
-                file,
-                len(pcm),
-                peak_db(pcm),
-                info.rate,
-                info.channels,
-                clipped,
-            )
-    except AudioError as error:
-        for utt, _ in recording.pieces[done:]:
-            yield Result(utt, reason=error.reason, detail=str(error))
-
-
-def _read(
-    recording: Recording,
-) -> Iterator[tuple[np.ndarray | AudioError, AudioInfo]]:
-    """Read the pieces of a recording; errors of the file system are AudioErrors.
-
-    So they are told from those of writing, such as no space left.
-    """
-    try:
-        yield from read_pieces(recording.path, [span for _, span in recording.pieces])
-    except OSError as error:
-        remedy = "see that its disk is there and can be read"
-        raise AudioError(
-            recording.path, "unreadable", error.strerror or str(error), remedy
-        ) from error
-
-
-def audio_path(utt: str, options: Options) -> str:
-    """Return an utterance's file; 256 folders keep each of them small."""
-    key = hashlib.sha256(utt.encode("utf-8", "surrogateescape")).hexdigest()[:2]
-    folder = os.path.join(options.out_dir, options.audio_format, key)
-    return os.path.join(folder, f"{utt}.{options.audio_format}")
-
-
-def peak_db(pcm: np.ndarray) -> float:
-    """Return the largest deviation from the mean in dB of full scale, at least -120."""
-    peak = np.abs(pcm - pcm.mean()).max() / 32768
-    return float(20 * np.log10(max(peak, 1e-6)))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with open(handle, "wb") as out:
-            out.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def run(data: DataDir, options: Options, nj: int) -> list[Result]:
-    """Convert all utterances with ``nj`` processes; return their results.
+    Args:
+        in_dir: data directory.
+        options: how to write.
+        nj: number of processes.
+        total: number of utterances, for the time that is left.
 
     Raises:
         OSError: e.g. no space left; what is finished is kept.
         RuntimeError: a process was killed.
     """
-    results: list[Result] = []
-    todo = []
-    for shard in shards_of(recordings_of(data)):
-        mark = shard_mark(shard, options)
-        finished = finished_shard(mark)
-        if finished is None:
-            todo.append((shard, options, mark))
-        else:
-            results += finished
-    if results:
-        logging.info("%d utterances are already done", len(results))
-    started, total = time.monotonic(), len(todo)
-    with ProcessPoolExecutor(max(1, min(nj, total))) as pool:
-        jobs = [pool.submit(format_shard, *job) for job in todo]
+    before = done = 0
+    started = said = time.monotonic()
+
+    def collect(finished: Iterable[Future[list[Result]]]) -> Iterator[Result]:
+        nonlocal done, said
+        for job in finished:
+            results = job.result()
+            done += len(results)
+            yield from results
+        now = time.monotonic()
+        if now > said + SAY_SECONDS:
+            said = now
+            left = (now - started) * (total - before - done) / max(done, 1)
+            logging.info(
+                "%d of %d utterances, %.0f s to go", before + done, total, left
+            )
+
+    with ProcessPoolExecutor(max(1, nj)) as pool:
+        jobs: set[Future[list[Result]]] = set()
         try:
-            for number, job in enumerate(as_completed(jobs), 1):
-                results += job.result()
-                if number % max(1, total // 10) == 0:
-                    elapsed = time.monotonic() - started
-                    logging.info(
-                        "%d of %d shards, %.0f s to go",
-                        number,
-                        total,
-                        elapsed / number * (total - number),
-                    )
+            for shard in shards_of(recordings_of(entries(in_dir))):
+                mark = shard_mark(shard, options)
+                finished = finished_shard(mark)
+                if finished is not None:
+                    before += len(finished)
+                    yield from finished
+                    continue
+                jobs.add(pool.submit(format_shard, shard, options, mark))
+                # Not all at once, so that memory does not grow with their number.
+                if len(jobs) >= 4 * nj:
+                    ready, jobs = wait(jobs, return_when=FIRST_COMPLETED)
+                    yield from collect(ready)
+            yield from collect(as_completed(jobs))
         except BrokenProcessPool as error:
             raise RuntimeError(
-                f"{data.path}: a process was killed while converting audio, probably "
+                f"{in_dir}: a process was killed while converting audio, probably "
                 "for lack of memory; run again with a smaller --nj (finished parts are "
                 "kept)"
             ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return results
+    if before:
+        logging.info("%d utterances were already done", before)
 
 
-def write_results(data: DataDir, results: list[Result], out_dir: Path) -> None:
+@dataclass
+class Totals:
+    """What became of a data set: numbers of utterances, and samples."""
+
+    good: int = 0
+    samples: int = 0
+    resampled: int = 0
+    mixed_down: int = 0
+    clipped: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, result: Result, fs: int) -> None:
+        """Count an utterance; ``fs`` is the sampling rate wanted, in Hz."""
+        if result.reason:
+            self.reasons[result.reason] += 1
+            return
+        self.good += 1
+        self.samples += result.samples
+        self.resampled += result.source_rate != fs
+        self.mixed_down += result.source_channels > 1
+        self.clipped += result.clipped > 0
+
+
+def write_results(
+    in_dir: Path, results: Iterable[Result], out_dir: Path, fs: int
+) -> Totals:
     """Write the converted data directory, utt2peak_db and skipped.txt.
+
+    Args:
+        in_dir: data directory that was converted.
+        results: of all its utterances, in the order of their ids.
+        out_dir: data directory.
+        fs: sampling rate in Hz, for the totals.
 
     Raises:
         DataDirError: not one utterance could be converted.
     """
-    skipped = {r.utt: f"{r.reason} {r.detail}" for r in results if r.reason}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_table(out_dir / "skipped.txt", skipped)
-    good = {r.utt: r for r in results if not r.reason}
-    if not good:
-        raise DataDirError(
-            f"{data.path}: none of its {len(results)} utterances could be converted; "
-            f"the reasons are in {out_dir}/skipped.txt"
-        )
-    write_table(
-        out_dir / "utt2peak_db", {utt: f"{r.peak_db:.2f}" for utt, r in good.items()}
+    totals = Totals()
+    peaks, skipped = (
+        TableWriter(out_dir / name) for name in ("utt2peak_db", "skipped.txt")
     )
-    DataDir(
-        wav_scp={utt: r.file for utt, r in good.items()},
-        utt2spk={utt: data.utt2spk[utt] for utt in good},
-        utt2domain={utt: d for utt, d in data.utt2domain.items() if utt in good},
-        text={utt: text for utt, text in data.text.items() if utt in good},
-        utt2num_samples={utt: r.samples for utt, r in good.items()},
-    ).write(out_dir)
+    try:
+        with EntryWriter(out_dir) as writer:
+            for entry, result in zip(entries(in_dir), results, strict=True):
+                totals.add(result, fs)
+                if result.reason:
+                    skipped.add(entry.utt, f"{result.reason} {result.detail}")
+                    continue
+                peaks.add(entry.utt, f"{result.peak_db:.2f}")
+                writer.add(
+                    entry._replace(
+                        path=result.file, segment=None, samples=result.samples
+                    )
+                )
+            skipped.finish()
+            if not totals.good:
+                raise DataDirError(
+                    f"{in_dir}: none of its {sum(totals.reasons.values())} utterances "
+                    f"could be converted; the reasons are in {out_dir}/skipped.txt"
+                )
+            peaks.finish()
+    finally:
+        peaks.discard()
+        skipped.discard()
+    return totals
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -320,29 +190,29 @@ def main(cmd: list[str] | None = None) -> None:
         level=logging.INFO,
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
-    data = DataDir.load(args.in_dir)
-    data.validate()
+    total = check(args.in_dir)
     options = Options(str(args.out_dir), args.audio_format, args.fs)
-    results = run(data, options, args.nj)
-    write_results(data, results, args.out_dir)
-    good = [r for r in results if not r.reason]
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    with Spool[Result](lambda result: c_order(result.utt), args.out_dir) as results:
+        for result in run(args.in_dir, options, args.nj, total):
+            results.add(result)
+        totals = write_results(args.in_dir, results, args.out_dir, args.fs)
     logging.info(
         "%s: %d utterances, %.1f min; %d resampled to %d Hz, %d mixed down to mono, "
         "%d clipped",
         args.out_dir,
-        len(good),
-        sum(r.samples for r in good) / args.fs / 60,
-        sum(r.source_rate != args.fs for r in good),
+        totals.good,
+        totals.samples / args.fs / 60,
+        totals.resampled,
         args.fs,
-        sum(r.source_channels > 1 for r in good),
-        sum(r.clipped > 0 for r in good),
+        totals.mixed_down,
+        totals.clipped,
     )
-    reasons = Counter(r.reason for r in results if r.reason)
-    if reasons:
+    if totals.reasons:
         logging.warning(
             "skipped %d utterances (%s), listed in %s/skipped.txt",
-            sum(reasons.values()),
-            ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items())),
+            sum(totals.reasons.values()),
+            ", ".join(f"{name} {n}" for name, n in sorted(totals.reasons.items())),
             args.out_dir,
         )
 

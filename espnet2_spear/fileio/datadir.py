@@ -1,21 +1,21 @@
-"""Kaldi data directories: reading, checking, selecting, joining and writing."""
+"""Kaldi data directories in memory: reading, checking, selecting and writing.
+
+Those of millions of utterances are read and written by
+:mod:`espnet2_spear.fileio.datadir_stream`.
+"""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from espnet2_spear.fileio.spool import c_order
+from espnet2_spear.fileio.tables import DataDirError, TableWriter, rows
+
 DOMAINS = ("speech", "audio")
-# Paths and ids need not be valid UTF-8: undecodable bytes survive a round trip.
-_TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}
-
-
-class DataDirError(ValueError):
-    """A data directory is inconsistent; the message names file, line and remedy."""
 
 
 class Segment(NamedTuple):
@@ -65,7 +65,8 @@ class DataDir:
     @property
     def utterances(self) -> list[str]:
         """Utterance ids, sorted as in the C locale."""
-        return sorted(self.wav_scp if self.segments is None else self.segments)
+        ids = self.wav_scp if self.segments is None else self.segments
+        return sorted(ids, key=c_order)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> DataDir:
@@ -78,7 +79,9 @@ class DataDir:
         segments = None
         if (path / "segments").exists():
             table = read_table(path / "segments", "utterance recording start end")
-            segments = {utt: _segment(path, utt, rest) for utt, rest in table.items()}
+            segments = {
+                utt: parse_segment(path, utt, rest) for utt, rest in table.items()
+            }
         return cls(
             wav_scp=read_table(path / "wav.scp", "utterance file"),
             utt2spk=read_table(path / "utt2spk", "utterance speaker"),
@@ -86,7 +89,7 @@ class DataDir:
             utt2domain=_optional(path / "utt2domain", "utterance domain"),
             text=_optional(path / "text", "utterance transcript", empty_values=True),
             utt2num_samples={
-                utt: _count(path, utt, value)
+                utt: parse_count(path, utt, value)
                 for utt, value in _optional(
                     path / "utt2num_samples", "utterance samples"
                 ).items()
@@ -113,38 +116,22 @@ class DataDir:
         if self.segments is not None:
             recordings = {segment.recording for segment in self.segments.values()}
             _agree(self.path, "wav.scp", set(self.wav_scp), recordings, "recording")
-            for utt, (_, start, end, _) in self.segments.items():
-                if not (0 <= start and (start < end or end == -1)):
-                    raise DataDirError(
-                        f"{self.path}/segments: utterance '{utt}' goes from {start} to "
-                        f"{end} s; the start must be at least 0 and before the end "
-                        "(-1: to the end of the recording)"
-                    )
+            for utt, segment in self.segments.items():
+                check_segment(self.path, utt, segment)
         for recording, file in self.wav_scp.items():
-            if file.endswith("|"):
-                raise DataDirError(
-                    f"{self.path}/wav.scp: '{recording}' is a command; commands in "
-                    "data files are not run: decode to files and give their paths"
-                )
+            check_file(self.path, recording, file)
         _agree(self.path, "utt2spk", set(self.utt2spk), utterances)
         for name in ("utt2domain", "text", "utt2num_samples"):
             keys = set(getattr(self, name))
             if name in require or (keys and name != "text"):
                 _agree(self.path, name, keys, utterances)
             elif keys - utterances:
-                _unknown(self.path, name, keys - utterances)
+                extra = keys - utterances
+                raise unknown_lines(self.path / name, len(extra), min(extra))
         for utt, domain in self.utt2domain.items():
-            if domain not in DOMAINS:
-                raise DataDirError(
-                    f"{self.path}/utt2domain: utterance '{utt}' has domain '{domain}'; "
-                    f"the domains are {' and '.join(DOMAINS)}"
-                )
+            check_domain(self.path, utt, domain)
         for utt in utterances | set(self.wav_scp):
-            if "/" in utt or utt in (".", ".."):
-                raise DataDirError(
-                    f"{self.path}: the id '{utt}' cannot name a file; "
-                    "replace '/' in ids, e.g. by '-'"
-                )
+            check_id(self.path, utt)
 
     def select(self, utterances: Iterable[str]) -> DataDir:
         """Return a copy with these utterances (and the recordings they need)."""
@@ -192,40 +179,6 @@ class DataDir:
                 (path / name).unlink(missing_ok=True)
 
 
-def combine(parts: Iterable[DataDir]) -> DataDir:
-    """Join data sets, all with segments or all without, that share no id.
-
-    Raises:
-        DataDirError: an utterance or recording id occurs in two parts, or only some
-            parts have segments.
-    """
-    parts = list(parts)
-    result = DataDir(wav_scp={}, utt2spk={})
-    if any(part.segments is not None for part in parts):
-        if any(part.segments is None for part in parts):
-            names = ", ".join(str(part.path) for part in parts)
-            raise DataDirError(f"cannot join with and without segments: {names}")
-        result.segments = {}
-    owner: dict[str, Path] = {}
-    for part in parts:
-        for key in {*part.wav_scp, *part.utt2spk}:
-            if key in owner:
-                raise DataDirError(
-                    f"id '{key}' is in both {owner[key]} and {part.path}; "
-                    "give the utterances of one of them a prefix of their own"
-                )
-            owner[key] = part.path
-        result.wav_scp.update(part.wav_scp)
-        result.utt2spk.update(part.utt2spk)
-        result.utt2domain.update(part.utt2domain)
-        result.text.update(part.text)
-        if all(other.utt2num_samples for other in parts):
-            result.utt2num_samples.update(part.utt2num_samples)
-        if result.segments is not None and part.segments is not None:
-            result.segments.update(part.segments)
-    return result
-
-
 def read_table(path: Path, columns: str, empty_values: bool = False) -> dict[str, str]:
     """Read ``key value`` lines; the value is the rest of the line.
 
@@ -238,44 +191,24 @@ def read_table(path: Path, columns: str, empty_values: bool = False) -> dict[str
         DataDirError: missing file, malformed line, repeated key.
     """
     table: dict[str, str] = {}
-    try:
-        lines = open(path, **_TEXT)
-    except OSError as error:
-        raise DataDirError(
-            f"{path}: cannot be read ({error.strerror}); "
-            "it is part of every data directory: run the stage that writes it"
-        ) from error
-    with lines:
-        for number, line in enumerate(lines, 1):
-            fields = line.strip().split(maxsplit=1)
-            if len(fields) == 1 and empty_values:
-                fields.append("")
-            if len(fields) != 2:
-                raise DataDirError(
-                    f"{path}, line {number}: expected '{columns}', found "
-                    f"{line.strip()!r}; correct or remove the line"
-                )
-            key, value = fields
-            if key in table:
-                raise DataDirError(
-                    f"{path}, line {number}: '{key}' appears twice; "
-                    "keep one of its lines"
-                )
-            table[key] = value
+    for number, (key, value) in enumerate(rows(path, columns, empty_values), 1):
+        if key in table:
+            raise DataDirError(
+                f"{path}, line {number}: '{key}' appears twice; keep one of its lines"
+            )
+        table[key] = value
     return table
 
 
 def write_table(path: Path, table: Mapping[str, object]) -> None:
     """Write sorted ``key value`` lines; the file appears complete or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    writer = TableWriter(path)
     try:
-        with open(handle, "w", **_TEXT) as out:
-            for key in sorted(table):
-                out.write(f"{key} {table[key]}".rstrip() + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        for key in sorted(table, key=c_order):
+            writer.add(key, table[key])
+        writer.finish()
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        writer.discard()
         raise
 
 
@@ -287,7 +220,46 @@ def _only(table: Mapping[str, object], keep: set[str]) -> dict:
     return {key: value for key, value in table.items() if key in keep}
 
 
-def _segment(path: Path, utt: str, rest: str) -> Segment:
+def check_segment(path: Path, utt: str, segment: Segment) -> None:
+    """Raise DataDirError unless a segment has a length."""
+    start, end = segment.start, segment.end
+    if not (0 <= start and (start < end or end == -1)):
+        raise DataDirError(
+            f"{path}/segments: utterance '{utt}' goes from {start} to {end} s; the "
+            "start must be at least 0 and before the end (-1: to the end of the "
+            "recording)"
+        )
+
+
+def check_file(path: Path, recording: str, file: str) -> None:
+    """Raise DataDirError for a command in wav.scp."""
+    if file.endswith("|"):
+        raise DataDirError(
+            f"{path}/wav.scp: '{recording}' is a command; commands in data files are "
+            "not run: decode to files and give their paths"
+        )
+
+
+def check_domain(path: Path, utt: str, domain: str) -> None:
+    """Raise DataDirError for an unknown domain."""
+    if domain not in DOMAINS:
+        raise DataDirError(
+            f"{path}/utt2domain: utterance '{utt}' has domain '{domain}'; "
+            f"the domains are {' and '.join(DOMAINS)}"
+        )
+
+
+def check_id(path: Path, utt: str) -> None:
+    """Raise DataDirError for an id that could not name a file."""
+    if "/" in utt or utt in (".", ".."):
+        raise DataDirError(
+            f"{path}: the id '{utt}' cannot name a file; "
+            "replace '/' in ids, e.g. by '-'"
+        )
+
+
+def parse_segment(path: Path, utt: str, rest: str) -> Segment:
+    """Read what a line of segments holds behind the utterance's id."""
     try:
         recording, start, end, *channel = rest.split()
         numbers = map(int, channel)  # of Kaldi's optional last column
@@ -300,7 +272,8 @@ def _segment(path: Path, utt: str, rest: str) -> Segment:
         ) from None
 
 
-def _count(path: Path, utt: str, value: str) -> int:
+def parse_count(path: Path, utt: str, value: str) -> int:
+    """Read a value of utt2num_samples."""
     if not value.isdecimal():
         raise DataDirError(
             f"{path}/utt2num_samples: utterance '{utt}' has {value!r} instead of a "
@@ -312,18 +285,28 @@ def _count(path: Path, utt: str, value: str) -> int:
 def _agree(
     path: Path, name: str, keys: set[str], expected: set[str], what: str = "utterance"
 ) -> None:
-    missing = sorted(expected - keys)
+    missing = expected - keys
     if missing:
-        raise DataDirError(
-            f"{path}/{name}: {len(missing)} {what}s are missing, e.g. '{missing[0]}'; "
-            "add their lines, or remove them from the other files"
-        )
-    if keys - expected:
-        _unknown(path, name, keys - expected, what)
+        raise missing_lines(path / name, len(missing), min(missing), what)
+    if extra := keys - expected:
+        raise unknown_lines(path / name, len(extra), min(extra), what)
 
 
-def _unknown(path: Path, name: str, keys: set[str], what: str = "utterance") -> None:
-    raise DataDirError(
-        f"{path}/{name}: {len(keys)} {what}s are in no other file, e.g. "
-        f"'{min(keys)}'; remove their lines, or add them to the other files"
+def missing_lines(
+    path: Path, count: int, example: str, what: str = "utterance"
+) -> DataDirError:
+    """The error of utterances (or recordings) that a table lacks."""
+    return DataDirError(
+        f"{path}: {count} {what}s are missing, e.g. '{example}'; "
+        "add their lines, or remove them from the other files"
+    )
+
+
+def unknown_lines(
+    path: Path, count: int, example: str, what: str = "utterance"
+) -> DataDirError:
+    """The error of utterances (or recordings) that no other table has."""
+    return DataDirError(
+        f"{path}: {count} {what}s are in no other file, e.g. '{example}'; remove "
+        "their lines, or add them to the other files"
     )

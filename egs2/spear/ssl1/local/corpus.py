@@ -2,31 +2,40 @@
 
 import argparse
 import csv
+import hashlib
 import logging
 import os
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, combine, write_table
+from espnet2_spear.fileio.datadir import Segment
+from espnet2_spear.fileio.datadir_stream import Entry, write_entries
+from espnet2_spear.fileio.spool import Spool
+from espnet2_spear.fileio.tables import DataDirError
 
 EXAMPLES = 3  # missing files that are named in a message
 
 
-@dataclass
 class Found:
-    """What was found of a part of a corpus.
+    """What was found of a part of a corpus; its utterances are sorted on disk.
+
+    Ids of utterances and recordings begin with the corpus' name and a hyphen.
 
     Attributes:
-        data: utterances; ids begin with the corpus' name and a hyphen.
-        labels: utterance -> labels separated by spaces, for tagging; may be empty.
-        missing: files that the corpus' own lists name and that are not there.
+        entries: the utterances, read in the order of their ids.
+        missing: how many files the corpus' own lists name that are not there.
+        examples: some of them.
     """
 
-    data: DataDir = field(default_factory=lambda: DataDir(wav_scp={}, utt2spk={}))
-    labels: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.entries: Spool[Entry] = Spool()
+        self.missing = 0
+        self.examples: list[str] = []
 
     def add(
         self,
@@ -37,25 +46,70 @@ class Found:
         text: str = "",
         labels: str = "",
     ) -> None:
-        """Add an utterance that is a whole file.
-
-        Raises:
-            DataDirError: the id is there already.
-        """
-        if utt in self.data.wav_scp:
-            raise DataDirError(
-                f"{path} and {self.data.wav_scp[utt]} get the same id {utt}; keep one"
+        """Add an utterance that is a whole file, or count it as missing."""
+        if path.is_file():
+            file, speaker = str(path.absolute()), speaker or utt
+            self.entries.add(
+                Entry(utt, file, speaker, domain, text=text or None, labels=labels)
             )
-        if not path.is_file():
-            self.missing.append(str(path))
-            return
-        self.data.wav_scp[utt] = str(path.absolute())
-        self.data.utt2spk[utt] = speaker or utt
-        self.data.utt2domain[utt] = domain
-        if text:
-            self.data.text[utt] = text
-        if labels:
-            self.labels[utt] = labels
+        else:
+            self.miss(path)
+
+    def add_segment(
+        self, utt: str, path: Path, segment: Segment, speaker: str, text: str = ""
+    ) -> None:
+        """Add a piece of a recording of speech, whose file is known to be there."""
+        file = str(path.absolute())
+        self.entries.add(Entry(utt, file, speaker, "speech", segment, text or None))
+
+    def miss(self, path: Path | str) -> None:
+        """Count a file that is not there."""
+        self.missing += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(str(path))
+
+
+class FileIndex:
+    """The audio files below a folder, by their names without suffix.
+
+    Memory: 16 bytes a file and the length of its path within the folder.
+
+    Args:
+        folder: to search; hidden files are left out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        hashes, ends, paths = array("Q"), array("Q"), bytearray()
+        for path in audio_files(folder):
+            hashes.append(_hash(path.stem))
+            paths += os.fsencode(path.relative_to(folder))
+            ends.append(len(paths))
+        self._paths = bytes(paths)
+        ends_of = np.frombuffer(ends, np.uint64) if ends else np.zeros(0, np.uint64)
+        keys = np.frombuffer(hashes, np.uint64) if hashes else ends_of
+        order = np.argsort(keys, kind="stable")
+        self._hashes = keys[order]
+        self._starts = np.concatenate([[0], ends_of[:-1]])[order].astype(np.int64)
+        self._ends = ends_of[order].astype(np.int64)
+
+    def find(self, stem: str) -> Path | None:
+        """The file of a name; the last one in sorted order, if there are several."""
+        key = np.uint64(_hash(stem))
+        last = int(np.searchsorted(self._hashes, key, side="right"))
+        found = []
+        while last and self._hashes[last - 1] == key:
+            last -= 1
+            raw = self._paths[self._starts[last] : self._ends[last]]
+            path = self.folder / os.fsdecode(raw)
+            if path.stem == stem:
+                found.append(path)
+        return max(found, default=None)
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(os.fsencode(text), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 @dataclass(frozen=True)
@@ -119,28 +173,25 @@ class Corpus:
             DataDirError: unknown part, unexpected layout, missing files, or another
                 number of utterances than published.
         """
-        found = []
+        found = Found()
         for part in parts or self.default_parts:
             if part not in self.parts:
                 known = ", ".join(self.parts)
                 raise DataDirError(f"{self.name} has no part '{part}'; it has: {known}")
             result = self.read(root, part)
             self._check(root, part, result, partial or self.incomplete)
-            found.append(result)
-        for result in found:
-            result.data.path = root
-        return Found(
-            combine(result.data for result in found),
-            {utt: labels for result in found for utt, labels in result.labels.items()},
-            [path for result in found for path in result.missing],
-        )
+            for entry in result.entries:
+                found.entries.add(entry)
+            found.missing += result.missing
+            result.entries.close()
+        return found
 
     def _check(self, root: Path, part: str, found: Found, partial: bool) -> None:
-        count, published = len(found.data.utterances), self.parts[part]
+        count, published = len(found.entries), self.parts[part]
         problem = ""
         if found.missing:
-            names = ", ".join(found.missing[:EXAMPLES])
-            problem = f"{len(found.missing)} listed files are missing, e.g. {names}"
+            names = ", ".join(found.examples)
+            problem = f"{found.missing} listed files are missing, e.g. {names}"
         elif published is not None and count != published:
             problem = f"{count} utterances instead of {published}"
         if count == 0 or (problem and not partial):
@@ -171,18 +222,10 @@ class Corpus:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
         try:
             found = self.prepare(self.root(args.root), args.parts, args.partial)
-            write(found, args.out_dir)
+            count = write_entries(found.entries, args.out_dir)
         except DataDirError as error:
             raise SystemExit(f"ERROR (data_{self.name}.py): {error}") from None
-        logging.info("%s: %d utterances", args.out_dir, len(found.data.utterances))
-
-
-def write(found: Found, out_dir: Path) -> None:
-    """Write a data directory, with `labels` where there are any."""
-    found.data.validate(require=("utt2domain",))
-    found.data.write(out_dir)
-    if found.labels:
-        write_table(out_dir / "labels", found.labels)
+        logging.info("%s: %d utterances", args.out_dir, count)
 
 
 def needed(path: Path, layout: str) -> Path:
@@ -197,10 +240,15 @@ def needed(path: Path, layout: str) -> Path:
 
 
 def audio_files(folder: Path) -> Iterator[Path]:
-    """Yield the audio files below a folder, sorted; hidden ones are left out."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith("."):
-            yield path
+    """Yield the audio files below a folder, but hidden ones and those in such folders.
+
+    They are sorted folder by folder: no more than one folder's names are in memory.
+    """
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if Path(name).suffix.lower() in AUDIO_SUFFIXES and name[0] != ".":
+                yield Path(parent, name)
 
 
 def read_csv(path: Path, fields: Sequence[str] | None = None) -> Iterator[dict]:

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from corpus import Corpus, Found, audio_files, needed, read_csv
+from corpus import Corpus, FileIndex, Found, needed, read_csv
 
 LAYOUT = (
     "<part>_segments.csv as published, and audio/<part>/ with files named by the "
@@ -22,12 +22,12 @@ def read(root: Path, part: str) -> Found:
     """Read a part; labels are AudioSet's ids (such as /m/09x0r)."""
     listing = needed(root / f"{part}_segments.csv", LAYOUT)
     folder = needed(root / "audio" / part, LAYOUT)
-    files = {path.stem: path for path in audio_files(folder)}
+    files = FileIndex(folder)
     found = Found()
     for row in read_csv(listing, FIELDS):
         video, start = row["YTID"], float(row["start_seconds"])
-        stems = [stem for stem in names(video, start) if stem in files]
-        path = files[stems[0]] if stems else folder / f"{video}.wav"
+        paths = filter(None, map(files.find, names(video, start)))
+        path = next(paths, folder / f"{video}.wav")
         labels = row["positive_labels"].replace(",", " ")
         found.add(f"audioset-{part}-{video}", path, "audio", labels=labels)
     return found

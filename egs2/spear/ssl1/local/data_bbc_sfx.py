@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from corpus import Corpus, Found, audio_files, needed, read_csv
+from corpus import Corpus, FileIndex, Found, needed, read_csv
 
 LAYOUT = "BBCSoundEffects.csv as published, and audio/ with the files it names"
 
@@ -11,12 +11,12 @@ LAYOUT = "BBCSoundEffects.csv as published, and audio/ with the files it names"
 def read(root: Path, part: str) -> Found:
     """Read all clips; the label is the category, with _ for spaces."""
     folder = needed(root / "audio", LAYOUT)
-    files = {path.stem: path for path in audio_files(folder)}
+    files = FileIndex(folder)
     found = Found()
     for row in read_csv(needed(root / "BBCSoundEffects.csv", LAYOUT)):
         name = Path(row["location"]).stem
         label = "_".join(row["category"].replace(",", " ").split())
-        path = files.get(name, folder / row["location"])
+        path = files.find(name) or folder / row["location"]
         found.add(f"bbc_sfx-{name}", path, "audio", labels=label)
     return found
 

@@ -16,26 +16,24 @@ or, for any folder of audio files or Kaldi data directory,
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import logging
 import os
 import re
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from corpus import Corpus, Found, write
+from corpus import Corpus
 from data_folders import from_audio_files, from_kaldi_dir, safe_id
 
-from espnet2_spear.fileio.datadir import (
-    DOMAINS,
-    DataDir,
-    DataDirError,
-    Segment,
-    write_table,
-)
+from espnet2_spear.fileio.datadir import DOMAINS, Segment, write_table
+from espnet2_spear.fileio.datadir_stream import Entry, write_entries
+from espnet2_spear.fileio.spool import Spool
+from espnet2_spear.fileio.tables import DataDirError
 
 KEYS = {
     "corpus": {"corpus", "parts", "weight", "partial"},
@@ -89,25 +87,13 @@ def known_corpora() -> dict[str, Corpus]:
     return {module.CORPUS.name: module.CORPUS for module in modules}
 
 
-def prefixed(data: DataDir, name: str) -> DataDir:
-    """Return a set with ids that begin with a name and a hyphen."""
-
-    def ids(table: dict) -> dict:
-        return {f"{name}-{key}": value for key, value in table.items()}
-
-    segments = data.segments
-    if segments is not None:
-        segments = {
-            utt: s._replace(recording=f"{name}-{s.recording}")
-            for utt, s in ids(segments).items()
-        }
-    return replace(
-        data,
-        wav_scp=ids(data.wav_scp),
-        segments=segments,
-        utt2spk={utt: f"{name}-{spk}" for utt, spk in ids(data.utt2spk).items()},
-        utt2domain=ids(data.utt2domain),
-        text=ids(data.text),
+def prefixed(entry: Entry, name: str) -> Entry:
+    """Return an utterance with ids that begin with a name and a hyphen."""
+    segment = entry.segment
+    if segment is not None:
+        segment = segment._replace(recording=f"{name}-{segment.recording}")
+    return entry._replace(
+        utt=f"{name}-{entry.utt}", speaker=f"{name}-{entry.speaker}", segment=segment
     )
 
 
@@ -132,14 +118,13 @@ def root_of(entry: dict[str, Any]) -> Path:
     return path
 
 
-def from_manifest(path: Path, name: str, domain: str) -> DataDir:
+def from_manifest(path: Path, name: str, domain: str) -> Spool[Entry]:
     """Read a manifest in NeMo's form; relative paths start where it is.
 
     Raises:
         DataDirError: a malformed line; the message names it.
     """
-    data = DataDir(wav_scp={}, utt2spk={}, segments={}, path=path)
-    recordings: dict[str, str] = {}
+    found: Spool[Entry] = Spool()
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -152,30 +137,28 @@ def from_manifest(path: Path, name: str, domain: str) -> DataDir:
                     f"{path}, line {number}: needs audio_filepath and "
                     f"duration ({error})"
                 ) from None
+            # With a hash: files of two folders can have one name.
+            digest = hashlib.blake2b(
+                os.fsencode(entry["audio_filepath"]), digest_size=8
+            )
             stem = safe_id(Path(entry["audio_filepath"]).with_suffix("").as_posix())
-            # Numbered: files of two folders can have one name.
-            fresh = f"{name}-{len(recordings):08d}-{stem.strip('-')[-60:]}"
-            recording = recordings.setdefault(audio, fresh)
+            recording = f"{name}-{digest.hexdigest()}-{stem.strip('-')[-60:]}"
             utt = f"{recording}_{round(start * 1000):09d}"
-            if utt in data.segments:
-                raise DataDirError(f"{path}, line {number}: is there twice")
-            data.wav_scp[recording] = audio
-            data.segments[utt] = Segment(recording, start, end)
-            data.utt2spk[utt] = recording
-            data.utt2domain[utt] = domain
-            if text := " ".join(str(entry.get("text") or "").split()):
-                data.text[utt] = text
-    return data
+            text = " ".join(str(entry.get("text") or "").split())
+            segment = Segment(recording, start, end)
+            found.add(Entry(utt, audio, recording, domain, segment, text or None))
+    return found
 
 
-def from_folder(entry: dict[str, Any]) -> Found:
+def from_folder(entry: dict[str, Any]) -> Iterable[Entry]:
     """Prepare an entry `folder` or `manifest`."""
     folder = entry["root"]
     if "manifest" in entry:
-        return Found(from_manifest(folder, entry["name"], entry["domain"]))
+        return from_manifest(folder, entry["name"], entry["domain"])
     if (folder / "wav.scp").exists():
-        return Found(prefixed(from_kaldi_dir(folder, entry["domain"]), entry["name"]))
-    return Found(from_audio_files(folder, entry["name"], entry["domain"]))
+        found = from_kaldi_dir(folder, entry["domain"])
+        return (prefixed(utterance, entry["name"]) for utterance in found)
+    return from_audio_files(folder, entry["name"], entry["domain"])
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -215,14 +198,16 @@ def main(cmd: list[str] | None = None) -> None:
         for entry in entries:
             if "corpus" in entry:
                 corpus, partial = known[entry["corpus"]], entry.get("partial", False)
-                found = corpus.prepare(entry["root"], entry.get("parts", ()), partial)
+                prepared = corpus.prepare(
+                    entry["root"], entry.get("parts", ()), partial
+                )
+                found, missing = prepared.entries, prepared.missing
             else:
-                found = from_folder(entry)
-            write(found, args.out_dir / entry["name"])
+                found, missing = from_folder(entry), 0
+            count = write_entries(found, args.out_dir / entry["name"])
             logging.info(
                 "%s: %d utterances, weight %s, %d listed files missing",
-                *(entry["name"], len(found.data.utterances), entry["weight"]),
-                len(found.missing),
+                *(entry["name"], count, entry["weight"], missing),
             )
     except DataDirError as error:
         raise SystemExit(f"ERROR (data_corpora.py): {error}") from None

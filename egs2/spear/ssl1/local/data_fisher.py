@@ -42,27 +42,22 @@ def read(root: Path, part: str) -> Found:
         return match is not None and (int(match[1]) <= LAST_OF_P1) == (part == "p1")
 
     found = Found()
-    found.data.segments = {}
     files = {p.stem: p for p in root.rglob("fe_03_*") if p.suffix in SUFFIXES}
     transcripts = sorted(p for p in root.rglob("fe_03_*.txt") if of_part(p))
     needed(root / "trans" if not transcripts else root, LAYOUT)
     for path in transcripts:
         recording = f"fisher-{path.stem}"
         if path.stem not in files:
-            found.missing.append(f"{path.stem}.sph")
+            found.miss(f"{path.stem}.sph")
             continue
         for start, end, side, text in turns(path):
             if "((" in text or end <= start:
                 continue
             utt = f"{recording}-{side}-{round(start * 100):06d}-{round(end * 100):06d}"
             segment = Segment(recording, start, end, channel="AB".index(side))
-            found.data.segments[utt] = segment
-            found.data.wav_scp[recording] = str(files[path.stem].absolute())
-            found.data.utt2spk[utt] = f"{recording}-{side}"
-            found.data.utt2domain[utt] = "speech"
             words = " ".join(re.sub(r"\[[^]]*\]", " ", text).split())
-            if words:
-                found.data.text[utt] = words
+            file, speaker = files[path.stem], f"{recording}-{side}"
+            found.add_segment(utt, file, segment, speaker, words)
     return found
 
 

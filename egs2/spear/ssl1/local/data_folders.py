@@ -7,15 +7,20 @@ path with spaces, and optionally with a label that starts the utterance ids:
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import re
 import shlex
-from dataclasses import replace
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
-from espnet2_spear.fileio.datadir import DOMAINS, DataDir, DataDirError
+from espnet2_spear.fileio.datadir import DOMAINS
+from espnet2_spear.fileio.datadir_stream import Entry, check, entries, write_entries
+from espnet2_spear.fileio.spool import Spool
+from espnet2_spear.fileio.tables import DataDirError
 
 
 def parse_folders(value: str) -> list[tuple[str, Path]]:
@@ -36,41 +41,66 @@ def safe_id(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text.replace("/", "-"))
 
 
-def from_audio_files(folder: Path, label: str, domain: str) -> DataDir:
-    """List a folder's audio files as utterances, each a speaker of its own."""
-    data = DataDir(wav_scp={}, utt2spk={}, path=folder)
-    for file in sorted(folder.rglob("*")):
-        relative = file.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or file.suffix.lower() not in AUDIO_SUFFIXES or not file.is_file():
-            continue
-        name = f"{label}-{safe_id(relative.with_suffix('').as_posix())}"
-        utt, number = name, 1
-        while utt in data.wav_scp:  # a.wav beside a.flac, or "a b.wav" beside "a_b.wav"
-            number += 1
-            utt = f"{name}_{number}"
-        data.wav_scp[utt] = str(file.absolute())
-        data.utt2spk[utt] = utt
-        data.utt2domain[utt] = domain
-    if not data.wav_scp:
+def from_audio_files(folder: Path, label: str, domain: str) -> Spool[Entry]:
+    """List a folder's audio files as utterances, each a speaker of its own.
+
+    Memory: a hash of each id, some 80 bytes, for those that occur twice.
+
+    Raises:
+        DataDirError: there is no audio file.
+    """
+    found: Spool[Entry] = Spool()
+    seen: set[int] = set()
+
+    def is_new(utt: str) -> bool:
+        digest = hashlib.blake2b(utt.encode(), digest_size=8).digest()
+        number, before = int.from_bytes(digest, "big"), len(seen)
+        seen.add(number)
+        return len(seen) > before
+
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in (Path(parent, name) for name in sorted(names)):
+            is_audio = file.suffix.lower() in AUDIO_SUFFIXES and file.is_file()
+            if file.name.startswith(".") or not is_audio:
+                continue
+            relative = file.relative_to(folder).with_suffix("").as_posix()
+            name = f"{label}-{safe_id(relative)}"
+            utt, number = name, 1
+            # a.wav beside a.flac, or "a b.wav" beside "a_b.wav"
+            while not is_new(utt):
+                number += 1
+                utt = f"{name}_{number}"
+            found.add(Entry(utt, str(file.absolute()), utt, domain))
+    if not len(found):
         raise DataDirError(
             f"{folder}: no audio files found; known are: "
             + " ".join(sorted(AUDIO_SUFFIXES))
         )
-    return data
+    return found
 
 
-def from_kaldi_dir(folder: Path, domain: str) -> DataDir:
-    """Read a Kaldi data directory; paths become absolute, a missing domain is set."""
-    data = DataDir.load(folder)
-    data.validate()
-    # Kaldi's paths are relative to where its recipe ran; beside wav.scp comes second.
-    for recording, value in data.wav_scp.items():
+def from_kaldi_dir(folder: Path, domain: str) -> Iterator[Entry]:
+    """Read a Kaldi data directory; paths become absolute, a missing domain is set.
+
+    Raises:
+        DataDirError: see :func:`espnet2_spear.fileio.datadir_stream.entries`.
+    """
+    check(folder)
+
+    @lru_cache(maxsize=1000)
+    def find(value: str) -> str:
+        # Kaldi's paths start where its recipe ran; beside wav.scp comes second.
         candidates = [Path(value), folder / value]
         found = next((path for path in candidates if path.is_file()), candidates[0])
-        data.wav_scp[recording] = os.path.abspath(found)
-    data.utt2domain = data.utt2domain or dict.fromkeys(data.utterances, domain)
-    return replace(data, utt2num_samples={})  # of other audio than ours will be
+        return os.path.abspath(found)
+
+    for entry in entries(folder):
+        yield entry._replace(
+            path=find(entry.path),
+            domain=entry.domain or domain,
+            samples=None,  # of other audio than ours will be
+        )
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -100,12 +130,11 @@ def main(cmd: list[str] | None = None) -> None:
                 )
             seen[label] = folder
             if (folder / "wav.scp").exists():
-                data = from_kaldi_dir(folder, domain)
+                found = from_kaldi_dir(folder, domain)
             else:
-                data = from_audio_files(folder, label, domain)
-            data.validate(require=("utt2domain",))
-            data.write(args.out_dir / label)
-            logging.info("%s: %d utterances", folder, len(data.utterances))
+                found = from_audio_files(folder, label, domain)
+            count = write_entries(found, args.out_dir / label)
+            logging.info("%s: %d utterances", folder, count)
 
 
 if __name__ == "__main__":

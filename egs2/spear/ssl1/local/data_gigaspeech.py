@@ -54,7 +54,6 @@ def recordings(path: Path) -> Iterator[dict[str, Any]]:
 def read(root: Path, part: str) -> Found:
     """Read a subset; segments without speech are left out."""
     found = Found()
-    found.data.segments = {}
     for entry in recordings(needed(root / "GigaSpeech.json", LAYOUT)):
         chosen = [s for s in entry["segments"] if f"{{{part}}}" in s["subsets"]]
         chosen = [s for s in chosen if not NO_SPEECH.search(s["text_tn"])]
@@ -62,19 +61,14 @@ def read(root: Path, part: str) -> Found:
             continue
         path = root / entry["path"]
         if not path.is_file():
-            found.missing.append(str(path))
+            found.miss(path)
             continue
         recording = f"gigaspeech-{part}-{entry['aid']}"
-        found.data.wav_scp[recording] = str(path.absolute())
         for segment in chosen:
             utt = f"gigaspeech-{part}-{segment['sid']}"
             times = float(segment["begin_time"]), float(segment["end_time"])
-            found.data.segments[utt] = Segment(recording, *times)
-            found.data.utt2spk[utt] = recording
-            found.data.utt2domain[utt] = "speech"
             text = " ".join(TAGS.sub(" ", segment["text_tn"]).split())
-            if text:
-                found.data.text[utt] = text
+            found.add_segment(utt, path, Segment(recording, *times), recording, text)
     return found
 
 

@@ -38,30 +38,24 @@ def cuts(path: Path) -> Iterator[dict[str, Any]]:
 def read(root: Path, part: str) -> Found:
     """Read a part; the text is the book's, with case and punctuation."""
     found = Found()
-    found.data.segments = {}
-    absent: set[str] = set()
+    there: dict[str, bool] = {}  # of each recording
     for cut in cuts(needed(root / f"libriheavy_cuts_{part}.jsonl.gz", LAYOUT)):
         (supervision,) = cut["supervisions"]
         name = supervision["recording_id"]
         path = root / f"{name}.flac"
         recording = f"libriheavy-{name.replace('/', '-')}"
-        if recording not in found.data.wav_scp:
-            if name in absent:
-                continue
-            if not path.is_file():
-                absent.add(name)
-                found.missing.append(str(path))
-                continue
-            found.data.wav_scp[recording] = str(path.absolute())
+        if name not in there:
+            there[name] = path.is_file()
+            if not there[name]:
+                found.miss(path)
+        if not there[name]:
+            continue
         utt = f"libriheavy-{cut['id'].replace('/', '-')}"
         start = float(cut["start"])
         end = start + float(cut["duration"])
-        found.data.segments[utt] = Segment(recording, start, end)
-        found.data.utt2spk[utt] = f"libriheavy-{supervision['speaker']}"
-        found.data.utt2domain[utt] = "speech"
+        speaker = f"libriheavy-{supervision['speaker']}"
         text = " ".join(supervision["custom"]["texts"][0].split())
-        if text:
-            found.data.text[utt] = text
+        found.add_segment(utt, path, Segment(recording, start, end), speaker, text)
     return found
 
 

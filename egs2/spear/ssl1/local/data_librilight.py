@@ -46,21 +46,18 @@ def voice_activity(path: Path) -> list[tuple[float, float]]:
 def read(root: Path, part: str) -> Found:
     """Read a part; a recording without voice activity is one segment."""
     found = Found()
-    found.data.segments = {}
-    for path in sorted(needed(root / part, LAYOUT).glob("*/*/*.json")):
+    for path in needed(root / part, LAYOUT).glob("*/*/*.json"):
         audio = path.with_suffix(".flac")
         if not audio.is_file():
-            found.missing.append(str(audio))
+            found.miss(audio)
             continue
         speaker, book = path.parts[-3:-1]
         recording = f"librilight-{part}-{speaker}-{book}-{path.stem}"
         spans = list(join(voice_activity(path))) or [(0.0, -1.0)]
-        found.data.wav_scp[recording] = str(audio.absolute())
         for number, (start, end) in enumerate(spans):
             utt = f"{recording}_{number:05d}"
-            found.data.segments[utt] = Segment(recording, start, end)
-            found.data.utt2spk[utt] = f"librilight-{speaker}"
-            found.data.utt2domain[utt] = "speech"
+            segment = Segment(recording, start, end)
+            found.add_segment(utt, audio, segment, f"librilight-{speaker}")
     return found
 
 

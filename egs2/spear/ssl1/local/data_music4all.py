@@ -4,7 +4,7 @@
 import csv
 from pathlib import Path
 
-from corpus import Corpus, Found, audio_files, needed
+from corpus import Corpus, FileIndex, Found, needed
 
 LAYOUT = "id_genres.csv as published (columns separated by tabs), and audios/ID.mp3"
 
@@ -12,14 +12,14 @@ LAYOUT = "id_genres.csv as published (columns separated by tabs), and audios/ID.
 def read(root: Path, part: str) -> Found:
     """Read all clips; labels are genres, with _ for spaces."""
     folder = needed(root / "audios", LAYOUT)
-    files = {path.stem: path for path in audio_files(folder)}
+    files = FileIndex(folder)
     found = Found()
     listing = needed(root / "id_genres.csv", LAYOUT)
     with listing.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             name = row["id"]
             genres = ["_".join(g.split()) for g in row["genres"].split(",")]
-            path = files.get(name, folder / f"{name}.mp3")
+            path = files.find(name) or folder / f"{name}.mp3"
             found.add(f"music4all-{name}", path, "audio", labels=" ".join(genres))
     return found
 

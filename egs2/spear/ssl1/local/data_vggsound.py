@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from corpus import Corpus, Found, audio_files, needed, read_csv
+from corpus import Corpus, FileIndex, Found, needed, read_csv
 
 LAYOUT = "vggsound.csv as published, and audio/ with files named ID_START (in 6 digits)"
 FIELDS = ("video", "start", "label", "split")
@@ -12,13 +12,13 @@ FIELDS = ("video", "start", "label", "split")
 def read(root: Path, part: str) -> Found:
     """Read a part; the label is the class, with _ for spaces."""
     folder = needed(root / "audio", LAYOUT)
-    files = {path.stem: path for path in audio_files(folder)}
+    files = FileIndex(folder)
     found = Found()
     for row in read_csv(needed(root / "vggsound.csv", LAYOUT), FIELDS):
         if row["split"] == part:
             name = f"{row['video']}_{int(row['start']):06d}"
             label = "_".join(row["label"].replace(",", " ").split())
-            path = files.get(name, folder / f"{name}.wav")
+            path = files.find(name) or folder / f"{name}.wav"
             found.add(f"vggsound-{name}", path, "audio", labels=label)
     return found
 

@@ -43,26 +43,23 @@ def read(root: Path, part: str) -> Found:
     """Read a language: all events (version 2), or plenary sessions (version 1)."""
     lang, _, version = part.partition("_")
     found = Found()
-    found.data.segments = {}
-    absent: set[str] = set()
+    there: dict[str, bool] = {}  # of each event
     for row in rows(needed(root / "unlabelled_data/unlabelled_v2.tsv.gz", LAYOUT)):
         event = row["event_id"]
         of_version = version == "v2" or "PLENARY" in event
-        if not event.endswith(f"_{lang}") or not of_version or event in absent:
+        if not event.endswith(f"_{lang}") or not of_version:
             continue
         recording = f"voxpopuli-{event}"
-        if recording not in found.data.wav_scp:
-            path = root / "raw_audios" / lang / event[:4] / f"{event}.ogg"
-            if not path.is_file():
-                absent.add(event)
-                found.missing.append(str(path))
-                continue
-            found.data.wav_scp[recording] = str(path.absolute())
+        path = root / "raw_audios" / lang / event[:4] / f"{event}.ogg"
+        if event not in there:
+            there[event] = path.is_file()
+            if not there[event]:
+                found.miss(path)
+        if not there[event]:
+            continue
         utt = f"{recording}_{row['segment_no']}"
-        times = float(row["start"]), float(row["end"])
-        found.data.segments[utt] = Segment(recording, *times)
-        found.data.utt2spk[utt] = recording
-        found.data.utt2domain[utt] = "speech"
+        segment = Segment(recording, float(row["start"]), float(row["end"]))
+        found.add_segment(utt, path, segment, recording)
     return found
 
 

@@ -4,7 +4,7 @@
 import json
 from pathlib import Path
 
-from corpus import Corpus, Found, audio_files, needed
+from corpus import Corpus, FileIndex, Found, needed
 
 from espnet2_spear.fileio.datadir import DataDirError
 
@@ -24,14 +24,14 @@ def read(root: Path, part: str) -> Found:
     """Read a part."""
     listing = needed(root / "json_files" / LISTS[part], LAYOUT)
     folder = needed(root / "audio" / part, LAYOUT)
-    files = {path.stem: path for path in audio_files(folder)}
+    files = FileIndex(folder)
     found = Found()
     try:
         ids = [str(entry["id"]) for entry in json.loads(listing.read_text())["data"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataDirError(f"{listing}: malformed ({error}); fetch it again") from None
     for name in ids:
-        path = files.get(name, folder / f"{name}.flac")
+        path = files.find(name) or folder / f"{name}.flac"
         found.add(f"wavcaps-{part}-{name}", path, "audio")
     return found
 

@@ -7,7 +7,7 @@ archives unpacked. Granary's selection of it comes as manifests: give those as `
 
 from pathlib import Path
 
-from corpus import Corpus, Found, audio_files, needed
+from corpus import Corpus, FileIndex, Found, needed
 
 from espnet2_spear.fileio.datadir import read_table
 
@@ -19,9 +19,9 @@ def read(root: Path, part: str) -> Found:
     found = Found()
     for path in sorted(needed(root / "data" / part / "text", LAYOUT).glob("*.txt")):
         folder = root / "data" / part / "audio" / path.stem
-        files = {file.stem: file for file in audio_files(folder)}
+        files = FileIndex(folder)
         for name, text in read_table(path, "utterance text", empty_values=True).items():
-            file = files.get(name, folder / f"{name}.wav")
+            file = files.find(name) or folder / f"{name}.wav"
             found.add(f"yodas-{part}-{name}", file, "speech", text=text)
     return found
 

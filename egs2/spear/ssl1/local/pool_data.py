@@ -10,18 +10,21 @@ import argparse
 import hashlib
 import logging
 import math
-from collections.abc import Iterable
+from array import array
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from itertools import count, islice
 from pathlib import Path
 
+import numpy as np
+
 from espnet2_spear.fileio.audio import AudioError, audio_info
-from espnet2_spear.fileio.datadir import (
-    DOMAINS,
-    DataDir,
-    DataDirError,
-    Segment,
-    combine,
-)
+from espnet2_spear.fileio.datadir import DOMAINS, Segment
+from espnet2_spear.fileio.datadir_stream import Entry, EntryWriter, entries
+from espnet2_spear.fileio.spool import Spool
+from espnet2_spear.fileio.tables import DataDirError, Lookup
+
+MEASURED_AT_ONCE = 5000  # recordings
 
 
 def hash_fraction(key: str, salt: str) -> float:
@@ -38,84 +41,149 @@ def recording_seconds(path: str) -> float:
         return -1.0
 
 
-def cut(data: DataDir, seconds: dict[str, float], max_seconds: float) -> DataDir:
-    """Return the set with utterances over ``max_seconds`` in pieces of equal length.
+def seconds_of(source: Path, pool: ProcessPoolExecutor) -> Callable[[Entry], float]:
+    """Measure the recordings of a data directory.
+
+    Memory: 8 bytes a recording (and 9 for looking them up).
+
+    Returns:
+        a function that tells the seconds of an utterance's recording.
+    """
+    lookup = Lookup(source / "wav.scp", "recording file")
+    seconds = np.empty(len(lookup))
+    paths, at = lookup.values(), 0
+    # In parts: the pool takes all that it is given at once.
+    while part := list(islice(paths, MEASURED_AT_ONCE)):
+        found = pool.map(recording_seconds, part, chunksize=50)
+        seconds[at : at + len(part)] = list(found)
+        at += len(part)
+
+    def seconds_of_entry(entry: Entry) -> float:
+        number, _ = lookup.find(entry.recording)
+        return float(seconds[number])
+
+    return seconds_of_entry
+
+
+def cut(entry: Entry, seconds: float, max_seconds: float) -> Iterator[Entry]:
+    """Yield an utterance, or pieces of equal length if it is over ``max_seconds``.
 
     Pieces are named as in Kaldi, by utterance, start and end in 1/100 s, and have no
     transcript. Unreadable recordings stay whole, with Kaldi's -1 for the end.
+
+    Args:
+        entry: the utterance.
+        seconds: of its recording, -1 where that is not known.
+        max_seconds: of a piece.
     """
-    result = DataDir(wav_scp=data.wav_scp, utt2spk={}, segments={}, path=data.path)
-    for utt in data.utterances:
-        segment = (data.segments or {}).get(utt, Segment(utt, 0.0, -1.0))
-        start, end = segment.start, segment.end
-        if end < 0:
-            end = seconds[segment.recording]
-        count = max(1, math.ceil((end - start) / max_seconds - 1e-6))
-        step = (end - start) / count
-        for index in range(count):
-            first = start + index * step
-            last = end if index == count - 1 else first + step
-            piece = utt
-            if count > 1:
-                piece = f"{utt}-{round(first * 100):07d}-{round(last * 100):07d}"
-            elif utt in data.text:
-                result.text[piece] = data.text[utt]
-            result.segments[piece] = segment._replace(start=first, end=last)
-            speaker = data.utt2spk[utt]
-            result.utt2spk[piece] = piece if speaker == utt else speaker
-            result.utt2domain[piece] = data.utt2domain[utt]
-    return result
+    segment = entry.segment or Segment(entry.utt, 0.0, -1.0)
+    start, end = segment.start, segment.end
+    if end < 0:
+        end = seconds
+    count = max(1, math.ceil((end - start) / max_seconds - 1e-6))
+    if count == 1:
+        yield entry._replace(segment=segment._replace(end=end), samples=None)
+        return
+    step = (end - start) / count
+    for index in range(count):
+        first = start + index * step
+        last = end if index == count - 1 else first + step
+        piece = f"{entry.utt}-{round(first * 100):07d}-{round(last * 100):07d}"
+        yield entry._replace(
+            utt=piece,
+            speaker=piece if entry.speaker == entry.utt else entry.speaker,
+            segment=segment._replace(start=first, end=last),
+            text=None,
+            samples=None,
+        )
 
 
-def recording_of(data: DataDir, utt: str) -> str:
-    """Return the recording that an utterance is taken from."""
-    return data.segments[utt].recording if data.segments is not None else utt
+class HoldOut:
+    """Decides which recordings are held out for validation, by a hash of their ids.
 
-
-def hold_out(data: DataDir, fraction: float) -> set[str]:
-    """Return the utterances of about ``fraction`` of the recordings of each domain.
-
-    Recordings are held out whole, at least one of each domain that has two.
+    About ``fraction`` of the recordings of each domain are, and at least one of each
+    domain that has two.
     """
-    by_domain: dict[str, set[str]] = {domain: set() for domain in DOMAINS}
-    for utt, domain in data.utt2domain.items():
-        by_domain[domain].add(recording_of(data, utt))
-    held: set[str] = set()
-    for recordings in by_domain.values():
-        order = sorted(recordings, key=lambda key: hash_fraction(key, "valid"))
-        chosen = [key for key in order if hash_fraction(key, "valid") < fraction]
-        if not chosen and len(order) > 1:
-            chosen = order[:1]
-        held.update(chosen)
-    return {utt for utt in data.utterances if recording_of(data, utt) in held}
+
+    def __init__(self, fraction: float) -> None:
+        self.fraction = fraction
+        self._lowest = dict.fromkeys(DOMAINS, 2.0)
+        self._highest = dict.fromkeys(DOMAINS, -1.0)
+
+    def see(self, entry: Entry) -> None:
+        """Take an utterance into account."""
+        value, domain = self._value(entry.recording), entry.domain
+        self._lowest[domain] = min(self._lowest[domain], value)
+        self._highest[domain] = max(self._highest[domain], value)
+
+    def __contains__(self, entry: Entry) -> bool:
+        value = self._value(entry.recording)
+        return value < self.fraction or any(
+            value == low and self._highest[domain] > low >= self.fraction
+            for domain, low in self._lowest.items()
+        )
+
+    def _value(self, recording: str) -> float:
+        return hash_fraction(recording, "valid")
 
 
-def limit_hours(data: DataDir, utts: Iterable[str], domain: str, hours: float) -> set:
-    """Drop utterances of a domain, in the order of their hash, beyond ``hours``."""
-    keep, total = set(), 0.0
-    for utt in sorted(utts, key=lambda key: hash_fraction(key, "limit")):
-        if data.utt2domain[utt] == domain:
-            segment = data.segments[utt]
-            seconds = segment.end - segment.start
-            if total + seconds > hours * 3600:
-                continue
-            total += seconds
-        keep.add(utt)
-    return keep
+class Limits:
+    """Decides which utterances of a set are kept, in the order of a hash of their ids.
 
+    Memory: 17 bytes an utterance while they are seen, 1 byte afterwards.
 
-def limit_count(data: DataDir, utts: Iterable[str], count: int) -> set:
-    """Keep ``count`` utterances, the domains in turn, in the order of their hash."""
-    order = sorted(utts, key=lambda key: hash_fraction(key, "limit"))
-    queues = [
-        [utt for utt in order if data.utt2domain[utt] == domain] for domain in DOMAINS
-    ]
-    ranked = sorted(
-        (rank, index, utt)
-        for index, queue in enumerate(queues)
-        for rank, utt in enumerate(queue)
-    )
-    return {utt for _, _, utt in ranked[:count]}
+    Args:
+        hours: of each domain; math.inf for all.
+        count: of the set, the domains in turn; 0 for all.
+    """
+
+    def __init__(self, hours: Mapping[str, float], count: int) -> None:
+        self._hours, self._count = hours, count
+        self._keys, self._seconds = array("d"), array("d")
+        self._domains = array("b")
+        self._keep: np.ndarray | None = None
+        self.needed = count > 0 or min(hours.values()) < math.inf
+
+    def see(self, entry: Entry) -> None:
+        """Take an utterance into account; they are numbered in this order."""
+        if self.needed:
+            self._keys.append(hash_fraction(entry.utt, "limit"))
+            self._seconds.append(entry.segment.end - entry.segment.start)
+            self._domains.append(DOMAINS.index(entry.domain))
+
+    def keeps(self, number: int) -> bool:
+        """Whether an utterance is kept, of which all have been seen."""
+        if not self.needed:
+            return True
+        if self._keep is None:
+            self._keep = self._decide()
+            self._keys, self._seconds, self._domains = (
+                array("d"),
+                array("d"),
+                array("b"),
+            )
+        return bool(self._keep[number])
+
+    def _decide(self) -> np.ndarray:
+        keys, seconds = np.array(self._keys), np.array(self._seconds)
+        domains = np.array(self._domains)
+        keep = np.ones(len(keys), bool)
+        queues = []
+        for number, domain in enumerate(DOMAINS):
+            mine = np.flatnonzero(domains == number)
+            mine = mine[np.argsort(keys[mine], kind="stable")]
+            total, bound = 0.0, self._hours[domain] * 3600
+            if bound < math.inf:
+                for i in mine:
+                    keep[i] = total + seconds[i] <= bound
+                    total += seconds[i] if keep[i] else 0.0
+            queues.append(mine[keep[mine]])
+        if self._count:
+            ranks = np.concatenate([np.arange(len(queue)) for queue in queues])
+            chosen = np.argsort(ranks, kind="stable")[: self._count]
+            keep[:] = False
+            keep[np.concatenate(queues)[chosen]] = True
+        return keep
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -142,46 +210,64 @@ def main(cmd: list[str] | None = None) -> None:
         for line in path.read_text().splitlines()
         if line.strip()
     }
-    pieces = []
-    with ProcessPoolExecutor(args.nj) as pool:
-        for source in args.sources:
-            data = DataDir.load(source)
-            data.validate(require=("utt2domain",))
-            data = data.select(set(data.utterances) - excluded)
-            found = pool.map(recording_seconds, data.wav_scp.values(), chunksize=50)
-            seconds = dict(zip(data.wav_scp, found, strict=True))
-            pieces.append(cut(data, seconds, args.max_piece_seconds))
-    data = combine(pieces)
-    valid = hold_out(data, args.valid_fraction)
-    if not valid:
+    held = HoldOut(args.valid_fraction)
+    with Spool[Entry](folder=args.out_dir) as pieces:
+        with ProcessPoolExecutor(args.nj) as pool:
+            for source in args.sources:
+                seconds = seconds_of(source, pool)
+                for entry in entries(source, require=("utt2domain",)):
+                    if entry.utt not in excluded:
+                        for piece in cut(entry, seconds(entry), args.max_piece_seconds):
+                            pieces.add(piece)
+                            held.see(piece)
+        write_sets(pieces, held, args)
+
+
+def write_sets(pieces: Spool[Entry], held: HoldOut, args: argparse.Namespace) -> None:
+    """Write train and valid.
+
+    Raises:
+        DataDirError: nothing is held out, or an id is there twice.
+    """
+    hours = {domain: getattr(args, f"max_hours_{domain}") for domain in DOMAINS}
+    limits = {
+        "train": Limits(hours, args.max_utts),
+        "valid": Limits(dict.fromkeys(DOMAINS, math.inf), args.max_utts),
+    }
+    sizes = dict.fromkeys(limits, 0)
+    for piece in pieces:
+        name = "valid" if piece in held else "train"
+        limits[name].see(piece)
+        sizes[name] += 1
+    if not sizes["valid"]:
         raise DataDirError(
             f"{', '.join(map(str, args.sources))}: one recording of each domain is too "
             "few to hold some out for validation; add recordings, or cut them to files"
         )
-    train = set(data.utterances) - valid
-    for domain in DOMAINS:
-        hours = getattr(args, f"max_hours_{domain}")
-        if hours < math.inf:
-            train = limit_hours(data, train, domain, hours)
-    for name, utts in (("train", train), ("valid", valid)):
-        if args.max_utts > 0:
-            utts = limit_count(data, utts, args.max_utts)
-        part = data.select(utts)
-        part.path = args.out_dir / name
-        part.validate(require=("utt2domain",))
-        part.write(part.path)
-        for domain in DOMAINS:
-            of_domain = [u for u in part.utterances if part.utt2domain[u] == domain]
-            total = sum(
-                part.segments[utt].end - part.segments[utt].start for utt in of_domain
-            )
-            logging.info(
-                "%s: %d utterances of %s, %.1f min",
-                name,
-                len(of_domain),
-                domain,
-                total / 60,
-            )
+    numbers = {name: count(0) for name in limits}
+    totals = {(name, domain): [0, 0.0] for name in limits for domain in DOMAINS}
+    with (
+        EntryWriter(args.out_dir / "train") as train,
+        EntryWriter(args.out_dir / "valid") as valid,
+    ):
+        writers = {"train": train, "valid": valid}
+        for piece in pieces:
+            name = "valid" if piece in held else "train"
+            if limits[name].keeps(next(numbers[name])):
+                writers[name].add(piece)
+                total = totals[name, piece.domain]
+                total[0] += 1
+                total[1] += piece.segment.end - piece.segment.start
+        for name, writer in writers.items():
+            if not writer.count:
+                raise DataDirError(
+                    f"{args.out_dir}/{name}: no utterance is left for it; add data, or "
+                    "change --valid_fraction, --max_hours_speech, --max_hours_audio"
+                )
+    for (name, domain), (number, seconds) in totals.items():
+        logging.info(
+            "%s: %d utterances of %s, %.1f min", name, number, domain, seconds / 60
+        )
 
 
 if __name__ == "__main__":

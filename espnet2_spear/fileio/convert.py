@@ -1,0 +1,224 @@
+"""Audio of any form to 16-bit mono files of one rate, in shards of utterances."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from espnet2_spear.fileio.audio import (
+    AudioError,
+    AudioInfo,
+    Span,
+    read_pieces,
+    resample,
+    to_int16,
+)
+from espnet2_spear.fileio.datadir_stream import Entry
+from espnet2_spear.fileio.spool import Spool
+
+SHARD_UTTERANCES = 100
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording and the pieces that are wanted of it."""
+
+    path: str
+    pieces: tuple[tuple[str, Span], ...]  # utterance and where it is
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of an utterance; ``reason`` is set where it was skipped.
+
+    ``peak_db`` is the largest deviation from the mean in dB of full scale.
+    """
+
+    utt: str
+    file: str = ""
+    samples: int = 0
+    peak_db: float = 0.0
+    source_rate: int = 0
+    source_channels: int = 0
+    clipped: int = 0
+    reason: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to write: folder, ``flac`` or ``wav``, sampling rate in Hz."""
+
+    out_dir: str
+    audio_format: str
+    fs: int
+
+
+def recordings_of(found: Iterable[Entry]) -> Iterator[Recording]:
+    """Group utterances by recording."""
+    # Sorted on disk: the utterances of a recording need not follow each other.
+    with Spool[tuple[str, str, str, Span]]() as pieces:
+        for entry in found:
+            if entry.segment is None:
+                whole = Span(0.0, None, None)
+                yield Recording(entry.path, ((entry.utt, whole),))
+                continue
+            recording, start, end, channel = entry.segment
+            span = Span(start, None if end < 0 else end, channel)
+            pieces.add((recording, entry.path, entry.utt, span))
+        for _, group in groupby(pieces, key=itemgetter(0)):
+            rows = list(group)
+            yield Recording(rows[0][1], tuple((utt, span) for _, _, utt, span in rows))
+
+
+def shards_of(recordings: Iterable[Recording]) -> Iterator[list[Recording]]:
+    """Deal recordings into shards of about SHARD_UTTERANCES utterances."""
+    shard: list[Recording] = []
+    count = 0
+    for recording in recordings:
+        shard.append(recording)
+        count += len(recording.pieces)
+        if count >= SHARD_UTTERANCES:
+            yield shard
+            shard, count = [], 0
+    if shard:
+        yield shard
+
+
+def shard_mark(shard: list[Recording], options: Options) -> Path:
+    """Return the file of a shard's results, named by a hash of all it depends on."""
+    stamps = []
+    for recording in shard:
+        try:
+            stat = os.stat(recording.path)
+            stamps.append((stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            stamps.append((-1, -1))
+    content = json.dumps([[asdict(r) for r in shard], stamps, asdict(options)])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:32]
+    return Path(options.out_dir) / ".shards" / f"{digest}.jsonl"
+
+
+def format_shard(shard: list[Recording], options: Options, mark: Path) -> list[Result]:
+    """Convert the recordings of a shard, write their results to ``mark``.
+
+    What fails is tried once more at the end: a file server may have been busy for a
+    moment.
+    """
+    results = {r.utt: r for rec in shard for r in format_recording(rec, options)}
+    for recording in failed_part(shard, results):
+        results |= {r.utt: r for r in format_recording(recording, options)}
+    lines = "".join(json.dumps(asdict(result)) + "\n" for result in results.values())
+    write_atomically(mark, lines.encode())
+    return list(results.values())
+
+
+def failed_part(
+    shard: Iterable[Recording], results: Mapping[str, Result]
+) -> Iterator[Recording]:
+    """Yield the recordings of a shard with those of their pieces that failed."""
+    for recording in shard:
+        failed = [piece for piece in recording.pieces if results[piece[0]].reason]
+        if failed:
+            yield replace(recording, pieces=tuple(failed))
+
+
+def finished_shard(mark: Path) -> list[Result] | None:
+    """Return the results of a shard that is done and whose audio files exist."""
+    if not mark.exists():
+        return None
+    results = [Result(**json.loads(line)) for line in mark.read_text().splitlines()]
+    if any(not r.reason and not os.path.exists(r.file) for r in results):
+        return None
+    return results
+
+
+def format_recording(recording: Recording, options: Options) -> Iterator[Result]:
+    """Convert the pieces of one recording; yield a result for each."""
+    done = 0
+    try:
+        for samples, info in _read(recording):
+            utt = recording.pieces[done][0]
+            done += 1
+            if isinstance(samples, AudioError):
+                yield Result(utt, reason=samples.reason, detail=str(samples))
+                continue
+            samples = resample(samples, info.rate, options.fs)
+            if not len(samples):
+                yield Result(
+                    utt, reason="empty", detail=f"{recording.path}: no samples"
+                )
+                continue
+            pcm, clipped = to_int16(samples)
+            file = audio_path(utt, options)
+            buffer = io.BytesIO()
+            soundfile.write(
+                buffer, pcm, options.fs, "PCM_16", format=options.audio_format
+            )
+            write_atomically(Path(file), buffer.getvalue())
+            yield Result(
+                utt,
+                file,
+                len(pcm),
+                peak_db(pcm),
+                info.rate,
+                info.channels,
+                clipped,
+            )
+    except AudioError as error:
+        for utt, _ in recording.pieces[done:]:
+            yield Result(utt, reason=error.reason, detail=str(error))
+
+
+def _read(
+    recording: Recording,
+) -> Iterator[tuple[np.ndarray | AudioError, AudioInfo]]:
+    """Read the pieces of a recording; errors of the file system are AudioErrors.
+
+    So they are told from those of writing, such as no space left.
+    """
+    try:
+        yield from read_pieces(recording.path, [span for _, span in recording.pieces])
+    except OSError as error:
+        remedy = "see that its disk is there and can be read"
+        raise AudioError(
+            recording.path, "unreadable", error.strerror or str(error), remedy
+        ) from error
+
+
+def audio_path(utt: str, options: Options) -> str:
+    """Return an utterance's file; 256 folders keep each of them small."""
+    key = hashlib.sha256(utt.encode("utf-8", "surrogateescape")).hexdigest()[:2]
+    folder = os.path.join(options.out_dir, options.audio_format, key)
+    return os.path.join(folder, f"{utt}.{options.audio_format}")
+
+
+def peak_db(pcm: np.ndarray) -> float:
+    """Return the largest deviation from the mean in dB of full scale, at least -120."""
+    peak = np.abs(pcm - pcm.mean()).max() / 32768
+    return float(20 * np.log10(max(peak, 1e-6)))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with open(handle, "wb") as out:
+            out.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,133 @@
+"""Sorting more rows than memory holds: sorted runs on disk, merged when read."""
+
+from __future__ import annotations
+
+import heapq
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+Row = TypeVar("Row")
+ROWS = 20_000  # kept in memory before they are written as a sorted run
+RUNS = 64  # of one size, before they are merged to one
+_BLOCK = 100  # rows pickled at a time
+
+
+def c_order(key: str) -> bytes:
+    """What keys are compared by in the C locale: their bytes."""
+    return key.encode("utf-8", "surrogateescape")
+
+
+def by_first(row: Any) -> bytes:
+    """Sort rows by their first column, as in the C locale."""
+    return c_order(row[0])
+
+
+class Spool(Generic[Row]):
+    """Rows that are added in any order and read in sorted order, as often as wanted.
+
+    At most ROWS of them are in memory, and _BLOCK of each of at most RUNS files a
+    level. Equal keys keep the order in which they were added. Use it as a context, or
+    close it, to remove its files.
+
+    Args:
+        key: what rows are sorted by.
+        folder: parent of the temporary folder; by default the system's.
+    """
+
+    def __init__(
+        self, key: Callable[[Row], Any] = by_first, folder: Path | None = None
+    ) -> None:
+        self._key, self._parent = key, folder
+        self._rows: list[Row] = []
+        self._levels: list[list[Path]] = []
+        self._folder: Path | None = None
+        self._files = 0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, row: Row) -> None:
+        """Add a row, of things that pickle knows."""
+        self._rows.append(row)
+        self._count += 1
+        if len(self._rows) >= ROWS:
+            self._rows.sort(key=self._key)
+            self._keep(self._write(iter(self._rows)), 0)
+            self._rows = []
+
+    def __iter__(self) -> Iterator[Row]:
+        self._rows.sort(key=self._key)
+        # Older runs first, so that the merge keeps the order of equal keys.
+        runs = [_read(path) for level in reversed(self._levels) for path in level]
+        if not runs:
+            return iter(self._rows)
+        return heapq.merge(*runs, self._rows, key=self._key)
+
+    def _keep(self, run: Path, number: int) -> None:
+        if number == len(self._levels):
+            self._levels.append([])
+        level = self._levels[number]
+        level.append(run)
+        if len(level) == RUNS:
+            merged = self._write(heapq.merge(*map(_read, level), key=self._key))
+            for path in level:
+                path.unlink()
+            level.clear()
+            self._keep(merged, number + 1)
+
+    def _write(self, rows: Iterator[Row]) -> Path:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(dir=self._parent, prefix=".spool."))
+        path = self._folder / str(self._files)
+        self._files += 1
+        with path.open("wb") as out:
+            block: list[Row] = []
+            for row in rows:
+                block.append(row)
+                if len(block) == _BLOCK:
+                    pickle.dump(block, out, pickle.HIGHEST_PROTOCOL)
+                    block = []
+            pickle.dump(block, out, pickle.HIGHEST_PROTOCOL)
+        return path
+
+    def close(self) -> None:
+        """Forget all rows and remove the files."""
+        self._rows, self._levels, self._count = [], [], 0
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def __enter__(self) -> Spool[Row]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _read(path: Path) -> Iterator[Any]:
+    return chain.from_iterable(_blocks(path))
+
+
+def _blocks(path: Path) -> Iterator[list]:
+    with path.open("rb") as file:
+        while True:
+            try:
+                block = pickle.load(file)
+            except EOFError:
+                return
+            yield block
