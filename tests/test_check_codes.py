@@ -129,7 +129,7 @@ def test_truncated_and_missing_ark(check, codes):
 
 
 def test_missing_scp(check, codes):
-    with pytest.raises(ValueError, match="speech.scp: cannot read"):
+    with pytest.raises(ValueError, match="speech.scp: cannot be read"):
         check("--shape", "speech=4,16,50")
 
 

@@ -19,8 +19,8 @@ from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.report import write_report
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingError
 from espnet2_spear.teachers import build_teacher, load_teacher_config
-from espnet2_spear.teachers.extract import read_utterances, select_domains
 from espnet2_spear.teachers.stream import TeacherFrames
+from espnet2_spear.teachers.utterances import read_utterances, select_domains
 from espnet2_spear.train.process_group import process_group_that_ends
 
 

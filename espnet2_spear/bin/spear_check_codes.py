@@ -7,8 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import DataDir
-from espnet2_spear.fileio.kaldi_ark import read_scp
+from espnet2_spear.fileio.datadir_stream import check, entries
+from espnet2_spear.fileio.tables import TEXT, sorted_rows
 from espnet2_spear.mvq.check import CodesCheck, check_codes
 from espnet2_spear.spear.targets import TeacherCodes
 from espnet2_spear.train.preprocessor import MAX_MISSING_ROWS
@@ -129,8 +129,8 @@ def main(cmd=None):
         level=args.log_level,
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
-    data = DataDir.load(args.data_dir)
-    data.validate(require=("utt2num_samples", "utt2domain"))
+    require = ("utt2num_samples", "utt2domain")
+    check(args.data_dir, require)
     shapes, domains = dict(args.shape), dict(args.domains)
     for option, names in (("--shape", shapes), ("--domains", domains)):
         if unknown := names.keys() - dict(args.codes).keys():
@@ -140,24 +140,24 @@ def main(cmd=None):
     lines, summary, failures = [], {}, []
     for name, path in args.codes:
         scp = Path(path)
-        wanted = set(data.utt2domain.values())
-        if name in domains:
-            wanted = set(domains[name].split(","))
-        required = sum(domain in wanted for domain in data.utt2domain.values())
+        wanted = set(domains[name].split(",")) if name in domains else None
         teacher = _shape(name, shapes.get(name), scp)
-        check = check_codes(data, read_scp(scp), teacher, wanted, args.tolerance)
-        _log(name, scp, check)
-        summary[name] = check.summary()
-        lines += [f"{utt} {name} {kind}: {text}" for utt, kind, text in check.problems]
-        lines += [f"{utt} {name} without codes" for utt in check.without]
-        if check.problems:
-            failures.append(f"{name}: {len(check.problems)} problems")
-        if len(check.without) > args.max_without * required:
+        specs = sorted_rows(scp, "utterance file:offset")
+        utterances = entries(args.data_dir, require)
+        found = check_codes(utterances, specs, teacher, wanted, args.tolerance)
+        _log(name, scp, found)
+        summary[name] = found.summary()
+        lines += [f"{utt} {name} {kind}: {text}" for utt, kind, text in found.problems]
+        lines += [f"{utt} {name} without codes" for utt in found.without]
+        if found.problems:
+            failures.append(f"{name}: {len(found.problems)} problems")
+        if len(found.without) > args.max_without * found.required:
             failures.append(
-                f"{name}: {len(check.without)} of {required} utterances without codes"
+                f"{name}: {len(found.without)} of {found.required} utterances without "
+                "codes"
             )
     problems = output_dir / PROBLEMS
-    problems.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    problems.write_text("".join(f"{line}\n" for line in lines), **TEXT)
     (output_dir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     if failures:
         logging.error(

@@ -9,7 +9,7 @@ import torch
 
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.teachers.embed import INDEX, choose, store_embeddings
-from espnet2_spear.teachers.extract import read_utterances, select_domains
+from espnet2_spear.teachers.utterances import read_utterances, select_domains
 
 
 def get_parser() -> argparse.ArgumentParser:

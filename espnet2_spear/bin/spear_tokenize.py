@@ -14,9 +14,9 @@ import torch
 
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.teachers import load_teacher_config
-from espnet2_spear.teachers.extract import read_utterances, select_domains
 from espnet2_spear.teachers.tokenize import TokenizeOptions
 from espnet2_spear.teachers.tokenize_run import TokenizeRun
+from espnet2_spear.teachers.utterances import read_utterances, select_domains
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -122,7 +122,6 @@ def main(cmd=None):
             "stage 2 of the recipe), where every utterance is a file"
         )
     utterances = read_utterances(data_dir / "wav.scp", data_dir / "utt2num_samples")
-    everyone = [utterance.utt for utterance in utterances]
     chosen = [
         utterances
         if names == "all"
@@ -140,7 +139,7 @@ def main(cmd=None):
         options = (args.refine_iters, args.dtype)
         teachers.append(TokenizeOptions(name, teacher, conf, quantizer, *options))
     run = TokenizeRun(teachers, args.output_dir, args.batch_seconds, args.shard_seconds)
-    summaries = run.run(chosen, everyone, nj, args.num_threads, devices)
+    summaries = run.run(utterances, chosen, nj, args.num_threads, devices)
     for name, summary in zip(args.name, summaries, strict=True):
         logging.info(
             f"{args.output_dir}/{name}.scp: codes of {summary['tokenized']} "

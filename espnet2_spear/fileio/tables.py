@@ -29,8 +29,8 @@ def open_table(path: Path) -> IO[bytes]:
         return open(path, "rb")
     except OSError as error:
         raise DataDirError(
-            f"{path}: cannot be read ({error.strerror}); "
-            "it is part of every data directory: run the stage that writes it"
+            f"{path}: cannot be read ({error.strerror}); run the stage that writes it, "
+            "or correct what names it"
         ) from error
 
 

@@ -22,9 +22,9 @@ from espnet2_spear.fileio.feature_files import (
 )
 from espnet2_spear.hub.extract import ExtractError, Extractor
 from espnet2_spear.hub.recordings import Recording, read_ahead
-from espnet2_spear.teachers.extract import make_batches
 from espnet2_spear.teachers.shards import Batches, DoneMarks, deal, fingerprint
 from espnet2_spear.teachers.spear import sha256_of_tensors
+from espnet2_spear.teachers.utterances import make_batches
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 Failures = dict[str, tuple[str, str]]
@@ -145,7 +145,7 @@ class ExtractionRun:
         if short:
             batches = make_batches(short, options.batch_seconds)
             shards = deal(batches, options.shard_seconds)
-        return shards + [[[r]] for r in sorted(long, key=lambda r: r.utt)]
+        return [*shards, *([[r]] for r in sorted(long, key=lambda r: r.utt))]
 
     def _is_good(self, record: dict[str, Any]) -> bool:
         """Whether a finished shard's files are as they were when it was finished."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from espnet2_spear.fileio.datadir import DataDir
+from espnet2_spear.fileio.datadir_stream import Entry
 from espnet2_spear.fileio.kaldi_ark import MISSING, ArkError, read_matrix
+from espnet2_spear.fileio.spool import c_order
 from espnet2_spear.mvq.measure import code_entropy_bits
 from espnet2_spear.spear.targets import TeacherCodes
 
@@ -28,6 +29,7 @@ class CodesCheck:
         problems: (utterance, kind, details) of everything that is wrong.
         without: utterances that should have codes but point to the row of -1: the
             teacher could not read them.
+        required: how many should have codes.
         utterances, frames: number of those with sound codes.
         usage: how often each code occurs, int64 (N, K).
     """
@@ -35,6 +37,7 @@ class CodesCheck:
     teacher: TeacherCodes
     problems: list[tuple[str, str, str]] = field(default_factory=list)
     without: list[str] = field(default_factory=list)
+    required: int = 0
     utterances: int = 0
     frames: int = 0
 
@@ -63,48 +66,61 @@ class CodesCheck:
 
 
 def check_codes(
-    data: DataDir,
-    specs: Mapping[str, str],
+    utterances: Iterable[Entry],
+    specs: Iterable[tuple[str, str]],
     teacher: TeacherCodes,
-    domains: set[str],
+    domains: Collection[str] | None,
     tolerance: int,
 ) -> CodesCheck:
     """Read all codes of one teacher.
 
     Args:
-        data: with lengths and domains of all utterances.
-        specs: utterance -> ``ark:offset``.
+        utterances: with lengths and domains, in the order of names (C locale).
+        specs: utterance and ``ark:offset``, in the same order.
         teacher: shape of the codes.
-        domains: whose utterances must have codes; others may have the row of -1.
+        domains: whose utterances must have codes, None for all; others may have the
+            row of -1.
         tolerance: rows by which codes may be longer or shorter than their audio.
     """
     result = CodesCheck(teacher)
-    for count, (utt, samples) in enumerate(data.utt2num_samples.items(), 1):
-        if utt not in specs:
+    missing = np.full((1, teacher.num_codebooks), MISSING)
+    unknown = []
+    rows = iter(specs)
+    row = next(rows, None)
+    for count, entry in enumerate(utterances, 1):
+        if count % 10000 == 0:
+            logging.info(f"{count} utterances")
+        utt = entry.utt
+        required = domains is None or entry.domain in domains
+        result.required += required
+        while row is not None and c_order(row[0]) < c_order(utt):
+            unknown.append(row[0])
+            row = next(rows, None)
+        if row is None or row[0] != utt:
             result.problems.append((utt, "no entry", "no line in the scp file"))
             continue
+        spec, row = row[1], next(rows, None)
         try:
-            codes = read_matrix(specs[utt], utt)
+            codes = read_matrix(spec, utt)
         except ArkError as error:
             result.problems.append((utt, "unreadable", str(error)))
             continue
-        missing = np.full((1, teacher.num_codebooks), MISSING)
         if np.array_equal(codes, missing):
-            if data.utt2domain[utt] in domains:
+            if required:
                 result.without.append(utt)
             continue
-        if problem := _problem(codes, samples, teacher, tolerance):
+        if problem := _problem(codes, entry.samples, teacher, tolerance):
             result.problems.append((utt, *problem))
             continue
         result.utterances += 1
         result.frames += len(codes)
         first = np.arange(teacher.num_codebooks) * teacher.codebook_size
-        rows = (codes.astype(np.int64) + first).ravel()
-        usage = np.bincount(rows, minlength=result.usage.size)
+        places = (codes.astype(np.int64) + first).ravel()
+        usage = np.bincount(places, minlength=result.usage.size)
         result.usage += usage.reshape(result.usage.shape)
-        if count % 10000 == 0:
-            logging.info(f"{count} of {len(data.utt2num_samples)} utterances")
-    for utt in sorted(specs.keys() - data.utt2num_samples.keys()):
+    unknown += [utt for utt, _ in ([row] if row else [])]
+    unknown += [utt for utt, _ in rows]
+    for utt in unknown:
         result.problems.append((utt, "unknown", "not in the data directory"))
     return result
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from espnet2_spear.teachers.base import Teacher
-from espnet2_spear.teachers.extract import Utterance, embed_batch, make_batches
+from espnet2_spear.teachers.extract import embed_batch
 from espnet2_spear.teachers.shards import (
     Batches,
     DoneMarks,
@@ -22,13 +22,14 @@ from espnet2_spear.teachers.shards import (
     fingerprint,
     write_text,
 )
+from espnet2_spear.teachers.utterances import Utterance, lengths_of, make_batches
 
 INDEX = "embeddings.json"
 
 
 def choose(
     utterances: Sequence[Utterance], teacher: Teacher, max_frames: int, seed: int
-) -> list[Utterance]:
+) -> Sequence[Utterance]:
     """Choose utterances at random until they hold ``max_frames`` embeddings.
 
     Args:
@@ -38,9 +39,9 @@ def choose(
         seed: of the choice.
     """
     if max_frames == 0:
-        return list(utterances)
-    lengths = torch.tensor([u.samples for u in utterances], dtype=torch.int64)
-    frames = teacher.output_lengths(lengths).clamp(min=0).tolist()
+        return utterances
+    lengths = torch.from_numpy(lengths_of(utterances))
+    frames = teacher.output_lengths(lengths).clamp(min=0)
     chosen, count = [], 0
     for i in np.random.default_rng(seed).permutation(len(utterances)):
         if count >= max_frames:
@@ -50,7 +51,7 @@ def choose(
         if samples >= teacher.min_samples and (
             teacher.max_samples is None or samples <= teacher.max_samples
         ):
-            count += frames[i]
+            count += int(frames[i])
     return chosen
 
 

@@ -1,27 +1,17 @@
-"""Run a teacher over many audio files: batches of like lengths, bad files listed."""
+"""Run a teacher over batches of audio files; bad files are listed."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from espnet2_spear.fileio.audio import AudioError, read_audio
-from espnet2_spear.fileio.datadir import DataDirError, read_table
 from espnet2_spear.teachers.base import SAMPLE_RATE, Teacher, TeacherError
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """An utterance: its name, 16 kHz file and length in samples."""
-
-    utt: str
-    path: str
-    samples: int
+from espnet2_spear.teachers.utterances import Utterance
 
 
 @dataclass(frozen=True)
@@ -37,75 +27,6 @@ class Embedded:
     utts: list[Utterance]
     frames: list[Tensor]
     failed: list[tuple[str, str]]
-
-
-def make_batches(
-    utterances: Iterable[Utterance], batch_seconds: float
-) -> list[list[Utterance]]:
-    """Group utterances of like lengths, shortest first.
-
-    Args:
-        utterances: in any order; the result does not depend on it.
-        batch_seconds: bound of a batch's audio, in seconds, padding included; an
-            utterance that is longer forms a batch of its own.
-    """
-    batches: list[list[Utterance]] = []
-    bound = batch_seconds * SAMPLE_RATE
-    for utterance in sorted(utterances, key=lambda u: (u.samples, u.utt)):
-        # Sorted: the last utterance of a batch is its longest.
-        if not batches or (len(batches[-1]) + 1) * utterance.samples > bound:
-            batches.append([])
-        batches[-1].append(utterance)
-    return batches
-
-
-def read_utterances(
-    wav_scp: str | Path, utt2num_samples: str | Path
-) -> list[Utterance]:
-    """Read a wav.scp of plain files and the lengths of its utterances.
-
-    Raises:
-        DataDirError: a missing or malformed file, a repeated utterance, an utterance
-            without a length.
-    """
-    lengths = read_table(Path(utt2num_samples), "utterance samples")
-    utterances = []
-    for utt, path in read_table(Path(wav_scp), "utterance file").items():
-        if not lengths.get(utt, "").isdecimal():
-            raise DataDirError(
-                f"{utt2num_samples}: has no number of samples for '{utt}' of "
-                f"{wav_scp}; run stages 2 and 3 of the recipe again"
-            )
-        utterances.append(Utterance(utt, path, int(lengths[utt])))
-    return utterances
-
-
-def select_domains(
-    utterances: Iterable[Utterance], utt2domain: str | Path, domains: Iterable[str]
-) -> list[Utterance]:
-    """Keep the utterances of some domains.
-
-    Raises:
-        DataDirError: a missing or malformed file, an utterance without a domain, or a
-            domain that none has.
-    """
-    domain_of = read_table(Path(utt2domain), "utterance domain")
-    kept, wanted = [], set(domains)
-    for utterance in utterances:
-        if utterance.utt not in domain_of:
-            raise DataDirError(
-                f"{utt2domain}: has no domain for '{utterance.utt}'; add its line"
-            )
-        if domain_of[utterance.utt] in wanted:
-            kept.append(utterance)
-    absent = wanted - set(domain_of.values())
-    if absent:
-        known = ", ".join(sorted(set(domain_of.values())))
-        raise DataDirError(
-            f"{utt2domain}: no utterance of domain {', '.join(sorted(absent))}; "
-            f"it has: {known}"
-        )
-    return kept
 
 
 @dataclass(frozen=True)

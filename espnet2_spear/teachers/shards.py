@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from espnet2_spear.teachers.base import SAMPLE_RATE
-from espnet2_spear.teachers.extract import Utterance
+from espnet2_spear.teachers.utterances import Utterance
 
 Batches = list[list[Utterance]]
 
@@ -28,14 +28,38 @@ def duration(batches: Iterable[Sequence[Utterance]]) -> float:
     return sum(u.samples for batch in batches for u in batch) / SAMPLE_RATE
 
 
-def deal(batches: Batches, shard_seconds: float) -> list[Batches]:
+class Shards(Sequence[Batches]):
+    """Batches dealt out to shards, each made when asked for.
+
+    Args:
+        batches: of a run.
+        count: of shards.
+    """
+
+    def __init__(self, batches: Sequence[list[Utterance]], count: int) -> None:
+        self.batches, self._count = batches, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Batches:
+        return [self.batches[i] for i in self.numbers(number)]
+
+    def numbers(self, number: int) -> range:
+        """Which batches a shard has."""
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return range(number, len(self.batches), self._count)
+
+
+def deal(batches: Sequence[list[Utterance]], shard_seconds: float) -> Shards:
     """Deal batches out to shards of about ``shard_seconds`` of audio each.
 
     Every shard gets batches of all lengths, so that shards take equally long. It
     depends on nothing but the arguments: a resumed run finds the same shards.
     """
     count = max(1, min(round(duration(batches) / shard_seconds), len(batches)))
-    return [batches[i::count] for i in range(count)]
+    return Shards(batches, count)
 
 
 def fingerprint(

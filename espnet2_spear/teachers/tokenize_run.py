@@ -6,119 +6,53 @@ import hashlib
 import json
 import logging
 import os
-import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    as_completed,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import asdict
-from multiprocessing import current_process, get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from espnet2_spear.fileio.kaldi_ark import CodesWriter, read_scp, write_missing_codes
-from espnet2_spear.teachers.extract import Utterance, make_batches, read_batch
+from espnet2_spear.fileio.kaldi_ark import scp_lines, write_missing_codes
+from espnet2_spear.fileio.spool import Spool
+from espnet2_spear.fileio.tables import TableWriter
 from espnet2_spear.teachers.shards import (
     Batches,
     DoneMarks,
     Progress,
+    Shards,
     deal,
     duration,
     fingerprint,
     write_text,
 )
 from espnet2_spear.teachers.tokenize import TokenizeOptions, Tokenizer
+from espnet2_spear.teachers.tokenize_worker import start_worker, tokenize_shard, work
+from espnet2_spear.teachers.utterances import (
+    Utterance,
+    UtteranceTable,
+    make_batches,
+)
 from espnet2_spear.teachers.weights import sha256_of
 
 AGREEMENT_UTTERANCES = 16  # compared with float32 before a run in lower precision
-
-
-def _tokenize_shard(
-    tokenizers: Sequence[Tokenizer],
-    batches: Batches,
-    wanted: Sequence[Collection[str]],
-    stems: Sequence[str],
-) -> list[dict]:
-    """Write one shard of every teacher; returns the records of its done marks.
-
-    What fails is tried once more at the end.
-
-    Args:
-        tokenizers: one a teacher.
-        batches: audio, read once for all of them.
-        wanted: names of the utterances that each teacher tokenizes.
-        stems: of each teacher's files.
-    """
-    frames = [0] * len(tokenizers)
-    failed: list[list[tuple[str, str]]] = [[] for _ in tokenizers]
-
-    def tokenize(batch: Sequence[Utterance], names: Sequence[Collection[str]]) -> None:
-        audio = read_batch(batch)
-        for i, tokenizer in enumerate(tokenizers):
-            for utt, codes in tokenizer.encode(audio.select(names[i]), failed[i]):
-                writers[i].write(utt, codes)
-                frames[i] += len(codes)
-
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(CodesWriter(f"{stem}.ark", f"{stem}.scp"))
-            for stem in stems
-        ]
-        for batch in batches:
-            tokenize(batch, wanted)
-        # Once more, each alone: a file server may have been busy for a moment.
-        again = [{utt for utt, _ in failures} for failures in failed]
-        for failures in failed:
-            failures.clear()
-        for utterance in (u for batch in batches for u in batch):
-            if any(utterance.utt in names for names in again):
-                tokenize([utterance], again)
-    return [
-        {
-            "frames": frames[i],
-            "failed": failed[i],
-            "ark_bytes": os.path.getsize(f"{stem}.ark"),
-        }
-        for i, stem in enumerate(stems)
-    ]
-
-
-# Of a worker process; building teachers for every shard would cost seconds.
-_tokenizers: list[Tokenizer] = []
-
-
-def _start_worker(
-    teachers: Sequence[TokenizeOptions], devices: Sequence[str], threads: int
-) -> None:
-    # A worker whose run was killed would wait for ever, or write beside the next run.
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    # Spawned workers are numbered from 1.
-    number = int(current_process().name.rpartition("-")[2] or 0)
-    device = devices[number % len(devices)]
-    _tokenizers.extend(Tokenizer(options, device) for options in teachers)
-
-
-def _follow_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _work(
-    batches: Batches, wanted: Sequence[Collection[str]], stems: Sequence[str]
-) -> list[dict]:
-    return _tokenize_shard(_tokenizers, batches, wanted, stems)
 
 
 class TokenizeRun:
     """Tokenization of the utterances of one data set by one teacher or several.
 
     Writes for every teacher ``<name>.<shard>.{ark,scp,done}`` and, when all are
-    there, ``<name>.scp`` with a line for every utterance in the order given,
+    there, ``<name>.scp`` with a line for every utterance in the order of names,
     ``<name>.failed`` and ``<name>.json``. Utterances without codes (not to be
     tokenized, or failed) point to the row of -1 in ``<name>.missing.ark``. Several
     teachers share one reading of the audio, and their shards.
@@ -154,8 +88,8 @@ class TokenizeRun:
 
     def run(
         self,
-        utterances: Sequence[Sequence[Utterance]],
-        everyone: Sequence[str],
+        everyone: UtteranceTable,
+        chosen: Sequence[UtteranceTable],
         nj: int = 1,
         num_threads: int = 1,
         devices: Sequence[str] = ("cpu",),
@@ -163,8 +97,8 @@ class TokenizeRun:
         """Tokenize.
 
         Args:
-            utterances: for each teacher those to tokenize.
-            everyone: names of all utterances, in the order of the scp files.
+            everyone: all utterances; those that the scp files list.
+            chosen: for each teacher those of them to tokenize.
             nj: number of processes; 1 works in this one.
             num_threads: of each process.
             devices: processes are dealt out to them.
@@ -179,19 +113,19 @@ class TokenizeRun:
         # Built here in any case, so that errors come before work is dealt out.
         device = devices[0] if nj == 1 else "cpu"
         tokenizers = [Tokenizer(options, device) for options in self.teachers]
-        marks = self._marks(tokenizers, utterances)
-        batches = make_batches(_union(utterances), self.batch_seconds)
-        shards = deal(batches, self.shard_seconds)
+        marks = self._marks(tokenizers, chosen)
+        union = chosen[0].union(chosen[1:])
+        shards = deal(make_batches(union, self.batch_seconds), self.shard_seconds)
         todo = [i for i in range(len(shards)) if not self._is_done(marks, i)]
         if len(todo) < len(shards):
             logging.info(f"{len(shards) - len(todo)} of {len(shards)} shards are done")
         agreements = [
-            _compare(tokenizer, chosen)
-            for tokenizer, chosen in zip(tokenizers, utterances, strict=True)
+            _compare(tokenizer, part)
+            for tokenizer, part in zip(tokenizers, chosen, strict=True)
         ]
         progress = Progress(sum(duration(shards[i]) for i in todo), len(todo))
-        names = [{u.utt for u in chosen} for chosen in utterances]
-        jobs = {i: (shards[i], _share(names, shards[i]), self._stems(i)) for i in todo}
+        wanted = [np.isin(union.numbers, part.numbers) for part in chosen]
+        jobs = ((i, _job(shards, i, wanted, self._stems(i))) for i in todo)
         nj = min(nj, len(todo))
         for i, records in self._results(tokenizers, jobs, nj, num_threads, devices):
             for mark, record in zip(marks, records, strict=True):
@@ -231,25 +165,31 @@ class TokenizeRun:
     def _results(
         self,
         tokenizers: Sequence[Tokenizer],
-        jobs: Mapping[int, tuple],
+        jobs: Iterable[tuple[int, tuple]],
         nj: int,
         num_threads: int,
         devices: Sequence[str],
     ) -> Iterator[tuple[int, list[dict]]]:
         if nj <= 1:
-            if jobs:
+            for i, job in jobs:
                 torch.set_num_threads(num_threads)
-            for i, job in jobs.items():
-                yield i, _tokenize_shard(tokenizers, *job)
+                yield i, tokenize_shard(tokenizers, *job)
             return
         with ProcessPoolExecutor(
             nj,
             mp_context=get_context("spawn"),
-            initializer=_start_worker,
+            initializer=start_worker,
             initargs=(self.teachers, devices, num_threads),
         ) as pool:
-            futures = {pool.submit(_work, *job): i for i, job in jobs.items()}
+            futures: dict[Future[list[dict]], int] = {}
             try:
+                for i, job in jobs:
+                    futures[pool.submit(work, *job)] = i
+                    # Not all at once, so that memory does not grow with their number.
+                    if len(futures) >= 3 * nj:
+                        ready, _ = wait(futures, return_when=FIRST_COMPLETED)
+                        for future in ready:
+                            yield futures.pop(future), future.result()
                 for future in as_completed(futures):
                     yield futures[future], future.result()
             except BrokenProcessPool as error:
@@ -266,14 +206,15 @@ class TokenizeRun:
         self,
         tokenizer: Tokenizer,
         records: Sequence[dict],
-        everyone: Sequence[str],
+        everyone: UtteranceTable,
         agreement: float | None,
     ) -> dict[str, Any]:
         name = tokenizer.options.name
         failed = [failure for record in records for failure in record["failed"]]
-        codes: dict[str, str] = {}
+        codes: Spool[tuple[str, str]] = Spool(folder=self.folder)
         for i in range(len(records)):
-            codes.update(read_scp(self.folder / f"{name}.{i}.scp"))
+            for row in scp_lines(self.folder / f"{name}.{i}.scp"):
+                codes.add(row)
         quantizer, teacher = tokenizer.quantizer, tokenizer.teacher
         write_text(
             self.folder / f"{name}.failed",
@@ -281,7 +222,7 @@ class TokenizeRun:
         )
         for utt, reason in failed:
             logging.warning(f"skipped {utt}: {reason}")
-        if failed and not codes:
+        if failed and not len(codes):
             raise ValueError(
                 f"{self.folder}/{name}.failed: none of the {len(failed)} "
                 "utterances could be tokenized; see the reasons there"
@@ -306,20 +247,43 @@ class TokenizeRun:
         if agreement is not None:
             summary["float32_agreement"] = agreement
         write_text(self.folder / f"{name}.json", json.dumps(summary, indent=1) + "\n")
-        lines = (f"{utt} {codes.get(utt, missing)}\n" for utt in everyone)
-        write_text(self.folder / f"{name}.scp", "".join(lines))
+        rows = iter(codes)
+        row = next(rows, None)
+        scp = TableWriter(self.folder / f"{name}.scp")
+        for utterance in everyone:  # in the order of names, as the rows
+            if row is not None and row[0] == utterance.utt:
+                scp.add(*row)
+                row = next(rows, None)
+            else:
+                scp.add(utterance.utt, missing)
+        scp.finish()
+        codes.close()
         return summary
 
 
-def _union(parts: Sequence[Sequence[Utterance]]) -> list[Utterance]:
-    """Utterances that are in any of the parts, each once."""
-    return list({u.utt: u for part in parts for u in part}.values())
+def _job(
+    shards: Shards, number: int, wanted: Sequence[np.ndarray], stems: Sequence[str]
+) -> tuple[Batches, list[Collection[str]], Sequence[str]]:
+    """What a worker is sent of a shard: batches, names wanted by each teacher, files.
 
-
-def _share(names: Sequence[Collection[str]], batches: Batches) -> list[Collection[str]]:
-    """Of each teacher's utterances those in a shard: all that a worker is sent."""
-    here = {u.utt for batch in batches for u in batch}
-    return [chosen & here for chosen in names]
+    Args:
+        shards: of all.
+        number: of the shard.
+        wanted: for each teacher, bool (utterances,).
+        stems: of each teacher's files.
+    """
+    batches = shards[number]
+    places = [shards.batches.places(i) for i in shards.numbers(number)]
+    names = [
+        {
+            utterance.utt
+            for batch, where in zip(batches, places, strict=True)
+            for utterance, is_wanted in zip(batch, mask[where], strict=True)
+            if is_wanted
+        }
+        for mask in wanted
+    ]
+    return batches, names, stems
 
 
 def _compare(tokenizer: Tokenizer, utterances: Sequence[Utterance]) -> float | None:

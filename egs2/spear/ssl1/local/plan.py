@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from espnet2_spear.fileio.datadir import read_table
+from espnet2_spear.fileio.tables import rows
 from espnet2_spear.spear.loss_tables import resolve_loss_weights
 from espnet2_spear.spear.mixing_rules import MixerConfig
 
@@ -148,7 +148,7 @@ def check_data(config: Config, utt2domain: Path) -> set[str]:
     Raises:
         PlanError: utterances whose domain has no loss, a teacher without data.
     """
-    present = set(read_table(utt2domain, "utterance domain").values())
+    present = {domain for _, domain in rows(utt2domain, "utterance domain")}
     for domain in sorted(present):
         if not any(v > 0 for v in config["loss_weights"].get(domain, {}).values()):
             raise PlanError(

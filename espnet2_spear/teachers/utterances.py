@@ -1,0 +1,202 @@
+"""Lists of utterances, of any number, and batches of like lengths of them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from espnet2_spear.fileio.spool import c_order
+from espnet2_spear.fileio.tables import DataDirError, Lookup, sorted_rows
+from espnet2_spear.teachers.base import SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """An utterance: its name, 16 kHz file and length in samples."""
+
+    utt: str
+    path: str
+    samples: int
+
+
+class UtteranceTable(Sequence[Utterance]):
+    """Utterances of a wav.scp, in the order of their names, read when asked for.
+
+    Memory: 13 bytes a line, shared by the parts that are taken of it, and 4 bytes an
+    utterance.
+
+    Args:
+        table: the wav.scp.
+        samples: int32, lengths of all its lines.
+        numbers: int32, ascending: its lines that count.
+    """
+
+    def __init__(self, table: Lookup, samples: np.ndarray, numbers: np.ndarray) -> None:
+        self._table, self._samples, self.numbers = table, samples, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> Utterance: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Utterance]: ...
+    def __getitem__(self, place: int | slice) -> Utterance | list[Utterance]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        number = self.numbers[place]
+        return Utterance(*self._table.row(number), int(self._samples[number]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Lengths in samples, int32 (utterances,)."""
+        return self._samples[self.numbers]
+
+    def take(self, places: np.ndarray | Sequence[int]) -> UtteranceTable:
+        """Return a part, given by ascending places in this one."""
+        numbers = self.numbers[np.asarray(places, np.int64)]
+        return UtteranceTable(self._table, self._samples, numbers)
+
+    def union(self, others: Iterable[UtteranceTable]) -> UtteranceTable:
+        """Return what is in this or other parts of the same table."""
+        chosen = np.zeros(len(self._table), bool)
+        for part in (self, *others):
+            chosen[part.numbers] = True
+        numbers = np.flatnonzero(chosen).astype(np.int32)
+        return UtteranceTable(self._table, self._samples, numbers)
+
+
+def read_utterances(wav_scp: str | Path, utt2num_samples: str | Path) -> UtteranceTable:
+    """Read a wav.scp of plain files and the lengths of its utterances.
+
+    Raises:
+        DataDirError: a missing or malformed file, a repeated utterance, an utterance
+            without a length.
+    """
+    table = Lookup(Path(wav_scp), "utterance file")
+    names = (table.row(number)[0] for number in range(len(table)))
+    lengths = array("i")
+    for utt, value in _joined(names, Path(utt2num_samples), "utterance samples"):
+        if value is None or not value.isdecimal():
+            raise DataDirError(
+                f"{utt2num_samples}: has no number of samples for '{utt}' of "
+                f"{wav_scp}; run stages 2 and 3 of the recipe again"
+            )
+        lengths.append(int(value))
+    numbers = np.arange(len(table), dtype=np.int32)
+    return UtteranceTable(table, np.array(lengths, np.int32), numbers)
+
+
+def select_domains(
+    utterances: UtteranceTable, utt2domain: str | Path, domains: Iterable[str]
+) -> UtteranceTable:
+    """Keep the utterances of some domains.
+
+    Raises:
+        DataDirError: a missing or malformed file, an utterance without a domain, or a
+            domain that none has.
+    """
+    path, wanted, present = Path(utt2domain), set(domains), set[str]()
+    places = array("i")
+    names = (utterance.utt for utterance in utterances)
+    for place, (utt, domain) in enumerate(_joined(names, path, "utterance domain")):
+        if domain is None:
+            raise DataDirError(f"{path}: has no domain for '{utt}'; add its line")
+        present.add(domain)
+        if domain in wanted:
+            places.append(place)
+    if absent := wanted - present:
+        raise DataDirError(
+            f"{path}: no utterance of domain {', '.join(sorted(absent))}; "
+            f"it has: {', '.join(sorted(present))}"
+        )
+    return utterances.take(np.array(places, np.int32))
+
+
+def _joined(
+    names: Iterable[str], path: Path, columns: str
+) -> Iterator[tuple[str, str | None]]:
+    """Yield names, in sorted order, with their values in a table (None without)."""
+    rows = sorted_rows(path, columns)
+    row = next(rows, None)
+    for name in names:
+        while row is not None and c_order(row[0]) < c_order(name):
+            row = next(rows, None)
+        found = row is not None and row[0] == name
+        yield name, row[1] if found else None
+    for _ in rows:  # for the errors of its last lines
+        pass
+
+
+class Batched(Sequence[list[Utterance]]):
+    """Batches of utterances, made when asked for.
+
+    Memory: 8 bytes an utterance, and 8 a batch.
+
+    Args:
+        utterances: of which they are.
+        order: places of the utterances of the first batch, of the second, and so on.
+        starts: where each batch begins in that order, and the end.
+    """
+
+    def __init__(
+        self, utterances: Sequence[Utterance], order: np.ndarray, starts: Sequence[int]
+    ) -> None:
+        self._utterances, self._order, self._starts = utterances, order, starts
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, number: int) -> list[Utterance]: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[list[Utterance]]: ...
+    def __getitem__(
+        self, number: int | slice
+    ) -> list[Utterance] | list[list[Utterance]]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        return [self._utterances[place] for place in self.places(number)]
+
+    def places(self, number: int) -> np.ndarray:
+        """Places of a batch's utterances among all."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self._order[self._starts[number] : self._starts[number + 1]]
+
+
+def lengths_of(utterances: Sequence[Utterance]) -> np.ndarray:
+    """Lengths in samples, int64 (utterances,)."""
+    if isinstance(utterances, UtteranceTable):
+        return utterances.lengths.astype(np.int64)
+    return np.array([u.samples for u in utterances], np.int64)
+
+
+def make_batches(utterances: Sequence[Utterance], batch_seconds: float) -> Batched:
+    """Group utterances of like lengths, shortest first.
+
+    Args:
+        utterances: in any order; the result does not depend on it.
+        batch_seconds: bound of a batch's audio, in seconds, padding included; an
+            utterance that is longer forms a batch of its own.
+    """
+    lengths = lengths_of(utterances)
+    if isinstance(utterances, UtteranceTable):  # in the order of names
+        order = np.argsort(lengths, kind="stable")
+    else:
+        names = [u.utt for u in utterances]
+        places = sorted(range(len(names)), key=lambda i: (lengths[i], names[i]))
+        order = np.array(places, np.int64)
+    bound = batch_seconds * SAMPLE_RATE
+    starts = array("q")
+    for at, samples in enumerate(lengths[order]):
+        # Sorted: the last utterance of a batch is its longest.
+        if not starts or (at - starts[-1] + 1) * samples > bound:
+            starts.append(at)
+    starts.append(len(lengths))
+    return Batched(utterances, order, starts)
