@@ -1,5 +1,6 @@
 """Reading of audio files: formats, segments, channels and damaged files."""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -180,6 +181,50 @@ def test_truncated_flac_is_unreadable(tmp_path: Path) -> None:
     assert error.value.reason == "unreadable" and str(path) in str(error.value)
     samples, _ = read_audio(path, 0.0, 1.0)  # before the damage
     assert len(samples) == 16000
+
+
+def test_truncated_wav_is_unreadable_at_its_end(tmp_path: Path) -> None:
+    """libsndfile takes what is there for the whole."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.full(16000, 0.25), 16000)
+    content = path.read_bytes()
+    path.write_bytes(content[:20044])
+    with pytest.raises(AudioError, match="truncated: 12000 bytes are missing") as error:
+        read_audio(path)
+    assert error.value.reason == "unreadable" and str(path) in str(error.value)
+    assert len(read_audio(path, 0.0, 0.5)[0]) == 8000  # before the damage
+    with pytest.raises(AudioError) as error:
+        read_audio(path, 0.5, 0.9)
+    assert error.value.reason == "segment_past_end"
+    # What came through a pipe has no length in its header.
+    for length in (b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"):
+        at = content.index(b"data") + 4
+        path.write_bytes(content[:at] + length + content[at + 4 :])
+        assert len(read_audio(path)[0]) == 16000
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9 x"
+    os.mkdir(folder)
+    for suffix in ("wav", "flac", "m4a"):
+        path = Path(os.fsdecode(folder + b"/n\xff." + suffix.encode()))
+        plain = tmp_path / f"plain.{suffix}"
+        if suffix == "m4a":  # read by PyAV
+            with av.open(str(plain), "w") as file:
+                stream = file.add_stream("aac", rate=16000, layout="mono")
+                frame = av.AudioFrame.from_ndarray(
+                    np.zeros((1, 16000), np.float32), format="fltp", layout="mono"
+                )
+                frame.sample_rate = 16000
+                for packet in [*stream.encode(frame), *stream.encode(None)]:
+                    file.mux(packet)
+        else:
+            soundfile.write(plain, np.zeros(16000), 16000)
+        plain.rename(path)
+        assert audio_info(path).rate == 16000
+        assert len(read_audio(path)[0]) >= 16000
+        with pytest.raises(AudioError, match="no such file"):
+            read_audio(path.with_name("gone\udcff.wav"))
 
 
 def test_mp3_whose_length_is_an_estimate(tmp_path: Path) -> None:

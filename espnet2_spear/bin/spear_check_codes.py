@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from espnet2_spear.fileio.datadir_stream import check, entries
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.tables import TEXT, sorted_rows
 from espnet2_spear.mvq.check import CodesCheck, check_codes
 from espnet2_spear.spear.targets import TeacherCodes
@@ -169,4 +170,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.teachers.embed import INDEX, choose, store_embeddings
 from espnet2_spear.teachers.utterances import read_utterances, select_domains
@@ -111,4 +112,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

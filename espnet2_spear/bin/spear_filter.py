@@ -16,6 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from espnet2_spear.fileio.datadir_stream import Entry, EntryWriter, entries
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.spool import c_order
 from espnet2_spear.fileio.tables import DataDirError, TableWriter, sorted_rows
 
@@ -152,4 +153,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

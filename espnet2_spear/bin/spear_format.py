@@ -35,6 +35,7 @@ from espnet2_spear.fileio.convert import (
     shards_of,
 )
 from espnet2_spear.fileio.datadir_stream import EntryWriter, check, entries
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.spool import Spool, c_order
 from espnet2_spear.fileio.tables import DataDirError, TableWriter
 
@@ -218,4 +219,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

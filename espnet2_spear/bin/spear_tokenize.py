@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from espnet2_spear.fileio.datadir import DataDirError
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.teachers import load_teacher_config
 from espnet2_spear.teachers.tokenize import TokenizeOptions
 from espnet2_spear.teachers.tokenize_run import TokenizeRun
@@ -149,4 +150,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,6 +13,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from espnet2_spear.fileio.riff import missing_bytes
+
 # Formats without a header, known by their name only (the rate comes from the codec).
 RAW_FORMATS = {".g722": "g722", ".gsm": "gsm"}
 AUDIO_SUFFIXES = frozenset(
@@ -83,7 +85,7 @@ def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
     path = _existing(path)
     if path.suffix.lower() not in RAW_FORMATS:
         try:
-            info = soundfile.info(str(path))
+            info = soundfile.info(os.fsencode(path))
         except (soundfile.SoundFileError, RuntimeError, TypeError):
             pass
         else:
@@ -115,16 +117,20 @@ def read_pieces(
     path = _existing(path)
     if path.suffix.lower() not in RAW_FORMATS:
         try:
-            file = soundfile.SoundFile(str(path))
+            file = soundfile.SoundFile(os.fsencode(path))
         except (soundfile.SoundFileError, RuntimeError, TypeError):
             pass
         else:
             with file:
                 info = AudioInfo(file.samplerate, file.channels, file.frames)
                 _checked(path, info)
+                cut_off = missing_bytes(path)
                 for span in spans:
                     try:
                         first, last = _sample_range(path, info, span)
+                        if cut_off and last == info.samples:
+                            detail = f"truncated: {cut_off} bytes are missing"
+                            raise _unreadable(path, detail)
                         data = _read_soundfile(path, file, first, last)
                         piece = _mono(path, data, span.channel)
                     except AudioError as error:
@@ -278,7 +284,9 @@ def _decode_av(path: Path) -> tuple[np.ndarray, int]:
     chunks: list[np.ndarray] = []
     rate = 0
     try:
-        container = av.open(str(path), format=RAW_FORMATS.get(path.suffix.lower()))
+        container = av.open(
+            os.fspath(path), format=RAW_FORMATS.get(path.suffix.lower())
+        )
         with container:
             if not container.streams.audio:
                 raise _unreadable(path, "it holds no audio")

@@ -196,8 +196,17 @@ class TableWriter:
         self._file = open(handle, "w", **TEXT)
 
     def add(self, key: str, value: object) -> None:
-        """Write a line; lines are given in the order they shall have."""
-        self._file.write(f"{key} {value}".rstrip() + "\n")
+        """Write a line; lines are given in the order they shall have.
+
+        Raises:
+            DataDirError: a line break inside, as file names may have it.
+        """
+        line = f"{key} {value}".rstrip()
+        if "\n" in line or "\r" in line:
+            raise DataDirError(
+                f"{self.path}: {line!r} has a line break in it; rename the file"
+            )
+        self._file.write(line + "\n")
         self.lines += 1
 
     def add_words(self, key: str, words: Iterable[str]) -> None:

@@ -32,6 +32,7 @@ from data_folders import from_audio_files, from_kaldi_dir, safe_id
 
 from espnet2_spear.fileio.datadir import DOMAINS, Segment, write_table
 from espnet2_spear.fileio.datadir_stream import Entry, write_entries
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import DataDirError
 
@@ -220,4 +221,4 @@ if __name__ == "__main__":
         level=logging.INFO,
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
-    main()
+    run_command(main)

@@ -19,6 +19,7 @@ from pathlib import Path
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
 from espnet2_spear.fileio.datadir import DOMAINS
 from espnet2_spear.fileio.datadir_stream import Entry, check, entries, write_entries
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import DataDirError
 
@@ -142,4 +143,4 @@ if __name__ == "__main__":
         level=logging.INFO,
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
-    main()
+    run_command(main)

@@ -21,6 +21,7 @@ import numpy as np
 from espnet2_spear.fileio.audio import AudioError, audio_info
 from espnet2_spear.fileio.datadir import DOMAINS, Segment
 from espnet2_spear.fileio.datadir_stream import Entry, EntryWriter, entries
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import DataDirError, Lookup
 
@@ -102,7 +103,7 @@ class HoldOut:
     """Decides which recordings are held out for validation, by a hash of their ids.
 
     About ``fraction`` of the recordings of each domain are, and at least one of each
-    domain that has two.
+    domain that has two that can be read.
     """
 
     def __init__(self, fraction: float) -> None:
@@ -111,7 +112,9 @@ class HoldOut:
         self._highest = dict.fromkeys(DOMAINS, -1.0)
 
     def see(self, entry: Entry) -> None:
-        """Take an utterance into account."""
+        """Take an utterance into account; one that cannot be read is not chosen."""
+        if entry.segment.end < 0:
+            return
         value, domain = self._value(entry.recording), entry.domain
         self._lowest[domain] = min(self._lowest[domain], value)
         self._highest[domain] = max(self._highest[domain], value)
@@ -275,4 +278,4 @@ if __name__ == "__main__":
         level=logging.INFO,
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
-    main()
+    run_command(main)

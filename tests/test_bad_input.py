@@ -1,0 +1,182 @@
+"""What users' data may be like, through the stages of run.sh."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+from test_local_data import noise, run_sh
+
+from espnet2_spear.fileio.datadir import DataDir
+
+
+def stages(tmp_path: Path, *options: str, stop: int = 3) -> tuple[int, str]:
+    """Run the first stages; returns status and output."""
+    command = ["--stop_stage", str(stop), "--nj", "1", "--valid_fraction", "0.2"]
+    command += [
+        "--datadir",
+        str(tmp_path / "data"),
+        "--dumpdir",
+        str(tmp_path / "dump"),
+    ]
+    result = run_sh(*command, *options, cwd=tmp_path)
+    return result.returncode, result.stdout + result.stderr
+
+
+def write_sounds(folder: Path, count: int = 10) -> None:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        soundfile.write(folder / f"{i}.wav", noise(0.6, i), 16000)
+
+
+def formatted(tmp_path: Path) -> DataDir:
+    parts = [DataDir.load(tmp_path / "dump/raw" / name) for name in ("train", "valid")]
+    return DataDir(
+        wav_scp={u: f for part in parts for u, f in part.wav_scp.items()},
+        utt2spk={u: s for part in parts for u, s in part.utt2spk.items()},
+    )
+
+
+def test_names_that_are_not_utf8_spaces_and_quotes(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 'x' $y"))
+    folder.mkdir()
+    write_sounds(tmp_path / "plain")
+    for path in (tmp_path / "plain").iterdir():
+        path.rename(folder / os.fsdecode(b'\xff " ' + os.fsencode(path.name)))
+    (tmp_path / "link").symlink_to(folder)  # its name is an option's value
+    status, output = stages(tmp_path, "--speech_dirs", str(tmp_path / "link"))
+    assert status == 0, output
+    assert len(formatted(tmp_path).wav_scp) == 10
+    listed = (tmp_path / "dump/raw/train/skipped.txt").read_text()
+    assert listed == ""
+
+
+def test_line_break_in_a_name(tmp_path: Path) -> None:
+    write_sounds(tmp_path / "in")
+    (tmp_path / "in/3.wav").rename(tmp_path / "in/3\n4.wav")
+    status, output = stages(tmp_path, "--speech_dirs", str(tmp_path / "in"))
+    assert status == 1 and "has a line break in it; rename the file" in output
+    assert "3\\n4.wav" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_ids_that_two_corpora_share(tmp_path: Path, segments: bool) -> None:
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        write_sounds(folder / "wav")
+        ids = {str(i): f"{name if segments and i else 'same'}{i}" for i in range(10)}
+        wav = [f"{utt} {folder}/wav/{i}.wav\n" for i, utt in ids.items()]
+        (folder / "wav.scp").write_text("".join(wav))
+        utts = [f"{name}-{utt}" if segments else utt for utt in ids.values()]
+        (folder / "utt2spk").write_text("".join(f"{utt} s\n" for utt in utts))
+        if segments:
+            lines = zip(utts, ids.values(), strict=True)
+            (folder / "segments").write_text(
+                "".join(f"{utt} {recording} 0 0.5\n" for utt, recording in lines)
+            )
+    both = f"{tmp_path}/a {tmp_path}/b"
+    status, output = stages(tmp_path, "--speech_dirs", both)
+    assert status == 1 and "the id 'same0' is in both" in output
+    assert f"{tmp_path}/a/wav/0.wav" in output and f"{tmp_path}/b/wav/0.wav" in output
+    assert "a prefix of their own" in output and "Traceback" not in output
+    assert not (tmp_path / "data/train/wav.scp").exists()
+
+
+def test_files_that_were_moved(tmp_path: Path) -> None:
+    write_sounds(tmp_path / "in")
+    source = ["--speech_dirs", str(tmp_path / "in")]
+    assert stages(tmp_path, *source, stop=1)[0] == 0
+    # All of them, after stage 1: an error that says what is missing.
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    status, output = stages(tmp_path, "--stage", "2")
+    assert status == 1 and "none of its" in output and "Traceback" not in output
+    listed = (tmp_path / "dump/raw/org/train/skipped.txt").read_text()
+    assert f"unreadable {tmp_path}/in/" in listed and "no such file; restore" in listed
+    # Back again, but for one.
+    (tmp_path / "elsewhere").rename(tmp_path / "in")
+    path = min(DataDir.load(tmp_path / "data/train").wav_scp.values())
+    Path(path).rename(tmp_path / "moved.wav")
+    status, output = stages(tmp_path, "--stage", "2")
+    assert status == 0, output
+    assert "skipped 1 utterances (unreadable 1)" in output
+    assert len(formatted(tmp_path).wav_scp) == 9
+    # What stage 2 wrote is moved: it is made again.
+    (tmp_path / "moved.wav").rename(path)
+    shutil.rmtree(tmp_path / "dump/raw/org/train/flac")
+    (tmp_path / "dump/raw/org/train/.done.json").unlink()
+    status, output = stages(tmp_path, "--stage", "2")
+    assert status == 0, output
+    assert len(formatted(tmp_path).wav_scp) == 10
+    # The folder itself, before stage 1 is asked for again.
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    status, output = stages(tmp_path, *source)
+    assert status != 0 and f"{tmp_path}/in: no such folder" in output
+    assert "Traceback" not in output
+
+
+def test_damaged_audio_and_segments_past_the_end(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write_sounds(folder / "wav", 20)
+    for i, suffix in enumerate(("wav", "flac", "ogg", "mp3")):
+        path = folder / f"wav/cut.{suffix}"
+        soundfile.write(path, noise(2.0, i), 16000)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (folder / "wav/empty.wav").touch()
+    files = sorted((folder / "wav").iterdir())
+    names = {path.name.replace(".", "-"): path for path in files}
+    scp = "".join(f"{name} {path}\n" for name, path in sorted(names.items()))
+    (folder / "wav.scp").write_text(scp)
+    spans = {f"{name}-u": f"{name} 0 -1" for name in names}
+    spans |= {"0-wav-good": "0-wav 0.1 0.5", "0-wav-late": "0-wav 0.5 3"}
+    spans["0-wav-gone"] = "0-wav 9 10"
+    lines = [f"{utt} {span}\n" for utt, span in sorted(spans.items())]
+    (folder / "segments").write_text("".join(lines))
+    (folder / "utt2spk").write_text("".join(f"{utt} s\n" for utt in sorted(spans)))
+    options = ["--speech_dirs", str(folder), "--min_seconds", "0.2"]
+    status, output = stages(tmp_path, *options)
+    assert status == 0, output
+    reasons = {}
+    for part in ("train", "valid"):
+        for line in (
+            (tmp_path / f"dump/raw/{part}/skipped.txt").read_text().splitlines()
+        ):
+            utt, reason, detail = line.split(maxsplit=2)
+            reasons[utt] = reason
+            assert str(folder) in detail
+    assert reasons == {
+        "0-wav-late": "segment_past_end",
+        "0-wav-gone": "segment_past_end",
+        "cut-flac-u": "unreadable",
+        "cut-mp3-u": "unreadable",
+        "cut-ogg-u": "empty",
+        "cut-wav-u": "unreadable",
+        "empty-wav-u": "empty",
+    }
+    assert len(formatted(tmp_path).wav_scp) == 21
+
+
+def test_no_space_left_is_told_and_made_up_for(tmp_path: Path) -> None:
+    """A limit on the size of files fails as a full disk does."""
+    write_sounds(tmp_path / "in", 6)
+    soundfile.write(tmp_path / "in/long.wav", noise(9.0), 16000)
+    assert stages(tmp_path, "--speech_dirs", str(tmp_path / "in"), stop=1)[0] == 0
+    command = [sys.executable, "-m", "espnet2_spear.bin.spear_format", "--in_dir"]
+    command += [str(tmp_path / "data/train"), "--out_dir", str(tmp_path / "out")]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    failed = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("ERROR (spear_format.py): [Errno 27]")
+    assert "make room for its outputs" in last
+    assert not (tmp_path / "out/wav.scp").exists()
+    assert not list((tmp_path / "out").rglob("*.part"))
+    assert not list((tmp_path / "out").glob(".spool*"))
+    subprocess.run(command, check=True)
+    assert "long" in (tmp_path / "out/wav.scp").read_text()
