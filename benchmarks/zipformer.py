@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 
 MODES = ("inference", "training")
 BATCHES_DONE = 20000.0  # count that the schedules of training are set to
@@ -41,6 +42,13 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", default="base")
+    parser.add_argument(
+        "--conf",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the student, in YAML: activation_checkpointing=true, causal=true",
+    )
     parser.add_argument("--utterances", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=15.0, help="of each")
     parser.add_argument("--trials", type=int, default=5, help="per process")
@@ -92,11 +100,17 @@ def save_weights(args: argparse.Namespace, path: Path) -> dict:
             "output_downsampling_factor": 2,  # the peer knows no other
             "regularize": True,
             "regularize_start": BATCHES_DONE,
+            **dict(_pair(setting) for setting in args.conf),
         }
     ).to_dict()
     student = SpearEncoder(ZipformerConfig.from_dict(config))
     torch.save(student.state_dict(), path)
     return config
+
+
+def _pair(setting: str) -> tuple[str, object]:
+    key, _, value = setting.partition("=")
+    return key, yaml.safe_load(value)
 
 
 def run_child(python: str, path: str, job: dict) -> dict:
@@ -166,10 +180,10 @@ def count_flops(job: dict, fbank, lens, training: bool) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    from espnet2_spear.zipformer import linear, scores
+    from espnet2_spear.zipformer import attend, linear
 
     linear.ONEDNN = False  # operations that the counter knows
-    scores.MAX_WEIGHTS = fbank.numel() ** 2
+    attend.MAX_WEIGHTS = fbank.numel() ** 2
     # Without memory and without computing anything.
     student, frames = _student(job).eval().to("meta"), fbank[:1].to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():

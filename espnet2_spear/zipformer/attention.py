@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from espnet2_spear.zipformer.attend import Attention, attend
+from espnet2_spear.zipformer.blocked_attention import BlockedAttention
 from espnet2_spear.zipformer.frames import Frames, Past
 from espnet2_spear.zipformer.linear import apply_linear
 from espnet2_spear.zipformer.regularizers import (
@@ -17,7 +19,7 @@ from espnet2_spear.zipformer.regularizers import (
 )
 from espnet2_spear.zipformer.scaling import scaled_linear
 from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
-from espnet2_spear.zipformer.scores import Attention, Inputs, attend
+from espnet2_spear.zipformer.scores import Inputs
 
 POS_SKIP: Scheduled = ((0, 0.5), (4000, 0.0))
 SCORE_PROB = 0.1  # that large scores are penalised in a call
@@ -113,7 +115,9 @@ class AttentionWeights(nn.Module):
             count, whitening_limit(3.0), groups=num_heads, grad_scale=0.025
         )
 
-    def forward(self, x: Tensor, frames: Frames, past: Past | None = None) -> Attention:
+    def forward(
+        self, x: Tensor, frames: Frames, past: Past | None = None
+    ) -> Attention | BlockedAttention:
         """Compute attention weights.
 
         Args:
@@ -133,7 +137,7 @@ class AttentionWeights(nn.Module):
             q, p, r = q + 0.0 * self.linear_pos.weight.sum(), None, None
         else:
             r = self.linear_pos(frames.pos).unflatten(1, (h, pd)).permute(1, 2, 0)
-        inputs = Inputs(q, k, p, r, frames.key_padding, frames.blocked)
+        inputs = Inputs(q, k, p, r, frames.key_padding, frames.seen)
         return attend(inputs, regularize and chance(SCORE_PROB))
 
 
@@ -163,7 +167,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        attention: Attention,
+        attention: Attention | BlockedAttention,
         frames: Frames,
         past: Past | None = None,
     ) -> Tensor:
@@ -202,7 +206,7 @@ class NonlinAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        attention: Attention,
+        attention: Attention | BlockedAttention,
         frames: Frames,
         past: Past | None = None,
     ) -> Tensor:

@@ -59,7 +59,8 @@ class Frames:
         feature_mask: (B, 1, C) that training multiplies the frames by.
         pos: (2 T + L - 1, pos_dim) positional encoding, L kept frames before these.
         key_padding: (B, L + T) ``padding`` of the keys.
-        blocked: (T, T) bool, True where a query must not see a key; None: nowhere.
+        seen: (T, 2) first key that a query sees, and the first behind the last; None:
+            all are seen.
     """
 
     padding: Tensor
@@ -72,7 +73,7 @@ class Frames:
     feature_mask: Tensor | None = None
     pos: Tensor | None = None
     key_padding: Tensor | None = None
-    blocked: Tensor | None = None
+    seen: Tensor | None = None
 
     def at(self, factor: int) -> Frames:
         """Return the same at 1 / factor of the rate."""
@@ -86,9 +87,7 @@ class Frames:
 
     def with_keys(self, pos: Tensor, key_padding: Tensor) -> Frames:
         """Return the same with what attention needs."""
-        return replace(
-            self, pos=pos, key_padding=key_padding, blocked=self._chunk_mask()
-        )
+        return replace(self, pos=pos, key_padding=key_padding, seen=self._seen())
 
     @property
     def left(self) -> int | None:
@@ -110,14 +109,13 @@ class Frames:
         last = x[torch.arange(x.size(0), device=x.device), last]
         return torch.where(self.padding[..., None], last[:, None], x)
 
-    def _chunk_mask(self) -> Tensor | None:
-        """Build ``blocked``: a query sees its own chunk and so many before it."""
+    def _seen(self) -> Tensor | None:
+        """Build ``seen``: a query sees its own chunk and so many before it."""
         if not self.causal or self.chunk < 0 or self.past is not None:
             return None  # in streaming the kept frames are those to be seen
         t = torch.arange(self.padding.size(1), device=self.padding.device)
-        chunk = t // self.chunk
-        behind = chunk[:, None] - chunk
-        blocked = behind < 0
+        own = t - t % self.chunk
+        begin = torch.zeros_like(own)
         if self.left_chunks >= 0:
-            blocked |= behind > self.left_chunks
-        return blocked
+            begin = (own - self.left_chunks * self.chunk).clamp(min=0)
+        return torch.stack([begin, own + self.chunk], dim=1)

@@ -62,6 +62,13 @@ def matmul_t(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
+def product_t(a: Tensor, b: Tensor) -> Tensor:
+    """a (n, k) times the transpose of b (m, k); float32, without a gradient."""
+    if ONEDNN and a.device.type == "cpu":
+        return matmul_t(a, b)
+    return torch.mm(a, b.t())
+
+
 class _LinearMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
