@@ -50,6 +50,8 @@ class RunState:
         skipped: steps of the epoch that were skipped for numbers that are not finite.
         any_valid: whether any step of the epoch was not.
         skips: utterances that this rank could not read so far.
+        laid_out: whether the layout of gradients over several ranks is that of all
+            steps (:func:`fix_gradient_layout`).
         ranks: what modules remember in each rank, beside their tensors.
     """
 
@@ -69,6 +71,7 @@ class RunState:
     skipped: int = 0
     any_valid: bool = False
     skips: Sized = ()
+    laid_out: bool = False
     ranks: list[dict[str, float]] = field(default_factory=list)
     stop: StopRequest = field(default_factory=StopRequest)
     reporter: SpearReporter | None = None

@@ -20,6 +20,7 @@ from espnet2.train.trainer import Trainer
 
 from espnet2_spear.train.batches import ResumableIterFactory, windows
 from espnet2_spear.train.checkpoint import atomic_saves
+from espnet2_spear.train.gradient_layout import fix_gradient_layout
 from espnet2_spear.train.gradients import evaluate
 from espnet2_spear.train.interruption import Interrupted
 from espnet2_spear.train.model_average import RunningAverage, save_epoch_average
@@ -188,6 +189,9 @@ class SpearTrainer(Trainer):
         state.summary_writer = summary_writer
         state.skips = getattr(iterator, "skips", ())
         device = torch.device("cuda" if options.ngpu > 0 else "cpu")
+        if distributed_option.distributed and not state.laid_out:
+            fix_gradient_layout(model, device, partial(autocast, options))
+            state.laid_out = True
         model.train()
         batches = _length(iterator)
         progress = Progress(options.max_epoch, batches and state.position + batches)
