@@ -56,6 +56,23 @@ def get_parser() -> argparse.ArgumentParser:
         help="length of the utterance that the memory is measured on; 0 for none "
         "(60000 are 20 minutes at 50 Hz)",
     )
+    group.add_argument(
+        "--passes",
+        action="store_true",
+        help="error and time against passes and extra passes instead, ours alone",
+    )
+    group = parser.add_argument_group("codes of many sizes")
+    group.add_argument(
+        "--grid",
+        action="store_true",
+        help="compare the codes of random quantizers of 32 sizes instead",
+    )
+    group.add_argument("--grid_frames", type=int, default=8, help="of each size")
+    group.add_argument(
+        "--crowded",
+        action="store_true",
+        help="centres that share 2 N dimensions, so that the search is hard",
+    )
     group = parser.add_argument_group("training")
     group.add_argument(
         "--train",
@@ -178,6 +195,10 @@ def encoding(args: argparse.Namespace) -> None:
     else:
         x = noisy_vectors(quantizer, args.frames, args.seed + 1)
     quantizer, x = quantizer.to(device), x.to(device)
+    if args.passes:
+        from mvq_passes import compare_passes
+
+        return compare_passes(args, quantizer, x)
     options = {"refine_iters": args.refine_iters}
     if args.max_frames:
         options["max_frames"] = args.max_frames
@@ -243,6 +264,10 @@ def main(cmd=None):
     """Measure; see ``--help`` and benchmarks/README.md."""
     args = get_parser().parse_args(cmd)
     torch.set_num_threads(args.num_threads)
+    if args.grid:
+        from mvq_grid import compare_grid
+
+        return compare_grid(args)
     if not args.train:
         return encoding(args)
     if not args.embeddings:

@@ -51,7 +51,12 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--utterances", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=15.0, help="of each")
-    parser.add_argument("--trials", type=int, default=5, help="per process")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=5,
+        help="per process; 0: the first step, which else does not count",
+    )
     parser.add_argument("--rounds", type=int, default=2, help="processes of each kind")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--num_threads", type=int, default=2)
@@ -150,19 +155,21 @@ def run_job(job: dict) -> dict:
         return out.detach()
 
     held = _status("VmRSS") if device.type == "cpu" else 0
-    out = step()  # the first one does not count
+    if job["trials"]:
+        out = step()  # the first one does not count
     if job["compile"]:
         step()
     reset_peak(device)
-    times = []
-    for _ in range(job["trials"]):
+    times, used = [], time.process_time()
+    for _ in range(max(1, job["trials"])):
         start = time.perf_counter()
-        step()
+        out = step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     result = {
         "times": times,
+        "cpu": (time.process_time() - used) / len(times),
         "peak": read_peak(device),
         "held": held,
         "sum": float(out.double().abs().mean()),
@@ -295,6 +302,7 @@ def report(mode: str, results: dict[str, list[dict]], args) -> None:
         print(
             f"{mode} {name}: median {medians[name]:.3f} s of {len(times)}, "
             f"from {min(times):.3f} to {max(times):.3f}; "
+            f"{statistics.median(r['cpu'] for r in runs):.2f} s of a core; "
             f"peak {peaks[name] / 2**30:.2f} GiB, {steps[name] / 2**30:.2f} of it "
             f"above torch and weights; mean |out| {runs[0]['sum']:.6f}"
         )

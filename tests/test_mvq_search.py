@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 
+from espnet2_spear.mvq.abs_quantizer import QuantizerError
+from espnet2_spear.mvq.baselines import KMeansQuantizer
 from espnet2_spear.mvq.quantizer import Quantizer
 
 DIMS, NUMS, SIZES = (384, 512, 1024, 1536), (4, 8, 16, 32), (16, 256)
@@ -103,3 +105,48 @@ def test_never_worse_than_the_obvious_search(dim, num, size):
         if not torch.equal(codes, expected):  # then it was a tie within rounding
             assert squared_error(centers, frame, codes) >= error * (1 - 1e-4)
         assert not torch.equal(begin, expected)  # the search had something to do
+
+
+def crowded(num, size):
+    """A quantizer of random centres in few dimensions, and 40 vectors."""
+    torch.manual_seed(num + size)
+    quantizer = Quantizer(12, size, num)
+    with torch.no_grad():
+        quantizer.centers.normal_()
+        quantizer.to_logits.weight.copy_(quantizer.centers.flatten(0, 1))
+        x = quantizer.decode(torch.randint(size, (40, num)))
+    return quantizer.eval(), x + x.std() * torch.randn(x.shape)
+
+
+@pytest.mark.parametrize("num, size", [(1, 16), (2, 16), (4, 16), (16, 16), (8, 256)])
+@pytest.mark.parametrize("start", [0, 5])
+def test_extra_passes_never_make_the_error_larger(num, size, start):
+    quantizer, x = crowded(num, size)
+    centers = quantizer.scaled_centers().detach().double()
+
+    def errors(extra):
+        codes = quantizer.encode(x, start, extra_passes=extra)
+        pairs = zip(x.double(), codes, strict=True)
+        return torch.tensor([squared_error(centers, *pair) for pair in pairs])
+
+    found = [errors(extra) for extra in (0, 1, 4, 8)]
+    for before, after in itertools.pairwise(found):
+        assert (after <= before * (1 + 1e-6)).all()
+    if num > 2 and start:  # of two codebooks there are no other pairs
+        assert found[-1].sum() < found[0].sum()
+
+
+def test_extra_passes_do_not_depend_on_the_batch():
+    quantizer, x = crowded(8, 16)
+    whole = quantizer.encode(x, extra_passes=4)
+    assert torch.equal(quantizer.encode(x, max_frames=7, extra_passes=4), whole)
+    assert torch.equal(quantizer.encode(x, extra_passes=0), quantizer.encode(x))
+    assert not torch.equal(quantizer.encode(x), whole)
+
+
+def test_extra_passes_that_cannot_be():
+    quantizer, x = crowded(4, 16)
+    with pytest.raises(QuantizerError, match="extra_passes is -1; at least 0"):
+        quantizer.encode(x, extra_passes=-1)
+    with pytest.raises(QuantizerError, match="'kmeans' has no joint search"):
+        KMeansQuantizer(12, 16, 1).encode(x, extra_passes=1)

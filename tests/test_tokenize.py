@@ -467,6 +467,15 @@ def test_other_options_or_inputs_are_computed_again(setup, data_dir, tmp_path):
     before = arks(out)
     tokenize(setup, data_dir, out, "--refine_iters", 0)
     assert arks(out) != before
+    start = arks(out)
+    options = ("--refine_iters", 0, "--extra_passes", 9)
+    summary = tokenize(setup, data_dir, out, *options)
+    assert arks(out) != start
+    assert summary["passes"] == 0 and summary["extra_passes"] == 9
+    frames = alone(setup, data_dir, "utt01")
+    expected = load_quantizer(setup["quantizer"]).encode(frames, 0, extra_passes=9)
+    found = read_matrix(read_scp(out / "speech.scp")["utt01"])
+    assert (found == expected.numpy()).mean() >= 0.99
     torch.manual_seed(1)
     other = tmp_path / "other.pt"
     Quantizer(32, 256, 4).save(other, {"teacher": setup["teacher"].describe()})

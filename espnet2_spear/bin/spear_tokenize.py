@@ -81,6 +81,13 @@ def get_parser() -> argparse.ArgumentParser:
         help="passes of the quantizer's search; by default its own number (5 for mvq)",
     )
     parser.add_argument(
+        "--extra_passes",
+        type=int,
+        default=0,
+        help="passes after these that pair the codebooks in other ways: the error "
+        "never gets larger, but the codes are not the multi-quantization library's",
+    )
+    parser.add_argument(
         "--dtype",
         default="float32",
         choices=["float32", "bfloat16", "float16"],
@@ -137,7 +144,7 @@ def main(cmd=None):
         args.name, args.teacher_config, args.quantizer, strict=True
     ):
         teacher, conf = load_teacher_config(config)
-        options = (args.refine_iters, args.dtype)
+        options = (args.refine_iters, args.extra_passes, args.dtype)
         teachers.append(TokenizeOptions(name, teacher, conf, quantizer, *options))
     run = TokenizeRun(teachers, args.output_dir, args.batch_seconds, args.shard_seconds)
     summaries = run.run(utterances, chosen, nj, args.num_threads, devices)

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from espnet2_spear.mvq.improve import improve
 from espnet2_spear.mvq.refine import GramTables
 
 FORMAT = "espnet2_spear.mvq.Quantizer"
@@ -137,12 +138,23 @@ class AbsQuantizer(nn.Module, ABC):
             )
         return refine_iters
 
+    def check_extra_passes(self, extra_passes: int) -> None:
+        """Raise QuantizerError unless the search can go on for so many passes."""
+        if extra_passes < 0 or (extra_passes and not self.default_refine_iters):
+            raise QuantizerError(
+                f"extra_passes is {extra_passes}, but a quantizer of kind "
+                f"'{self.kind}' has no joint search; leave the option out"
+                if extra_passes > 0
+                else f"extra_passes is {extra_passes}; at least 0"
+            )
+
     @torch.no_grad()
     def encode(
         self,
         x: Tensor,
         refine_iters: int | None = None,
         max_frames: int | None = None,
+        extra_passes: int = 0,
     ) -> Tensor:
         """Quantize.
 
@@ -152,6 +164,9 @@ class AbsQuantizer(nn.Module, ABC):
                 by default; 0 takes each codebook's argmax.
             max_frames: vectors computed at once, which bounds the memory; by default
                 as :meth:`default_max_frames` says.
+            extra_passes: passes after these that pair the codebooks of a joint search
+                in other ways and never make the error larger; with any, the codes are
+                not those of the multi-quantization library.
 
         Returns:
             (..., N) int64 in 0..K-1.
@@ -166,11 +181,12 @@ class AbsQuantizer(nn.Module, ABC):
                 f"{self.dim}: is it the quantizer of this teacher?"
             )
         passes = self.passes(refine_iters)
+        self.check_extra_passes(extra_passes)
         flat = x.reshape(-1, self.dim)
         codes = torch.empty(
             len(flat), self.num_codebooks, dtype=torch.int64, device=x.device
         )
-        tables = self.tables() if self._needs_tables(passes) else None
+        tables = self.tables() if self._needs_tables(passes) or extra_passes else None
         max_frames = max_frames or self.default_max_frames(x.device)
         for start in range(0, len(flat), max_frames):
             part = self.standardise(flat[start : start + max_frames])
@@ -183,6 +199,9 @@ class AbsQuantizer(nn.Module, ABC):
             # Float32 under autocast, too.
             with torch.autocast(x.device.type, enabled=False):
                 found = self._search(part, passes, tables)
+                if extra_passes:
+                    linear = tables.linear_terms(part)
+                    found = improve(tables, linear, found, extra_passes)
             codes[start : start + max_frames] = found
         return codes.view(*x.shape[:-1], self.num_codebooks)
 

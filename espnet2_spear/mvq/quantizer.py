@@ -62,7 +62,7 @@ class Quantizer(AbsQuantizer):
 
     def _search(self, x: Tensor, passes: int, tables: GramTables | None) -> Tensor:
         codes = self.logits(x).argmax(dim=-1)
-        if tables is None:
+        if tables is None or passes == 0:
             return codes
         return refine(tables, tables.linear_terms(x), codes, passes)
 

@@ -88,14 +88,11 @@ def refine(tables: GramTables, linear: Tensor, codes: Tensor, iters: int) -> Ten
     result = codes + first  # rows of the tables
     if iters == 0:
         return codes
-    # Score of a centre: its linear term and its products with the present centres of
-    # the other codebooks.
-    scores = F.embedding_bag(result, tables.products, mode="sum")
-    scores = torch.add(linear, scores, alpha=2)
+    scores = initial_scores(tables, linear, result)
     active = torch.arange(len(codes), device=codes.device)
     old = result.clone()
     for i in range(iters):
-        new = _refine_once(tables, scores, old)
+        new = refine_once(tables, scores, old)
         result[active] = new
         # A pass depends on nothing but the codes it starts from, so a vector whose
         # codes stay is finished.
@@ -106,12 +103,27 @@ def refine(tables: GramTables, linear: Tensor, codes: Tensor, iters: int) -> Ten
         if len(going) < len(active):
             active, scores = active[going], scores[going]
             old, new, moved = old[going], new[going], moved[going]
-        _update_scores(tables, scores, old, new, moved)
+        update_scores(tables, scores, old, new, moved)
         old = new
     return result - first
 
 
-def _update_scores(
+def initial_scores(tables: GramTables, linear: Tensor, rows: Tensor) -> Tensor:
+    """Scores (B, N*K) of all centres as candidates of their codebook.
+
+    A centre's linear term and its products with the present centres of the other
+    codebooks.
+
+    Args:
+        tables: inner products of the centres.
+        linear: (B, N*K) from :meth:`GramTables.linear_terms`.
+        rows: (B, N) present centres, rows of the tables.
+    """
+    products = F.embedding_bag(rows, tables.products, mode="sum")
+    return torch.add(linear, products, alpha=2)
+
+
+def update_scores(
     tables: GramTables, scores: Tensor, old: Tensor, new: Tensor, moved: Tensor
 ) -> None:
     """Change scores (B, N*K) in place for codes that moved from old to new."""
@@ -127,7 +139,9 @@ def _update_scores(
     )
 
 
-def _refine_once(tables: GramTables, scores: Tensor, current: Tensor) -> Tensor:
+def refine_once(
+    tables: GramTables, scores: Tensor, current: Tensor, order: Tensor | None = None
+) -> Tensor:
     """One pass: candidates per codebook, joined pair by pair into one group.
 
     With e the error of the present codes, the score of a candidate of some group of
@@ -136,17 +150,24 @@ def _refine_once(tables: GramTables, scores: Tensor, current: Tensor) -> Tensor:
 
     Args:
         tables: inner products of the centres.
-        scores: (B, N*K) of all centres as candidates of their codebook.
+        scores: (B, N*K) from :func:`initial_scores`.
         current: (B, N) present centres, rows of the tables.
+        order: (N,) codebooks in the order in which they are paired, which is that of
+            ``current`` and of the result, too; their own for None.
 
     Returns:
         (B, N) rows of the tables.
     """
     groups, size = tables.num_codebooks, tables.codebook_size
     batch = len(current)
-    first = torch.arange(groups, device=current.device) * size
+    scores = scores.view(batch, groups, size)
+    if order is None:
+        order = torch.arange(groups, device=current.device)
+    else:
+        scores = scores[:, order]
+    first = order * size
     kept = min(num_kept(1, size) if groups > 1 else 1, size)
-    scores, best = _smallest(scores.view(batch, groups, size), kept)
+    scores, best = _smallest(scores, kept)
     # Per group of codebooks: centres in use (rows of the tables), and candidates as
     # positions in these, (batch, groups, candidates, codebooks). The present choice
     # comes first and is no candidate.

@@ -30,6 +30,7 @@ class TokenizeOptions:
         teacher_conf: its options.
         quantizer: file of the quantizer.
         refine_iters: passes of the quantizer's joint search; its own number for None.
+        extra_passes: passes after these, which never make the error larger.
         dtype: of the teacher's computation: ``float32``, or ``bfloat16`` or
             ``float16`` for autocast. Quantizers always work in float32.
     """
@@ -39,6 +40,7 @@ class TokenizeOptions:
     teacher_conf: dict[str, Any]
     quantizer: str
     refine_iters: int | None = None
+    extra_passes: int = 0
     dtype: str = "float32"
 
 
@@ -76,6 +78,7 @@ class Tokenizer:
         teacher = build_teacher(options.teacher, options.teacher_conf)
         quantizer = load_quantizer(options.quantizer)
         check_match(teacher, quantizer, options.quantizer)
+        quantizer.check_extra_passes(options.extra_passes)
         self.teacher = teacher.to(device)
         self.quantizer = quantizer.to(device).eval()
 
@@ -105,5 +108,7 @@ class Tokenizer:
     def _quantize(self, frames: Sequence[Tensor]) -> Tensor:
         with torch.inference_mode():
             return self.quantizer.encode(
-                torch.cat(tuple(frames)), refine_iters=self.options.refine_iters
+                torch.cat(tuple(frames)),
+                refine_iters=self.options.refine_iters,
+                extra_passes=self.options.extra_passes,
             )

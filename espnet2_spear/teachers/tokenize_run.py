@@ -235,6 +235,8 @@ class TokenizeRun:
             "quantizer": tokenizer.options.quantizer,
             "quantizer_id": quantizer.identity,
             "quantizer_kind": quantizer.kind,
+            "passes": quantizer.passes(tokenizer.options.refine_iters),
+            "extra_passes": tokenizer.options.extra_passes,
             "frame_rate": teacher.frame_rate,
             "num_codebooks": quantizer.num_codebooks,
             "codebook_size": quantizer.codebook_size,

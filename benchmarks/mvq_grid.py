@@ -1,0 +1,92 @@
+"""Codes of random quantizers of many sizes beside the library's (mvq.py --grid).
+
+Where the codes of a frame differ, the same search in float64 says who rounded where two
+candidates nearly tie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+import torch
+from mvq import noisy_vectors, random_quantizer, squared_errors
+from peer import load_peer, peer_codes, peer_quantizer
+from torch import Tensor
+
+from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.refine import GramTables, refine
+
+DIMS, NUMS, SIZES = (384, 512, 1024, 1536), (4, 8, 16, 32), (16, 256)
+ALLOWED = 1e-5  # by which our squared error may be larger, relative
+HEAD = (
+    "| D | N | K | frames with other codes | of them as in float64: ours | the "
+    "library's | largest excess of our squared error | largest gain |\n"
+    "|--:|--:|--:|--:|--:|--:|--:|--:|"
+)
+
+
+@torch.no_grad()
+def crowded_quantizer(dim: int, size: int, num: int, seed: int) -> Quantizer:
+    """A random quantizer whose centres share 2 N dimensions.
+
+    So they depend on each other, and the search is as hard as for a trained one. In
+    all dimensions random centres are nearly orthogonal, and any search finds the best.
+    """
+    quantizer = random_quantizer(dim, size, num, seed)
+    basis, _ = torch.linalg.qr(torch.randn(dim, min(dim, 2 * num)))
+    for x in (quantizer.centers, quantizer.to_logits.weight):
+        x.copy_(x @ basis @ basis.T * (dim / basis.size(1)) ** 0.5)
+    quantizer.stamp()
+    return quantizer.eval()
+
+
+@torch.no_grad()
+def exact_codes(quantizer: Quantizer, x: Tensor, passes: int) -> Tensor:
+    """Codes (B, N) of x (B, D) by the search in float64, from the same start."""
+    tables = GramTables(quantizer.scaled_centers().double())
+    linear = tables.linear_terms(quantizer.standardise(x).double())
+    return refine(tables, linear, quantizer.encode(x, 0), passes)
+
+
+def compare_grid(args: argparse.Namespace) -> None:
+    """Print a row a size.
+
+    Raises:
+        SystemExit: a frame whose squared error is larger than allowed although the
+            library's codes are not a matter of rounding.
+    """
+    peer = load_peer(args.peer)
+    if peer is None:
+        raise SystemExit("--grid compares with the library: give --peer")
+    print(f"{args.grid_frames} frames each, {args.refine_iters} passes\n\n{HEAD}")
+    frames, others, wrong = 0, 0, 0
+    for i, (dim, num, size) in enumerate(itertools.product(DIMS, NUMS, SIZES)):
+        make = crowded_quantizer if args.crowded else random_quantizer
+        quantizer = make(dim, size, num, args.seed + i)
+        x = noisy_vectors(quantizer, args.grid_frames, args.seed + i)
+        ours = quantizer.encode(x, args.refine_iters)
+        standard = quantizer.standardise(x)
+        library = peer_quantizer(peer, quantizer)
+        theirs = peer_codes(library, standard, args.refine_iters, len(x))
+        errors = [squared_errors(quantizer, x, codes) for codes in (ours, theirs)]
+        excess = (errors[0] - errors[1]) / errors[1]
+        which = (ours != theirs).any(dim=1).nonzero().squeeze(1)
+        as_exact = [0, 0]
+        if len(which):
+            exact = exact_codes(quantizer, x[which], args.refine_iters)
+            same = [(codes[which] == exact).all(dim=1) for codes in (ours, theirs)]
+            as_exact = [int(s.sum()) for s in same]
+            wrong += int((~same[0] & (excess[which] > ALLOWED)).sum())
+        print(
+            f"| {dim} | {num} | {size} | {len(which)} of {len(x)} | {as_exact[0]} "
+            f"| {as_exact[1]} | {max(0.0, float(excess.max())):.1e} "
+            f"| {max(0.0, float(-excess.min())):.1e} |",
+            flush=True,
+        )
+        frames, others = frames + len(x), others + len(which)
+    print(f"\n{frames} frames, {others} with other codes than the library's")
+    if wrong:
+        raise SystemExit(
+            f"{wrong} of them are neither those of float64 nor within {ALLOWED:.0e}"
+        )
