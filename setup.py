@@ -42,7 +42,7 @@ EXTRAS = {
     # spear-demo: a page in the browser, with pictures.
     "demo": ["gradio>=5", "matplotlib>=3.7"],
     # The test suite and the linters; torcheval, loralib and lightning are what ESPnet's
-    # classification task, its LoRA adapters and ESPnet3 need.
+    # classification task, its LoRA adapters and ESPnet3 need; selenium: the browser.
     "test": [
         "pytest>=8",
         "ruff>=0.9",
@@ -50,6 +50,7 @@ EXTRAS = {
         "torcheval>=0.0.7",
         "loralib>=0.1.2",
         "lightning>=2.5",
+        "selenium>=4.20",
     ],
 }
 

@@ -189,11 +189,12 @@ def test_lora(data: Path, tmp_path: Path) -> None:
     assert isinstance(text, str)
 
 
+@pytest.mark.second_env
 def test_ssl_task(data: Path, tmp_path: Path) -> None:
     """ESPnet's SSL model with a loss on all hidden states, at one frame rate."""
     from espnet2.bin.ssl_train import main
     from espnet2.ssl.loss.abs_loss import AbsSSLLoss
-    from espnet2.tasks.ssl import loss_choices
+    from espnet2.tasks.ssl import SSLTask, loss_choices
 
     class LayersLoss(AbsSSLLoss):
         def __init__(self, encoder_output_size: int) -> None:
@@ -214,7 +215,11 @@ def test_ssl_task(data: Path, tmp_path: Path) -> None:
         arch = {"name": "tiny", "output_downsampling_factor": 2}
         conf = {"preencoder": None, "encoder_conf": {"arch": arch}}
         conf["loss"] = [{"name": "layers", "conf": {}}]
-        run(main, data, tmp_path / "exp", conf)
+        state = run(main, data, tmp_path / "exp", conf)
+        files = (tmp_path / "exp/config.yaml", tmp_path / "exp/1epoch.pth")
+        model, _ = SSLTask.build_model_from_file(*files)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, state[name]), name
     finally:
         del loss_choices.classes["layers"]
 

@@ -79,6 +79,26 @@ def test_trains(options: list[str], tmp_path: Path, monkeypatch) -> None:
     assert (tmp_path / "exp" / "config.yaml").exists()
 
 
+def test_audio_of_another_form_is_refused(tmp_path: Path) -> None:
+    sys.path.insert(0, str(RECIPE))
+    try:
+        from dataset import RATE, Dataset
+    finally:
+        sys.path.remove(str(RECIPE))
+    forms = {"u1": (RATE // 2, 1), "u2": (RATE, 2), "u3": (RATE, 1)}
+    for utt, (rate, channels) in forms.items():
+        soundfile.write(tmp_path / f"{utt}.wav", np.zeros((800, channels)), rate)
+    lines = [f"{utt} {tmp_path}/{utt}.wav" for utt in forms]
+    (tmp_path / "wav.scp").write_text("\n".join(lines))
+    (tmp_path / "text").write_text("".join(f"{utt} A\n" for utt in forms))
+    data = Dataset(str(tmp_path))
+    assert data[2]["speech"].shape == (800,)
+    with pytest.raises(ValueError, match="u1.wav: 8000 Hz.*spear_format"):
+        data[0]
+    with pytest.raises(ValueError, match="u2.wav: 16000 Hz and 2 channels"):
+        data[1]
+
+
 def test_a_missing_student_is_asked_for(monkeypatch) -> None:
     if importlib.util.find_spec("lightning") is None:
         pytest.skip("ESPnet3 trains with lightning, which is not installed")

@@ -137,6 +137,39 @@ def test_page(tmp_path: Path) -> None:
         page(str(tmp_path / "c.wav"), "cka")
 
 
+def test_downstream_models_that_fail(tmp_path: Path) -> None:
+    """Their errors reach the visitor, whatever class they are of."""
+    import soundfile
+    from espnet2.asr_transducer.utils import TooShortUttError
+
+    pytest.importorskip("matplotlib")
+
+    def fail(speech: object) -> str:
+        raise TooShortUttError("has 6 frames and is too short", 6, 7)
+
+    folder = write_pretrained(tmp_path / "x")
+    page = spear_demo.Page(load_model(folder), {}, 9.0, fail, None)
+    soundfile.write(tmp_path / "a.wav", noise(0.2).numpy(), 16000)
+    with pytest.raises(spear_demo.DemoError, match="recognizer cannot.*too short"):
+        page(str(tmp_path / "a.wav"), "cka")
+
+
+def test_page_is_built(tmp_path: Path) -> None:
+    """With gradio itself; what a visitor does is in test_demo_browser.py."""
+    pytest.importorskip("gradio")
+    pytest.importorskip("matplotlib")
+    folder = write_pretrained(tmp_path / "x")
+    model = load_model(folder)
+    page = spear_demo.Page(
+        model, open_heads(folder), 1.0, lambda x: "", lambda x: {"dog": 1.0}
+    )
+    config = spear_demo.build(page).config
+    ids = {part["props"].get("elem_id") for part in config["components"]}
+    assert {"look", "note", "fbank", "similarity", "tokens", "text", "tags"} <= ids
+    (audio,) = [part for part in config["components"] if part["type"] == "audio"]
+    assert audio["props"]["sources"] == ["upload", "microphone"]
+
+
 def test_options(tmp_path: Path) -> None:
     folder = write_pretrained(tmp_path / "x")
     args = spear_demo.get_parser().parse_args(

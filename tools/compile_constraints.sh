@@ -24,6 +24,7 @@ pin() { # FILE OLDEST_PYTHON CONSTRAINT...
 py311=constraints/py311-espnet202511.txt
 pin constraints/py312-espnet202611.txt 3.12 \
     torch==2.11.0 torchaudio==2.11.0 espnet==202611
-pin "${py311}" 3.10 torch==2.11.0 torchaudio==2.11.0 espnet==202511
+# 202511's speaker and language tasks make numbers of arrays, which numpy 2.4 refuses.
+pin "${py311}" 3.10 torch==2.11.0 torchaudio==2.11.0 espnet==202511 'numpy<2.4'
 # Later Pythons have the other file.
 sed -i -E "/python_full_version >= '3\.1[2-9]'/d" "${py311}"

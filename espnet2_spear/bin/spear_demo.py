@@ -90,7 +90,9 @@ def open_sources(args: argparse.Namespace) -> dict[str, TokenSource]:
     return sources
 
 
-def open_recognizer(packed: Path, folder: Path) -> Callable[[Any], str]:
+def open_recognizer(
+    packed: Path, folder: Path, device: str = "cpu"
+) -> Callable[[Any], str]:
     """Open a packed recognizer; samples in, text out.
 
     Raises:
@@ -108,11 +110,13 @@ def open_recognizer(packed: Path, folder: Path) -> Callable[[Any], str]:
     tokens = config.get("token_list")
     if isinstance(tokens, list):
         options["beam_size"] = max(1, min(5, len(tokens) - 2))
-    model = Speech2Text(**files, **options)
+    model = Speech2Text(**files, **options, device=device)
     return lambda speech: str(model(speech)[0][0])
 
 
-def open_classifier(packed: Path, folder: Path) -> Callable[[Any], dict[str, float]]:
+def open_classifier(
+    packed: Path, folder: Path, device: str = "cpu"
+) -> Callable[[Any], dict[str, float]]:
     """Open a packed classifier; samples in, probabilities of its classes out.
 
     Raises:
@@ -123,7 +127,7 @@ def open_classifier(packed: Path, folder: Path) -> Callable[[Any], dict[str, flo
         raise DemoError(f"--cls {packed}: is no classifier but has {', '.join(files)}")
     from espnet2.bin.cls_inference import Classification
 
-    model = Classification(**files)
+    model = Classification(**files, device=device)
     names = model.classification_train_args.token_list
 
     def tag(speech: Any) -> dict[str, float]:
@@ -185,11 +189,19 @@ class Page:
         results.append(similarity_picture(similarity(seen.layers, kind), kind))
         if self.sources:
             results.append(token_picture(seen.tokens, len(speech) / SAMPLE_RATE))
-        if self.transcribe is not None:
-            results.append(self.transcribe(speech))
-        if self.tag is not None:
-            results.append(self.tag(speech))
+        for name, call in (("recognizer", self.transcribe), ("classifier", self.tag)):
+            if call is not None:
+                results.append(_asked(name, call, speech))
         return results
+
+
+def _asked(name: str, call: Callable[[Any], Any], speech: Any) -> Any:
+    """What a downstream model says; whatever it raises becomes a message."""
+    try:
+        return call(speech)
+    except Exception as error:  # ESPnet's TooShortUttError is no ValueError
+        logging.exception("the %s failed", name)
+        raise DemoError(f"The {name} cannot use this recording: {error}") from error
 
 
 def build(page: Page) -> Any:
@@ -262,9 +274,9 @@ def main(cmd: list[str] | None = None) -> None:
         model = load_model(args.model, padding="exact").to(args.device)
         transcribe = tag = None
         if args.asr is not None:
-            transcribe = open_recognizer(args.asr, folder / "asr")
+            transcribe = open_recognizer(args.asr, folder / "asr", args.device)
         if args.cls is not None:
-            tag = open_classifier(args.cls, folder / "cls")
+            tag = open_classifier(args.cls, folder / "cls", args.device)
         page = Page(model, open_sources(args), args.max_seconds, transcribe, tag)
         build(page).launch(
             server_name=args.host, server_port=args.port, max_file_size="100mb"

@@ -101,7 +101,8 @@ from espnet2.bin.{module} import {name}
 model = {name}.from_pretrained(
     "{repo}"{decoding}  # or the path of the zip
 )
-speech, rate = soundfile.read("speech.wav")  # 16 kHz, mono
+speech, rate = soundfile.read("speech.wav")
+assert rate == 16000 and speech.ndim == 1, "convert it to 16 kHz, mono"
 {use}
 """
 

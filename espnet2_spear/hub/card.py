@@ -20,9 +20,9 @@ The model uses classes that are not in ESPnet itself:
 pip install 'espnet2-spear>={__version__}'
 ```
 
-and `import espnet2_spear` before the first model is built; in a recipe, `--python
-spear-python` does so. Without it ESPnet says `--frontend must be one of ...` (or
-`--encoder ...`). `python -m espnet2_spear.doctor --model PATH` says whether an
+(in a checkout of it: `pip install .`) and `import espnet2_spear` before the first model
+is built; in a recipe, `--python spear-python` does so. Without it ESPnet says
+`--frontend must be one of ...` (or `--encoder ...`). `python -m espnet2_spear.doctor --model PATH` says whether an
 installation can open a packed model, and what is missing.
 """
 

@@ -6,6 +6,8 @@ import soundfile
 from espnet3.components.data.base_dataset import BaseDataset
 from espnet3.contract import Field
 
+RATE = 16000
+
 
 def _read(path: Path) -> dict[str, str]:
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -19,7 +21,7 @@ class Dataset(BaseDataset):
         folder: the data directory.
 
     Raises:
-        ValueError: transcripts without audio.
+        ValueError: transcripts without audio; when read, audio of another form.
     """
 
     fields = (Field("speech", "audio"), Field("text", "text"))
@@ -37,5 +39,12 @@ class Dataset(BaseDataset):
 
     def __getitem__(self, index: int) -> dict[str, object]:
         utt = self.utterances[int(index)]
-        speech, _ = soundfile.read(self.audio[utt], dtype="float32")
+        speech, rate = soundfile.read(self.audio[utt], dtype="float32")
+        if rate != RATE or speech.ndim != 1:
+            channels = 1 if speech.ndim == 1 else speech.shape[1]
+            raise ValueError(
+                f"{self.audio[utt]}: {rate} Hz and {channels} channels; {RATE} Hz and "
+                "one channel are needed: python -m espnet2_spear.bin.spear_format "
+                "converts a data directory"
+            )
         return {"speech": speech, "text": self.text[utt]}
