@@ -1,4 +1,4 @@
-"""Configurations of recognizers pass ESPnet's own check, as its CI does it."""
+"""Configurations of recognizers and of tagging pass ESPnet's own check."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import espnet2_spear  # noqa: F401 (registers the frontend)
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 TRAIN = sorted(CONF.glob("train_asr_*.yaml"))
+CLS = sorted(CONF.glob("train_cls_*.yaml"))
 DECODE = sorted(CONF.glob("decode_asr_*.yaml"))
 
 
@@ -18,7 +19,7 @@ def test_every_configuration_is_of_a_kind_that_is_checked() -> None:
 
     Those named s3prl_* are of another toolkit.
     """
-    known = {*TRAIN, *DECODE, *CONF.glob("train_spear_*.yaml")}
+    known = {*TRAIN, *CLS, *DECODE, *CONF.glob("train_spear_*.yaml")}
     known |= {*CONF.glob("teachers/*.yaml"), *CONF.glob("data/*.yaml")}
     assert {*CONF.rglob("*.yaml")} == known
     recipes = {path.resolve() for path in (ROOT / "egs2").glob("*/*/conf/*.yaml")}
@@ -43,6 +44,22 @@ def test_training_passes_espnets_dry_run(path: Path, tmp_path: Path) -> None:
     written = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     for key, value in conf.items():
         if key not in ("frontend_conf", "encoder_conf", "best_model_criterion"):
+            assert written[key] == value, key
+
+
+@pytest.mark.parametrize("path", CLS, ids=lambda p: p.stem)
+def test_tagging_passes_espnets_dry_run(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torcheval")
+    from espnet2.bin.cls_train import main
+
+    conf = yaml.safe_load(path.read_text(encoding="utf-8"))
+    (tmp_path / "classes").write_text("a\nb\n<unk>\n")
+    cmd = ["--config", str(path), "--iterator_type", "none", "--dry_run", "true"]
+    cmd += ["--output_dir", str(tmp_path), "--token_list", str(tmp_path / "classes")]
+    main(cmd=[*cmd, "--encoder_conf", "arch=tiny"])  # for speed alone
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+    for key, value in conf.items():
+        if key not in ("encoder_conf", "iterator_type", "best_model_criterion"):
             assert written[key] == value, key
 
 

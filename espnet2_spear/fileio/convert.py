@@ -219,6 +219,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             out.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # such as a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise

@@ -1,0 +1,190 @@
+#!/usr/bin/env bash
+# Fine-tune a student on ESC-50 or AudioSet by ESPnet's cls task. See --help.
+# shellcheck source-path=SCRIPTDIR
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') (finetune.sh) $*"; }
+
+. ./path.sh
+. ./cmd.sh
+
+help_message="Usage: ./finetune.sh --setting SETTING --ckpt STUDENT.pth [options]
+
+Stages (what is finished is done again only if its inputs or options changed)
+  1  clips, 16 kHz mono, by their corpus in ../ssl1/db.sh  -> dump/raw/<set>
+  2  labels, list of classes                               -> dump/raw/<set>/labels
+  3  training by espnet2.bin.cls_train                     -> exp/cls_<tag>
+  4  classification of the test set                        -> exp/cls_<tag>/decode/<set>
+  5  accuracy, mAP                                         -> exp/cls_<tag>/RESULTS.md
+
+  --setting S                 esc50: four folds, tested on the fifth;
+                              audioset20k: the balanced part, tested on eval;
+                              audioset2m: both training parts, tested on eval
+  --fold K                    of ESC-50, held out                  [1]
+  --ckpt FILE                 pre-trained student, a .pth file
+  --config F                  training [conf/train_cls_spear_<setting>.yaml]
+  --cls_args \"...\"            further options of cls_train, such as
+                              \"--encoder_conf arch.name=large\"
+  --tag TAG                   name in exp/                         [setting and fold]
+  --partial true|false        accept less of a corpus than was published [false]
+  --inference_model NAME      [valid.total_count.ave.pth]
+  --stage N, --stop_stage N   first and last stage                 [1, 5]
+  --nj N                      processes of stage 1                 [number of CPUs]
+  --ngpu N                    GPUs                                 [all visible]
+  --datadir, --dumpdir, --expdir   folders                         [data dump exp]
+  --python CMD                Python that knows the plugin [python -m espnet2_spear.launcher]
+  --dry_run true|false        only list commands, inputs and outputs [false]"
+
+stage=1
+stop_stage=5
+setting=
+fold=1
+ckpt=
+config=
+cls_args=
+tag=
+partial=false
+inference_model=valid.total_count.ave.pth
+nj=$(env -u OMP_NUM_THREADS nproc) # which obeys path.sh's 1
+ngpu=
+datadir=data
+dumpdir=dump
+expdir=exp
+python="python -m espnet2_spear.launcher"
+dry_run=false
+. local/parse_options.sh
+if [ $# -gt 0 ]; then
+    log "ERROR: unexpected argument '$1' (see --help)"
+    exit 2
+fi
+
+case ${setting} in
+esc50)
+    if [[ ! ${fold} =~ ^[1-5]$ ]]; then
+        log "ERROR: --fold must be 1 to 5, not '${fold}'"
+        exit 2
+    fi
+    corpus=esc50 train_parts='' test_parts=fold${fold}
+    for i in 1 2 3 4 5; do [ "${i}" = "${fold}" ] || train_parts+=" fold${i}"; done
+    suffix=_fold${fold}
+    ;;
+audioset20k) corpus=audioset train_parts=balanced_train test_parts=eval suffix= ;;
+audioset2m)
+    corpus=audioset train_parts="balanced_train unbalanced_train" test_parts=eval suffix=
+    ;;
+*)
+    log "ERROR: --setting must be esc50, audioset20k or audioset2m, not '${setting}'"
+    exit 2
+    ;;
+esac
+config=${config:-conf/train_cls_spear_${setting}.yaml}
+tag=${tag:-${setting}${suffix}}
+exp=${expdir}/cls_${tag}
+train_set=${setting}${suffix}_train test_set=${corpus}_${test_parts}
+tokens=${datadir}/token_list/${setting}${suffix}.txt
+if [ -z "${ngpu}" ]; then
+    ngpu=$(nvidia-smi -L 2>/dev/null | grep -c "^GPU" || true)
+fi
+
+wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
+step() { python local/step.py --dry_run "${dry_run}" "$@"; }
+runner() { echo "${cuda_cmd} --gpu $1 $(printf %q "$2")"; }
+
+# prepare <set> <parts>: read a corpus, format and filter
+prepare() {
+    local source=${datadir}/local/$1 raw=${dumpdir}/raw/$1 parts
+    read -ra parts <<<"$2"
+    [ "${partial}" = false ] || parts+=(--partial)
+    # In a shell of its own: the folders of corpora are exported there.
+    (
+        . ../ssl1/db.sh
+        root=${corpus^^}
+        step --mark "${source}/.done.json" --input "${!root:-${corpus}}" \
+            --output "${source}/wav.scp" --output "${source}/labels" \
+            -- python "../ssl1/local/data_${corpus}.py" --out_dir "${source}" \
+            --parts "${parts[@]}"
+    )
+    step --mark "${raw}_org/.done.json" --input "${source}" --output "${raw}_org/wav.scp" \
+        -- python -m espnet2_spear.bin.spear_format --in_dir "${source}" \
+        --out_dir "${raw}_org" + --nj "${nj}"
+    step --mark "${raw}/.done.json" --input "${raw}_org" --output "${raw}/wav.scp" \
+        -- python -m espnet2_spear.bin.spear_filter --in_dir "${raw}_org" \
+        --out_dir "${raw}" --min_seconds 0.3 --max_seconds inf --min_peak_db -120
+}
+
+if wanted 1; then
+    log "Stage 1: clips of ${corpus}"
+    prepare "${train_set}" "${train_parts}"
+    prepare "${test_set}" "${test_parts}"
+fi
+
+if wanted 2; then
+    log "Stage 2: labels, list of classes"
+    for set in ${train_set} ${test_set}; do
+        opts=(--input "${tokens}" --output "${dumpdir}/raw/${set}/labels" --)
+        words=()
+        if [ "${set}" = "${train_set}" ]; then
+            opts=(--output "${dumpdir}/raw/${set}/category2utt" --output "${tokens}" --)
+            words=(--train)
+        fi
+        step --mark "${dumpdir}/raw/${set}/labels.${tag}.json" \
+            --input "${dumpdir}/raw/${set}/wav.scp" \
+            --input "${datadir}/local/${set}/labels" \
+            "${opts[@]}" python local/cls_sets.py --labels "${datadir}/local/${set}/labels" \
+            --set_dir "${dumpdir}/raw/${set}" --token_list "${tokens}" "${words[@]}"
+    done
+fi
+
+if wanted 3; then
+    log "Stage 3: training -> ${exp}"
+    if [ ! -f "${ckpt}" ]; then
+        log "ERROR: --ckpt '${ckpt}': must be the file of a student; pre-train with ../ssl1, or make one of another layout by python -m espnet2_spear.bin.spear_import"
+        exit 1
+    fi
+    opts=() inputs=()
+    for part in train valid; do
+        set=${train_set}
+        [ "${part}" = train ] || set=${test_set}
+        raw=${dumpdir}/raw/${set}
+        inputs+=(--input "${raw}/wav.scp" --input "${raw}/labels")
+        opts+=("--${part}_data_path_and_name_and_type" "${raw}/wav.scp,speech,sound"
+            "--${part}_data_path_and_name_and_type" "${raw}/labels,label,text"
+            "--${part}_shape_file" "${raw}/utt2num_samples")
+    done
+    # shellcheck disable=SC2086
+    step --mark "${exp}/train.json" --input "${config}" --input "${ckpt}" \
+        --input "${tokens}" "${inputs[@]}" --output "${exp}/${inference_model}" \
+        --again "goes on from its last checkpoint (another --tag starts anew)" \
+        --runner "$(runner "${ngpu}" "${exp}/train.log")" \
+        -- ${python} -m espnet2.bin.cls_train --config "${config}" \
+        --output_dir "${exp}" --token_list "${tokens}" \
+        --init_param "${ckpt}:student:encoder" "${opts[@]}" ${cls_args} \
+        + --ngpu "${ngpu}" --resume true
+fi
+
+decode=${exp}/decode/${test_set}
+if wanted 4; then
+    log "Stage 4: classification of ${test_set}"
+    gpus=$((ngpu > 0 ? 1 : 0))
+    # shellcheck disable=SC2086
+    step --mark "${decode}/done.json" --input "${exp}/${inference_model}" \
+        --input "${exp}/config.yaml" --input "${dumpdir}/raw/${test_set}/wav.scp" \
+        --output "${decode}/prediction/score" \
+        --runner "$(runner "${gpus}" "${decode}/decode.log")" \
+        -- ${python} -m espnet2.bin.cls_inference --output_dir "${decode}" \
+        --classification_train_config "${exp}/config.yaml" \
+        --classification_model_file "${exp}/${inference_model}" \
+        --output_all_probabilities true --data_path_and_name_and_type \
+        "${dumpdir}/raw/${test_set}/wav.scp,speech,sound" + --ngpu "${gpus}"
+fi
+
+if wanted 5; then
+    log "Stage 5: accuracy, mAP -> ${exp}/RESULTS.md"
+    step --mark "${exp}/score_mark.json" --input "${decode}/prediction/score" \
+        --input "${dumpdir}/raw/${test_set}/labels" --output "${exp}/RESULTS.md" \
+        -- python -m espnet2_spear.bin.cls_score --exp_dir "${exp}" \
+        --token_list "${tokens}" --score_set "${test_set}" \
+        "${dumpdir}/raw/${test_set}/labels" "${decode}/prediction/score"
+    [ "${dry_run}" = true ] || sed -n '/^## cls_/,$p' "${exp}/RESULTS.md"
+fi

@@ -1,0 +1,1 @@
+../../ssl1/local/run_job.sh
