@@ -123,26 +123,26 @@ class Lookup:
             self._file = tempfile.TemporaryFile()
             for key, value in sorted_rows(path, columns):
                 self._file.write(f"{key} {value}\n".encode(**TEXT))
-            self._file.seek(0)
-        self._starts, at = array("q"), 0
+            self._file.seek(0)  # which also writes what is buffered
+        self._starts = array("q", [0])
         for number, line in enumerate(self._file, 1):
             if len(line.split(maxsplit=1)) != 2:
                 raise DataDirError(
                     f"{path}, line {number}: expected '{columns}', found "
                     f"{line.decode(**TEXT).strip()!r}; correct or remove the line"
                 )
-            self._starts.append(at)
-            at += len(line)
-        self.used = bytearray(len(self._starts))
+            self._starts.append(self._starts[-1] + len(line))
+        self.used = bytearray(len(self))
         self._last: tuple[str, int, str] = ("", -1, "")
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._starts) - 1
 
     def row(self, number: int) -> tuple[str, str]:
         """Key and value of a line, in sorted order."""
-        self._file.seek(self._starts[number])
-        key, value = self._file.readline().strip().split(maxsplit=1)
+        start, end = self._starts[number], self._starts[number + 1]
+        line = os.pread(self._file.fileno(), end - start, start)
+        key, value = line.strip().split(maxsplit=1)
         return key.decode(**TEXT), value.decode(**TEXT)
 
     def find(self, key: str) -> tuple[int, str] | None:

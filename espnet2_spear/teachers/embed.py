@@ -18,7 +18,6 @@ from espnet2_spear.teachers.shards import (
     DoneMarks,
     Progress,
     deal,
-    duration,
     fingerprint,
     write_text,
 )
@@ -96,13 +95,13 @@ def store_embeddings(
     todo = [i for i in range(len(shards)) if marks.read(i) is None]
     if len(todo) < len(shards):
         logging.info(f"{len(shards) - len(todo)} of {len(shards)} shards are done")
-    progress = Progress(sum(duration(shards[i]) for i in todo), len(todo))
+    progress = Progress(sum(shards.seconds(i) for i in todo), len(todo))
     for i in todo:
         record = _store_shard(
             teacher, shards[i], folder / _file(i), dtype, compute_dtype
         )
         marks.write(i, record)
-        progress.add(duration(shards[i]))
+        progress.add(shards.seconds(i))
     records = [marks.read(i) or {} for i in range(len(shards))]
     index = {
         "dim": teacher.dim,

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from espnet2_spear.teachers.base import SAMPLE_RATE
-from espnet2_spear.teachers.utterances import Utterance
+from espnet2_spear.teachers.utterances import Batched, Utterance
 
 Batches = list[list[Utterance]]
 
@@ -23,11 +22,6 @@ class Described(Protocol):
         """Return facts that JSON can hold."""
 
 
-def duration(batches: Iterable[Sequence[Utterance]]) -> float:
-    """Return the audio in some batches, in seconds."""
-    return sum(u.samples for batch in batches for u in batch) / SAMPLE_RATE
-
-
 class Shards(Sequence[Batches]):
     """Batches dealt out to shards, each made when asked for.
 
@@ -36,7 +30,7 @@ class Shards(Sequence[Batches]):
         count: of shards.
     """
 
-    def __init__(self, batches: Sequence[list[Utterance]], count: int) -> None:
+    def __init__(self, batches: Batched, count: int) -> None:
         self.batches, self._count = batches, count
 
     def __len__(self) -> int:
@@ -45,6 +39,10 @@ class Shards(Sequence[Batches]):
     def __getitem__(self, number: int) -> Batches:
         return [self.batches[i] for i in self.numbers(number)]
 
+    def seconds(self, number: int) -> float:
+        """Audio in a shard, in seconds."""
+        return self.batches.seconds(self.numbers(number))
+
     def numbers(self, number: int) -> range:
         """Which batches a shard has."""
         if not 0 <= number < self._count:
@@ -52,13 +50,14 @@ class Shards(Sequence[Batches]):
         return range(number, len(self.batches), self._count)
 
 
-def deal(batches: Sequence[list[Utterance]], shard_seconds: float) -> Shards:
+def deal(batches: Batched, shard_seconds: float) -> Shards:
     """Deal batches out to shards of about ``shard_seconds`` of audio each.
 
     Every shard gets batches of all lengths, so that shards take equally long. It
     depends on nothing but the arguments: a resumed run finds the same shards.
     """
-    count = max(1, min(round(duration(batches) / shard_seconds), len(batches)))
+    seconds = batches.seconds(range(len(batches)))
+    count = max(1, min(round(seconds / shard_seconds), len(batches)))
     return Shards(batches, count)
 
 

@@ -32,7 +32,6 @@ from espnet2_spear.teachers.shards import (
     Progress,
     Shards,
     deal,
-    duration,
     fingerprint,
     write_text,
 )
@@ -123,14 +122,14 @@ class TokenizeRun:
             _compare(tokenizer, part)
             for tokenizer, part in zip(tokenizers, chosen, strict=True)
         ]
-        progress = Progress(sum(duration(shards[i]) for i in todo), len(todo))
+        progress = Progress(sum(shards.seconds(i) for i in todo), len(todo))
         wanted = [np.isin(union.numbers, part.numbers) for part in chosen]
         jobs = ((i, _job(shards, i, wanted, self._stems(i))) for i in todo)
         nj = min(nj, len(todo))
         for i, records in self._results(tokenizers, jobs, nj, num_threads, devices):
             for mark, record in zip(marks, records, strict=True):
                 mark.write(i, record)
-            progress.add(duration(shards[i]))
+            progress.add(shards.seconds(i))
         return [
             self._merge(
                 tokenizer, [mark.read(i) for i in range(len(shards))], everyone, share
