@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -338,3 +339,18 @@ def test_stage_7_passes_weights_to_the_sampler(tmp_path: Path) -> None:
     words = "corpus_weights.librispeech=1.0 --sampler_conf corpus_weights.musan=2.5"
     assert f"--sampler_conf {words}" in result.stdout
     assert "--config exp/spear_mini_speech_audio/train.yaml" in result.stdout
+
+
+def test_files_are_found_by_name(tmp_path: Path) -> None:
+    audio(tmp_path, "a/x.wav", "b/x.flac", "b/y.z.wav", "b/.hidden.wav", ".c/w.wav")
+    strange = os.fsdecode(b"caf\xe9")
+    (tmp_path / "b/y.z.wav").rename(tmp_path / f"b/{strange}.wav")
+    audio(tmp_path, "b/y.z.wav")
+    (tmp_path / "b/x.txt").touch()
+    files = corpus.FileIndex(tmp_path)
+    assert files.find("x") == tmp_path / "b/x.flac"  # the last of several
+    assert files.find("y.z") == tmp_path / "b/y.z.wav"
+    assert files.find(strange) == tmp_path / f"b/{strange}.wav"
+    assert [files.find(name) for name in ("y", ".hidden", "w", "")] == [None] * 4
+    (tmp_path / "empty").mkdir()
+    assert corpus.FileIndex(tmp_path / "empty").find("x") is None

@@ -198,12 +198,17 @@ def test_streamed_round_trip(tmp_path: Path, data: DataDir) -> None:
 
 
 def test_streamed_names_that_are_not_utf8(tmp_path: Path) -> None:
-    lines = sorted([b"u\xe9", b"u\xf0\x9f\x98\x80", b"u\xef\xbf\xbd", b"uz"])
+    lines = sorted([b"u\xf0\x9f\x98\x80", b"u\xef\xbf\xbd", b"uz"])
     (tmp_path / "wav.scp").write_bytes(b"".join(u + b" a \xe9.wav\n" for u in lines))
     (tmp_path / "utt2spk").write_bytes(b"".join(u + b" s\n" for u in lines))
     write_entries(entries(tmp_path), tmp_path / "copy")
     for name in ("wav.scp", "utt2spk"):
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / name).read_bytes()
+    for name in ("wav.scp", "utt2spk"):
+        (tmp_path / name).write_bytes(b"u\xe9 x\n")
+    for read in (check, lambda path: DataDir.load(path).validate()):
+        with pytest.raises(DataDirError, match="id 'u.udce9' is not UTF-8"):
+            read(tmp_path)
 
 
 def test_writing_streams(tmp_path: Path) -> None:

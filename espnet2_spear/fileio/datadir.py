@@ -250,7 +250,12 @@ def check_domain(path: Path, utt: str, domain: str) -> None:
 
 
 def check_id(path: Path, utt: str) -> None:
-    """Raise DataDirError for an id that could not name a file."""
+    """Raise DataDirError for an id that could not name a file, or is not UTF-8."""
+    if any("\udc80" <= character <= "\udcff" for character in utt):
+        raise DataDirError(
+            f"{path}: the id {utt!r} is not UTF-8, which ESPnet reads ids as; convert "
+            "the tables to UTF-8 (names of audio files may be as they are)"
+        )
     if "/" in utt or utt in (".", ".."):
         raise DataDirError(
             f"{path}: the id '{utt}' cannot name a file; "
