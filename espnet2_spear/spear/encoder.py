@@ -37,7 +37,7 @@ class SpearOutput:
         encoder_out: (B, T', C), at ``config.frame_rate``.
         encoder_out_lens: (B,) frames.
         hidden_states: one (B, T, C) per layer, always at 50 Hz. The last one equals
-            ``encoder_out`` unless the output is downsampled.
+            ``encoder_out`` unless the output is downsampled. Empty if not wanted.
         hidden_states_lens: (B,) frames at 50 Hz.
     """
 
@@ -105,8 +105,16 @@ class SpearEncoder(nn.Module):
         if self.encoder.count is not None:
             self.encoder.count.value = max(self.encoder.count.value, SCHEDULES_END)
 
-    def encode(self, fbank: Tensor, fbank_lens: Tensor) -> SpearOutput:
-        """Encode fbank (B, T, num_mel_bins), 100 Hz, with lengths (B,).
+    def encode(
+        self, fbank: Tensor, fbank_lens: Tensor, with_hidden: bool = True
+    ) -> SpearOutput:
+        """Encode.
+
+        Args:
+            fbank: (B, T, num_mel_bins), 100 Hz.
+            fbank_lens: (B,) frames of each.
+            with_hidden: whether hidden states are wanted; without, they take no
+                memory and the list of them is empty.
 
         Raises:
             InputError: a length below 9 (one output frame) or beyond the tensor.
@@ -115,12 +123,17 @@ class SpearEncoder(nn.Module):
         exact = self.config.padding == "exact"
         x = self.encoder_embed(fbank, fbank_lens if exact else None)
         x_lens = self.encoder_embed.output_lengths(fbank_lens)
-        out, out_lens, hidden_states = self.encoder(x, x_lens)
+        out, out_lens, hidden_states = self.encoder(x, x_lens, with_hidden)
         return SpearOutput(out, out_lens, hidden_states, x_lens)
 
-    def forward(self, speech: Tensor, lengths: Tensor) -> SpearOutput:
-        """Encode waveforms; arguments and errors as in :meth:`compute_fbank`."""
-        return self.encode(*self.compute_fbank(speech, lengths))
+    def forward(
+        self, speech: Tensor, lengths: Tensor, with_hidden: bool = True
+    ) -> SpearOutput:
+        """Encode waveforms.
+
+        Arguments and errors as in :meth:`compute_fbank` and :meth:`encode`.
+        """
+        return self.encode(*self.compute_fbank(speech, lengths), with_hidden)
 
     def compute_fbank(self, speech: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Check waveforms and compute what :meth:`encode` takes.

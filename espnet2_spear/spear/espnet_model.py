@@ -170,7 +170,8 @@ class SpearPretrainModel(AbsESPnetModel):
             codes |= mixture.codes
             stats.add(*mixture.plan.statistics())
         fbank, fbank_lens, mask = self._masked_fbank(speech, speech_lengths)
-        out = self.student.encode(fbank, fbank_lens)
+        with_hidden = any(t.layer is not None for t in self.teachers.values())
+        out = self.student.encode(fbank, fbank_lens, with_hidden)
         output = self._predictor(out, None, mask)
 
         loss = out.encoder_out.new_zeros((), dtype=torch.float32)

@@ -196,7 +196,7 @@ class Zipformer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, lengths: Tensor
+        self, x: Tensor, lengths: Tensor, with_hidden: bool = True
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Encode.
 
@@ -206,10 +206,12 @@ class Zipformer(nn.Module):
         Args:
             x: (B, T, C) embedded frames, 50 Hz.
             lengths: (B,) frames of each.
+            with_hidden: whether hidden states are wanted, which take memory.
 
         Returns:
             encoder_out (B, T', C), its lengths (B,), and one hidden state (B, T, C)
-            per layer at 50 Hz, taken before the stack's out_combiner.
+            per layer at 50 Hz, taken before the stack's out_combiner; none unless
+            wanted.
         """
         if self.training and torch.is_grad_enabled() and self.count is not None:
             self.count.advance(x.size(0) * x.size(1) / FRAME_RATE)
@@ -222,7 +224,7 @@ class Zipformer(nn.Module):
             left_chunks=left_chunks,
             feature_mask=self._draw_feature_mask(x),
         )
-        return self._encode(x, lengths, frames)
+        return self._encode(x, lengths, frames, with_hidden)
 
     def streaming_forward(
         self,
@@ -259,12 +261,14 @@ class Zipformer(nn.Module):
         return self._encode(x, lengths, frames)
 
     def _encode(
-        self, x: Tensor, lengths: Tensor, frames: Frames
+        self, x: Tensor, lengths: Tensor, frames: Frames, with_hidden: bool = True
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         hidden_states: list[Tensor] = []
         for i, stack in enumerate(self.encoders):
             x, states = stack(x, frames.child(str(i)))
-            hidden_states.extend(states)
+            if with_hidden:
+                hidden_states.extend(states)
+            del states
         if self.downsample_output is not None:
             x = self.downsample_output(frames.hold_last(x))
             lengths = (lengths + 1) // 2

@@ -12,7 +12,12 @@ from espnet2_spear.zipformer.attention import (
 )
 from espnet2_spear.zipformer.convolution import Convolution
 from espnet2_spear.zipformer.frames import Frames, Past
-from espnet2_spear.zipformer.linear import apply_linear, swoosh_linear
+from espnet2_spear.zipformer.linear import (
+    apply_linear,
+    linear_pair,
+    on_cpu,
+    swoosh_linear,
+)
 from espnet2_spear.zipformer.regularizers import (
     SharedDropout,
     balancer,
@@ -55,6 +60,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, dim) to (B, T, dim)."""
+        if not (torch.is_grad_enabled() or self.training) and x.numel():
+            if on_cpu(x, self.in_proj, self.out_proj):
+                return linear_pair(self.in_proj, self.out_proj, x)
         x = self.balance(apply_linear(self.in_proj, x))
         dropout = self.dropout
         keep = dropout.draw(x) if isinstance(dropout, SharedDropout) else None

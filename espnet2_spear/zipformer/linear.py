@@ -190,6 +190,27 @@ def swoosh_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return _SwooshConv.apply(x, conv, conv.weight, conv.bias)
 
 
+def _pair(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:
+    """linear(swoosh_l(linear(x))) of x (n, in), block by block."""
+    y = x.new_empty(len(x), len(weight2))
+    for part, out in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        hidden = swoosh_(matmul_t(part, weight1, bias1), SWOOSH_L)
+        out.copy_(matmul_t(hidden, weight2, bias2))
+    return y
+
+
+def linear_pair(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
+    """Return second(swoosh_l(first(x))) without gradients, as ``on_cpu`` allows.
+
+    Of what lies between the two, no more than a block exists.
+    """
+    rows = x.reshape(-1, x.size(-1))
+    y = _pair(rows, first.weight, first.bias, second.weight, second.bias)
+    return y.view(*x.shape[:-1], -1)
+
+
 class _Pointwise(torch.autograd.Function):
     """linear(swoosh(linear(x))) block by block; the wide middle is computed twice.
 
@@ -202,11 +223,7 @@ class _Pointwise(torch.autograd.Function):
     def forward(ctx, x, weight1, bias1, weight2, bias2, limits) -> Tensor:
         ctx.save_for_backward(x, weight1, bias1, weight2)
         ctx.limits = limits
-        y = torch.empty(len(x), len(weight2))
-        for part, out in zip(x.split(ROWS), y.split(ROWS), strict=True):
-            hidden = swoosh_(matmul_t(part, weight1, bias1), SWOOSH_L)
-            out.copy_(matmul_t(hidden, weight2, bias2))
-        return y
+        return _pair(x, weight1, bias1, weight2, bias2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

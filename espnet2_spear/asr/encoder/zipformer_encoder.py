@@ -150,12 +150,13 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
             if not self.frozen and not self.encoder.training:
                 self.train()  # as of now
         no_grad = torch.no_grad() if self.frozen else nullcontext()
+        with_hidden = return_all_hs or bool(self.interctc_layer_idx)
         with self._conditioned(ctc), no_grad:
             if self.from_waveform:
                 speech = xs_pad.squeeze(-1) if xs_pad.dim() == 3 else xs_pad
-                out = SpearEncoder.forward(self, speech, ilens)
+                out = SpearEncoder.forward(self, speech, ilens, with_hidden)
             else:
-                out = self.encode(xs_pad, ilens)
+                out = self.encode(xs_pad, ilens, with_hidden)
         lengths = out.encoder_out_lens
         if self.training and self.frozen and torch.is_grad_enabled():
             out.encoder_out = self.unfreezing.attach(out.encoder_out)
