@@ -22,8 +22,8 @@ pip install 'espnet2-spear>={__version__}'
 
 (in a checkout of it: `pip install .`) and `import espnet2_spear` before the first model
 is built; in a recipe, `--python spear-python` does so. Without it ESPnet says
-`--frontend must be one of ...` (or `--encoder ...`). `python -m espnet2_spear.doctor --model PATH` says whether an
-installation can open a packed model, and what is missing.
+`--frontend must be one of ...` (or `--encoder ...`). `python -m espnet2_spear.doctor
+--model PATH` says whether an installation can open a packed model, and what is missing.
 """
 
 CITATION = """### Citation
