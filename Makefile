@@ -4,7 +4,7 @@ PYTHON_VENV := .venv/bin/python
 SHELL_SCRIPTS = $(shell git ls-files '*.sh' .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo demo-full lint setup-espnet202511 check-hear
+.PHONY: help setup test demo demo-full lint setup-espnet202511 check-hear check-xares
 
 help: ## this list
 	@echo "espnet2-spear: SPEAR pre-training and its students in ESPnet2"
@@ -33,3 +33,6 @@ setup-espnet202511: ## a second environment, .venv-espnet202511, with the older 
 
 check-hear: setup-espnet202511 ## HEAR's public validator, in an environment of its own
 	@tools/check_hear.sh
+
+check-xares: setup ## XARES' own check, in an environment of its own
+	@tools/check_xares.sh

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from espnet2_spear.bin import spear_extract
 from espnet2_spear.fileio.audio import read_audio, resample
 from espnet2_spear.fileio.datadir import DataDirError, read_table
 from espnet2_spear.fileio.kaldi_ark import read_matrix
-from espnet2_spear.hub.extract import ExtractError, parse_layers
+from espnet2_spear.hub.extract import ExtractError, Extractor, parse_layers
+from espnet2_spear.hub.recordings import Recording
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +258,39 @@ def test_long_recordings_in_pieces(
         assert similarity.min() > 0.98 > shifted.min()
     with pytest.raises(ExtractError, match="twice the context"):
         extract(student, tmp_path / "o", "--max_seconds", 10, path)
+
+
+def test_ten_hours_in_pieces(tmp_path: Path, student: Path) -> None:
+    """Every piece is short, and together they are the frames of the whole."""
+    samples = 10 * 3600 * 16000
+    path = tmp_path / "long.wav"
+    form = struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2, 16)
+    head = b"RIFF" + struct.pack("<I", 36 + 2 * samples) + b"WAVEfmt " + form
+    path.write_bytes(head + b"data" + struct.pack("<I", 2 * samples))
+    os.truncate(path, 44 + 2 * samples)  # silence that takes no space on the disk
+    model = load_model(student)
+    extractor = Extractor(model, [0])
+    seen: list[int] = []
+
+    def encode(audio: list[np.ndarray]) -> list[list[np.ndarray]]:
+        seen.append(len(audio[0]))
+        return [[np.zeros((model.hidden_lengths(len(audio[0])), 1), np.float32)]]
+
+    extractor.encode = encode  # an hour of computation on a CPU
+    recording = Recording("long", str(path), samples)
+    frames = sum(len(block[0]) for block in extractor.encode_long(recording))
+    assert frames == model.hidden_lengths(samples)
+    assert max(seen) <= 60 * 16000 and len(seen) > 800
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu(tmp_path: Path, student: Path, audio: Path) -> None:
+    for device in ("cpu", "cuda"):
+        extract(student, tmp_path / device, "--device", device, audio / "wav.scp")
+    ours, theirs = read(tmp_path / "cuda"), read(tmp_path / "cpu")
+    assert set(ours) == set(theirs)
+    for utt, feats in theirs.items():
+        np.testing.assert_allclose(ours[utt], feats, rtol=1e-3, atol=1e-3)
 
 
 def test_damaged_long_recording(tmp_path: Path, student: Path, audio: Path) -> None:
