@@ -41,7 +41,7 @@ def main(cmd=None) -> None:
 
     Example:
         % python -m espnet2_spear.bin.spear_average --exp exp/spear_base \
-            --from_epoch 80 --to_epoch 100
+            --from_epoch 96 --to_epoch 100
     """
     parser = get_parser()
     args = parser.parse_args(cmd)

@@ -4,7 +4,9 @@
 # --num_nodes above 1 the command is started by srun, once on each node.
 set -euo pipefail
 
-sbatch_opts=(--wait --job-name=spear)
+# Not requeued after a node failed: its ranks would meet the rendezvous file of the first
+# start. The same command of run.sh goes on from the last checkpoint.
+sbatch_opts=(--wait --no-requeue --job-name=spear)
 job_opts=()
 array=1:1
 num_nodes=1
