@@ -123,7 +123,9 @@ def _apply(inputs: Inputs, v: Tensor) -> Tensor:
         for b, h, head in _heads(inputs, v.size(1)):
             values = v[b, h].float().t().contiguous()
             for rows, keys in head.blocks():
-                out[b, h, rows] = product_t(head.weights(rows, keys), values[:, keys])
+                # oneDNN is many times slower on a part of longer rows.
+                part = values[:, keys].contiguous()
+                out[b, h, rows] = product_t(head.weights(rows, keys), part)
     return out
 
 
@@ -182,7 +184,7 @@ def _head_backward(
             part.masked_fill_(mask, 0.0)
         if penalize:
             add_penalty_(part, head.scores(rows, keys))
-        gq[rows] = product_t(part, turned_k[:, keys])
+        gq[rows] = product_t(part, turned_k[:, keys].contiguous())
         gk[:, keys] += product_t(head.q[rows].t(), part.t())
         if head.p is None or head.r is None:
             continue
@@ -218,7 +220,8 @@ class _Apply(torch.autograd.Function):
                 of_v = g.new_zeros(v.size(3), v.size(2))
                 for rows, keys in head.blocks():
                     weights = head.weights(rows, keys)
-                    of_v[:, keys] += product_t(g[:, rows], weights.t())
+                    part = g[:, rows].contiguous()
+                    of_v[:, keys] += product_t(part, weights.t())
                 gv[b, h] = of_v.t()
         return None, gv, None, *[None] * len(tensors)
 
