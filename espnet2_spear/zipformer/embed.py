@@ -78,6 +78,12 @@ class ConvNeXt(nn.Module):
         """Map (B, C, T, F) to the same shape; zeros surround the frames."""
         return self._residual(x, self.depthwise_conv(x))
 
+    def activated(self, x: Tensor) -> Tensor:
+        """Map x to forward(swoosh_r(x)); with gradients, less is kept for them."""
+        if not (torch.is_grad_enabled() and on_cpu(x, self.depthwise_conv)):
+            return self(swoosh_r(x))
+        return self._residual(swoosh_r(x), swoosh_conv(self.depthwise_conv, x))
+
     def inner(self, x: Tensor) -> Tensor:
         """Map (B, C, 3 + T + 3, F) to the T frames that have all neighbours."""
         conv = self.depthwise_conv
@@ -165,6 +171,8 @@ class ConvEmbed(nn.Module):
             if len(starts) > 1:
                 blocks = (self._block(x, i, i + size, out_lens) for i in starts)
                 return torch.cat(list(blocks), dim=1)
+        if out_lens is None and torch.is_grad_enabled():
+            return self.project(self.convnext.activated(self.convolve(x, False)))
         x = self.convolve(x)
         if out_lens is not None:
             x = silence(x, out_lens)
@@ -186,8 +194,13 @@ class ConvEmbed(nn.Module):
         y = F.pad(y, (0, 0, *around))
         return self.project(self.convnext.inner(y))
 
-    def convolve(self, x: Tensor) -> Tensor:
-        """Map fbank (B, T, num_mel_bins) to (B, C, (T - 7) // 2, F)."""
+    def convolve(self, x: Tensor, last: bool = True) -> Tensor:
+        """Map fbank (B, T, num_mel_bins) to (B, C, (T - 7) // 2, F).
+
+        Args:
+            x: the fbank.
+            last: whether the last activation is part of it.
+        """
         # Channels last: three times as fast on a CPU, forward and backward, where
         # few channels make the default layout's convolutions slow.
         x = x[:, None].to(memory_format=torch.channels_last)
@@ -206,7 +219,7 @@ class ConvEmbed(nn.Module):
             if i == 0 and self.training and self.count is not None:
                 x = scale_grad(x, FIRST_GRAD_SCALE)
             x = balance(x)
-        return activate(x)
+        return activate(x) if last else x
 
     def project(self, x: Tensor) -> Tensor:
         """Map (B, C, T, F) to (B, T, dim)."""
