@@ -199,7 +199,7 @@ def _head_backward(
     return gq, gk.t(), gp, gr
 
 
-class _Apply(torch.autograd.Function):
+class _ApplyInBlocks(torch.autograd.Function):
     """Weighted sums; leaves the gradient of the weights to :class:`_Start`."""
 
     @staticmethod
@@ -247,4 +247,4 @@ class BlockedAttention:
         """Weighted sums (B, h, T, d) of values (B, h, S, d) of the first h heads."""
         if self.start is None:
             return _apply(self.inputs, v)
-        return _Apply.apply(self.start, v, self.uses, *self.inputs)
+        return _ApplyInBlocks.apply(self.start, v, self.uses, *self.inputs)
