@@ -442,6 +442,79 @@ def test_ranks_of_a_machine_share_its_cores(
     assert line.endswith(f"/train.log env OMP_NUM_THREADS={threads}")
 
 
+def listed(text: str, module: str) -> list[tuple[list[str], list[str]]]:
+    """Words of the commands of a module in a dry run, and of what runs them."""
+    lines = text.splitlines()
+    found = []
+    for number, line in enumerate(lines):
+        if line.startswith("  $ ") and f"espnet2_spear.bin.{module} " in line:
+            kind, _, runner = lines[number + 1].strip().partition(" ")
+            assert kind == "by"
+            found.append((shlex.split(line), shlex.split(runner)))
+    return found
+
+
+def after(words: list[str], option: str) -> str:
+    return words[words.index(option) + 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "jobs", "threads"),
+    [
+        (("--ngpu", "0", "--nj", "64"), 64, 1),
+        (("--ngpu", "8", "--nj", "64"), 8, 8),
+        (("--ngpu", "8", "--nj", "4"), 8, 1),
+    ],
+)
+def test_tokenization_gets_the_cores_and_a_process_a_gpu(
+    tmp_path: Path, options: tuple[str, ...], jobs: int, threads: int
+) -> None:
+    words = ["--stage", "5", "--stop_stage", "5", "--dry_run", "true", *options]
+    words += ["--datadir", str(tmp_path)]
+    result = run_sh(*words, cwd=tmp_path, env={"cmd_backend": "slurm"})
+    assert result.returncode == 0, result.stderr
+    steps = listed(result.stdout, "spear_tokenize")
+    assert len(steps) == 4  # two teachers, two sets
+    for command, runner in steps:
+        assert after(runner, "--num_threads") == options[3]  # the cores of the job
+        assert after(runner, "--gpu") == options[1]
+        assert runner[-2:] == ["env", f"OMP_NUM_THREADS={threads}"]
+        assert after(command, "--nj") == str(jobs)
+        assert after(command, "--num_threads") == str(threads)
+        assert after(command, "--ngpu") == options[1]
+
+
+@pytest.mark.parametrize(
+    ("backend", "ngpu", "gpus", "devices", "threads"),
+    [
+        ("local", "8", "1", ["cuda:0", "cuda:1"], "5"),
+        ("slurm", "8", "1", ["cuda", "cuda"], "5"),  # each sees the one it was given
+        ("local", "1", "1", ["cuda:0", "cuda:0"], "9"),  # one after the other
+        ("slurm", "1", "1", ["cuda", "cuda"], "9"),
+        ("local", "0", "0", ["cpu", "cpu"], "5"),
+    ],
+)
+def test_every_quantizer_is_trained_on_a_gpu_of_its_own(
+    tmp_path: Path,
+    backend: str,
+    ngpu: str,
+    gpus: str,
+    devices: list[str],
+    threads: str,
+) -> None:
+    words = ["--stage", "4", "--stop_stage", "4", "--dry_run", "true", "--nj", "9"]
+    words += ["--ngpu", ngpu, "--datadir", str(tmp_path)]
+    result = run_sh(*words, cwd=tmp_path, env={"cmd_backend": backend})
+    assert result.returncode == 0, result.stderr
+    for module in ("spear_embed", "mvq_train"):
+        steps = listed(result.stdout, module)
+        assert [after(command, "--device") for command, _ in steps] == devices
+        for command, runner in steps:
+            assert after(runner, "--gpu") == gpus
+            assert after(runner, "--num_threads") == threads
+            assert after(command, "--num_threads") == threads
+
+
 def test_processes_of_a_job_get_their_threads(tmp_path: Path) -> None:
     """What runs in the end: step.py by run_job.sh, which sets the threads of a job."""
     runner = f"{LOCAL / 'run_job.sh'} --num_threads 4 {tmp_path}/log"

@@ -29,8 +29,9 @@ inputs or options changed; then, and when it is skipped, that is said.
 General
   --stage N, --stop_stage N   first and last stage                  [1, 9]
   --nj N                      parallel jobs on CPUs                 [number of CPUs]
-                              In stage 7 the processes of a machine, one a GPU, share so
-                              many threads, unless OMP_NUM_THREADS is in the environment.
+                              In stages 5 and 7 the processes of a machine, one a GPU,
+                              share so many threads; in stage 7 OMP_NUM_THREADS of the
+                              environment goes before.
   --ngpu N                    GPUs, on each machine                 [all visible]
   --num_nodes N               machines for training, by Slurm (see cmd.sh)   [1]
   --datadir, --dumpdir, --expdir, --downloads   folders             [data dump exp downloads]
@@ -157,8 +158,8 @@ lock() {
 }
 unlock() { [ "${dry_run}" = true ] || exec {lock_fd}>&-; }
 
-# runner <threads> <log> [options]: words for step --runner
-runner() { echo "${cuda_cmd} --gpu ${ngpu} --num_threads $1 ${3:-} $(printf %q "$2")"; }
+# runner <gpus> <threads> <log> [options]: words for step --runner
+runner() { echo "${cuda_cmd} --gpu $1 --num_threads $2 ${4:-} $(printf %q "$3")"; }
 
 # show_end <log>: its last line
 show_end() { [ "${dry_run}" = true ] || tail -n 1 "$1"; }
@@ -258,17 +259,21 @@ if [ "${stop_stage}" -ge 4 ] && [ -z "${ngpu}" ]; then
     ngpu=$(python -c "import torch; print(torch.cuda.device_count())")
 fi
 
-# train_quantizer <number of the teacher> <threads>
+# train_quantizer <number of the teacher> <threads> <GPU, or nothing>
 train_quantizer() {
-    local name=${names[$1]} dir device=cpu raw=${dumpdir}/raw/train
+    local name=${names[$1]} dir device=cpu gpus=0 raw=${dumpdir}/raw/train
     dir=${expdir}/teachers/${name}
-    [ "${ngpu}" -eq 0 ] || device=cuda
+    if [ -n "$3" ]; then
+        gpus=1 device=cuda
+        # A cluster gives every job a GPU; here all jobs see the same ones.
+        [ "${cmd_backend:-}" != local ] || device=cuda:$3
+    fi
     log "teacher '${name}': embeddings of ${quantizer_frames} frames, log in ${dir}/embed.log"
     step --mark "${dir}/embed.json" --input "${yamls[$1]}" \
         ${weights[$1]:+--input "${weights[$1]}"} --input "${raw}/wav.scp" \
         --input "${raw}/utt2num_samples" --input "${raw}/utt2domain" \
         --output "${dir}/embeddings/embeddings.json" \
-        --runner "$(runner "$2" "${dir}/embed.log")" \
+        --runner "$(runner "${gpus}" "$2" "${dir}/embed.log")" \
         -- python -m espnet2_spear.bin.spear_embed --teacher_config "${yamls[$1]}" \
         --wav_scp "${raw}/wav.scp" --domains "${quantizer_domains[$1]}" \
         --max_frames "${quantizer_frames}" --output_dir "${dir}/embeddings" \
@@ -278,19 +283,29 @@ train_quantizer() {
     step --mark "${quantizers}/${name}/train.json" --adopt \
         --input "${dir}/embeddings/embeddings.json" \
         --output "${quantizers}/${name}/quantizer.pt" \
-        --runner "$(runner "$2" "${quantizers}/${name}/train.log")" \
+        --runner "$(runner "${gpus}" "$2" "${quantizers}/${name}/train.log")" \
         -- python -m espnet2_spear.bin.mvq_train --embeddings "${dir}/embeddings" \
         --output "${quantizers}/${name}/quantizer.pt" ${mvq_options[$1]} \
         ${quantizer_args} + --device "${device}" --num_threads "$2"
     [ ! -e "${quantizers}/${name}/train.log" ] || show_end "${quantizers}/${name}/train.log"
 }
 
-# All at once, for they would have to share no GPU.
-train_quantizers_at_once() {
-    local threads=$(((nj + ${#names[@]} - 1) / ${#names[@]})) groups=() group i failed=0
+# train_lane <first> <lanes>: that teacher and every <lanes>-th after it, one by one, on a
+# GPU of their own or on their share of the CPUs
+train_lane() {
+    local i gpu=
+    [ "${ngpu}" -eq 0 ] || gpu=$1
+    for ((i = $1; i < ${#names[@]}; i += $2)); do
+        train_quantizer "${i}" "$(((nj + $2 - 1) / $2))" "${gpu}"
+    done
+}
+
+# train_lanes <lanes>: all at once
+train_lanes() {
+    local groups=() group lane failed=0
     set -m # a process group each, so that an interruption reaches all of it
-    for i in "${!names[@]}"; do
-        train_quantizer "${i}" "${threads}" &
+    for ((lane = 0; lane < $1; lane++)); do
+        train_lane "${lane}" "$1" &
         groups+=("$!")
     done
     set +m
@@ -305,10 +320,12 @@ if wanted 4; then
     # The data are known now.
     if wanted 3 && [ "${dry_run}" = false ]; then plan; fi
     lock "${expdir}/teachers"
-    if [ "${#names[@]}" -gt 1 ] && [ "${ngpu}" -ne 1 ] && [ "${dry_run}" = false ]; then
-        train_quantizers_at_once
+    lanes=${#names[@]}
+    [ "${ngpu}" -eq 0 ] || [ "${ngpu}" -ge "${lanes}" ] || lanes=${ngpu}
+    if [ "${lanes}" -gt 1 ] && [ "${dry_run}" = false ]; then
+        train_lanes "${lanes}"
     else
-        for i in "${!names[@]}"; do train_quantizer "${i}" "${nj}"; done
+        for ((lane = 0; lane < lanes; lane++)); do train_lane "${lane}" "${lanes}"; done
     fi
     [ "${dry_run}" = true ] || plan --check_quantizers
     unlock
@@ -324,8 +341,11 @@ tokenizations() {
 # tokenize <set> <numbers of teachers>: in one pass over the audio
 tokenize() {
     local set=$1 i raw=${dumpdir}/raw/$1 label joblog inputs=() outputs=()
-    local configs=() files=() roles=() kinds=()
+    local configs=() files=() roles=() kinds=() jobs threads
     shift
+    # A process a GPU, or a CPU; they share the cores.
+    jobs=$((ngpu > 0 ? ngpu : nj))
+    threads=$((nj > jobs ? nj / jobs : 1))
     for i in "$@"; do
         roles+=("${names[i]}")
         configs+=("${yamls[i]}")
@@ -341,11 +361,11 @@ tokenize() {
     step --mark "${codes}/${set}/${label}.step.json" "${inputs[@]}" \
         --input "${raw}/wav.scp" --input "${raw}/utt2num_samples" \
         --input "${raw}/utt2domain" "${outputs[@]}" \
-        --runner "$(runner 1 "${joblog}")" \
+        --runner "$(runner "${ngpu}" "${nj}" "${joblog}") env OMP_NUM_THREADS=${threads}" \
         -- python -m espnet2_spear.bin.spear_tokenize --teacher_config "${configs[@]}" \
         --quantizer "${files[@]}" --domains "${kinds[@]}" --name "${roles[@]}" \
         --data_dir "${raw}" --output_dir "${codes}/${set}" --dtype "${teacher_dtype}" \
-        + --nj "${nj}" --ngpu "${ngpu}"
+        + --nj "${jobs}" --ngpu "${ngpu}" --num_threads "${threads}"
     [ ! -e "${joblog}" ] || show_end "${joblog}"
 }
 
@@ -416,7 +436,7 @@ if wanted 7; then
     # The processes of a machine, one a GPU, share its cores.
     ranks=$((ngpu > 1 ? ngpu : 1))
     threads=${user_threads:-$((nj > ranks ? nj / ranks : 1))}
-    runner="$(runner "${nj}" "${exp}/train.log" "--num_nodes ${num_nodes}")"
+    runner="$(runner "${ngpu}" "${nj}" "${exp}/train.log" "--num_nodes ${num_nodes}")"
     # shellcheck disable=SC2086
     step --mark "${exp}/train.json" --input "${exp}/train.yaml" "${inputs[@]}" \
         --output "${exp}/${inference_model}" \
