@@ -106,6 +106,24 @@ def test_wrong_options(tmp_path: Path, options: list[str], message: str) -> None
     assert done.returncode != 0 and message in done.stdout
 
 
+def test_dry_run_lists_what_is_not_there_yet(tmp_path: Path) -> None:
+    options = ["--setting", "audioset2m", "--dry_run", "true", "--num_nodes", "2"]
+    options += ["--ckpt", str(tmp_path / "later.pth"), "--ngpu", "8", "--nj", "32"]
+    done = finetune(*options, *folders(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in (
+        "Stage 5: ",
+        f"reads   {tmp_path}/later.pth (not there yet)",
+        # A process a GPU, not threads of one (DataParallel).
+        "--ngpu 8 --resume true --multiprocessing_distributed true",
+        "--dist_launcher slurm "
+        f"--dist_init_method file://{tmp_path}/exp/cls_audioset2m/.dist_init.",
+        "--gpu 8 --num_nodes 2 --num_threads 32 ",
+    ):
+        assert part in done.stdout, part
+    assert list(tmp_path.iterdir()) == []
+
+
 def write_set(folder: Path, labels: dict[str, str]) -> Path:
     """Write a formatted set of tones and, beside it, the labels of its corpus."""
     folder.mkdir()

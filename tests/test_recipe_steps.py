@@ -393,7 +393,8 @@ def test_dry_run_lists_all_stages_and_writes_nothing(tmp_path: Path) -> None:
         "--num_codebooks 16 --standardize true --iters_phase1 35000",
         "--gpu 8 --num_threads",
         "--num_nodes 2",
-        "--dist_launcher slurm --dist_init_method file://",
+        "--dist_launcher slurm "
+        f"--dist_init_method file://{tmp_path}/exp/spear_base_speech_audio/.dist_init.",
         "codes/train/audio.scp,codes_audio,kaldi_ark",
         f"writes  {tmp_path}/exp/spear_base_speech_audio/valid.loss.best.pth",
     ):
@@ -526,24 +527,46 @@ def test_processes_of_a_job_get_their_threads(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "2\n"
 
 
-def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    lock = tmp_path / "data/.lock"
+@pytest.mark.parametrize(
+    ("script", "options", "folder"),
+    [
+        ("ssl1/run.sh", "--stop_stage 1", "data"),
+        ("asr1/run.sh", "--stop_stage 1", "dump/raw"),
+        ("asr1/run.sh", "--stage 4 --asr_tag t", "exp/asr_t"),
+        ("cls1/run.sh", "--stop_stage 1", "data/sounds"),
+        ("cls1/run.sh", "--stage 2 --stop_stage 2", "dump/raw/sounds"),
+        ("cls1/run.sh", "--stage 3 --ckpt x --tag t", "exp/t"),
+        (
+            "cls1/finetune.sh",
+            "--setting esc50 --stop_stage 1",
+            "dump/raw/esc50_fold1_train",
+        ),
+        ("cls1/finetune.sh", "--setting esc50 --stage 4 --tag t", "exp/cls_t"),
+        ("spk1/run.sh", "--stop_stage 1", "data/characters"),
+        ("spk1/run.sh", "--stage 3 --ckpt x --tag t", "exp/t"),
+    ],
+)
+def test_two_runs_at_once_are_refused(
+    tmp_path: Path, script: str, options: str, folder: str
+) -> None:
+    lock = tmp_path / folder / ".lock"
+    lock.parent.mkdir(parents=True)
     lock.write_text("elsewhere, process 1\n")
     holder = subprocess.Popen(
         ["flock", lock, sys.executable, "-c", "print(flush=True); input()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
+    command: list[str | Path] = [RECIPE.parent / script, *options.split()]
+    for name in ("data", "dump", "exp"):
+        command += [f"--{name}dir", tmp_path / name]
     try:
         holder.stdout.readline()  # it has the lock
-        options = ["--stop_stage", "1", "--datadir", str(tmp_path / "data")]
-        result = run_sh(*options, cwd=tmp_path)
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     finally:
         holder.communicate(b"\n")
     assert result.returncode == 1
-    assert "another run works in" in result.stdout
-    assert "(elsewhere, process 1)" in result.stdout
+    assert f"another run works in {lock.parent} (elsewhere, process 1)" in result.stdout
 
 
 def test_more_machines_need_slurm(tmp_path: Path) -> None:

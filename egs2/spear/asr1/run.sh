@@ -22,13 +22,15 @@ Stages (what is finished is not done again)
   7  proof: unpack elsewhere and decode  -> a temporary folder
 
   --stage N, --stop_stage N      first and last stage          [1, 7]
-  --ngpu N                       GPUs for training             [all visible]
+  --ngpu N                       GPUs for training, a process each, on each machine [all visible]
+  --num_nodes N                  machines for training, by Slurm (see cmd.sh) [1]
   --gpu_inference true|false     decode on a GPU               [false]
   --search greedy|beam           best path, or ESPnet's prefix search, slow on CPUs [greedy]
   --prepare \"SET=CORPUS:PART,PART ...\"  sets from the corpora of ../ssl1/db.sh, such as
                                  \"train_100=librispeech:train-clean-100\"
   --partial true|false           accept less of a corpus than was published [false]
-  --nj N                         processes to format them with [number of CPUs]
+  --nj N                         processes to format them with; cores of a training's
+                                 machine (--cpus-per-task)     [number of CPUs]
   --asr_config FILE              training configuration        [conf/train_asr_spear_frozen.yaml]
   --asr_args \"...\"               further options of asr_train  []
   --asr_tag TAG                  name of the recognizer        [<config>_<token type>_s<seed>]
@@ -47,6 +49,7 @@ Stages (what is finished is not done again)
 stage=1
 stop_stage=7
 ngpu=
+num_nodes=1
 gpu_inference=false
 prepare=
 partial=false
@@ -71,6 +74,7 @@ python="python -m espnet2_spear.launcher"
 dry_run=false
 
 . local/parse_options.sh
+. local/lock.sh
 if [ $# -gt 0 ]; then
     log "ERROR: unexpected argument '$1' (see --help)"
     exit 2
@@ -109,14 +113,16 @@ wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
 
 say() { [ "${dry_run}" = true ] || log "$@"; }
 
-# run <gpus> <log> <module> <arguments>: a Python module as a job, or print it.
+# run <gpus> <machines> <cores> <log> <module> <arguments>: a Python module as a job, or
+# print it.
 run() {
     if [ "${dry_run}" = true ]; then
-        printf '%q ' "${@:2}"
+        printf '%q ' "${@:4}"
         echo
     else
         # shellcheck disable=SC2086
-        ${cuda_cmd} --gpu "$1" "$2" ${python} -m "${@:3}"
+        ${cuda_cmd} --gpu "$1" --num_nodes "$2" --num_threads "$3" "$4" \
+            env OMP_NUM_THREADS="${OMP_NUM_THREADS}" ${python} -m "${@:5}"
     fi
 }
 
@@ -151,6 +157,7 @@ prepare_set() {
 
 if wanted 1 && [ "${dry_run}" = false ]; then
     log "Stage 1: data"
+    lock "${dumpdir}/raw"
     for item in ${prepare}; do
         set=${item%%=*} corpus=${item#*=}
         if [[ ! ${item} =~ ^[^=:]+=[^=:]+:[^=:]+$ ]] ||
@@ -174,12 +181,13 @@ if wanted 1 && [ "${dry_run}" = false ]; then
         python local/data.py --in_dir "${SSL_DATA}/${set}" --root "${SSL_ROOT}" \
             --out_dir "${dumpdir}/raw/${set}"
     done
+    unlock
 fi
 
 if wanted 2 && [ "${dry_run}" = false ]; then
     log "Stage 2: token list -> ${token_dir}/tokens.txt"
     need "${dumpdir}/raw/${train_set}/text" 1
-    mkdir -p "${token_dir}"
+    lock "${token_dir}"
     if newer "${token_dir}/tokens.txt" "${dumpdir}/raw/${train_set}/text"; then
         log "${token_dir}/tokens.txt is up to date"
     elif [ "${token_type}" = bpe ]; then
@@ -197,7 +205,10 @@ if wanted 2 && [ "${dry_run}" = false ]; then
         python local/tokens.py --text "${dumpdir}/raw/${set}/text" \
             --shape "${token_dir}/text_shape.${set}" --bpemodel "${bpemodel}"
     done
+    unlock
 fi
+
+if [ "${stage}" -le 6 ] && [ "${stop_stage}" -ge 3 ]; then lock "${asr_exp}"; fi
 
 if wanted 3; then
     say "Stage 3: training -> ${asr_exp}"
@@ -239,10 +250,15 @@ if wanted 3; then
     if [ -e "${asr_exp}/${inference_asr_model}" ]; then
         say "${asr_exp}/${inference_asr_model} is there: trained before"
     else
-        # shellcheck disable=SC2206
         args+=(--config "${asr_config}" --output_dir "${asr_exp}" --ngpu "${ngpu}"
-            --seed "${seed}" --resume true ${asr_args})
-        run "${ngpu}" "${asr_exp}/train.log" espnet2.bin.asr_train "${args[@]}"
+            --multiprocessing_distributed true --seed "${seed}" --resume true)
+        if [ "${num_nodes}" -gt 1 ]; then
+            args+=(--dist_launcher slurm
+                --dist_init_method "file://$(realpath -m "${asr_exp}")/.dist_init.$$")
+        fi
+        # shellcheck disable=SC2206
+        args+=(${asr_args})
+        run "${ngpu}" "${num_nodes}" "${nj}" "${asr_exp}/train.log" espnet2.bin.asr_train "${args[@]}"
     fi
 fi
 
@@ -272,7 +288,7 @@ if wanted 4; then
             module=espnet2.bin.asr_inference
             args+=(--config "${inference_config}")
         fi
-        run "${gpus}" "${decode_dir}/${set}/decode.log" "${module}" "${args[@]}"
+        run "${gpus}" 1 1 "${decode_dir}/${set}/decode.log" "${module}" "${args[@]}"
     done
 fi
 
@@ -284,7 +300,7 @@ if wanted 5; then
         args+=(--score_set "${set}" "${dumpdir}/raw/${set}/text"
             "${decode_dir}/${set}/1best_recog/text")
     done
-    run 0 "${asr_exp}/score.log" espnet2_spear.bin.asr_score "${args[@]}"
+    run 0 1 1 "${asr_exp}/score.log" espnet2_spear.bin.asr_score "${args[@]}"
     [ "${dry_run}" = true ] || sed -n '/^## asr_/,$p' "${asr_exp}/RESULTS.md"
 fi
 
@@ -299,6 +315,7 @@ if wanted 6 && [ "${dry_run}" = false ]; then
         --model_file "${asr_exp}/${inference_asr_model}" \
         --outpath "${asr_exp}/packed.zip" "${options[@]}"
 fi
+unlock
 
 if wanted 7 && [ "${dry_run}" = false ]; then
     log "Stage 7: unpack into another folder and decode there"

@@ -30,8 +30,10 @@ Stages (what is finished is done again only if its inputs or options changed)
   --partial true|false        accept less of a corpus than was published [false]
   --inference_model NAME      [valid.total_count.ave.pth]
   --stage N, --stop_stage N   first and last stage                 [1, 5]
-  --nj N                      processes of stage 1                 [number of CPUs]
-  --ngpu N                    GPUs                                 [all visible]
+  --nj N                      processes of stage 1; in stage 3 the cores of a machine
+                              (--cpus-per-task)                    [number of CPUs]
+  --ngpu N                    GPUs, a process each, on each machine [all visible]
+  --num_nodes N               machines for training, by Slurm (see cmd.sh) [1]
   --datadir, --dumpdir, --expdir   folders                         [data dump exp]
   --python CMD                Python that knows the plugin [python -m espnet2_spear.launcher]
   --dry_run true|false        only list commands, inputs and outputs [false]"
@@ -48,12 +50,14 @@ partial=false
 inference_model=valid.total_count.ave.pth
 nj=$(env -u OMP_NUM_THREADS nproc) # which obeys path.sh's 1
 ngpu=
+num_nodes=1
 datadir=data
 dumpdir=dump
 expdir=exp
 python="python -m espnet2_spear.launcher"
 dry_run=false
 . local/parse_options.sh
+. local/lock.sh
 if [ $# -gt 0 ]; then
     log "ERROR: unexpected argument '$1' (see --help)"
     exit 2
@@ -89,12 +93,17 @@ fi
 
 wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
 step() { python local/step.py --dry_run "${dry_run}" "$@"; }
-runner() { echo "${cuda_cmd} --gpu $1 $(printf %q "$2")"; }
+# runner <gpus> <machines> <cores> <log>: words for step --runner
+runner() {
+    echo "${cuda_cmd} --gpu $1 --num_nodes $2 --num_threads $3 $(printf %q "$4")" \
+        "env OMP_NUM_THREADS=${OMP_NUM_THREADS}"
+}
 
 # prepare <set> <parts>: read a corpus, format and filter
 prepare() {
     local source=${datadir}/local/$1 raw=${dumpdir}/raw/$1 parts
     read -ra parts <<<"$2"
+    lock "${raw}"
     [ "${partial}" = false ] || parts+=(--partial)
     # In a shell of its own: the folders of corpora are exported there.
     (
@@ -111,6 +120,7 @@ prepare() {
     step --mark "${raw}/.done.json" --input "${raw}_org" --output "${raw}/wav.scp" \
         -- python -m espnet2_spear.bin.spear_filter --in_dir "${raw}_org" \
         --out_dir "${raw}" --min_seconds 0.3 --max_seconds inf --min_peak_db -120
+    unlock
 }
 
 if wanted 1; then
@@ -122,6 +132,7 @@ fi
 if wanted 2; then
     log "Stage 2: labels, list of classes"
     for set in ${train_set} ${test_set}; do
+        lock "${dumpdir}/raw/${set}"
         opts=(--input "${tokens}" --output "${dumpdir}/raw/${set}/labels" --)
         words=()
         if [ "${set}" = "${train_set}" ]; then
@@ -134,11 +145,14 @@ if wanted 2; then
             "${opts[@]}" python local/cls_sets.py --labels "${datadir}/local/${set}/labels" \
             --set_dir "${dumpdir}/raw/${set}" --token_list "${tokens}" "${words[@]}"
     done
+    unlock
 fi
+
+if [ "${stop_stage}" -ge 3 ]; then lock "${exp}"; fi
 
 if wanted 3; then
     log "Stage 3: training -> ${exp}"
-    if [ ! -f "${ckpt}" ]; then
+    if [ ! -f "${ckpt}" ] && { [ "${dry_run}" = false ] || [ -z "${ckpt}" ]; }; then
         log "ERROR: --ckpt '${ckpt}': must be the file of a student; pre-train with ../ssl1, or make one of another layout by python -m espnet2_spear.bin.spear_import"
         exit 1
     fi
@@ -152,15 +166,20 @@ if wanted 3; then
             "--${part}_data_path_and_name_and_type" "${raw}/labels,label,text"
             "--${part}_shape_file" "${raw}/utt2num_samples")
     done
+    nodes=()
+    if [ "${num_nodes}" -gt 1 ]; then
+        nodes=(--dist_launcher slurm
+            --dist_init_method "file://$(realpath -m "${exp}")/.dist_init.$$")
+    fi
     # shellcheck disable=SC2086
     step --mark "${exp}/train.json" --input "${config}" --input "${ckpt}" \
         --input "${tokens}" "${inputs[@]}" --output "${exp}/${inference_model}" \
         --again "goes on from its last checkpoint (another --tag starts anew)" \
-        --runner "$(runner "${ngpu}" "${exp}/train.log")" \
+        --runner "$(runner "${ngpu}" "${num_nodes}" "${nj}" "${exp}/train.log")" \
         -- ${python} -m espnet2.bin.cls_train --config "${config}" \
         --output_dir "${exp}" --token_list "${tokens}" \
         --init_param "${ckpt}:student:encoder" "${opts[@]}" ${cls_args} \
-        + --ngpu "${ngpu}" --resume true
+        + --ngpu "${ngpu}" --resume true --multiprocessing_distributed true "${nodes[@]}"
 fi
 
 decode=${exp}/decode/${test_set}
@@ -171,7 +190,7 @@ if wanted 4; then
     step --mark "${decode}/done.json" --input "${exp}/${inference_model}" \
         --input "${exp}/config.yaml" --input "${dumpdir}/raw/${test_set}/wav.scp" \
         --output "${decode}/prediction/score" \
-        --runner "$(runner "${gpus}" "${decode}/decode.log")" \
+        --runner "$(runner "${gpus}" 1 1 "${decode}/decode.log")" \
         -- ${python} -m espnet2.bin.cls_inference --output_dir "${decode}" \
         --classification_train_config "${exp}/config.yaml" \
         --classification_model_file "${exp}/${inference_model}" \

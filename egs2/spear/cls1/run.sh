@@ -57,14 +57,17 @@ if [ "${mix}" = true ]; then
             --datadir "${datadir}" --dumpdir "${dumpdir}" --downloads "${downloads}" \
             --dry_run "${dry_run}"
         log "Stage 1: mixtures of two clips"
+        lock "${source}"
         step --mark "${source}/.done.json" --input "${formatted}" \
             --input "${clips}/labels" --input "${clips}/groups" \
             --output "${source}/wav.scp" --output "${source}/labels" \
             -- python local/mix_clips.py --wav_scp "${formatted}/wav.scp" \
             --labels "${clips}/labels" --groups "${clips}/groups" --out_dir "${source}"
+        unlock
     fi
 elif wanted 1 && [ -z "${data_dir}" ]; then
     log "Stage 1: labelled clips of packages"
+    lock "${source}"
     packages=(ufoai-sound sonic-pi-samples asterisk-moh-opsound-g722 openttd-opensfx
         musescore-general-soundfont-small)
     for lang in en es fr it ru; do packages+=("asterisk-core-sounds-${lang}-g722"); done
@@ -78,6 +81,7 @@ elif wanted 1 && [ -z "${data_dir}" ]; then
         --output "${source}/labels" --output "${source}/groups" \
         -- python local/sounds.py --root "${downloads}/root" --out_dir "${source}" \
         --max_clips "${max_clips}" "${all[@]}"
+    unlock
 fi
 
 min_seconds=0.1

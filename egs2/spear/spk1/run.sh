@@ -34,6 +34,7 @@ num_clips=60
 source=${data_dir:-${datadir}/characters}
 if wanted 1 && [ -z "${data_dir}" ]; then
     log "Stage 1: voices of a game's characters"
+    lock "${source}"
     if [ "${dry_run}" = false ]; then
         local/fetch_debs.sh local/debs.sha256 "${downloads}" flight-of-the-amazon-queen
     fi
@@ -41,6 +42,7 @@ if wanted 1 && [ -z "${data_dir}" ]; then
         --output "${source}/labels" --output "${source}/groups" \
         -- python local/data_fotaq.py --root "${downloads}/root" \
         --out_dir "${source}" --num_clips "${num_clips}"
+    unlock
 fi
 
 min_seconds=1

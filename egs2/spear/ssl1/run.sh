@@ -133,6 +133,7 @@ hf_repo=
 skip_upload=true
 
 . local/parse_options.sh
+. local/lock.sh
 if [ $# -gt 0 ]; then
     log "ERROR: unexpected argument '$1' (see --help)"
     exit 2
@@ -143,20 +144,6 @@ wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
 
 # step <options of local/step.py> -- <command>: run it unless it was done before
 step() { python local/step.py --dry_run "${dry_run}" "$@"; }
-
-# lock <folder>: what writes there does so alone; held until the next lock or the end,
-# also by what a killed run.sh left running.
-lock() {
-    [ "${dry_run}" = false ] || return 0
-    mkdir -p "$1"
-    exec {lock_fd}>>"$1/.lock"
-    if ! flock --nonblock "${lock_fd}"; then
-        log "ERROR: another run works in $1 ($(tail -n 1 "$1/.lock")); wait for it, stop it, or choose other folders (--expdir, --dumpdir, --datadir, --tag)"
-        exit 1
-    fi
-    echo "$(hostname), process $$, since $(date)" >"$1/.lock"
-}
-unlock() { [ "${dry_run}" = true ] || exec {lock_fd}>&-; }
 
 # runner <gpus> <threads> <log> [options]: words for step --runner
 runner() { echo "${cuda_cmd} --gpu $1 --num_threads $2 ${4:-} $(printf %q "$3")"; }
@@ -431,7 +418,7 @@ if wanted 7; then
     fi
     nodes=()
     if [ "${num_nodes}" -gt 1 ]; then
-        nodes=(--dist_launcher slurm --dist_init_method "file://${PWD}/${exp}/.dist_init.$$")
+        nodes=(--dist_launcher slurm --dist_init_method "file://$(realpath -m "${exp}")/.dist_init.$$")
     fi
     # The processes of a machine, one a GPU, share its cores.
     ranks=$((ngpu > 1 ? ngpu : 1))

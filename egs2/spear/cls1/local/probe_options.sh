@@ -22,6 +22,8 @@ dry_run=false
 : "${help_message:?}"
 # shellcheck source=parse_options.sh
 . local/parse_options.sh
+# shellcheck source=../../ssl1/local/lock.sh
+. local/lock.sh
 if [ $# -gt 0 ]; then
     log "ERROR: unexpected argument '$1' (see --help)"
     exit 2

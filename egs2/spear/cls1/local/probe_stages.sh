@@ -1,12 +1,13 @@
 # Stages 2 to 4 of a probe: format, features, table. To be sourced by run.sh, which sets
 # the options, `source` (data directory with labels and, if it has any, groups) and
-# `min_seconds`, and has the functions log, step and wanted.
+# `min_seconds`, and has the functions log, lock, step and wanted.
 # shellcheck shell=bash disable=SC2154
 
 raw=${dumpdir}/raw/$(basename "${source}")
 
 if wanted 2; then
     log "Stage 2: format and filter"
+    lock "${raw}"
     step --mark "${raw}_org/.done.json" --input "${source}" --output "${raw}_org/wav.scp" \
         -- python -m espnet2_spear.bin.spear_format --in_dir "${source}" \
         --out_dir "${raw}_org" + --nj "${nj}"
@@ -14,7 +15,10 @@ if wanted 2; then
     step --mark "${raw}/.done.json" --input "${raw}_org" --output "${raw}/wav.scp" \
         -- python -m espnet2_spear.bin.spear_filter --in_dir "${raw}_org" \
         --out_dir "${raw}" --min_seconds "${min_seconds}" --max_seconds inf
+    unlock
 fi
+
+if [ "${stop_stage}" -ge 3 ]; then lock "${exp}"; fi
 
 # features <name> <checkpoint or YAML, or empty> <options of features.py>
 features() {
