@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.kaldi_ark import read_matrix, read_scp
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer
-from espnet2_spear.teachers import TeacherError, build_teacher
+from espnet2_spear.teachers import TeacherError, build_teacher, tokenize_run
 from espnet2_spear.teachers.shards import deal
+from espnet2_spear.teachers.tokenize import TokenizeOptions, Tokenizer
+from espnet2_spear.teachers.tokenize_run import TokenizeRun
 from espnet2_spear.teachers.utterances import (
     Utterance,
     make_batches,
@@ -349,6 +352,84 @@ def test_lower_precision_is_compared_with_float32(setup, data_dir, tmp_path, cap
         found += expected.size
     assert same / found == pytest.approx(summary["float32_agreement"], abs=0.05)
     assert "float32_agreement" not in tokenize(setup, data_dir, tmp_path / "full")
+
+
+def test_lower_precision_is_compared_on_the_workers_device(
+    setup, data_dir, tmp_path, monkeypatch
+):
+    """With several processes, too; without a GPU here it is only told to move."""
+    devices = ["cpu"]
+    compared_on = []
+    agreement = Tokenizer.agreement
+
+    def watched(self, batch):
+        compared_on.append(devices[-1])
+        return agreement(self, batch)
+
+    monkeypatch.setattr(Tokenizer, "to", lambda self, device: devices.append(device))
+    monkeypatch.setattr(Tokenizer, "agreement", watched)
+    conf = {"weights": setup["weights"], "layer": 2}
+    options = TokenizeOptions("speech", "whisper", conf, setup["quantizer"])
+    options = replace(options, dtype="bfloat16")
+    everyone = read_utterances(data_dir / "wav.scp", data_dir / "utt2num_samples")
+    run = TokenizeRun([options], tmp_path, shard_seconds=2.0, min_agreement=1.0)
+    with pytest.raises(TeacherError, match="in bfloat16 on cuda:0 are those of"):
+        run.run(everyone, [everyone], nj=2, devices=("cuda:0", "cuda:1"))
+    assert compared_on == ["cuda:0"]
+    assert devices[-1] == "cpu"  # the memory is left to the workers
+
+
+def test_too_few_codes_of_float32_are_refused(setup, data_dir, tmp_path, caplog):
+    options = ("--dtype", "bfloat16", "--min_agreement")
+    command = tokenize_command(setup, data_dir, tmp_path / "a", *options, "1")
+    done = subprocess.run(
+        [sys.executable, "-m", "espnet2_spear.bin.spear_tokenize", *command],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and not list((tmp_path / "a").glob("*.ark"))
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ERROR (spear_tokenize.py): speech: ")
+    assert "less than the 100 % of --min_agreement: nothing was tokenized" in last
+    assert "Traceback" not in done.stderr
+    tokenize(setup, data_dir, tmp_path / "b", *options, "0.1")
+    assert (tmp_path / "b/speech.scp").exists()
+    with pytest.raises(SystemExit, match="must be from 0 to 1"):
+        tokenize(setup, data_dir, tmp_path / "c", *options, "50")
+
+
+def test_low_agreement_is_a_warning(setup, data_dir, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(tokenize_run, "LOW_AGREEMENT", 1.0)
+    tokenize(setup, data_dir, tmp_path, "--dtype", "bfloat16")
+    (record,) = (x for x in caplog.records if "are those of float32" in x.message)
+    assert record.levelname == "WARNING" and "FEW" in record.message
+
+
+def test_nothing_to_compare_is_a_warning(setup, tmp_path, caplog):
+    """Every second utterance is compared: those that are too short for the teacher."""
+    data_dir = write_data(tmp_path / "data", [300, 8000] * 16)
+    summary = tokenize(setup, data_dir, tmp_path / "codes", "--dtype", "bfloat16")
+    assert summary["float32_agreement"] is None and summary["tokenized"] == 16
+    (record,) = (x for x in caplog.records if "NOT compared" in x.message)
+    assert record.levelname == "WARNING"
+
+
+def test_utterances_lost_by_lower_precision_do_not_agree(setup, data_dir, monkeypatch):
+    conf = {"weights": setup["weights"], "layer": 2}
+    options = TokenizeOptions("speech", "whisper", conf, setup["quantizer"])
+    tokenizer = Tokenizer(replace(options, dtype="bfloat16"))
+    everyone = read_utterances(data_dir / "wav.scp", data_dir / "utt2num_samples")
+    before = tokenizer.agreement(everyone[:2])
+    forward = tokenizer.teacher.forward
+
+    def broken(speech, lengths):
+        padded, frame_lengths = forward(speech, lengths)
+        if torch.is_autocast_enabled("cpu"):
+            padded[1] = float("inf")
+        return padded, frame_lengths
+
+    monkeypatch.setattr(tokenizer.teacher, "forward", broken)
+    assert 0 < tokenizer.agreement(everyone[:2]) < 0.8 * before
 
 
 def test_what_fails_is_tried_once_more(setup, data_dir, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.teachers import load_teacher_config
+from espnet2_spear.teachers.base import TeacherError
 from espnet2_spear.teachers.tokenize import TokenizeOptions
 from espnet2_spear.teachers.tokenize_run import TokenizeRun
 from espnet2_spear.teachers.utterances import read_utterances, select_domains
@@ -94,6 +95,13 @@ def get_parser() -> argparse.ArgumentParser:
         help="of the teachers' computation; the share of codes that are those of "
         "float32 is measured first, logged and written to NAME.json",
     )
+    parser.add_argument(
+        "--min_agreement",
+        type=float,
+        default=0.5,
+        help="with another dtype: if a smaller share of the codes is that of float32, "
+        "nothing is tokenized",
+    )
     return parser
 
 
@@ -146,7 +154,12 @@ def main(cmd=None):
         teacher, conf = load_teacher_config(config)
         options = (args.refine_iters, args.extra_passes, args.dtype)
         teachers.append(TokenizeOptions(name, teacher, conf, quantizer, *options))
-    run = TokenizeRun(teachers, args.output_dir, args.batch_seconds, args.shard_seconds)
+    if not 0 <= args.min_agreement <= 1:
+        raise SystemExit(f"--min_agreement {args.min_agreement}: must be from 0 to 1")
+    run = TokenizeRun(
+        *(teachers, args.output_dir, args.batch_seconds, args.shard_seconds),
+        min_agreement=args.min_agreement,
+    )
     summaries = run.run(utterances, chosen, nj, args.num_threads, devices)
     for name, summary in zip(args.name, summaries, strict=True):
         logging.info(
@@ -157,4 +170,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, TeacherError)

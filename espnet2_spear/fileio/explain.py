@@ -12,8 +12,12 @@ from espnet2_spear.fileio.tables import DataDirError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], None], *errors: type[Exception]) -> None:
     """Run the main function of a command; what users can mend ends it with a line.
+
+    Args:
+        main: to run.
+        errors: of its own whose messages say what to do.
 
     Raises:
         SystemExit: the data contradict each other, or the file system refused
@@ -22,7 +26,7 @@ def run_command(main: Callable[[], None]) -> None:
     program = Path(sys.argv[0]).name
     try:
         main()
-    except DataDirError as error:
+    except (DataDirError, *errors) as error:
         raise SystemExit(f"ERROR ({program}): {error}") from None
     except OSError as error:
         remedy = ""

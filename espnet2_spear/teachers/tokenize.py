@@ -79,8 +79,13 @@ class Tokenizer:
         quantizer = load_quantizer(options.quantizer)
         check_match(teacher, quantizer, options.quantizer)
         quantizer.check_extra_passes(options.extra_passes)
-        self.teacher = teacher.to(device)
-        self.quantizer = quantizer.to(device).eval()
+        self.teacher, self.quantizer = teacher, quantizer.eval()
+        self.to(device)
+
+    def to(self, device: str) -> None:
+        """Move the teacher and its quantizer to a device."""
+        self.teacher.to(device)
+        self.quantizer.to(device)
 
     def encode(
         self, audio: Audio, failed: list[tuple[str, str]]
@@ -96,14 +101,25 @@ class Tokenizer:
             yield utterance.utt, part.numpy()
 
     def agreement(self, batch: Sequence[Utterance]) -> float:
-        """Share of codes of some utterances that are those of float32; nan of none."""
+        """Share of float32's codes of some utterances that lower precision gives, too.
+
+        Those of utterances that it has no codes of count as others.
+
+        Returns:
+            0 to 1; nan if float32 has codes of none.
+        """
         audio = read_batch(batch)
-        dtypes = (self.options.dtype, "float32")
-        frames = [embed_audio(self.teacher, audio, dtype).frames for dtype in dtypes]
-        if not frames[0] or len(frames[0]) != len(frames[1]):
-            return float("nan")
-        codes, expected = (self._quantize(x) for x in frames)
-        return float((codes == expected).float().mean())
+        expected = embed_audio(self.teacher, audio, "float32")
+        lower = embed_audio(self.teacher, audio, self.options.dtype)
+        frames = dict(zip((u.utt for u in lower.utts), lower.frames, strict=True))
+        same = count = 0
+        for utterance, exact in zip(expected.utts, expected.frames, strict=True):
+            codes = self._quantize([exact])
+            count += codes.numel()
+            if utterance.utt in frames:
+                found = self._quantize([frames[utterance.utt]])
+                same += int((found == codes).sum())
+        return same / count if count else float("nan")
 
     def _quantize(self, frames: Sequence[Tensor]) -> Tensor:
         with torch.inference_mode():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import (
@@ -26,6 +27,7 @@ import torch
 from espnet2_spear.fileio.kaldi_ark import scp_lines, write_missing_codes
 from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import TableWriter
+from espnet2_spear.teachers.base import TeacherError
 from espnet2_spear.teachers.shards import (
     Batches,
     DoneMarks,
@@ -45,6 +47,7 @@ from espnet2_spear.teachers.utterances import (
 from espnet2_spear.teachers.weights import sha256_of
 
 AGREEMENT_UTTERANCES = 16  # compared with float32 before a run in lower precision
+LOW_AGREEMENT = 0.8  # share of float32's codes below which there is a warning
 
 
 class TokenizeRun:
@@ -61,6 +64,7 @@ class TokenizeRun:
         output_dir: made if it is not there; lines of the scp files begin with it.
         batch_seconds: bound of a batch's audio, padding included.
         shard_seconds: audio in a shard.
+        min_agreement: share of float32's codes that lower precision has to give.
     """
 
     def __init__(
@@ -69,9 +73,11 @@ class TokenizeRun:
         output_dir: str | Path,
         batch_seconds: float = 20.0,
         shard_seconds: float = 600.0,
+        min_agreement: float = 0.5,
     ) -> None:
         self.teachers, self.folder = list(teachers), Path(output_dir)
         self.batch_seconds, self.shard_seconds = batch_seconds, shard_seconds
+        self.min_agreement = min_agreement
 
     def _stems(self, shard: int) -> list[str]:
         return [str(self.folder / f"{t.name}.{shard}") for t in self.teachers]
@@ -106,26 +112,29 @@ class TokenizeRun:
             for each teacher what ``<name>.json`` holds: teacher, quantizer, counts.
 
         Raises:
-            TeacherError: a teacher and its quantizer do not match.
+            TeacherError: a teacher and its quantizer do not match, or lower precision
+                gives too few of float32's codes.
             ValueError: not one of a teacher's utterances could be tokenized.
         """
         # Built here in any case, so that errors come before work is dealt out.
-        device = devices[0] if nj == 1 else "cpu"
-        tokenizers = [Tokenizer(options, device) for options in self.teachers]
+        tokenizers = [Tokenizer(options) for options in self.teachers]
         marks = self._marks(tokenizers, chosen)
         union = chosen[0].union(chosen[1:])
         shards = deal(make_batches(union, self.batch_seconds), self.shard_seconds)
         todo = [i for i in range(len(shards)) if not self._is_done(marks, i)]
         if len(todo) < len(shards):
             logging.info(f"{len(shards) - len(todo)} of {len(shards)} shards are done")
+        nj = min(nj, len(todo))
         agreements = [
-            _compare(tokenizer, part)
+            self._compare(tokenizer, part, devices[0])
             for tokenizer, part in zip(tokenizers, chosen, strict=True)
         ]
+        if nj == 1:
+            for tokenizer in tokenizers:
+                tokenizer.to(devices[0])
         progress = Progress(sum(shards.seconds(i) for i in todo), len(todo))
         wanted = [np.isin(union.numbers, part.numbers) for part in chosen]
         jobs = ((i, _job(shards, i, wanted, self._stems(i))) for i in todo)
-        nj = min(nj, len(todo))
         for i, records in self._results(tokenizers, jobs, nj, num_threads, devices):
             for mark, record in zip(marks, records, strict=True):
                 mark.write(i, record)
@@ -138,6 +147,47 @@ class TokenizeRun:
                 tokenizers, marks, agreements, strict=True
             )
         ]
+
+    def _compare(
+        self, tokenizer: Tokenizer, utterances: Sequence[Utterance], device: str
+    ) -> float | None:
+        """Compare the codes of some utterances with those of float32, and say it.
+
+        It is done on the device of the workers, whose lower precision may be another
+        than that of the CPU; the tokenizer is left on the CPU.
+        """
+        options = tokenizer.options
+        if options.dtype == "float32":
+            return None
+        step = max(1, len(utterances) // AGREEMENT_UTTERANCES)
+        some = utterances[::step][:AGREEMENT_UTTERANCES]
+        tokenizer.to(device)
+        share = tokenizer.agreement(some)
+        tokenizer.to("cpu")  # the memory is that of the workers
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        if math.isnan(share):
+            logging.warning(
+                f"{options.name}: the codes in {options.dtype} were NOT compared with "
+                f"those of float32: the teacher has no output of any of {len(some)} "
+                f"utterances; see the reasons in {self.folder}/{options.name}.failed"
+            )
+            return share
+        measured = (
+            f"{options.name}: {100 * share:.1f} % of the codes of {len(some)} "
+            f"utterances in {options.dtype} on {device} are those of float32"
+        )
+        if share < self.min_agreement:
+            raise TeacherError(
+                f"{measured}, less than the {100 * self.min_agreement:g} % of "
+                "--min_agreement: nothing was tokenized; compute in float32, or "
+                "accept it by a smaller --min_agreement"
+            )
+        if share < LOW_AGREEMENT:
+            logging.warning(f"{measured}: FEW; the students learn other targets")
+        else:
+            logging.info(measured)
+        return share
 
     def _marks(
         self, tokenizers: Sequence[Tokenizer], utterances: Sequence[Sequence[Utterance]]
@@ -246,7 +296,8 @@ class TokenizeRun:
             "dtype": tokenizer.options.dtype,
         }
         if agreement is not None:
-            summary["float32_agreement"] = agreement
+            unknown = math.isnan(agreement)
+            summary["float32_agreement"] = None if unknown else agreement
         write_text(self.folder / f"{name}.json", json.dumps(summary, indent=1) + "\n")
         rows = iter(codes)
         row = next(rows, None)
@@ -285,17 +336,3 @@ def _job(
         for mask in wanted
     ]
     return batches, names, stems
-
-
-def _compare(tokenizer: Tokenizer, utterances: Sequence[Utterance]) -> float | None:
-    """Compare the codes of some utterances with those of float32, and say it."""
-    if tokenizer.options.dtype == "float32":
-        return None
-    step = max(1, len(utterances) // AGREEMENT_UTTERANCES)
-    share = tokenizer.agreement(utterances[::step][:AGREEMENT_UTTERANCES])
-    logging.info(
-        f"{tokenizer.options.name}: {100 * share:.1f} % of the codes of "
-        f"{min(len(utterances), AGREEMENT_UTTERANCES)} utterances in "
-        f"{tokenizer.options.dtype} are those of float32"
-    )
-    return share

@@ -75,6 +75,7 @@ Student and teachers (stages 4 to 7)
   --quantizer_args \"...\"      further options of mvq_train, such as \"--batch_frames 128\"
   --teacher_dtype T           of the teachers' computation: float32, bfloat16 or float16;
                               the share of codes as in float32 is told   [float32]
+  --min_agreement X           with a smaller share nothing is tokenized  [0.5]
   --one_pass true|false       true tokenizes with all teachers in one pass over the audio;
                               a change of one then repeats the others    [false]
 
@@ -123,6 +124,7 @@ quantizer_frames=200000
 quantizer_iters=
 quantizer_args=
 teacher_dtype=float32
+min_agreement=0.5
 one_pass=false
 
 train_args=
@@ -352,7 +354,8 @@ tokenize() {
         -- python -m espnet2_spear.bin.spear_tokenize --teacher_config "${configs[@]}" \
         --quantizer "${files[@]}" --domains "${kinds[@]}" --name "${roles[@]}" \
         --data_dir "${raw}" --output_dir "${codes}/${set}" --dtype "${teacher_dtype}" \
-        + --nj "${jobs}" --ngpu "${ngpu}" --num_threads "${threads}"
+        + --nj "${jobs}" --ngpu "${ngpu}" --num_threads "${threads}" \
+        --min_agreement "${min_agreement}"
     [ ! -e "${joblog}" ] || show_end "${joblog}"
 }
 
