@@ -12,6 +12,7 @@ from corpus_miniatures import (
     MINIATURES,
     Miniature,
     audio,
+    audioset,
     esc50,
     gigaspeech,
     librispeech,
@@ -121,6 +122,26 @@ def test_published_counts_are_checked(tmp_path: Path) -> None:
     with pytest.raises(DataDirError, match="2 utterances instead of 400"):
         CORPORA["esc50"].prepare(tmp_path, ["fold1"])
     CORPORA["esc50"].prepare(tmp_path, ["fold1"], partial=True)
+
+
+def test_copies_that_miss_files_have_to_have_half(tmp_path: Path) -> None:
+    folder = tmp_path / "audio/balanced_train"
+    made = audioset(tmp_path)
+    with pytest.raises(DataDirError, match="only 3 of 22160 utterances are there"):
+        CORPORA["audioset"].prepare(tmp_path, ["balanced_train"])
+    found = CORPORA["audioset"].prepare(tmp_path, ["balanced_train"], partial=True)
+    assert len(found.entries) == 3
+    known = reduced("audioset", made)
+    files = sorted(folder.iterdir())
+    files[0].unlink()
+    assert len(known.prepare(tmp_path, ["balanced_train"]).entries) == 2
+    files[1].unlink()
+    with pytest.raises(DataDirError, match="2 listed files .*; only 1 of 3 .*partial"):
+        known.prepare(tmp_path, ["balanced_train"])
+    # Where no count was published, that of the list is taken.
+    unknown = dataclasses.replace(known, parts={"balanced_train": None})
+    with pytest.raises(DataDirError, match="only 1 of 3 utterances"):
+        unknown.prepare(tmp_path, ["balanced_train"])
 
 
 def test_command_line_of_a_corpus(

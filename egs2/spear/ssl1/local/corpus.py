@@ -19,6 +19,7 @@ from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import DataDirError
 
 EXAMPLES = 3  # missing files that are named in a message
+LEAST = 0.5  # share of a part that copies have at least that usually miss files
 
 
 class Found:
@@ -125,8 +126,8 @@ class Corpus:
         licence: of the audio.
         source: where users get it.
         layout: expected content of the root folder.
-        incomplete: whether copies usually miss files (videos that were deleted); the
-            count is then only reported.
+        incomplete: whether copies usually miss files (videos that were deleted); what
+            is missing is then only reported, up to half of a part.
     """
 
     name: str
@@ -179,7 +180,7 @@ class Corpus:
                 known = ", ".join(self.parts)
                 raise DataDirError(f"{self.name} has no part '{part}'; it has: {known}")
             result = self.read(root, part)
-            self._check(root, part, result, partial or self.incomplete)
+            self._check(root, part, result, partial)
             for entry in result.entries:
                 found.entries.add(entry)
             found.missing += result.missing
@@ -194,7 +195,13 @@ class Corpus:
             problem = f"{found.missing} listed files are missing, e.g. {names}"
         elif published is not None and count != published:
             problem = f"{count} utterances instead of {published}"
-        if count == 0 or (problem and not partial):
+        accepted = partial
+        if self.incomplete and not partial:
+            whole = published or count + found.missing
+            accepted = count >= LEAST * whole
+            if not accepted:
+                problem += f"; only {count} of {whole} utterances are there"
+        if count == 0 or (problem and not accepted):
             raise DataDirError(
                 f"{root}: part '{part}' of {self.name}: {problem or 'no utterance'}; "
                 f"expected: {self.layout}. Fetch what is missing from {self.source}, "
