@@ -1,8 +1,12 @@
 """Corpora of the recipe (ssl1/local/data_*.py), on miniatures of their layouts."""
 
 import dataclasses
+import gzip
 import json
 import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +107,66 @@ def test_missing_audio_is_named(tmp_path: Path, name: str) -> None:
         assert len(known.prepare(tmp_path, [part], True).entries) == left
 
 
+def spoil_lists(root: Path) -> None:
+    """Put a byte that is no UTF-8 at the end of every list of a corpus."""
+    for path in root.rglob("*"):
+        if path.suffix in (".csv", ".tsv", ".txt", ".json"):
+            path.write_bytes(path.read_bytes() + b"\xe9\n")
+        elif path.suffix == ".gz":
+            path.write_bytes(
+                gzip.compress(gzip.decompress(path.read_bytes()) + b"\xe9\n")
+            )
+
+
+# The others have no list, tables (whose bytes survive), or JSON.
+@pytest.mark.parametrize(
+    "name",
+    "audioset bbc_sfx esc50 fisher fsd50k gigaspeech librispeech mtg_jamendo music4all "
+    "speechcommands vggsound voxceleb1 voxpopuli".split(),
+)
+def test_lists_that_are_not_utf8_are_named(tmp_path: Path, name: str) -> None:
+    made = MINIATURES[name](tmp_path)
+    spoil_lists(tmp_path)
+    with pytest.raises(DataDirError, match=r"^/.*: is not UTF-8 \(byte 0xe9: .*iconv"):
+        reduced(name, made).prepare(tmp_path, [next(iter(made))])
+
+
+def test_manifest_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    path.write_bytes(b'{"audio_filepath": "a", "duration": 1, "text": "caf\xe9"}\n')
+    with pytest.raises(DataDirError, match="list.jsonl: is not UTF-8"):
+        data_corpora.from_manifest(path, "a", "speech")
+    path.write_bytes(b"corpora: [{folder: caf\xe9, name: a, domain: speech}]\n")
+    with pytest.raises(DataDirError, match="list.jsonl: is not UTF-8"):
+        data_corpora.read_list(path)
+
+
+def test_errors_of_a_corpus_are_a_line(tmp_path: Path) -> None:
+    """A limit on the size of files fails as a full disk does."""
+    esc50(tmp_path / "esc")
+    command = [sys.executable, LOCAL / "data_esc50.py", "--root", tmp_path / "esc"]
+    command += ["--out_dir", tmp_path / "out", "--parts", "fold1"]
+
+    def last(*options: str, limit: int = resource.RLIM_INFINITY) -> str:
+        done = subprocess.run(
+            [*command, *options],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit,) * 2),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        return done.stderr.splitlines()[-1]
+
+    assert last().startswith(f"ERROR (data_esc50.py): {tmp_path}/esc: part 'fold1'")
+    error = last("--partial", limit=20)
+    assert error.startswith("ERROR (data_esc50.py): [Errno 27]")
+    assert "make room for its outputs" in error
+    spoil_lists(tmp_path)
+    assert last().startswith(
+        f"ERROR (data_esc50.py): {tmp_path}/esc/meta/esc50.csv: is"
+    )
+
+
 @pytest.mark.parametrize("name", list(MINIATURES))
 def test_another_folder_is_refused(tmp_path: Path, name: str) -> None:
     known = CORPORA[name]
@@ -149,7 +213,7 @@ def test_command_line_of_a_corpus(
 ) -> None:
     esc50(tmp_path / "esc")
     cmd = ["--root", str(tmp_path / "esc"), "--out_dir", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="instead of 400"):
+    with pytest.raises(DataDirError, match="instead of 400"):
         CORPORA["esc50"].main([*cmd, "--parts", "fold1"])
     CORPORA["esc50"].main([*cmd, "--parts", "fold1", "fold2", "--partial"])
     assert len(DataDir.load(tmp_path / "out").utterances) == 3

@@ -12,6 +12,7 @@ import numpy as np
 
 from espnet2_spear.bin.asr_score import ScoreError, environments
 from espnet2_spear.fileio.datadir import read_table
+from espnet2_spear.fileio.explain import run_command
 
 _HEADER = "|dataset|Clips|Classes|Acc|mAP|\n" + "|---" * 5 + "|"
 
@@ -142,4 +143,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, ScoreError)

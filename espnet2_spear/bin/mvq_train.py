@@ -10,15 +10,17 @@ from pathlib import Path
 import torch
 from espnet2.utils.types import str2bool
 
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.mvq.baseline_training import BaselineConfig, train_baseline
 from espnet2_spear.mvq.baselines import KMeansQuantizer
-from espnet2_spear.mvq.embeddings import EmbeddingSet, TrainingFrames
+from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet, TrainingFrames
 from espnet2_spear.mvq.files import KINDS
 from espnet2_spear.mvq.measure import evaluate
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.report import write_report
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingError
 from espnet2_spear.teachers import build_teacher, load_teacher_config
+from espnet2_spear.teachers.base import TeacherError
 from espnet2_spear.teachers.stream import TeacherFrames
 from espnet2_spear.teachers.utterances import read_utterances, select_domains
 from espnet2_spear.train.process_group import process_group_that_ends
@@ -212,4 +214,4 @@ def _train(args: argparse.Namespace, config: MVQTrainingConfig | BaselineConfig)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, TrainingError, EmbeddingError, TeacherError)

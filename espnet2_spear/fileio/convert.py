@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.audio import (
     AudioError,
     AudioInfo,
@@ -208,19 +208,3 @@ def peak_db(pcm: np.ndarray) -> float:
     """Return the largest deviation from the mean in dB of full scale, at least -120."""
     peak = np.abs(pcm - pcm.mean()).max() / 32768
     return float(20 * np.log10(max(peak, 1e-6)))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with open(handle, "wb") as out:
-            out.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # such as a full disk
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise

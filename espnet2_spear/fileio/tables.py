@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
 from espnet2_spear.fileio.spool import Spool, c_order
 
@@ -32,6 +34,29 @@ def open_table(path: Path) -> IO[bytes]:
             f"{path}: cannot be read ({error.strerror}); run the stage that writes it, "
             "or correct what names it"
         ) from error
+
+
+@contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a list of another form, that has to be UTF-8; unpacks it if it ends in .gz.
+
+    Args:
+        path: of the file.
+        newline: as for ``open``.
+
+    Raises:
+        DataDirError: it is not UTF-8, which is found as it is read.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+        try:
+            yield file
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise DataDirError(
+                f"{path}: is not UTF-8 (byte {byte:#04x}: {error.reason}); fetch it "
+                "again, or convert it (iconv -t UTF-8)"
+            ) from None
 
 
 def rows(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.mvq.improve import improve
 from espnet2_spear.mvq.refine import GramTables
 
@@ -245,6 +248,9 @@ class AbsQuantizer(nn.Module, ABC):
         """Write tensors and metadata (primitives, lists and dicts only) to a file.
 
         :func:`espnet2_spear.mvq.files.load_quantizer` reads it.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk.
         """
         if metadata is not None:
             self.metadata = dict(metadata)
@@ -254,6 +260,7 @@ class AbsQuantizer(nn.Module, ABC):
             "state_dict": {k: v.cpu() for k, v in self.state_dict().items()},
             "metadata": self.metadata,
         }
-        temporary = f"{os.fspath(path)}.part"
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        # In memory first: torch turns errors of a file into RuntimeErrors.
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomically(Path(path), buffer.getvalue())

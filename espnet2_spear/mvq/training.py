@@ -9,6 +9,7 @@ gradients are averaged, so that all hold the same quantizer; the first one alone
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import time
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.mvq.embeddings import TrainingFrames
 from espnet2_spear.mvq.losses import QuantizerLosses, quantizer_losses
 from espnet2_spear.mvq.quantizer import Quantizer
@@ -249,7 +251,7 @@ class MVQTrainer:
     def _save(self) -> None:
         if self.rank:
             return
-        part = self.checkpoint.with_name(self.checkpoint.name + ".part")
+        buffer = io.BytesIO()  # torch turns errors of a file into RuntimeErrors
         torch.save(
             {
                 **self._facts(),
@@ -259,9 +261,9 @@ class MVQTrainer:
                 "quantizer": self.quantizer.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             },
-            part,
+            buffer,
         )
-        part.replace(self.checkpoint)
+        write_atomically(self.checkpoint, buffer.getvalue())
         self._saved = time.monotonic()
 
     def _resume(self) -> None:

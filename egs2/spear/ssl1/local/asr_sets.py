@@ -10,11 +10,14 @@ import logging
 from pathlib import Path
 
 from espnet2_spear.fileio.datadir import DataDir, DataDirError
+from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.tables import open_text
 
 
 def read_list(path: Path) -> list[str]:
     """Return the utterance ids of a list."""
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    with open_text(path) as lines:
+        return [line.strip() for line in lines if line.strip()]
 
 
 def split(data: DataDir, dev: list[str], test: list[str]) -> dict[str, DataDir]:
@@ -76,4 +79,4 @@ if __name__ == "__main__":
         level=logging.INFO,
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
-    main()
+    run_command(main)

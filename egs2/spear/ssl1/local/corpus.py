@@ -15,8 +15,9 @@ import numpy as np
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
 from espnet2_spear.fileio.datadir import Segment
 from espnet2_spear.fileio.datadir_stream import Entry, write_entries
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.spool import Spool
-from espnet2_spear.fileio.tables import DataDirError
+from espnet2_spear.fileio.tables import DataDirError, open_text
 
 EXAMPLES = 3  # missing files that are named in a message
 LEAST = 0.5  # share of a part that copies have at least that usually miss files
@@ -210,8 +211,12 @@ class Corpus:
         if problem:
             logging.warning("%s %s: %s", self.name, part, problem)
 
+    def command(self) -> None:
+        """Command line of data_<corpus>.py; what users can mend ends it with a line."""
+        run_command(self.main)
+
     def main(self, cmd: list[str] | None = None) -> None:
-        """Command line of data_<corpus>.py."""
+        """Prepare; see ``--help``."""
         parser = argparse.ArgumentParser(
             description=f"Prepare {self.name} ({self.licence}; {self.source}) as a "
             f"data directory. Its folder: {self.layout}."
@@ -227,11 +232,8 @@ class Corpus:
         parser.add_argument("--partial", action="store_true", help="accept less")
         args = parser.parse_args(cmd)
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-        try:
-            found = self.prepare(self.root(args.root), args.parts, args.partial)
-            count = write_entries(found.entries, args.out_dir)
-        except DataDirError as error:
-            raise SystemExit(f"ERROR (data_{self.name}.py): {error}") from None
+        found = self.prepare(self.root(args.root), args.parts, args.partial)
+        count = write_entries(found.entries, args.out_dir)
         logging.info("%s: %d utterances", args.out_dir, count)
 
 
@@ -266,9 +268,9 @@ def read_csv(path: Path, fields: Sequence[str] | None = None) -> Iterator[dict]:
         fields: names of the columns, where the first row does not give them.
 
     Raises:
-        DataDirError: a row with too few columns.
+        DataDirError: a row with too few columns, or no UTF-8.
     """
-    with path.open(encoding="utf-8", newline="") as file:
+    with open_text(path, newline="") as file:
         lines = (line for line in file if not line.startswith("#"))
         for row in csv.DictReader(lines, fields, skipinitialspace=True):
             if None in row.values():

@@ -8,13 +8,14 @@ recognition; others are kept as written.
 """
 
 import argparse
-import gzip
 import logging
 import re
 import unicodedata
 from pathlib import Path
 
 from espnet2_spear.fileio.datadir import DataDir
+from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.tables import open_text
 
 VOICES = {
     "en": "en_US_f_Allison",
@@ -52,7 +53,7 @@ def plain(text: str) -> str:
 def read_prompts(path: Path) -> dict[str, str]:
     """Read ``name: text`` lines of a list of prompts (text may be empty)."""
     prompts = {}
-    with gzip.open(path, "rt", encoding="utf-8-sig") as lines:
+    with open_text(path) as lines:
         for line in lines:
             if line.strip() and not line.startswith(";"):
                 name, _, text = line.partition(":")
@@ -137,4 +138,4 @@ if __name__ == "__main__":
         level=logging.INFO,
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
-    main()
+    run_command(main)

@@ -34,7 +34,7 @@ from espnet2_spear.fileio.datadir import DOMAINS, Segment, write_table
 from espnet2_spear.fileio.datadir_stream import Entry, write_entries
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.spool import Spool
-from espnet2_spear.fileio.tables import DataDirError
+from espnet2_spear.fileio.tables import DataDirError, open_text
 
 KEYS = {
     "corpus": {"corpus", "parts", "weight", "partial"},
@@ -51,7 +51,8 @@ def read_list(path: Path) -> list[dict[str, Any]]:
         DataDirError: malformed or repeated entries.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open_text(path) as file:
+            content = yaml.safe_load(file.read())
         entries = content["corpora"]
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise DataDirError(f"{path}: needs a list `corpora` ({error})") from None
@@ -123,10 +124,10 @@ def from_manifest(path: Path, name: str, domain: str) -> Spool[Entry]:
     """Read a manifest in NeMo's form; relative paths start where it is.
 
     Raises:
-        DataDirError: a malformed line; the message names it.
+        DataDirError: a malformed line, which the message names, or no UTF-8.
     """
     found: Spool[Entry] = Spool()
-    with path.open(encoding="utf-8") as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 entry = json.loads(line)

@@ -8,6 +8,7 @@ from pathlib import Path
 from corpus import Corpus, Found, needed
 
 from espnet2_spear.fileio.datadir import DataDirError, Segment
+from espnet2_spear.fileio.tables import open_text
 
 LAYOUT = (
     "the unpacked LDC discs: audio/NNN/fe_03_NNNNN.{sph,wav,flac} and "
@@ -23,9 +24,11 @@ def turns(path: Path) -> Iterator[tuple[float, float, str, str]]:
     """Yield start and end in seconds, side (A or B) and text of a transcript.
 
     Raises:
-        DataDirError: a line of another form.
+        DataDirError: a line of another form, or no UTF-8.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    with open_text(path) as file:
+        lines = file.read().splitlines()
+    for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         match = LINE.fullmatch(line.strip())
@@ -72,4 +75,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.main()
+    CORPUS.command()

@@ -10,6 +10,7 @@ from typing import Any
 from corpus import Corpus, Found, needed
 
 from espnet2_spear.fileio.datadir import DataDirError, Segment
+from espnet2_spear.fileio.tables import open_text
 
 LAYOUT = "GigaSpeech.json and the audio folder that it names (audio/.../*.opus)"
 TAGS = re.compile(r"<(COMMA|PERIOD|QUESTIONMARK|EXCLAMATIONPOINT)>")
@@ -21,10 +22,10 @@ def recordings(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the entries of "audios" one by one: the file can be larger than memory.
 
     Raises:
-        DataDirError: the file is cut off or of another form.
+        DataDirError: the file is cut off, of another form, or no UTF-8.
     """
     decoder = json.JSONDecoder()
-    with path.open(encoding="utf-8") as file:
+    with open_text(path) as file:
         text = ""
         while not (start := re.search(r'"audios"\s*:\s*\[', text)):
             block = file.read(BLOCK)
@@ -83,4 +84,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.main()
+    CORPUS.command()

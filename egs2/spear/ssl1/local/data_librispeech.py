@@ -5,6 +5,8 @@ from pathlib import Path
 
 from corpus import Corpus, Found, needed
 
+from espnet2_spear.fileio.tables import open_text
+
 LAYOUT = "<part>/<speaker>/<chapter>/*.flac and *.trans.txt (or LibriSpeech/<part>/...)"
 
 
@@ -15,7 +17,9 @@ def read(root: Path, part: str) -> Found:
         folder = needed(root / "LibriSpeech" / part, LAYOUT)
     found = Found()
     for listing in sorted(folder.glob("*/*/*.trans.txt")):
-        for line in listing.read_text(encoding="utf-8").splitlines():
+        with open_text(listing) as file:
+            lines = file.read().splitlines()
+        for line in lines:
             name, _, text = line.partition(" ")
             speaker, chapter, _ = name.split("-")
             found.add(
@@ -47,4 +51,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.main()
+    CORPUS.command()

@@ -6,6 +6,7 @@ from pathlib import Path
 from corpus import Corpus, Found, needed
 
 from espnet2_spear.fileio.datadir import DataDirError
+from espnet2_spear.fileio.tables import open_text
 
 LAYOUT = (
     "data/raw_30s.tsv (part all) and data/splits/split-0/autotagging-<part>.tsv of the "
@@ -20,7 +21,9 @@ def read(root: Path, part: str) -> Found:
     listing = needed(root / "data" / f"{name}.tsv", LAYOUT)
     folders = [folder for folder in (root / "audio", root) if folder.is_dir()]
     found = Found()
-    for line in listing.read_text(encoding="utf-8").splitlines()[1:]:
+    with open_text(listing) as file:
+        lines = file.read().splitlines()
+    for line in lines[1:]:
         columns = line.split("\t")
         if len(columns) < FIXED:
             raise DataDirError(f"{listing}: {line!r} has too few columns")
@@ -45,4 +48,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.main()
+    CORPUS.command()

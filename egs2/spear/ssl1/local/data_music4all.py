@@ -6,6 +6,8 @@ from pathlib import Path
 
 from corpus import Corpus, FileIndex, Found, needed
 
+from espnet2_spear.fileio.tables import open_text
+
 LAYOUT = "id_genres.csv as published (columns separated by tabs), and audios/ID.mp3"
 
 
@@ -15,7 +17,7 @@ def read(root: Path, part: str) -> Found:
     files = FileIndex(folder)
     found = Found()
     listing = needed(root / "id_genres.csv", LAYOUT)
-    with listing.open(encoding="utf-8", newline="") as file:
+    with open_text(listing, newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             name = row["id"]
             genres = ["_".join(g.split()) for g in row["genres"].split(",")]
@@ -35,4 +37,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.main()
+    CORPUS.command()

@@ -5,16 +5,18 @@ from pathlib import Path
 
 from corpus import Corpus, Found, audio_files, needed
 
+from espnet2_spear.fileio.tables import open_text
+
 LAYOUT = "<word>/<speaker>_nohash_<n>.wav, validation_list.txt, testing_list.txt"
 LISTS = {"valid": "validation_list.txt", "test": "testing_list.txt"}
 
 
 def read(root: Path, part: str) -> Found:
     """Read a part; the label, and the text in upper case, is the word."""
-    listed = {
-        name: needed(root / file, LAYOUT).read_text(encoding="utf-8").split()
-        for name, file in LISTS.items()
-    }
+    listed = {}
+    for name, file in LISTS.items():
+        with open_text(needed(root / file, LAYOUT)) as lines:
+            listed[name] = lines.read().split()
     if part in listed:
         files = [root / name for name in listed[part]]
     else:
@@ -45,4 +47,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.main()
+    CORPUS.command()

@@ -6,6 +6,7 @@ from pathlib import Path
 from corpus import Corpus, Found, needed
 
 from espnet2_spear.fileio.datadir import DataDirError
+from espnet2_spear.fileio.tables import open_text
 
 LAYOUT = "wav/<speaker>/<video>/<n>.wav (dev and test together) and iden_split.txt"
 NUMBERS = {"1": "train", "2": "valid", "3": "test"}
@@ -16,7 +17,9 @@ def read(root: Path, part: str) -> Found:
     listing = needed(root / "iden_split.txt", LAYOUT)
     needed(root / "wav", LAYOUT)
     found = Found()
-    for line in listing.read_text(encoding="utf-8").splitlines():
+    with open_text(listing) as file:
+        lines = file.read().splitlines()
+    for line in lines:
         number, _, name = line.strip().partition(" ")
         if number not in NUMBERS or name.count("/") != 2:
             raise DataDirError(
@@ -42,4 +45,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.main()
+    CORPUS.command()

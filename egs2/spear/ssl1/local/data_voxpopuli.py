@@ -6,13 +6,13 @@ recordings and the published list of segments; nothing has to be cut to files be
 """
 
 import csv
-import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
 from corpus import Corpus, Found, needed
 
 from espnet2_spear.fileio.datadir import DataDirError, Segment
+from espnet2_spear.fileio.tables import open_text
 
 LAYOUT = (
     "raw_audios/<language>/<year>/EVENT.ogg, and unlabelled_data/unlabelled_v2.tsv.gz "
@@ -27,10 +27,10 @@ def rows(path: Path) -> Iterator[dict[str, str]]:
     """Yield the lines of the list of segments.
 
     Raises:
-        DataDirError: the file is cut off or of another form.
+        DataDirError: the file is cut off, of another form, or no UTF-8.
     """
     try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        with open_text(path, newline="") as file:
             for row in csv.DictReader(file, delimiter="\t"):
                 if None in row.values() or "event_id" not in row:
                     raise DataDirError(f"{path}: the row {row} is malformed")
@@ -74,4 +74,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.main()
+    CORPUS.command()

@@ -2,8 +2,8 @@
 """Prepare YODAS: utterances of videos, in shards of a language.
 
 A part is a shard, such as en000 (manual captions) or en100 (automatic ones), with its
-archives unpacked. Granary's selection of it comes as manifests: entries `manifest` of the
-list of corpora (data_corpora.py).
+archives unpacked. Granary's selection of it comes as manifests: give those as
+`manifest` in the list of corpora (data_corpora.py).
 """
 
 from pathlib import Path
@@ -43,4 +43,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.main()
+    CORPUS.command()
