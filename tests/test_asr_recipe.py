@@ -1,6 +1,7 @@
 """The recipe asr1: corpora made its sets."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -39,8 +40,59 @@ def test_sets_from_a_corpus(tmp_path: Path) -> None:
     data.validate(require=("text", "utt2num_samples"))
     assert data.text["librispeech-19-198-0000"] == "NORTHANGER ABBEY"
     assert data.utt2num_samples["librispeech-19-198-0000"] == 11200
+    assert (tmp_path / "dump/raw/train/feats_type").read_text() == "raw\n"
+    # The same is not done again; another folder or another part is, and that is said.
     again = run_sh(*options, "--partial", "true", LIBRISPEECH=str(tmp_path / "corpus"))
-    assert "raw/dev was prepared before" in again.stdout
+    assert again.stdout.count("same inputs and options: skipped") == 6
+    options += ["--partial", "true", "--dry_run", "true"]
+    shutil.copytree(tmp_path / "corpus", tmp_path / "moved")
+    moved = run_sh(*options, LIBRISPEECH=str(tmp_path / "moved"))
+    assert moved.stdout.count(f"{tmp_path}/corpus is no longer read") == 2
+    other = ["--prepare", prepare.replace("dev-clean", "dev-other")]
+    other = run_sh(*options, *other, LIBRISPEECH=str(tmp_path / "corpus"))
+    assert "--parts was dev-clean, is dev-other" in other.stdout
+
+
+def test_listing_of_all_stages(tmp_path: Path) -> None:
+    names = ("datadir", "dumpdir", "expdir")
+    options = [word for n in names for word in (f"--{n}", str(tmp_path / n))]
+    options += ["--asr_config", "conf/train_asr_logmel.yaml", "--token_type", "bpe"]
+    done = run_sh("--dry_run", "true", "--ngpu", "0", "--nbpe", "500", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
+    stages = done.stdout.split("Stage ")
+    assert [part[0] for part in stages[1:]] == ["1", "2", "3", "4", "4", "5", "6", "7"]
+    for part in stages[1:]:
+        assert "  $ " in part and " reads " in part and "would run" in part
+        assert " writes " in part or part.startswith("7")
+    # Where asr.sh looks for it.
+    tokens = tmp_path / "datadir/token_list/bpe_unigram500"
+    assert f"writes  {tokens}/tokens.txt" in stages[2]
+    assert f"writes  {tokens}/bpe.model" in stages[2]
+
+
+def test_another_training_wants_another_tag(tmp_path: Path) -> None:
+    for name in ("en_train", "en_dev"):
+        data = DataDir({"u": "u.wav"}, {"u": "u"}, text={"u": "A"})
+        data.utt2num_samples["u"] = 16000
+        data.write(tmp_path / "dump/raw" / name)
+    names = ("datadir", "dumpdir", "expdir")
+    options = [word for n in names for word in (f"--{n}", str(tmp_path / n[:-3]))]
+    options += ["--asr_config", "conf/train_asr_logmel.yaml", "--ngpu", "0"]
+    done = run_sh("--stage", "2", "--stop_stage", "2", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # A training that does not end well, here at once.
+    options += ["--stage", "3", "--stop_stage", "3", "--python", "false"]
+    done = run_sh(*options, "--asr_args", "--max_epoch 3")
+    assert done.returncode != 0
+    done = run_sh(*options, "--asr_args", "--max_epoch 4")
+    assert "(--max_epoch was 3, is 4); give another --asr_tag" in done.stderr
+    data.text["u"] = "B"
+    data.write(tmp_path / "dump/raw/en_train")
+    done = run_sh(*options, "--asr_args", "--max_epoch 3", "--dry_run", "true")
+    assert f"{tmp_path}/dump/raw/en_train changed" in done.stderr
+    done = run_sh(*options, "--asr_args", "--max_epoch 4", "--asr_tag", "other")
+    assert "ERROR (step.py)" not in done.stderr
 
 
 @pytest.mark.parametrize("item", ["train", "train=librispeech", "train=nobody:x"])

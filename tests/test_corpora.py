@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -407,6 +408,17 @@ def test_stage_1_on_a_list(tmp_path: Path) -> None:
         "musan-music-fma-0000",
         "musan-noise-free-0000",
     ]
+    # Another folder of a corpus, the same list: not what was prepared before.
+    shutil.copytree(tmp_path / "l", tmp_path / "other place")
+    again = run_sh(*options, cwd=tmp_path, env=env)
+    assert again.returncode == 0 and "inputs and options: skipped" in again.stdout
+    dry = ["--dry_run", "true"]
+    moved = env | {"LIBRISPEECH": str(tmp_path / "other place")}
+    result = run_sh(*options, *dry, cwd=tmp_path, env=moved)
+    assert f"would run: {tmp_path}/l is no longer read" in result.stdout
+    (tmp_path / "m/new.wav").touch()
+    result = run_sh(*options, *dry, cwd=tmp_path, env=env)
+    assert f"would run: {tmp_path}/m changed" in result.stdout
     both = run_sh(*options, "--speech_dirs", "x", cwd=tmp_path, env=env)
     assert both.returncode == 1 and "exclude each other" in both.stderr
 

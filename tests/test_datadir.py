@@ -263,3 +263,15 @@ def test_memory_does_not_grow_with_utterances(tmp_path: Path) -> None:
         patch.setattr(spool, "RUNS", 8)
         patch.setattr(spool, "_BLOCK", 10)
         assert peak(4000) - peak(1000) < 3000 * 20
+
+
+def test_feats_type_goes_with_copies(tmp_path: Path) -> None:
+    data = DataDir(wav_scp={"a": "a.wav", "b": "b.wav"}, utt2spk={"a": "s", "b": "s"})
+    data.write(tmp_path / "data")
+    assert not (tmp_path / "data/feats_type").exists()
+    replace(data, feats_type="raw").write(tmp_path / "raw")
+    DataDir.load(tmp_path / "raw").select(["b"]).write(tmp_path / "copy")
+    assert (tmp_path / "copy/feats_type").read_text() == "raw\n"
+    # A set of another kind in the same place does not keep it.
+    data.write(tmp_path / "copy")
+    assert not (tmp_path / "copy/feats_type").exists()

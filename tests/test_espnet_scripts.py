@@ -1,8 +1,9 @@
 """The commands of ESPnet's asr.sh, cls.sh and ssl.sh, with ``--python spear-python``.
 
 These scripts are in no package. What follows issues their command lines, with default
-options, on noise: of egs2/TEMPLATE/asr1/asr.sh (espnet/espnet at 004c30c; characters;
-without ``launch --debug``, which is newer than ESPnet 202611) stages 5 and 10 to 14, of
+options, on noise in sets that spear_format, spear_filter and cls_sets.py made: of
+egs2/TEMPLATE/asr1/asr.sh (espnet/espnet at 004c30c; characters; without
+``launch --debug``, which is newer than ESPnet 202611) stages 5 and 10 to 14, of
 cls1/cls.sh (000bf3f) 4 to 7 and 9, of ssl1/ssl.sh (20e3471) 6 to 8. Their ``run.pl`` is
 the recipe's run_job.sh.
 """
@@ -20,10 +21,14 @@ from student_files import write_student
 from test_tasks import CASES
 
 from espnet2_spear import doctor
+from espnet2_spear.bin import spear_filter, spear_format
 from espnet2_spear.hub.packed import unpack_model
 
 PYTHON = f"{Path(sys.executable).parent}/spear-python"
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "egs2/spear/cls1/local"))
+import cls_sets  # noqa: E402
+
 RUN_PL = """#!/usr/bin/env bash
 if [ "$1" = --name ]; then shift 2; fi
 exec bash {job} "$@"
@@ -46,7 +51,7 @@ class Recipe:
         run_pl.chmod(0o755)
         rng = np.random.default_rng(0)
         for name, utts in SETS.items():
-            data = folder / "dump/raw" / name
+            data = folder / "data" / name
             data.mkdir(parents=True)
             wavs = {utt: data / f"{utt}.wav" for utt in utts}
             for wav in wavs.values():
@@ -55,6 +60,11 @@ class Recipe:
             self.table(data / "wav.scp", wavs)
             self.table(data / "text", {utt: f"{utt} AB CAB" for utt in utts})
             self.table(data / "utt2spk", dict.fromkeys(utts, "s"))
+            org, raw = (folder / "dump/raw" / part / name for part in ("org", ""))
+            spear_format.main(["--in_dir", str(data), "--out_dir", str(org)])
+            spear_filter.main(["--in_dir", str(org), "--out_dir", str(raw)])
+            # What the scripts read at their first stage from here on.
+            assert (raw / "feats_type").read_text() == "raw\n"
 
     @staticmethod
     def table(path: Path, values: Mapping[str, object]) -> None:
@@ -199,7 +209,7 @@ def test_commands_of_asr_sh(tmp_path: Path) -> None:
     from espnet2.bin.asr_inference import Speech2Text
 
     names = unpack_model(tmp_path / "exp/train/packed.zip", tmp_path / "elsewhere")
-    speech, _ = soundfile.read(tmp_path / "dump/raw/test/G.wav", dtype="float32")
+    speech, _ = soundfile.read(tmp_path / "data/test/G.wav", dtype="float32")
     result = Speech2Text(**names, ctc_weight=1.0, lm_weight=0.0, beam_size=3)(speech)
     (line,) = [line for line in found if line.split()[0] == "G"]
     assert result[0][0] == " ".join(line.split(" ")[1:])
@@ -223,9 +233,13 @@ def test_commands_of_cls_sh(tmp_path: Path) -> None:
     pytest.importorskip("torcheval", reason="ESPnet's task needs it")
     recipe = Recipe(tmp_path, PYTHON)
     for name, utts in SETS.items():
-        words = {utt: f"{utt} {('dog', 'cat')[i % 2]}" for i, utt in enumerate(utts)}
-        text = tmp_path / f"dump/raw/{name}/text"
-        text.write_text("".join(f"{line}\n" for line in words.values()))
+        words = {utt: ("dog", "cat")[i % 2] for i, utt in enumerate(utts)}
+        recipe.table(tmp_path / f"{name}.labels", words)
+        raw = tmp_path / "dump/raw" / name
+        options = ["--labels", str(tmp_path / f"{name}.labels"), "--set_dir", str(raw)]
+        options += ["--token_list", str(tmp_path / "classes.txt")]
+        cls_sets.main(options + ["--train"] * (name == "train"))
+        assert (raw / "text").read_text() == (raw / "labels").read_text()
     more = configured(recipe, "cls-frontend")
     # Stage 4.
     recipe.run(

@@ -65,6 +65,23 @@ def test_step_is_done_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None
     assert "out.txt: gone since" in capfd.readouterr().out
 
 
+def test_step_that_is_not_made_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    run = Runner(tmp_path)
+    refuse = ("--refuse", "give another --tag")
+    assert run(*refuse) == 0 and run(*refuse) == 0 and run.count() == 1
+    assert run(*refuse, command=("--n", "2")) == 1 and run.count() == 1
+    error = capfd.readouterr().err
+    assert "(--n was 1, is 2); give another --tag" in error and "out.txt" in error
+    # Nor is what an interrupted run left mixed with what another one makes.
+    mark = ["--mark", str(tmp_path / "m.json"), *refuse]
+    assert step.main([*mark, "--", "bash", "-c", "kill -KILL $$"]) == 137
+    assert step.main([*mark, "--", "true"]) == 1
+    assert "is true); give another --tag" in capfd.readouterr().err
+    assert step.main([*mark, "--", "bash", "-c", "kill -KILL $$"]) == 137  # goes on
+
+
 def test_failed_step_is_not_marked(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -615,7 +632,7 @@ def test_termination_reaches_the_command(tmp_path: Path) -> None:
     process.terminate()
     assert process.wait(timeout=20) == 9
     assert (tmp_path / "out").read_text() == "got it\n"
-    assert json.loads((tmp_path / "m").read_text()) == {"pending": True}
+    assert json.loads((tmp_path / "m").read_text())["pending"]
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # the sleep, if it was started
 

@@ -15,6 +15,7 @@ from itertools import zip_longest
 from operator import itemgetter
 from pathlib import Path
 
+from espnet2_spear.fileio.datadir import RAW
 from espnet2_spear.fileio.datadir_stream import Entry, EntryWriter, entries
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.spool import c_order
@@ -83,7 +84,7 @@ def filter_entries(args: argparse.Namespace) -> tuple[Counter[str], float, int]:
         for entry, peak in with_peaks(args.in_dir)
     )
     try:
-        with EntryWriter(args.out_dir) as writer:
+        with EntryWriter(args.out_dir, RAW) as writer:
             for _, utt, entry, found in heapq.merge(before, good, key=itemgetter(0)):
                 reason = found
                 if entry is not None:

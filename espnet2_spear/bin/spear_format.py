@@ -34,6 +34,7 @@ from espnet2_spear.fileio.convert import (
     shard_mark,
     shards_of,
 )
+from espnet2_spear.fileio.datadir import RAW
 from espnet2_spear.fileio.datadir_stream import EntryWriter, check, entries
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.spool import Spool, c_order
@@ -143,7 +144,7 @@ def write_results(
         TableWriter(out_dir / name) for name in ("utt2peak_db", "skipped.txt")
     )
     try:
-        with EntryWriter(out_dir) as writer:
+        with EntryWriter(out_dir, RAW) as writer:
             for entry, result in zip(entries(in_dir), results, strict=True):
                 totals.add(result, fs)
                 if result.reason:

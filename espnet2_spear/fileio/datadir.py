@@ -16,6 +16,8 @@ from espnet2_spear.fileio.spool import c_order
 from espnet2_spear.fileio.tables import DataDirError, TableWriter, rows
 
 DOMAINS = ("speech", "audio")
+# Content of ESPnet's `feats_type` in a set whose wav.scp names files in its final form.
+RAW = "raw"
 
 
 class Segment(NamedTuple):
@@ -51,6 +53,8 @@ class DataDir:
         utt2domain: Utterance -> ``speech`` or ``audio``; empty where not given.
         text: Utterance -> transcript, for the utterances that have one.
         utt2num_samples: Utterance -> samples; empty where not known yet.
+        feats_type: What ESPnet's scripts read of a formatted set, ``raw``; empty
+            where there is no such file.
         path: Where it was read from, for messages.
     """
 
@@ -60,6 +64,7 @@ class DataDir:
     utt2domain: dict[str, str] = field(default_factory=dict)
     text: dict[str, str] = field(default_factory=dict)
     utt2num_samples: dict[str, int] = field(default_factory=dict)
+    feats_type: str = ""
     path: Path = Path(".")
 
     @property
@@ -94,6 +99,7 @@ class DataDir:
                     path / "utt2num_samples", "utterance samples"
                 ).items()
             },
+            feats_type=read_feats_type(path),
             path=path,
         )
 
@@ -160,6 +166,7 @@ class DataDir:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         (path / "wav.scp").unlink(missing_ok=True)
+        write_feats_type(path, self.feats_type)
         spk2utt: dict[str, list[str]] = {}
         for utt in self.utterances:
             spk2utt.setdefault(self.utt2spk[utt], []).append(utt)
@@ -177,6 +184,20 @@ class DataDir:
                 write_table(path / name, table)
             else:
                 (path / name).unlink(missing_ok=True)
+
+
+def read_feats_type(path: Path) -> str:
+    """Return what a data directory's ``feats_type`` says, "" where there is none."""
+    file = path / "feats_type"
+    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
+
+
+def write_feats_type(path: Path, feats_type: str) -> None:
+    """Write a data directory's ``feats_type``, or remove it where it is empty."""
+    if feats_type:
+        (path / "feats_type").write_text(f"{feats_type}\n", encoding="utf-8")
+    else:
+        (path / "feats_type").unlink(missing_ok=True)
 
 
 def read_table(path: Path, columns: str, empty_values: bool = False) -> dict[str, str]:

@@ -25,6 +25,7 @@ from espnet2_spear.fileio.datadir import (
     parse_count,
     parse_segment,
     unknown_lines,
+    write_feats_type,
 )
 from espnet2_spear.fileio.spool import Spool, c_order
 from espnet2_spear.fileio.tables import (
@@ -240,13 +241,15 @@ class EntryWriter:
 
     Args:
         path: of the data directory; made if it is not there.
+        feats_type: ``raw`` where the audio is in its final form, as ESPnet's scripts
+            expect it of a set in dump/raw.
 
     Attributes:
         count: entries written.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], feats_type: str = "") -> None:
+        self.path, self.feats_type = Path(path), feats_type
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "wav.scp").unlink(missing_ok=True)
         names = ("segments", "utt2spk", *COLUMNS, "labels", "spk2utt", "wav.scp")
@@ -296,6 +299,7 @@ class EntryWriter:
         self.count += 1
 
     def _finish(self) -> None:
+        write_feats_type(self.path, self.feats_type)
         for speaker, group in groupby(self._speakers, key=itemgetter(0)):
             self._tables["spk2utt"].add_words(speaker, (utt for _, utt in group))
         before = ("", "")

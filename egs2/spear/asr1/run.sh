@@ -12,9 +12,10 @@ start_seconds=${SECONDS}
 
 help_message="Usage: ./run.sh [--stage 1] [--stop_stage 7] [options]
 
-Stages (what is finished is not done again)
+Stages. What is finished is done again only if its inputs or options changed; then, and
+when it is skipped, that is said. A training is never repeated: it wants another --asr_tag.
   1  data: check and link 16 kHz sets    -> dump/raw/<set>
-  2  token list                          -> data/token_list/<type>
+  2  token list                          -> data/token_list/{char,bpe_unigram<N>}
   3  training                            -> exp/asr_<tag>
   4  decoding                            -> exp/asr_<tag>/<decode>/<set>
   5  scoring: WER, CER                   -> exp/asr_<tag>/{RESULTS.md,score.json}
@@ -44,7 +45,8 @@ Stages (what is finished is not done again)
   --train_set, --valid_set, --test_sets \"A B\"   sets           [en_train, en_dev, en_dev en_test]
   --datadir, --dumpdir, --expdir folders                       [data dump exp]
   --python CMD                   Python that knows the plugin  [python -m espnet2_spear.launcher]
-  --dry_run true                 only print the commands of stages 3 to 5"
+  --dry_run true|false           true runs nothing and lists the commands of each stage,
+                                 what they read and write, and what would be skipped [false]"
 
 stage=1
 stop_stage=7
@@ -83,9 +85,10 @@ fi
 if [ -z "${ngpu}" ]; then
     ngpu=$(nvidia-smi -L 2>/dev/null | grep -c "^GPU" || true)
 fi
+# Where ESPnet's asr.sh looks for them.
 case ${token_type} in
 char) token_dir=${datadir}/token_list/char bpemodel= ;;
-bpe) token_dir=${datadir}/token_list/bpe${nbpe} bpemodel=${token_dir}/bpe.model ;;
+bpe) token_dir=${datadir}/token_list/bpe_unigram${nbpe} bpemodel=${token_dir}/bpe.model ;;
 *)
     log "ERROR: --token_type must be char or bpe, not '${token_type}'"
     exit 2
@@ -111,26 +114,13 @@ all_sets=$(tr ' ' '\n' <<<"${train_set} ${valid_set} ${test_sets}" | sort -u)
 
 wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
 
-say() { [ "${dry_run}" = true ] || log "$@"; }
+# step <options of local/step.py> -- <command>: run it unless it was done before
+step() { python local/step.py --dry_run "${dry_run}" "$@"; }
 
-# run <gpus> <machines> <cores> <log> <module> <arguments>: a Python module as a job, or
-# print it.
-run() {
-    if [ "${dry_run}" = true ]; then
-        printf '%q ' "${@:4}"
-        echo
-    else
-        # shellcheck disable=SC2086
-        ${cuda_cmd} --gpu "$1" --num_nodes "$2" --num_threads "$3" "$4" \
-            env OMP_NUM_THREADS="${OMP_NUM_THREADS}" ${python} -m "${@:5}"
-    fi
-}
-
-newer() { # newer <file> <sources>: the file is there and newer than all sources
-    local source
-    for source in "${@:2}"; do
-        [ "$1" -nt "${source}" ] || return 1
-    done
+# runner <gpus> <machines> <cores> <log>: words for step --runner
+runner() {
+    echo "${cuda_cmd} --gpu $1 --num_nodes $2 --num_threads $3 $(printf %q "$4")" \
+        "env OMP_NUM_THREADS=${OMP_NUM_THREADS}"
 }
 
 need() { # need <file> <stage that makes it>
@@ -142,20 +132,31 @@ need() { # need <file> <stage that makes it>
 
 # prepare_set <set> <corpus> <parts>: read, format and filter, as ../ssl1 does
 prepare_set() {
-    local source=${datadir}/local/$1 org=${dumpdir}/raw/org/$1 parts
+    local source=${datadir}/local/$1 org=${dumpdir}/raw/org/$1 raw=${dumpdir}/raw/$1 parts
     read -ra parts <<<"${3//,/ }"
     [ "${partial}" = false ] || parts+=(--partial)
     # In a shell of its own: the folders of corpora are exported there.
-    (. ../ssl1/db.sh && PYTHONPATH=../ssl1/local:${PYTHONPATH} python \
-        "../ssl1/local/data_$2.py" --out_dir "${source}" --parts "${parts[@]}")
-    python -m espnet2_spear.bin.spear_format --in_dir "${source}" --out_dir "${org}" \
-        --audio_format flac --fs 16000 --nj "${nj}"
-    python -m espnet2_spear.bin.spear_filter --in_dir "${org}" \
-        --out_dir "${dumpdir}/raw/$1" --fs 16000 --min_seconds 0.3 --max_seconds 40 \
+    (
+        . ../ssl1/db.sh
+        root=${2^^} # name of the variable that holds the folder
+        input=()
+        [ ! -e "${!root:-}" ] || input=(--input "${!root}")
+        step --mark "${source}/.done.json" "${input[@]}" --output "${source}/wav.scp" \
+            -- python "../ssl1/local/data_$2.py" --root "${!root:-}" \
+            --out_dir "${source}" --parts "${parts[@]}"
+    )
+    step --mark "${org}/.done.json" --input "${source}" --input "${source}/.done.json" \
+        --output "${org}/wav.scp" \
+        -- python -m espnet2_spear.bin.spear_format --in_dir "${source}" \
+        --out_dir "${org}" --audio_format flac --fs 16000 + --nj "${nj}"
+    step --mark "${raw}/.done.json" --input "${org}" --output "${raw}/wav.scp" \
+        --output "${raw}/feats_type" \
+        -- python -m espnet2_spear.bin.spear_filter --in_dir "${org}" \
+        --out_dir "${raw}" --fs 16000 --min_seconds 0.3 --max_seconds 40 \
         --min_peak_db -60
 }
 
-if wanted 1 && [ "${dry_run}" = false ]; then
+if wanted 1; then
     log "Stage 1: data"
     lock "${dumpdir}/raw"
     for item in ${prepare}; do
@@ -165,45 +166,48 @@ if wanted 1 && [ "${dry_run}" = false ]; then
             log "ERROR: --prepare '${item}': must be SET=CORPUS:PART,PART with a corpus of ../ssl1/local/data_corpora.py --list"
             exit 2
         fi
-        if [ -e "${dumpdir}/raw/${set}/wav.scp" ]; then
-            log "${dumpdir}/raw/${set} was prepared before"
-        else
-            prepare_set "${set}" "${corpus%%:*}" "${corpus#*:}"
-        fi
+        prepare_set "${set}" "${corpus%%:*}" "${corpus#*:}"
     done
     for set in ${all_sets}; do
-        [[ " ${prepare} " != *" ${set}="* ]] || continue
-        if newer "${dumpdir}/raw/${set}/wav.scp" \
-            "${SSL_DATA}/${set}"/{wav.scp,text,utt2num_samples}; then
-            log "${dumpdir}/raw/${set} is up to date"
-            continue
+        [[ " ${prepare//$'\n'/ } " != *" ${set}="* ]] || continue
+        # Where there is none, data.py says what to do.
+        input=()
+        if [ "${dry_run}" = true ] || [ -e "${SSL_DATA}/${set}" ]; then
+            input=(--input "${SSL_DATA}/${set}")
         fi
-        python local/data.py --in_dir "${SSL_DATA}/${set}" --root "${SSL_ROOT}" \
-            --out_dir "${dumpdir}/raw/${set}"
+        raw=${dumpdir}/raw/${set}
+        step --mark "${raw}/.done.json" "${input[@]}" --output "${raw}/wav.scp" \
+            --output "${raw}/feats_type" -- python local/data.py \
+            --in_dir "${SSL_DATA}/${set}" --root "${SSL_ROOT}" --out_dir "${raw}"
     done
     unlock
 fi
 
-if wanted 2 && [ "${dry_run}" = false ]; then
+if wanted 2; then
     log "Stage 2: token list -> ${token_dir}/tokens.txt"
-    need "${dumpdir}/raw/${train_set}/text" 1
+    text=${dumpdir}/raw/${train_set}/text
+    need "${text}" 1
     lock "${token_dir}"
-    if newer "${token_dir}/tokens.txt" "${dumpdir}/raw/${train_set}/text"; then
-        log "${token_dir}/tokens.txt is up to date"
-    elif [ "${token_type}" = bpe ]; then
-        python local/tokens.py --text "${dumpdir}/raw/${train_set}/text" \
-            --train "${token_dir}/bpe" --nbpe "${nbpe}"
+    outputs=(--output "${token_dir}/tokens.txt")
+    if [ "${token_type}" = bpe ]; then
+        outputs+=(--output "${bpemodel}")
+        command=(python local/tokens.py --text "${text}" --train "${token_dir}/bpe"
+            --nbpe "${nbpe}")
     else
-        python -m espnet2.bin.tokenize_text --token_type char --field 2- \
-            --input "${dumpdir}/raw/${train_set}/text" \
-            --output "${token_dir}/tokens.part" --write_vocabulary true \
-            --add_symbol "<blank>:0" --add_symbol "<unk>:1" --add_symbol "<sos/eos>:-1"
-        mv "${token_dir}/tokens.part" "${token_dir}/tokens.txt"
+        command=(python -m espnet2.bin.tokenize_text --token_type char --field 2-
+            --input "${text}" --output "${token_dir}/tokens.txt"
+            --write_vocabulary true --add_symbol "<blank>:0" --add_symbol "<unk>:1"
+            --add_symbol "<sos/eos>:-1")
     fi
-    for set in ${train_set} ${valid_set}; do
-        need "${dumpdir}/raw/${set}/text" 1
-        python local/tokens.py --text "${dumpdir}/raw/${set}/text" \
-            --shape "${token_dir}/text_shape.${set}" --bpemodel "${bpemodel}"
+    step --mark "${token_dir}/tokens.json" --input "${text}" "${outputs[@]}" \
+        -- "${command[@]}"
+    for set in $(tr ' ' '\n' <<<"${train_set} ${valid_set}" | sort -u); do
+        text=${dumpdir}/raw/${set}/text shape=${token_dir}/text_shape.${set}
+        need "${text}" 1
+        step --mark "${shape}.json" --input "${text}" \
+            ${bpemodel:+--input "${bpemodel}"} --output "${shape}" \
+            -- python local/tokens.py --text "${text}" --shape "${shape}" \
+            --bpemodel "${bpemodel}"
     done
     unlock
 fi
@@ -211,9 +215,10 @@ fi
 if [ "${stage}" -le 6 ] && [ "${stop_stage}" -ge 3 ]; then lock "${asr_exp}"; fi
 
 if wanted 3; then
-    say "Stage 3: training -> ${asr_exp}"
+    log "Stage 3: training -> ${asr_exp}"
     need "${token_dir}/tokens.txt" 2
     need "${dumpdir}/raw/${valid_set}/wav.scp" 1
+    inputs=(--input "${asr_config}" --input "${token_dir}/tokens.txt")
     args=(--use_preprocessor true --token_type "${token_type}"
         --token_list "${token_dir}/tokens.txt" --non_linguistic_symbols none
         --cleaner none --g2p none)
@@ -222,11 +227,13 @@ if wanted 3; then
         set=${part}_set
         set=${!set}
         dir=${dumpdir}/raw/${set}
+        inputs+=(--input "${dir}" --input "${token_dir}/text_shape.${set}")
         args+=("--${part}_data_path_and_name_and_type" "${dir}/wav.scp,speech,sound"
             "--${part}_data_path_and_name_and_type" "${dir}/text,text,text"
             "--${part}_shape_file" "${dir}/utt2num_samples"
             "--${part}_shape_file" "${token_dir}/text_shape.${set}")
     done
+    student=()
     if grep -Eq '^frontend: *spear *$' "${asr_config}"; then
         if [ -z "${ckpt}" ] && ! grep -Eq '^ +ckpt: *[^ #]' "${asr_config}"; then
             log "ERROR: ${asr_config} has frontend: spear; name the student with --ckpt" >&2
@@ -238,6 +245,7 @@ if wanted 3; then
                 exit 1
             fi
             args+=(--frontend_conf "ckpt=${ckpt}")
+            student=("${ckpt}")
         fi
     fi
     if grep -Eq '^encoder: *zipformer *$' "${asr_config}" && [ -n "${ckpt}" ]; then
@@ -246,85 +254,106 @@ if wanted 3; then
             exit 1
         fi
         args+=(--init_param "${ckpt}:student:encoder")
+        student=("${ckpt}")
     fi
-    if [ -e "${asr_exp}/${inference_asr_model}" ]; then
-        say "${asr_exp}/${inference_asr_model} is there: trained before"
-    else
-        args+=(--config "${asr_config}" --output_dir "${asr_exp}" --ngpu "${ngpu}"
-            --multiprocessing_distributed true --seed "${seed}" --resume true)
-        if [ "${num_nodes}" -gt 1 ]; then
-            args+=(--dist_launcher slurm
-                --dist_init_method "file://$(realpath -m "${asr_exp}")/.dist_init.$$")
-        fi
-        # shellcheck disable=SC2206
-        args+=(${asr_args})
-        run "${ngpu}" "${num_nodes}" "${nj}" "${asr_exp}/train.log" espnet2.bin.asr_train "${args[@]}"
+    if [ -d "${ckpt}" ] && [ "${#student[@]}" -gt 0 ]; then
+        # What a folder of a student may be read from; not its logs.
+        mapfile -t student < <(find "${ckpt}" -maxdepth 1 ! -type d \
+            -regex '.*\.\(yaml\|json\|pth\|pt\|bin\|safetensors\)' | sort)
     fi
+    for file in "${student[@]}"; do inputs+=(--input "${file}"); done
+    launch=(--ngpu "${ngpu}" --multiprocessing_distributed true --resume true)
+    if [ "${num_nodes}" -gt 1 ]; then
+        launch+=(--dist_launcher slurm
+            --dist_init_method "file://$(realpath -m "${asr_exp}")/.dist_init.$$")
+    fi
+    # shellcheck disable=SC2086
+    step --mark "${asr_exp}/train.json" "${inputs[@]}" --adopt \
+        --output "${asr_exp}/${inference_asr_model}" \
+        --refuse "give another --asr_tag, or remove ${asr_exp} to train it anew" \
+        --again "goes on from its last checkpoint" \
+        --runner "$(runner "${ngpu}" "${num_nodes}" "${nj}" "${asr_exp}/train.log")" \
+        -- ${python} -m espnet2.bin.asr_train "${args[@]}" --config "${asr_config}" \
+        --output_dir "${asr_exp}" --seed "${seed}" ${asr_args} \
+        + "${launch[@]}"
 fi
-
-# A set is decoded when there is a line for each utterance.
-decoded() {
-    local hyp=${decode_dir}/$1/1best_recog/text ref=${dumpdir}/raw/$1/text
-    [ -e "${hyp}" ] && [ "$(wc -l <"${hyp}")" -eq "$(wc -l <"${ref}")" ] &&
-        [ "${hyp}" -nt "${asr_exp}/${inference_asr_model}" ]
-}
 
 if wanted 4; then
     need "${asr_exp}/${inference_asr_model}" 3
+    gpus=0
+    [ "${gpu_inference}" = false ] || gpus=1
     for set in ${test_sets}; do
-        say "Stage 4: decoding ${set} -> ${decode_dir}/${set}"
-        if decoded "${set}"; then
-            say "${set} was decoded before"
-            continue
-        fi
-        gpus=0
-        [ "${gpu_inference}" = false ] || gpus=1
-        args=(--ngpu "${gpus}" --output_dir "${decode_dir}/${set}"
-            --data_path_and_name_and_type "${dumpdir}/raw/${set}/wav.scp,speech,sound"
+        log "Stage 4: decoding ${set} -> ${decode_dir}/${set}"
+        out=${decode_dir}/${set} raw=${dumpdir}/raw/${set}
+        inputs=(--input "${asr_exp}/config.yaml"
+            --input "${asr_exp}/${inference_asr_model}" --input "${raw}/wav.scp")
+        args=(--output_dir "${out}"
+            --data_path_and_name_and_type "${raw}/wav.scp,speech,sound"
             --asr_train_config "${asr_exp}/config.yaml"
             --asr_model_file "${asr_exp}/${inference_asr_model}")
         module=espnet2_spear.bin.asr_ctc_greedy
         if [ "${search}" = beam ]; then
             module=espnet2.bin.asr_inference
             args+=(--config "${inference_config}")
+            inputs+=(--input "${inference_config}")
         fi
-        run "${gpus}" 1 1 "${decode_dir}/${set}/decode.log" "${module}" "${args[@]}"
+        # shellcheck disable=SC2086
+        step --mark "${out}/decode.json" "${inputs[@]}" --output "${out}/1best_recog/text" \
+            --runner "$(runner "${gpus}" 1 1 "${out}/decode.log")" \
+            -- ${python} -m "${module}" "${args[@]}" + --ngpu "${gpus}"
     done
 fi
 
 if wanted 5; then
-    say "Stage 5: scoring -> ${asr_exp}/RESULTS.md"
-    args=(--exp_dir "${asr_exp}" --system "${system}" --seed "${seed}")
+    log "Stage 5: scoring -> ${asr_exp}/RESULTS.md"
+    args=(--exp_dir "${asr_exp}" --system "${system}" --seed "${seed}") inputs=()
     for set in ${test_sets}; do
-        need "${decode_dir}/${set}/1best_recog/text" 4
-        args+=(--score_set "${set}" "${dumpdir}/raw/${set}/text"
-            "${decode_dir}/${set}/1best_recog/text")
+        text=${dumpdir}/raw/${set}/text found=${decode_dir}/${set}/1best_recog/text
+        need "${found}" 4
+        inputs+=(--input "${text}" --input "${found}")
+        args+=(--score_set "${set}" "${text}" "${found}")
     done
-    run 0 1 1 "${asr_exp}/score.log" espnet2_spear.bin.asr_score "${args[@]}"
+    # shellcheck disable=SC2086
+    step --mark "${asr_exp}/score_mark.json" "${inputs[@]}" \
+        --output "${asr_exp}/RESULTS.md" --output "${asr_exp}/score.json" \
+        --runner "$(runner 0 1 1 "${asr_exp}/score.log")" \
+        -- ${python} -m espnet2_spear.bin.asr_score "${args[@]}"
     [ "${dry_run}" = true ] || sed -n '/^## asr_/,$p' "${asr_exp}/RESULTS.md"
 fi
 
-if wanted 6 && [ "${dry_run}" = false ]; then
+if wanted 6; then
     log "Stage 6: pack -> ${asr_exp}/packed.zip"
     need "${asr_exp}/${inference_asr_model}" 3
-    options=()
-    [ ! -e "${asr_exp}/RESULTS.md" ] || options=(--results "${asr_exp}/RESULTS.md")
+    options=() inputs=(--input "${asr_exp}/config.yaml"
+        --input "${asr_exp}/${inference_asr_model}")
+    if [ -e "${asr_exp}/RESULTS.md" ]; then
+        options=(--results "${asr_exp}/RESULTS.md")
+        inputs+=(--input "${asr_exp}/RESULTS.md")
+    fi
     # shellcheck disable=SC2086
-    ${python} -m espnet2_spear.bin.task_pack --task asr --language en \
+    step --mark "${asr_exp}/pack.json" "${inputs[@]}" --output "${asr_exp}/packed.zip" \
+        -- ${python} -m espnet2_spear.bin.task_pack --task asr --language en \
         --train_config "${asr_exp}/config.yaml" \
         --model_file "${asr_exp}/${inference_asr_model}" \
         --outpath "${asr_exp}/packed.zip" "${options[@]}"
 fi
 unlock
 
-if wanted 7 && [ "${dry_run}" = false ]; then
+if wanted 7; then
     log "Stage 7: unpack into another folder and decode there"
     need "${asr_exp}/packed.zip" 6
-    set=${test_sets##* }
-    read -r _ wav <"${dumpdir}/raw/${set}/wav.scp"
-    # shellcheck disable=SC2086
-    ${python} local/decode_packed.py --packed "${asr_exp}/packed.zip" --wav "${wav}" \
-        --out_dir "$(mktemp -d)" --forbid "${PWD}" --forbid "$(cd .. && pwd)/ssl1"
+    scp=${dumpdir}/raw/${test_sets##* }/wav.scp
+    # shellcheck disable=SC2206
+    command=(${python} local/decode_packed.py --packed "${asr_exp}/packed.zip"
+        --forbid "${PWD}" --forbid "$(cd .. && pwd)/ssl1")
+    if [ "${dry_run}" = true ]; then
+        printf '  $ %s\n' "${command[*]} --wav <the first of ${scp}> --out_dir <temporary>"
+        printf '      reads   %s\n' "${asr_exp}/packed.zip" "${scp}"
+        echo "      would run: the proof is given each time"
+    else
+        read -r _ wav <"${scp}"
+        "${command[@]}" --wav "${wav}" --out_dir "$(mktemp -d)"
+    fi
 fi
 
-say "Finished stages ${stage} to ${stop_stage} in $((SECONDS - start_seconds)) s"
+log "Finished stages ${stage} to ${stop_stage} in $((SECONDS - start_seconds)) s"

@@ -118,6 +118,7 @@ prepare() {
         -- python -m espnet2_spear.bin.spear_format --in_dir "${source}" \
         --out_dir "${raw}_org" + --nj "${nj}"
     step --mark "${raw}/.done.json" --input "${raw}_org" --output "${raw}/wav.scp" \
+        --output "${raw}/feats_type" \
         -- python -m espnet2_spear.bin.spear_filter --in_dir "${raw}_org" \
         --out_dir "${raw}" --min_seconds 0.3 --max_seconds inf --min_peak_db -120
     unlock
@@ -133,10 +134,12 @@ if wanted 2; then
     log "Stage 2: labels, list of classes"
     for set in ${train_set} ${test_set}; do
         lock "${dumpdir}/raw/${set}"
-        opts=(--input "${tokens}" --output "${dumpdir}/raw/${set}/labels" --)
+        opts=(--input "${tokens}" --output "${dumpdir}/raw/${set}/labels"
+            --output "${dumpdir}/raw/${set}/text" --)
         words=()
         if [ "${set}" = "${train_set}" ]; then
-            opts=(--output "${dumpdir}/raw/${set}/category2utt" --output "${tokens}" --)
+            opts=(--output "${dumpdir}/raw/${set}/category2utt"
+                --output "${dumpdir}/raw/${set}/text" --output "${tokens}" --)
             words=(--train)
         fi
         step --mark "${dumpdir}/raw/${set}/labels.${tag}.json" \

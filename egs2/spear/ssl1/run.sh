@@ -194,7 +194,13 @@ if wanted 1; then
     log "Stage 1: data preparation"
     lock "${datadir}"
     inputs=(--input_dirs "${speech_dirs}" --input_dirs "${audio_dirs}")
-    [ -z "${data_config}" ] || inputs+=(--input "${data_config}" --input db.sh)
+    if [ -n "${data_config}" ]; then
+        inputs+=(--input "${data_config}")
+        roots=$(python local/data_corpora.py --config "${data_config}" --roots)
+        while read -r root; do
+            [ -z "${root}" ] || inputs+=(--input "${root}")
+        done <<<"${roots}"
+    fi
     step --mark "${datadir}/.done.json" "${inputs[@]}" --output "${datadir}/sets" \
         --output "${datadir}/train/wav.scp" --output "${datadir}/valid/wav.scp" \
         -- local/data.sh --data_config "${data_config}" \
@@ -235,7 +241,7 @@ if wanted 3; then
     for set in ${sets}; do
         out=${dumpdir}/raw/${set}
         step --mark "${out}/.done.json" --input "${dumpdir}/raw/org/${set}" \
-            --output "${out}/wav.scp" \
+            --output "${out}/wav.scp" --output "${out}/feats_type" \
             -- python -m espnet2_spear.bin.spear_filter \
             --in_dir "${dumpdir}/raw/org/${set}" --out_dir "${out}" --fs "${fs}" \
             --min_seconds "${min_seconds}" --max_seconds "${max_seconds}" \

@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import DataDir, DataDirError
+from espnet2_spear.fileio.datadir import RAW, DataDir, DataDirError
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -50,7 +50,7 @@ def main() -> None:
             f"{args.in_dir}/wav.scp: {len(missing)} files are missing, for example "
             f"{paths[missing[0]]}; format the set again (stage 2 of ../ssl1)"
         )
-    replace(data, wav_scp=paths).write(args.out_dir)
+    replace(data, wav_scp=paths, feats_type=RAW).write(args.out_dir)
     minutes = sum(data.utt2num_samples.values()) / 16000 / 60
     print(f"{args.out_dir}: {len(data.utterances)} utterances, {minutes:.1f} minutes")
 

@@ -42,7 +42,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def commands(args: argparse.Namespace, system: str, seed: int, exp_tag: str) -> list:
-    """Ask run.sh what it would run; a list of (log, module, arguments)."""
+    """Ask run.sh what it would run; a list of (log, module, arguments).
+
+    What a listing has of a step: its command, who runs it (the log comes last), what
+    it reads and writes, and whether it would be run.
+    """
     cmd = ["./run.sh", "--stage", "3", "--stop_stage", "5", "--dry_run", "true"]
     cmd += ["--asr_config", f"conf/train_asr_{system}.yaml", "--seed", str(seed)]
     cmd += ["--asr_tag", exp_tag, "--expdir", str(args.expdir), *args.run_args]
@@ -51,8 +55,17 @@ def commands(args: argparse.Namespace, system: str, seed: int, exp_tag: str) -> 
     done = subprocess.run(cmd, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"run_systems.py: {shlex.join(cmd)} failed\n{done.stdout}")
-    parts = [shlex.split(line) for line in done.stdout.splitlines()]
-    return [(Path(log), module, rest) for log, module, *rest in parts]
+    found = []
+    for line in done.stdout.splitlines():
+        if line.startswith("  $ "):
+            words = shlex.split(line)[1:]
+            at = max(i for i, word in enumerate(words) if word == "-m")
+            module, rest = words[at + 1], words[at + 2 :]
+        elif line.startswith("      by "):
+            log = Path(shlex.split(line)[-1])
+        elif line.startswith("      would run"):
+            found.append((log, module, rest))
+    return found
 
 
 def work(jobs: list) -> None:

@@ -2,8 +2,9 @@
 """Write the labels of a formatted set in the form that ESPnet's cls task reads.
 
 Beside the set's wav.scp come `labels` (utterance and labels, of the utterances that
-formatting kept) and, for a training set, `category2utt` (class and its utterances, for
-weighted sampling) and the token list: all classes, and <unk>, which has to be last.
+formatting kept), the same as `text`, which ESPnet's cls.sh reads, and, for a training
+set, `category2utt` (class and its utterances, for weighted sampling) and the list of
+all classes, and <unk>, which has to be last, as tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import DataDirError, TableWriter, sorted_rows
 
 UNKNOWN = "<unk>"
+LABELS = ("text", "labels")
 
 
 def labels_of(set_dir: Path, labels: Path) -> Iterator[tuple[str, list[str]]]:
@@ -39,18 +41,20 @@ def labels_of(set_dir: Path, labels: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def write_training_set(set_dir: Path, labels: Path, token_list: Path) -> None:
-    """Write labels, category2utt and the token list."""
+    """Write labels, text, category2utt and the token list."""
     token_list.parent.mkdir(parents=True, exist_ok=True)
-    tables = [TableWriter(set_dir / name) for name in ("labels", "category2utt")]
+    files = ("category2utt", *LABELS)
+    tables = [TableWriter(set_dir / name) for name in files]
     try:
         with Spool[tuple[str, str]](folder=set_dir) as classes:
             for utt, names in labels_of(set_dir, labels):
-                tables[0].add(utt, " ".join(names))
+                for table in tables[1:]:
+                    table.add(utt, " ".join(names))
                 for name in dict.fromkeys(names):
                     classes.add((name, utt))
             tokens = []
             for name, group in groupby(classes, key=itemgetter(0)):
-                tables[1].add_words(name, (utt for _, utt in group))
+                tables[0].add_words(name, (utt for _, utt in group))
                 tokens.append(name)
         if len(tokens) < 2:
             raise DataDirError(f"{labels}: needs two classes at least")
@@ -63,13 +67,13 @@ def write_training_set(set_dir: Path, labels: Path, token_list: Path) -> None:
 
 
 def write_other_set(set_dir: Path, labels: Path, token_list: Path) -> None:
-    """Write labels.
+    """Write labels and text.
 
     Raises:
         DataDirError: a label that the training set does not have.
     """
     known = set(token_list.read_text(encoding="utf-8").split())
-    table = TableWriter(set_dir / "labels")
+    tables = [TableWriter(set_dir / name) for name in LABELS]
     try:
         for utt, names in labels_of(set_dir, labels):
             if unknown := [name for name in names if name not in known]:
@@ -77,10 +81,13 @@ def write_other_set(set_dir: Path, labels: Path, token_list: Path) -> None:
                     f"{labels}: '{utt}' has the label '{unknown[0]}', which is not in "
                     f"{token_list}: the training set has no such clip"
                 )
-            table.add(utt, " ".join(names))
-        table.finish()
+            for table in tables:
+                table.add(utt, " ".join(names))
+        for table in tables:
+            table.finish()
     finally:
-        table.discard()
+        for table in tables:
+            table.discard()
 
 
 def get_parser() -> argparse.ArgumentParser:

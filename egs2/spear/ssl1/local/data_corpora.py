@@ -120,6 +120,21 @@ def root_of(entry: dict[str, Any]) -> Path:
     return path
 
 
+def roots_of(path: Path) -> list[Path]:
+    """Folders and manifests that a list reads, of those that are named and there."""
+    known, found = known_corpora(), []
+    for entry in read_list(path):
+        if entry.get("corpus") in known:
+            value = os.environ.get(known[entry["corpus"]].variable)
+            found += [Path(value)] if value else []
+        elif "corpus" not in entry:
+            try:
+                found.append(root_of(entry))
+            except DataDirError:  # preparing the list tells more about it
+                continue
+    return [root for root in dict.fromkeys(found) if root.exists()]
+
+
 def from_manifest(path: Path, name: str, domain: str) -> Spool[Entry]:
     """Read a manifest in NeMo's form; relative paths start where it is.
 
@@ -170,6 +185,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", type=Path, help="YAML list")
     parser.add_argument("--out_dir", type=Path, help="parent folder")
+    parser.add_argument(
+        "--roots", action="store_true", help="only list the folders that it reads"
+    )
     parser.add_argument("--list", action="store_true", help="list the known corpora")
     return parser
 
@@ -182,6 +200,9 @@ def main(cmd: list[str] | None = None) -> None:
         for name, corpus in known.items():
             print(f"{name}: {corpus.source}; {corpus.licence}")
             print(f"    parts: {', '.join(corpus.parts)}; folder: {corpus.layout}")
+        return
+    if args.roots:
+        print(*roots_of(args.config), sep="\n")
         return
     try:
         entries = read_list(args.config)

@@ -5,7 +5,8 @@
 
 A mark remembers the command and the hashes of its inputs. The command is run again
 when one of them differs or an output is gone, and it is said which. Words of the
-command after a lone + (number of jobs, devices) do not count. With --dry_run true
+command after a lone + (number of jobs, devices) do not count. With --refuse nothing is
+made again because something changed: that is an error. With --dry_run true
 nothing is run: the command, its inputs and outputs and what would be done are printed.
 """
 
@@ -99,7 +100,7 @@ class Step:
                 self.before = json.loads(mark.read_text(encoding="utf-8"))
             except ValueError:
                 self.before = {"version": "a damaged mark"}
-        known = self.before.get("inputs", {})  # none of a pending mark
+        known = self.before.get("inputs", {})
         self.facts = {str(p): facts_of(p, known.get(str(p), {})) for p in inputs}
 
     def state(self) -> tuple[bool, str]:
@@ -115,6 +116,14 @@ class Step:
             return True, f"{self.mark} is of another version, or damaged"
         if missing:
             return True, f"{', '.join(missing)}: gone since"
+        if changes := self.changes():
+            return True, "; ".join(changes)
+        return False, f"done before ({self.before['finished']})"
+
+    def changes(self) -> list[str]:
+        """What differs from the last time, whether that was finished or not."""
+        if "inputs" not in self.before:  # no mark, or a damaged one
+            return []
         changes = option_changes(self.before["command"], self.command)
         known = self.before["inputs"]
         changes += [f"{p} is no longer read" for p in known if p not in self.facts]
@@ -123,9 +132,7 @@ class Step:
                 changes.append(f"{path} is read as well")
             elif known[path]["sha256"] != facts["sha256"]:
                 changes.append(f"{path} changed")
-        if changes:
-            return True, "; ".join(changes)
-        return False, f"done before ({self.before['finished']})"
+        return changes
 
     def write_mark(self, pending: bool = False) -> None:
         """Remember that it was done; the mark appears complete or not at all.
@@ -141,7 +148,7 @@ class Step:
             "finished": datetime.datetime.now().isoformat(timespec="seconds"),
         }
         if pending:
-            content = {"pending": True}
+            content["pending"] = True
         self.mark.parent.mkdir(parents=True, exist_ok=True)
         part = self.mark.with_name(self.mark.name + ".part")
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -236,6 +243,9 @@ def get_parser() -> argparse.ArgumentParser:
         "--input_dirs", default=[], action="append", help="as run.sh --speech_dirs"
     )
     parser.add_argument("--again", default="made again", help="said of a repetition")
+    parser.add_argument(
+        "--refuse", metavar="REMEDY", help="an error if something changed since"
+    )
     parser.add_argument("--adopt", action="store_true", help="keep unmarked outputs")
     parser.add_argument("--runner", default="", help="words before the command")
     parser.add_argument("--dry_run", choices=["true", "false"], default="false")
@@ -254,11 +264,15 @@ def main(cmd: list[str] | None = None) -> int:
     inputs = [*args.input, *own_folders(args.input_dirs)]
     step = Step(args.mark, command, uncounted, inputs, args.output, args.adopt)
     todo, why = step.state()
+    what = ", ".join(map(str, args.output)) or str(args.mark)
+    if args.refuse is not None and (changes := step.changes()):
+        message = f"{what}: was made otherwise ({'; '.join(changes)}); {args.refuse}"
+        print(f"ERROR (step.py): {message}", file=sys.stderr)
+        return 1
     runner = shlex.split(args.runner)
     if args.dry_run == "true":
         show(step, runner, why, todo)
         return 0
-    what = ", ".join(map(str, args.output)) or str(args.mark)
     if not todo:
         say(f"{what}: {why}, with the same inputs and options: skipped")
         return 0
