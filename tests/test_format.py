@@ -155,6 +155,15 @@ def test_a_killed_run_continues_to_the_same_result(
     assert kept.stat().st_mtime_ns == untouched
 
 
+def test_damaged_audio_is_converted_again(tmp_path: Path, messy: DataDir) -> None:
+    file = Path(format_dir(tmp_path).wav_scp["good"])
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    format_dir(tmp_path)
+    assert file.read_bytes() == whole
+
+
 def test_changed_audio_is_converted_again(tmp_path: Path, messy: DataDir) -> None:
     assert format_dir(tmp_path).utt2num_samples["good"] == 16000
     soundfile.write(messy.wav_scp["good"], noise(2.0), 16000)

@@ -492,9 +492,16 @@ def test_processes_and_resumption_change_nothing(setup, data_dir, tmp_path):
     (one / "speech.0.done").unlink()
     (one / "speech.1.ark").write_bytes(expected["speech.1.ark"][:-7])
     (one / "speech.2.scp").unlink()
+    # One byte is another one: in codes, in a table.
+    damaged = bytearray(expected["speech.3.ark"])
+    damaged[-1] ^= 1
+    (one / "speech.3.ark").write_bytes(damaged)
+    table = (one / "speech.0.scp").read_text()
+    (one / "speech.0.scp").write_text(table.replace("speech.0.ark", "speech.9.ark"))
     (one / "speech.scp").unlink()
     tokenize(setup, data_dir, one, *options)
     assert arks(one) == expected
+    assert (one / "speech.0.scp").read_text() == table
     assert read_scp(one / "speech.scp").keys() == read_scp(two / "speech.scp").keys()
 
 

@@ -4,7 +4,8 @@
 Any format, rate and number of channels goes in; segments are cut. What cannot be used
 is tried once more, then listed in skipped.txt with the reason, and the others go on.
 Work is done in shards: a killed run continues with the shards that are missing, and a
-shard is done again if its audio files or the options have changed.
+shard is done again if its audio files or the options have changed, or what was written
+is not as it was (by its checksums).
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ from pathlib import Path
 from espnet2_spear.fileio.convert import (
     Options,
     Result,
-    finished_shard,
-    format_shard,
+    finish_shard,
     recordings_of,
     shard_mark,
     shards_of,
@@ -40,6 +40,7 @@ from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.spool import Spool, c_order
 from espnet2_spear.fileio.tables import DataDirError, TableWriter
 
+Finished = tuple[list[Result], bool]  # of a shard, and whether it was done before
 SAY_SECONDS = 30.0  # between two lines about the progress
 
 
@@ -59,11 +60,14 @@ def run(in_dir: Path, options: Options, nj: int, total: int) -> Iterator[Result]
     before = done = 0
     started = said = time.monotonic()
 
-    def collect(finished: Iterable[Future[list[Result]]]) -> Iterator[Result]:
-        nonlocal done, said
+    def collect(finished: Iterable[Future[Finished]]) -> Iterator[Result]:
+        nonlocal before, done, said
         for job in finished:
-            results = job.result()
-            done += len(results)
+            results, was_done = job.result()
+            if was_done:
+                before += len(results)
+            else:
+                done += len(results)
             yield from results
         now = time.monotonic()
         if now > said + SAY_SECONDS:
@@ -74,16 +78,11 @@ def run(in_dir: Path, options: Options, nj: int, total: int) -> Iterator[Result]
             )
 
     with ProcessPoolExecutor(max(1, nj)) as pool:
-        jobs: set[Future[list[Result]]] = set()
+        jobs: set[Future[Finished]] = set()
         try:
             for shard in shards_of(recordings_of(entries(in_dir))):
                 mark = shard_mark(shard, options)
-                finished = finished_shard(mark)
-                if finished is not None:
-                    before += len(finished)
-                    yield from finished
-                    continue
-                jobs.add(pool.submit(format_shard, shard, options, mark))
+                jobs.add(pool.submit(finish_shard, shard, options, mark))
                 # Not all at once, so that memory does not grow with their number.
                 if len(jobs) >= 4 * nj:
                     ready, jobs = wait(jobs, return_when=FIRST_COMPLETED)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -25,6 +26,7 @@ from espnet2_spear.fileio.audio import (
     to_int16,
 )
 from espnet2_spear.fileio.datadir_stream import Entry
+from espnet2_spear.fileio.kaldi_ark import crc32_of
 from espnet2_spear.fileio.spool import Spool
 
 SHARD_UTTERANCES = 100
@@ -42,7 +44,8 @@ class Recording:
 class Result:
     """What became of an utterance; ``reason`` is set where it was skipped.
 
-    ``peak_db`` is the largest deviation from the mean in dB of full scale.
+    ``peak_db`` is the largest deviation from the mean in dB of full scale, ``crc32`` of
+    the file's content.
     """
 
     utt: str
@@ -52,6 +55,7 @@ class Result:
     source_rate: int = 0
     source_channels: int = 0
     clipped: int = 0
+    crc32: int = 0
     reason: str = ""
     detail: str = ""
 
@@ -135,13 +139,26 @@ def failed_part(
 
 
 def finished_shard(mark: Path) -> list[Result] | None:
-    """Return the results of a shard that is done and whose audio files exist."""
+    """Return the results of a shard that is done.
+
+    None if it is not, or one of its audio files does not hold what was written to it.
+    """
     if not mark.exists():
         return None
     results = [Result(**json.loads(line)) for line in mark.read_text().splitlines()]
-    if any(not r.reason and not os.path.exists(r.file) for r in results):
+    if any(not r.reason and crc32_of(r.file) != r.crc32 for r in results):
         return None
     return results
+
+
+def finish_shard(
+    shard: list[Recording], options: Options, mark: Path
+) -> tuple[list[Result], bool]:
+    """Convert a shard unless it is done; returns its results, and if it was done."""
+    before = finished_shard(mark)
+    if before is not None:
+        return before, True
+    return format_shard(shard, options, mark), False
 
 
 def format_recording(recording: Recording, options: Options) -> Iterator[Result]:
@@ -166,7 +183,8 @@ def format_recording(recording: Recording, options: Options) -> Iterator[Result]
             soundfile.write(
                 buffer, pcm, options.fs, "PCM_16", format=options.audio_format
             )
-            write_atomically(Path(file), buffer.getvalue())
+            content = buffer.getvalue()
+            write_atomically(Path(file), content)
             yield Result(
                 utt,
                 file,
@@ -175,6 +193,7 @@ def format_recording(recording: Recording, options: Options) -> Iterator[Result]
                 info.rate,
                 info.channels,
                 clipped,
+                zlib.crc32(content),
             )
     except AudioError as error:
         for utt, _ in recording.pieces[done:]:

@@ -7,10 +7,13 @@ stock ``kaldi_ark`` type reads.
 
 from __future__ import annotations
 
+import io
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -117,6 +120,10 @@ class CodesWriter:
     Args:
         ark: path of the ark file; scp entries name it as it is given here.
         scp: path of the scp file.
+
+    Attributes:
+        crc32: of what was written to the ark and to the scp file; the second is known
+            when the context has been left.
     """
 
     def __init__(
@@ -124,6 +131,7 @@ class CodesWriter:
     ) -> None:
         self.ark, self.scp = Path(ark), Path(scp)
         self._lines: dict[str, str] = {}
+        self.crc32 = [0, 0]
 
     def __enter__(self) -> CodesWriter:
         self.ark.parent.mkdir(parents=True, exist_ok=True)
@@ -152,9 +160,9 @@ class CodesWriter:
             )
         if utt in self._lines:
             raise ValueError(f"utterance '{utt}' is written twice to {self.ark}")
-        self._lines[utt] = _append(
-            self._file, self.ark, utt, codes.astype(np.float32), _UNSIGNED_BYTE
-        )
+        record = _record(utt, codes.astype(np.float32), _UNSIGNED_BYTE)
+        self._lines[utt] = _append(self._file, self.ark, utt, record)
+        self.crc32[0] = zlib.crc32(record, self.crc32[0])
 
     def __exit__(
         self,
@@ -166,8 +174,11 @@ class CodesWriter:
         if kind is not None:
             return
         temporary = self.scp.with_name(self.scp.name + ".part")
-        with open(temporary, "w", encoding="utf-8") as scp:
-            scp.writelines(f"{utt} {spec}\n" for utt, spec in self._lines.items())
+        with open(temporary, "wb") as scp:
+            for utt, spec in self._lines.items():
+                line = f"{utt} {spec}\n".encode()
+                scp.write(line)
+                self.crc32[1] = zlib.crc32(line, self.crc32[1])
         temporary.replace(self.scp)
 
 
@@ -181,10 +192,28 @@ def write_missing_codes(ark: str | os.PathLike[str], num_codebooks: int) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     row = np.full((1, num_codebooks), MISSING, np.float32)
     with open(path, "wb") as file:
-        return _append(file, path, "missing", row, None)
+        return _append(file, path, "missing", _record("missing", row, None))
 
 
-def _append(file, path: Path, key: str, matrix: np.ndarray, method: int | None) -> str:
+def crc32_of(path: str | os.PathLike[str]) -> int | None:
+    """CRC-32 of a file's content, None if it cannot be read."""
+    crc32 = 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                crc32 = zlib.crc32(block, crc32)
+    except OSError:
+        return None
+    return crc32
+
+
+def _record(key: str, matrix: np.ndarray, method: int | None) -> bytes:
+    buffer = io.BytesIO()
+    kaldi.save_ark(buffer, {key: matrix}, compression_method=method)
+    return buffer.getvalue()
+
+
+def _append(file: BinaryIO, path: Path, key: str, record: bytes) -> str:
     offset = file.tell() + len(key.encode()) + 1
-    kaldi.save_ark(file, {key: matrix}, compression_method=method)
+    file.write(record)
     return f"{path}:{offset}"

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from espnet2_spear.fileio.kaldi_ark import scp_lines, write_missing_codes
+from espnet2_spear.fileio.kaldi_ark import crc32_of, scp_lines, write_missing_codes
 from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import TableWriter
 from espnet2_spear.teachers.base import TeacherError
@@ -83,11 +82,14 @@ class TokenizeRun:
         return [str(self.folder / f"{t.name}.{shard}") for t in self.teachers]
 
     def _is_done(self, marks: Sequence[DoneMarks], shard: int) -> bool:
+        """Whether a shard's files are there and hold what was written to them."""
         for mark, stem in zip(marks, self._stems(shard), strict=True):
-            record, ark = mark.read(shard), Path(f"{stem}.ark")
-            if record is None or not os.path.exists(f"{stem}.scp"):
+            record = mark.read(shard)
+            if record is None:
                 return False
-            if not ark.exists() or ark.stat().st_size != record["ark_bytes"]:
+            if [crc32_of(f"{stem}.{kind}") for kind in ("ark", "scp")] != record.get(
+                "crc32"
+            ):
                 return False
         return True
 

@@ -61,9 +61,9 @@ def tokenize_shard(
         {
             "frames": frames[i],
             "failed": failed[i],
-            "ark_bytes": os.path.getsize(f"{stem}.ark"),
+            "crc32": writer.crc32,
         }
-        for i, stem in enumerate(stems)
+        for i, writer in enumerate(writers)
     ]
 
 

@@ -204,12 +204,20 @@ def partition(words: list[str], mark: str) -> tuple[list[str], str, list[str]]:
 
 def run(command: list[str]) -> int:
     """Run a command; a termination signal is passed on to it."""
-    process = subprocess.Popen(command)
+    process: subprocess.Popen | None = None
+    stopped = False
 
     def stop(number: int, _: object) -> None:
-        process.send_signal(number)
+        nonlocal stopped
+        stopped = True
+        if process is not None:
+            process.send_signal(number)
 
+    # Before the command starts: a signal would end this process alone in between.
     previous = signal.signal(signal.SIGTERM, stop)
+    process = subprocess.Popen(command)
+    if stopped:
+        process.terminate()
     try:
         status = process.wait()
     except KeyboardInterrupt:
