@@ -220,7 +220,7 @@ def test_plan_of_the_default(planned) -> None:
         ["speech", "conf/teachers/whisper_tiny_en.yaml", "speech,audio", "speech"],
         ["audio", "conf/teachers/yamnet.yaml", "audio", "audio"],
     ]
-    for name, _, _, _, _, options in lines[1:]:
+    for name, _, _, _, _, options, _ in lines[1:]:
         assert options.startswith(f"--num_codebooks {counts[name]} --iters_phase1 1000")
 
 
@@ -309,6 +309,9 @@ def test_plan_of_another_student_in_a_configuration(planned) -> None:
         ({"teachers": "speech=a speech=b"}, "'speech' is there twice"),
         ({"teachers": "music=yamnet"}, "not 'music'; name it so in --teachers"),
         ({"quantizer": "mvp"}, "must be one of mvq, kmeans, rvq, random"),
+        ({"quantizer_data": "dump/raw"}, "'dump/raw' is not TEACHER=DIR"),
+        ({"quantizer_data": "music=dump"}, "no teacher 'music'; the teachers are sp"),
+        ({"quantizer_data": "audio=a audio=b"}, "--quantizer_data: 'audio' is there"),
         ({"config_override": "lr"}, "'lr' is not KEY=VALUE"),
         ({"config_override": "optim.lr=1"}, "optim of optim.lr is no table"),
         (
@@ -417,6 +420,26 @@ def test_dry_run_lists_all_stages_and_writes_nothing(tmp_path: Path) -> None:
     ):
         assert part in result.stdout, part
     assert list(tmp_path.iterdir()) == []
+
+
+def test_quantizers_on_data_of_their_own(tmp_path: Path) -> None:
+    libri = tmp_path / "libri speech"
+    options = ["--stage", "4", "--stop_stage", "4", "--ngpu", "0"]
+    options += ["--quantizer_data", f"speech='{libri}'"]
+    options += [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
+    result = run_sh(*options, "--dry_run", "true", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    commands = [x for x in result.stdout.splitlines() if "bin.spear_embed" in x]
+    speech, audio = map(shlex.split, commands)
+    assert speech[speech.index("--wav_scp") + 1] == f"{libri}/wav.scp"
+    assert "--domains" not in speech
+    assert audio[audio.index("--wav_scp") + 1] == f"{tmp_path}/dump/raw/train/wav.scp"
+    assert audio[audio.index("--domains") + 1] == "audio"
+    assert f"reads   {libri}/utt2num_samples (not there yet)" in result.stdout
+    assert f"reads   {libri}/utt2domain" not in result.stdout
+    result = run_sh(*options, cwd=tmp_path)
+    assert result.returncode == 1
+    assert f"--quantizer_data: {libri}/wav.scp is not there" in result.stderr
 
 
 @pytest.mark.parametrize(

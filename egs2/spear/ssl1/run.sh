@@ -71,6 +71,10 @@ Student and teachers (stages 4 to 7)
   --config_override \"K=V ...\"  changes of it, such as \"optim_conf.lr=0.02 max_epoch=3\"
   --quantizer K               mvq, kmeans (one codebook), rvq or random  [mvq]
   --quantizer_frames N        embeddings to train a quantizer on    [200000]
+  --quantizer_data \"T=DIR ...\"  data directories (16 kHz, with utt2num_samples) whose
+                              audio the quantizer of a teacher is trained on, such as
+                              \"speech=dump_libri/raw/train\"
+                              [dump/raw/train, in the teacher's domain]
   --quantizer_iters N         steps in each of its two phases (mvq) [as the teacher's YAML]
   --quantizer_args \"...\"      further options of mvq_train, such as \"--batch_frames 128\"
   --teacher_dtype T           of the teachers' computation: float32, bfloat16 or float16;
@@ -121,6 +125,7 @@ train_config=
 config_override=
 quantizer=mvq
 quantizer_frames=200000
+quantizer_data=
 quantizer_iters=
 quantizer_args=
 teacher_dtype=float32
@@ -154,12 +159,14 @@ runner() { echo "${cuda_cmd} --gpu $1 --num_threads $2 ${4:-} $(printf %q "$3")"
 show_end() { [ "${dry_run}" = true ] || tail -n 1 "$1"; }
 
 # plan <options of local/plan.py>: sets train_config, plan_tag, heard (domains) and, an
-# entry a teacher, names, yamls, domains, quantizer_domains, weights, mvq_options
+# entry a teacher, names, yamls, domains, quantizer_domains, weights, mvq_options,
+# quantizer_dirs
 plan() {
     local lines line i
     lines=$(python local/plan.py --student "${student}" --train_config "${given_config}" \
         --teachers "${teachers}" --quantizer "${quantizer}" --expdir "${expdir}" \
         --quantizer_iters "${quantizer_iters}" --dumpdir "${dumpdir}" \
+        --quantizer_data "${quantizer_data}" \
         --config_override "${config_override}" "$@")
     mapfile -t lines <<<"${lines}"
     IFS='|' read -r train_config plan_tag heard <<<"${lines[0]}"
@@ -167,11 +174,12 @@ plan() {
         line=${lines[i]}
         [ "${i}" -gt 0 ] || continue
         IFS='|' read -r "names[i-1]" "yamls[i-1]" "domains[i-1]" \
-            "quantizer_domains[i-1]" "weights[i-1]" "mvq_options[i-1]" <<<"${line}"
+            "quantizer_domains[i-1]" "weights[i-1]" "mvq_options[i-1]" \
+            "quantizer_dirs[i-1]" <<<"${line}"
     done
 }
 given_config=${train_config}
-names=() yamls=() domains=() quantizer_domains=() weights=() mvq_options=()
+names=() yamls=() domains=() quantizer_domains=() weights=() mvq_options=() quantizer_dirs=()
 variant=${quantizer#mvq}
 variant=${variant:+_${variant}}
 heard=
@@ -256,8 +264,12 @@ fi
 
 # train_quantizer <number of the teacher> <threads> <GPU, or nothing>
 train_quantizer() {
-    local name=${names[$1]} dir device=cpu gpus=0 raw=${dumpdir}/raw/train
+    local name=${names[$1]} dir device=cpu gpus=0 raw=${quantizer_dirs[$1]} kinds=()
     dir=${expdir}/teachers/${name}
+    if [ -z "${raw}" ]; then # those of the pre-training
+        raw=${dumpdir}/raw/train
+        kinds=(--domains "${quantizer_domains[$1]}")
+    fi
     if [ -n "$3" ]; then
         gpus=1 device=cuda
         # A cluster gives every job a GPU; here all jobs see the same ones.
@@ -266,11 +278,11 @@ train_quantizer() {
     log "teacher '${name}': embeddings of ${quantizer_frames} frames, log in ${dir}/embed.log"
     step --mark "${dir}/embed.json" --input "${yamls[$1]}" \
         ${weights[$1]:+--input "${weights[$1]}"} --input "${raw}/wav.scp" \
-        --input "${raw}/utt2num_samples" --input "${raw}/utt2domain" \
+        --input "${raw}/utt2num_samples" ${kinds:+--input "${raw}/utt2domain"} \
         --output "${dir}/embeddings/embeddings.json" \
         --runner "$(runner "${gpus}" "$2" "${dir}/embed.log")" \
         -- python -m espnet2_spear.bin.spear_embed --teacher_config "${yamls[$1]}" \
-        --wav_scp "${raw}/wav.scp" --domains "${quantizer_domains[$1]}" \
+        --wav_scp "${raw}/wav.scp" "${kinds[@]}" \
         --max_frames "${quantizer_frames}" --output_dir "${dir}/embeddings" \
         --compute_dtype "${teacher_dtype}" + --device "${device}" --num_threads "$2"
     log "teacher '${name}': ${quantizer} quantizer, log in ${quantizers}/${name}/train.log"

@@ -7,14 +7,14 @@ tokenizes the domains in which its loss has a weight. Codebook sizes and frame r
 what the codes themselves say; what disagrees with them stops the run.
 
 Prints a line "CONFIG|TAG|DOMAINS" (of the loss), and for each teacher a line
-"NAME|YAML|DOMAINS|QUANTIZER'S DOMAINS|WEIGHTS|OPTIONS OF mvq_train".
+"NAME|YAML|DOMAINS|QUANTIZER'S DOMAINS|WEIGHTS|OPTIONS OF mvq_train|QUANTIZER'S DATA".
 """
 
 import argparse
 import json
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,41 @@ def parse_teachers(value: str) -> dict[str, Path]:
         path = Path("conf/teachers") / f"{file}.yaml"
         teachers[name] = path if path.exists() and "/" not in file else Path(file)
     return teachers
+
+
+def parse_quantizer_data(value: str, teachers: Collection[str]) -> dict[str, Path]:
+    """Read "NAME=DIR ...": data directories that quantizers are trained on.
+
+    Raises:
+        PlanError: malformed words, or a teacher that there is not.
+    """
+    folders: dict[str, Path] = {}
+    for word in shlex.split(value):
+        name, equals, folder = word.partition("=")
+        if not (equals and folder):
+            raise PlanError(
+                f"--quantizer_data: {word!r} is not TEACHER=DIR, such as "
+                "speech=dump/raw/librispeech"
+            )
+        if name not in teachers:
+            raise PlanError(
+                f"--quantizer_data: no teacher '{name}'; the teachers are "
+                f"{', '.join(teachers)}"
+            )
+        if name in folders:
+            raise PlanError(f"--quantizer_data: '{name}' is there twice")
+        folders[name] = Path(folder)
+    return folders
+
+
+def check_quantizer_data(folder: Path) -> None:
+    """Raise PlanError unless a data directory has what stage 4 reads of it."""
+    for table in ("wav.scp", "utt2num_samples"):
+        if not (folder / table).exists():
+            raise PlanError(
+                f"--quantizer_data: {folder}/{table} is not there; name a data "
+                "directory of 16 kHz audio, such as dump/raw/train of stages 1 to 3"
+            )
 
 
 def override(config: Config, value: str) -> None:
@@ -295,6 +330,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teachers", default="")
     parser.add_argument("--quantizer", default="mvq")
     parser.add_argument("--quantizer_iters", default="")
+    parser.add_argument("--quantizer_data", default="")
     parser.add_argument("--config_override", default="")
     parser.add_argument("--expdir", type=Path, required=True)
     parser.add_argument("--dumpdir", type=Path, required=True)
@@ -349,7 +385,10 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
     check_noise(config)
     heard = [d for d, table in config["loss_weights"].items() if any(table.values())]
     lines = [f"{path}|{tag}{suffix}|{','.join(heard)}"]
+    folders = parse_quantizer_data(args.quantizer_data, teachers)
     for name, file in teachers.items():
+        if args.check_teachers and name in folders:
+            check_quantizer_data(folders[name])
         weights, options = read_teacher(file, args.check_teachers)
         domains = [
             d for d in domains_of(config, name) if present is None or d in present
@@ -367,6 +406,7 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
             args.quantizer, codebooks, options, args.quantizer_iters
         )
         fields = [name, file, ",".join(domains), ",".join(own), weights, words]
+        fields.append(folders.get(name, ""))
         lines.append("|".join(map(str, fields)))
     return config, lines
 
