@@ -19,6 +19,7 @@ from corpus_miniatures import (
     audio,
     audioset,
     esc50,
+    fisher,
     gigaspeech,
     librispeech,
     musan,
@@ -50,7 +51,7 @@ SUBSETS = {("gigaspeech", "XS"), ("mtg_jamendo", "test")}
 def reduced(name: str, made: Miniature) -> object:
     """The corpus with the miniature's counts as published ones."""
     parts = {**CORPORA[name].parts, **{p: len(v[0]) for p, v in made.items()}}
-    return dataclasses.replace(CORPORA[name], parts=parts)
+    return dataclasses.replace(CORPORA[name], parts=parts, hours={}, recordings={})
 
 
 def prepared(known: object, root: Path, part: str) -> DataDir:
@@ -209,6 +210,35 @@ def test_copies_that_miss_files_have_to_have_half(tmp_path: Path) -> None:
         unknown.prepare(tmp_path, ["balanced_train"])
 
 
+def test_published_hours_are_checked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = gigaspeech(tmp_path)  # a second of XL in two segments
+    assert len(made["XL"][0]) == 2
+    with pytest.raises(DataDirError, match="0.0 hours of segments instead of 10000"):
+        CORPORA["gigaspeech"].prepare(tmp_path, ["XL"])
+    CORPORA["gigaspeech"].prepare(tmp_path, ["XL"], partial=True)
+    assert "gigaspeech XL: 0.0 hours of segments" in caplog.text
+    for factor, is_good in ((1.05, True), (0.95, True), (1.2, False), (0.8, False)):
+        known = dataclasses.replace(CORPORA["gigaspeech"], hours={"XL": factor / 3600})
+        if is_good:
+            known.prepare(tmp_path, ["XL"])
+            continue
+        with pytest.raises(DataDirError, match="hours of segments"):
+            known.prepare(tmp_path, ["XL"])
+    for known in CORPORA.values():
+        assert {*known.hours, *known.recordings} <= set(known.parts)
+
+
+def test_published_conversations_are_checked(tmp_path: Path) -> None:
+    fisher(tmp_path)
+    for part, count in {"p1": 5850, "p2": 5849}.items():
+        message = f"1 recordings instead of {count}"
+        with pytest.raises(DataDirError, match=message):
+            CORPORA["fisher"].prepare(tmp_path, [part])
+        CORPORA["fisher"].prepare(tmp_path, [part], partial=True)
+
+
 def test_command_line_of_a_corpus(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -220,6 +250,11 @@ def test_command_line_of_a_corpus(
     assert len(DataDir.load(tmp_path / "out").utterances) == 3
     labels = (tmp_path / "out/labels").read_text().splitlines()
     assert labels[1] == "esc50-1-100038-A-14 chirping_birds"
+    # For the probe, which holds out fold by fold.
+    splits = (tmp_path / "out/splits").read_text().splitlines()
+    assert [line.split()[1] for line in splits] == ["fold1", "fold1", "fold2"]
+    CORPORA["esc50"].main([*cmd, "--parts", "fold1", "--partial"])
+    assert not (tmp_path / "out/splits").exists()
 
 
 def test_gigaspeech_is_read_in_blocks(
@@ -258,7 +293,8 @@ def test_segments_of_voice_activity(tmp_path: Path) -> None:
 
 def test_sides_of_a_conversation_are_channels(tmp_path: Path) -> None:
     MINIATURES["fisher"](tmp_path)
-    prepared(CORPORA["fisher"], tmp_path, "p1").write(tmp_path / "data")
+    known = dataclasses.replace(CORPORA["fisher"], recordings={"p1": 1})
+    prepared(known, tmp_path, "p1").write(tmp_path / "data")
     (recording,) = recordings_of(entries(tmp_path / "data"))
     spans = [span for _, span in recording.pieces]
     loud, silent = (piece for piece, _ in read_pieces(recording.path, spans))

@@ -7,7 +7,7 @@ import logging
 import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,9 @@ from espnet2_spear.fileio.tables import DataDirError, open_text
 
 EXAMPLES = 3  # missing files that are named in a message
 LEAST = 0.5  # share of a part that copies have at least that usually miss files
+# Share by which segments may last longer or shorter than published: hours are published
+# in round numbers, and some segments are left out here (those without speech).
+TOLERANCE = 0.1
 
 
 class Found:
@@ -31,12 +34,16 @@ class Found:
     Attributes:
         entries: the utterances, read in the order of their ids.
         missing: how many files the corpus' own lists name that are not there.
+        recordings: how many of them there are, where a script counts them.
+        seconds: of the segments; whole files, and segments to the end of a recording,
+            count nothing, as their lengths are not known before they are opened.
         examples: some of them.
     """
 
     def __init__(self) -> None:
         self.entries: Spool[Entry] = Spool()
-        self.missing = 0
+        self.missing = self.recordings = 0
+        self.seconds = 0.0
         self.examples: list[str] = []
 
     def add(
@@ -63,6 +70,7 @@ class Found:
         """Add a piece of a recording of speech, whose file is known to be there."""
         file = str(path.absolute())
         self.entries.add(Entry(utt, file, speaker, "speech", segment, text or None))
+        self.seconds += max(segment.end - segment.start, 0.0)
 
     def miss(self, path: Path | str) -> None:
         """Count a file that is not there."""
@@ -127,6 +135,9 @@ class Corpus:
         licence: of the audio.
         source: where users get it.
         layout: expected content of the root folder.
+        hours: part -> hours of its segments as published, where that is known.
+        recordings: part -> number of its recordings as published, where that is known
+            and `read` counts them.
         incomplete: whether copies usually miss files (videos that were deleted); what
             is missing is then only reported, up to half of a part.
     """
@@ -138,6 +149,8 @@ class Corpus:
     licence: str
     source: str
     layout: str
+    hours: Mapping[str, float] = field(default_factory=dict)
+    recordings: Mapping[str, int] = field(default_factory=dict)
     incomplete: bool = False
 
     @property
@@ -162,7 +175,11 @@ class Corpus:
         return Path(value)
 
     def prepare(
-        self, root: Path, parts: Sequence[str] = (), partial: bool = False
+        self,
+        root: Path,
+        parts: Sequence[str] = (),
+        partial: bool = False,
+        keep_parts: bool = False,
     ) -> Found:
         """Read and check parts of the corpus, and join them.
 
@@ -170,10 +187,11 @@ class Corpus:
             root: folder of the corpus.
             parts: names; the default ones if empty.
             partial: accept less than what was published.
+            keep_parts: every utterance tells its part.
 
         Raises:
             DataDirError: unknown part, unexpected layout, missing files, or another
-                number of utterances than published.
+                number of utterances or recordings, or other hours, than published.
         """
         found = Found()
         for part in parts or self.default_parts:
@@ -183,7 +201,7 @@ class Corpus:
             result = self.read(root, part)
             self._check(root, part, result, partial)
             for entry in result.entries:
-                found.entries.add(entry)
+                found.entries.add(entry._replace(part=part) if keep_parts else entry)
             found.missing += result.missing
             result.entries.close()
         return found
@@ -196,6 +214,13 @@ class Corpus:
             problem = f"{found.missing} listed files are missing, e.g. {names}"
         elif published is not None and count != published:
             problem = f"{count} utterances instead of {published}"
+        elif found.recordings != self.recordings.get(part, found.recordings):
+            published = self.recordings[part]
+            problem = f"{found.recordings} recordings instead of {published}"
+        elif part in self.hours:
+            hours, expected = found.seconds / 3600, self.hours[part]
+            if abs(hours - expected) > TOLERANCE * expected:
+                problem = f"{hours:.1f} hours of segments instead of {expected:g}"
         accepted = partial
         if self.incomplete and not partial:
             whole = published or count + found.missing
@@ -232,7 +257,10 @@ class Corpus:
         parser.add_argument("--partial", action="store_true", help="accept less")
         args = parser.parse_args(cmd)
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-        found = self.prepare(self.root(args.root), args.parts, args.partial)
+        # A table `splits` for those who test on the corpus' own parts.
+        found = self.prepare(
+            self.root(args.root), args.parts, args.partial, len(args.parts) > 1
+        )
         count = write_entries(found.entries, args.out_dir)
         logging.info("%s: %d utterances", args.out_dir, count)
 

@@ -15,7 +15,7 @@ LAYOUT = (
     "trans/NNN/fe_03_NNNNN.txt at any depth (LDC2004S13 and LDC2004T19 are part p1, "
     "LDC2005S13 and LDC2005T19 p2)"
 )
-LAST_OF_P1 = 5850  # conversations 00001 to 05850; p2 has 05851 to 11699
+LAST_OF_P1, LAST = 5850, 11699  # conversations: p1 has the first ones, p2 the others
 LINE = re.compile(r"([0-9.]+) ([0-9.]+) ([AB]):\s*(.*)")
 SUFFIXES = {".sph", ".wav", ".flac"}
 
@@ -53,6 +53,7 @@ def read(root: Path, part: str) -> Found:
         if path.stem not in files:
             found.miss(f"{path.stem}.sph")
             continue
+        found.recordings += 1
         for start, end, side, text in turns(path):
             if "((" in text or end <= start:
                 continue
@@ -68,6 +69,7 @@ CORPUS = Corpus(
     name="fisher",
     read=read,
     parts={"p1": None, "p2": None},
+    recordings={"p1": LAST_OF_P1, "p2": LAST - LAST_OF_P1},
     default_parts=("p1", "p2"),
     licence="LDC user agreement",
     source="https://catalog.ldc.upenn.edu/LDC2004S13",

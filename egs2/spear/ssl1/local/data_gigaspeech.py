@@ -78,6 +78,7 @@ CORPUS = Corpus(
     read=read,
     parts=dict.fromkeys(("XL", "L", "M", "S", "XS", "DEV", "TEST")),
     default_parts=("XL",),
+    hours={"XL": 10000, "L": 2500, "M": 1000, "S": 250, "XS": 10},  # its paper's
     licence="Apache-2.0 metadata; the audio for research, by its terms of access",
     source="https://github.com/SpeechColab/GigaSpeech",
     layout=LAYOUT,
