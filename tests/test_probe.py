@@ -269,6 +269,55 @@ def test_splits_divide_no_group(tmp_path: Path, multi_label: bool) -> None:
     assert seen[0] != seen[5]  # the seed counts
 
 
+def test_parts_of_a_corpus_are_its_splits(tmp_path: Path) -> None:
+    names = made_up(tmp_path)
+    path, rows = tmp_path / "splits", np.arange(len(names))
+
+    def read(*parts: str) -> probe.Task:
+        lines = [f"{u} {parts[i % len(parts)]}\n" for i, u in enumerate(names)]
+        path.write_text("".join(lines))
+        return probe.Task.read(tmp_path / "labels", None, names, path)
+
+    # Folds: each is the test once, and of the others each what is chosen by.
+    task = read("fold1", "fold2", "fold3", "fold4", "fold5")
+    trials = list(probe.trials(task, 0))
+    assert [name for name, *_ in trials] == [f"fold{i}" for i in range(1, 6)]
+    for i, (_, train, test, inner) in enumerate(trials):
+        assert test.tolist() == rows[i::5].tolist()
+        assert sorted([*train, *test]) == rows.tolist() and len(inner) == 4
+        held_out = np.concatenate([b for _, b in inner])
+        assert sorted(held_out.tolist()) == train.tolist()
+        assert all(not set(a) & set(b) for a, b in inner)
+    # Training, validation and test, as VoxCeleb1 has them.
+    ((_, train, test, ((a, b),)),) = probe.trials(read("train", "valid", "test"), 0)
+    assert (a.tolist(), b.tolist()) == (train.tolist(), rows[1::3].tolist())
+    assert train.tolist() == rows[::3].tolist() and test.tolist() == rows[2::3].tolist()
+    ((_, train, _, inner),) = probe.trials(read("balanced_train", "eval"), 0)
+    assert train.tolist() == rows[::2].tolist() and len(inner) == probe.INNER_FOLDS
+    for parts in (("fold1", "fold2"), ("test",), ("valid", "test")):
+        with pytest.raises(DataDirError, match=f"has the parts .*{parts[0]}"):
+            read(*parts)
+    path.write_text("u000 fold1\n")
+    with pytest.raises(DataDirError, match="splits: no part of 'u001'"):
+        probe.Task.read(tmp_path / "labels", None, names, path)
+
+
+def test_probe_on_folds(tmp_path: Path) -> None:
+    names = made_up(tmp_path)
+    lines = [f"{utt} fold{i % 3 + 1}\n" for i, utt in enumerate(names)]
+    (tmp_path / "splits").write_text("".join(lines))
+    probe.main(
+        ["--labels", str(tmp_path / "labels"), "--splits", str(tmp_path / "splits")]
+        + ["--seeds", "0", "--output", str(tmp_path / "R.md"), "--features"]
+        + [f"good={tmp_path}/good.npz"]
+    )
+    scores = json.loads((tmp_path / "R.json").read_text())["good"]
+    assert [score["held_out"] for score in scores] == ["fold1", "fold2", "fold3"]
+    assert all(score["layer"] == 2 and score["accuracy"] > 90 for score in scores)
+    text = (tmp_path / "R.md").read_text()
+    assert "parts: fold1 40, fold2 40, fold3 40" in text and " ± " in text
+
+
 def test_probe_wants_labels_of_the_same_clips(tmp_path: Path) -> None:
     names = made_up(tmp_path)
     with pytest.raises(DataDirError, match="no label .or group. of 'u999'"):

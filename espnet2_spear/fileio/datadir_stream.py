@@ -55,6 +55,8 @@ class Entry(NamedTuple):
         text: transcript, None where there is none.
         samples: at 16 kHz, None where not known yet.
         labels: for tagging, separated by spaces; not read back.
+        part: of its corpus, such as a fold; empty where it does not count; not read
+            back.
     """
 
     utt: str
@@ -65,6 +67,7 @@ class Entry(NamedTuple):
     text: str | None = None
     samples: int | None = None
     labels: str = ""
+    part: str = ""
 
     @property
     def recording(self) -> str:
@@ -237,7 +240,7 @@ class EntryWriter:
 
     Use it as a context: its files appear at the end, wav.scp last, or not at all.
     Files of an earlier version that are no longer needed are removed. Where an entry
-    has labels, a file ``labels`` is written.
+    has labels or a part, a file ``labels`` or ``splits`` is written.
 
     Args:
         path: of the data directory; made if it is not there.
@@ -252,7 +255,15 @@ class EntryWriter:
         self.path, self.feats_type = Path(path), feats_type
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "wav.scp").unlink(missing_ok=True)
-        names = ("segments", "utt2spk", *COLUMNS, "labels", "spk2utt", "wav.scp")
+        names = (
+            "segments",
+            "utt2spk",
+            *COLUMNS,
+            "labels",
+            "splits",
+            "spk2utt",
+            "wav.scp",
+        )
         self._tables = {name: TableWriter(self.path / name) for name in names}
         self._speakers: Spool[tuple[str, str]] = Spool(folder=self.path)
         self._recordings: Spool[tuple[str, str]] = Spool(folder=self.path)
@@ -283,6 +294,7 @@ class EntryWriter:
             "text": entry.text,
             "utt2num_samples": entry.samples,
             "labels": entry.labels or None,
+            "splits": entry.part or None,
         }
         if entry.segment is None:
             values["wav.scp"] = entry.path

@@ -19,8 +19,9 @@ Stages (what is finished is done again only if its inputs or options changed)
   --teachers \"NAME=F ...\"     teachers to compare with, YAML    [whisper_tiny_en, yamnet]
   --seeds \"0 1 2\"             of the splits and of the random network
   --data_dir DIR              own clips instead of stage 1: a data directory with
-                              labels and, if it has any, groups, such as
-                              ../ssl1/local/data_esc50.py writes
+                              labels and, if it has them, groups (kept together by
+                              splits that are drawn) or splits (utterance and part, in
+                              place of such ones), as ../ssl1/local/data_esc50.py writes
   --mix true|false            mixtures of two clips each, which have both labels:
                               multi-label, mAP alone            [false]
   --all_classes true|false    13 classes instead of 10: animal (a package of 161 MB),

@@ -19,8 +19,9 @@ Stages (what is finished is done again only if its inputs or options changed)
   --teachers \"NAME=F ...\"     teachers to compare with, YAML    [whisper_tiny_en, yamnet]
   --seeds \"0 1 2\"             of the splits and of the random network
   --data_dir DIR              own clips instead of stage 1: a data directory with
-                              labels (utterance and speaker) and, if it has any, groups
-                              that splits keep together, such as sessions
+                              labels (utterance and speaker) and, if it has them, groups
+                              that splits keep together, such as sessions, or splits
+                              (utterance and part, in place of drawn ones)
   --num_clips N               of each speaker, in stage 1       [60]
   --stage N, --stop_stage N   first and last stage              [1, 4]
   --nj N                      processes of stage 2              [number of CPUs]

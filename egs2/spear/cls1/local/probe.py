@@ -5,6 +5,11 @@ For every seed a fifth of the clips is held out, by class and by group. On the o
 logistic regression (on standardised features) is trained; which layer it sees, and its
 regularisation, is chosen by cross-validation within them. With several labels a clip
 one regression a label is trained, and accuracy is not defined.
+
+With --splits (utterance and part, as the corpus was published) nothing is drawn: if
+there is a part test (or eval), it is tested, valid (or val) chooses, and the others are
+for training. Otherwise the parts are folds: each is held out once, and of the others
+each once to choose.
 """
 
 import argparse
@@ -12,6 +17,7 @@ import json
 import logging
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +35,8 @@ from espnet2_spear.fileio.datadir import DataDirError, read_table
 
 REGULARISATION = (0.01, 0.1, 1.0, 10.0)  # inverse strength C
 FOLDS, INNER_FOLDS = 5, 3
+TEST, VALID = ("test", "eval"), ("valid", "val")  # names of parts
+Rows = np.ndarray  # numbers of clips, (clips,)
 
 
 @dataclass
@@ -40,12 +48,14 @@ class Task:
         groups: (clips,) what must not be divided by a split.
         targets: (clips, classes) of 0 and 1.
         classes: names of the columns.
+        parts: (clips,) names of the corpus' own parts, None: splits are drawn.
     """
 
     utts: list[str]
     groups: np.ndarray
     targets: np.ndarray
     classes: list[str]
+    parts: np.ndarray | None = None
 
     @property
     def multi_label(self) -> bool:
@@ -53,11 +63,18 @@ class Task:
         return bool((self.targets.sum(axis=1) != 1).any())
 
     @classmethod
-    def read(cls, labels: Path, groups: Path | None, present: Sequence[str]) -> "Task":
-        """Read labels (and groups) of the clips that there are features of.
+    def read(
+        cls,
+        labels: Path,
+        groups: Path | None,
+        present: Sequence[str],
+        splits: Path | None = None,
+    ) -> "Task":
+        """Read labels (groups, parts) of the clips that there are features of.
 
         Raises:
-            DataDirError: a clip without label or group, or fewer than two classes.
+            DataDirError: a clip without label, group or part, fewer than two classes,
+                or parts that can be neither folds nor training and test.
         """
         label_of = read_table(labels, "utterance labels")
         group_of = read_table(groups, "utterance group") if groups else {}
@@ -70,18 +87,40 @@ class Task:
             raise DataDirError(f"{labels}: needs two classes at least")
         keys = [group_of.get(utt, utt) for utt in present]
         _, numbers = np.unique(keys, return_inverse=True)
-        return cls(list(present), numbers, targets, list(binarizer.classes_))
+        parts = read_parts(splits, present) if splits else None
+        return cls(list(present), numbers, targets, list(binarizer.classes_), parts)
+
+
+def read_parts(splits: Path, present: Sequence[str]) -> np.ndarray:
+    """Read the parts of clips: (clips,) names."""
+    part_of = read_table(splits, "utterance part")
+    for utt in present:
+        if utt not in part_of:
+            raise DataDirError(f"{splits}: no part of '{utt}'; add it")
+    parts = np.array([part_of[utt] for utt in present])
+    names = set(parts.tolist())
+    few = 3
+    if names & set(TEST):
+        names -= {*TEST, *VALID}
+        few = 1
+    if len(names) < few:
+        raise DataDirError(
+            f"{splits}: has the parts {', '.join(sorted(set(parts.tolist())))}; needs "
+            "a part test (or eval) and one for training, or three folds at least"
+        )
+    return parts
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a probe reached with a seed, in percent."""
+    """What a probe reached with a seed (and a fold held out), in percent."""
 
     seed: int
     layer: int
     regularisation: float
     accuracy: float | None
     mean_average_precision: float
+    held_out: str = ""
 
 
 def splits(
@@ -100,6 +139,35 @@ def splits(
         warnings.simplefilter("ignore", UserWarning)  # classes with few clips
         for a, b in splitter.split(rows, classes, task.groups[rows]):
             yield rows[a], rows[b]
+
+
+def trials(
+    task: Task, seed: int
+) -> Iterator[tuple[str, Rows, Rows, list[tuple[Rows, Rows]]]]:
+    """Yield what is held out: its name, rows for training, for the test, to choose by.
+
+    Args:
+        task: the clips.
+        seed: of splits that are drawn.
+    """
+    rows, parts = np.arange(len(task.utts)), task.parts
+    if parts is None:
+        train, test = next(splits(task, rows, FOLDS, seed))
+        yield "", train, test, list(splits(task, train, INNER_FOLDS, seed))
+        return
+    if np.isin(parts, TEST).any():
+        valid = np.isin(parts, VALID)
+        train = rows[~valid & ~np.isin(parts, TEST)]
+        inner = [(train, rows[valid])]
+        if not valid.any():
+            inner = list(splits(task, train, INNER_FOLDS, seed))
+        yield "test", train, rows[np.isin(parts, TEST)], inner
+        return
+    for name in sorted(set(parts.tolist())):
+        train = rows[parts != name]
+        folds = [parts[train] == other for other in sorted(set(parts[train].tolist()))]
+        inner = [(train[~fold], train[fold]) for fold in folds]
+        yield name, train, rows[parts == name], inner
 
 
 def fit(task: Task, features: np.ndarray, rows: np.ndarray, c: float) -> Pipeline:
@@ -137,29 +205,27 @@ def measure(
     return accuracy, 100 * float(np.mean(precisions))
 
 
-def run_seed(task: Task, features: np.ndarray, seed: int) -> Score:
-    """Choose, train and test a probe.
+def run_seed(task: Task, features: np.ndarray, seed: int) -> Iterator[Score]:
+    """Choose, train and test a probe; yield a score for each of :func:`trials`.
 
     Args:
         task: the clips.
         features: (clips, layers, channels).
         seed: of the split.
     """
-    rows = np.arange(len(task.utts))
-    train, test = next(splits(task, rows, FOLDS, seed))
-    best = (-1.0, 0, REGULARISATION[0])
-    for layer in range(features.shape[1]):
+    for name, train, test, inner in trials(task, seed):
+        best = (-1.0, 0, REGULARISATION[0])
+        for layer in range(features.shape[1]):
+            view = features[:, layer]
+            for c in REGULARISATION:
+                values = [
+                    measure(task, view, b, fit(task, view, a, c))[1] for a, b in inner
+                ]
+                best = max(best, (statistics.fmean(values), layer, c))
+        _, layer, c = best
         view = features[:, layer]
-        for c in REGULARISATION:
-            values = [
-                measure(task, view, b, fit(task, view, a, c))[1]
-                for a, b in splits(task, train, INNER_FOLDS, seed)
-            ]
-            best = max(best, (statistics.fmean(values), layer, c))
-    _, layer, c = best
-    view = features[:, layer]
-    accuracy, precision = measure(task, view, test, fit(task, view, train, c))
-    return Score(seed, layer + 1, c, accuracy, precision)
+        accuracy, precision = measure(task, view, test, fit(task, view, train, c))
+        yield Score(seed, layer + 1, c, accuracy, precision, name)
 
 
 def read_features(path: Path) -> tuple[list[str], np.ndarray]:
@@ -169,7 +235,7 @@ def read_features(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """Mean and standard deviation over the seeds."""
+    """Mean and standard deviation over the seeds, and folds."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
@@ -213,6 +279,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--labels", type=Path, required=True)
     parser.add_argument("--groups", type=Path)
+    parser.add_argument("--splits", type=Path, help="parts of the corpus")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--output", type=Path, required=True, help="Markdown (and .json)"
@@ -232,21 +299,25 @@ def main(cmd: list[str] | None = None) -> None:
         for seed in args.seeds:
             utts, features = read_features(Path(pattern.format(seed=seed)))
             if task is None:
-                task = Task.read(args.labels, args.groups, utts)
+                task = Task.read(args.labels, args.groups, utts, args.splits)
             if utts != task.utts:
                 raise DataDirError(f"{pattern}: is of other clips; make it again")
-            score = run_seed(task, features, seed)
-            results.setdefault(name, []).append(score)
-            logging.info("%s: %s", name, score)
+            for score in run_seed(task, features, seed):
+                results.setdefault(name, []).append(score)
+                logging.info("%s: %s", name, score)
     counts = task.targets.sum(axis=0)
     shown = ", ".join(f"{c} {n}" for c, n in zip(task.classes, counts, strict=True))
     majority = ""
     if not task.multi_label:
         majority = f"; majority {100 * counts.max() / counts.sum():.1f} %"
+    title = f"## Linear probe, seeds {', '.join(map(str, args.seeds))}"
+    if task.parts is not None:
+        known = ", ".join(f"{k} {n}" for k, n in sorted(Counter(task.parts).items()))
+        title += f"; the corpus' own parts: {known}"
     parts = [
         "# RESULTS",
         environments(),
-        f"## Linear probe, seeds {', '.join(map(str, args.seeds))}",
+        title,
         table(results),
         f"{len(task.utts)} clips{majority}: {shown}\n",
     ]

@@ -1,6 +1,6 @@
 # Stages 2 to 4 of a probe: format, features, table. To be sourced by run.sh, which sets
-# the options, `source` (data directory with labels and, if it has any, groups) and
-# `min_seconds`, and has the functions log, lock, step and wanted.
+# the options, `source` (data directory with labels and, if it has them, groups and
+# splits) and `min_seconds`, and has the functions log, lock, step and wanted.
 # shellcheck shell=bash disable=SC2154
 
 raw=${dumpdir}/raw/$(basename "${source}")
@@ -52,11 +52,15 @@ done
 if wanted 4; then
     log "Stage 4: probes"
     inputs=(--input "${source}/labels")
-    groups=()
-    if [ -e "${source}/groups" ]; then groups=(--groups "${source}/groups"); fi
+    tables_of=()
+    for table in groups splits; do # of own data
+        [ -e "${source}/${table}" ] || continue
+        tables_of+=("--${table}" "${source}/${table}")
+        inputs+=(--input "${source}/${table}")
+    done
     for file in "${exp}"/features/*.npz; do inputs+=(--input "${file}"); done
     # shellcheck disable=SC2086
     step --mark "${exp}/probe.json" "${inputs[@]}" --output "${exp}/RESULTS.md" \
-        -- python local/probe.py --labels "${source}/labels" "${groups[@]}" \
+        -- python local/probe.py --labels "${source}/labels" "${tables_of[@]}" \
         --seeds ${seeds} --output "${exp}/RESULTS.md" --features "${tables[@]}"
 fi
