@@ -102,26 +102,35 @@ def test_bad_sets_are_refused(tmp_path: Path, item: str) -> None:
 
 
 def test_every_gpu_gets_a_process(tmp_path: Path) -> None:
-    """By Slurm, with a stand-in of sbatch that runs nothing."""
-    for path in ("data/token_list/char/tokens.txt", "dump/raw/en_dev/wav.scp"):
-        (tmp_path / path).parent.mkdir(parents=True)
+    """By Slurm, with a stand-in of sbatch that leaves a model and runs nothing."""
+    tokens = "data/token_list/char"
+    paths = [f"{tokens}/{name}" for name in ("tokens.txt", "text_shape.en_train")]
+    paths += [f"{tokens}/text_shape.en_dev"]
+    paths += [f"dump/raw/{name}/wav.scp" for name in ("en_train", "en_dev")]
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     sbatch = tmp_path / "sbatch"
-    sbatch.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" >{tmp_path}/args\n')
+    sbatch.write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$@" >{tmp_path}/args\n'
+        f"for exp in {tmp_path}/exp/*; do touch $exp/valid.cer_ctc.ave.pth; done\n"
+    )
     sbatch.chmod(0o755)
-    options = ["--stage", "3", "--stop_stage", "3", "--asr_tag", "t"]
+    options = ["--stage", "3", "--stop_stage", "3", "--ngpu", "8", "--nj", "32"]
     options += ["--asr_config", "conf/train_asr_logmel.yaml"]
     options += [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
     path = f"{tmp_path}:{os.environ['PATH']}"
     for nodes in ("1", "2"):
-        options += ["--ngpu", "8", "--num_nodes", nodes, "--nj", "32"]
-        done = run_sh(*options, PATH=path, cmd_backend="slurm", OMP_NUM_THREADS="3")
+        exp = tmp_path / f"exp/asr_t{nodes}"
+        more = ["--num_nodes", nodes, "--asr_tag", f"t{nodes}"]
+        env = {"PATH": path, "cmd_backend": "slurm", "OMP_NUM_THREADS": "3"}
+        done = run_sh(*options, *more, **env)
         assert done.returncode == 0, done.stdout + done.stderr
-        script = (tmp_path / "exp/asr_t/train.log.sbatch").read_text()
+        script = (exp / "train.log.sbatch").read_text()
         assert " env OMP_NUM_THREADS=3 " in script  # what it was before
         assert "--ngpu 8 --multiprocessing_distributed true" in script
         args = (tmp_path / "args").read_text().splitlines()
         assert {"--gres=gpu:8", "--cpus-per-task=32"} <= set(args)
         assert ("--nodes=2" in args) == (nodes == "2")
     assert " srun " in script and "--dist_launcher slurm" in script
-    assert f"--dist_init_method file://{tmp_path}/exp/asr_t/.dist_init." in script
+    assert f"--dist_init_method file://{exp}/.dist_init." in script
