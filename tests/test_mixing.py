@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_objective import build
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.mixing import Mixer, Mixture
@@ -126,6 +127,33 @@ def test_equals_loops(case: str) -> None:
         assert got.plan.mixed.all()
         if case == "token mixing":
             assert max(lengths) > max(SAMPLES)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many bytes the largest result of an operation has."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            size = result.untyped_storage().nbytes()
+            self.bytes = max(self.bytes, size)
+        return result
+
+
+def test_memory_is_that_of_the_batch() -> None:
+    """Noise that is far longer than the utterances is not taken whole for each."""
+    mix, data = mixer({"preset": "token_mixing"}), batch([4000] * 100)
+    data["noise"] = 0.1 * torch.randn(8, 200_000)
+    data["noise_lengths"] = torch.tensor([200_000] * 8)
+    noise = data["noise"].numel()
+    with LargestTensor() as largest:
+        got = mix(**data)
+    assert got.plan.is_noise.any()
+    # The mixture, by an index of eight bytes a sample; or all samples as they came.
+    allowed = max(8 * got.speech.numel(), 4 * (data["speech"].numel() + noise))
+    assert 4 * got.speech.numel() < largest.bytes <= allowed
 
 
 def test_ratio_of_the_mixture_is_the_one_drawn() -> None:

@@ -63,6 +63,27 @@ class MixPlan:
 
 
 @dataclass
+class _Sources:
+    """B utterances and K noise clips, each as long as it is, one behind the other.
+
+    Noise may be many times as long as the utterances: clips that are padded to one
+    width, or taken whole for every utterance, would need far more memory than the
+    batch does.
+
+    Attributes:
+        samples: of all, (total,), with the padding that they came with.
+        starts: (B + K,) int64, where each begins.
+        lengths: (B + K,) int64, samples.
+        power: (B + K,) mean squares.
+    """
+
+    samples: Tensor
+    starts: Tensor
+    lengths: Tensor
+    power: Tensor
+
+
+@dataclass
 class Mixture:
     """A batch after mixing.
 
@@ -143,19 +164,19 @@ class Mixer:
             raise ValueError(
                 "mixer_conf mixes noise in, but the batch has none: give --noise_scp"
             )
-        bank, bank_lengths = _bank(speech, lengths, noise, noise_lengths)
+        sources = _sources(speech, lengths, noise, noise_lengths)
         draws = self._draw(speech.size(0))
         extension = self._extension(draws)
-        plan = self._plan(
-            draws.to(speech.device, non_blocking=True), bank, bank_lengths, domain
+        plan = self._plan(draws.to(speech.device, non_blocking=True), sources, domain)
+        mixed = _mix_speech(speech, sources, plan, extension)
+        ends = torch.maximum(
+            sources.lengths[: speech.size(0)], plan.begin + plan.length
         )
-        mixed = _mix_speech(speech, bank, bank_lengths, plan, extension)
-        ends = torch.maximum(bank_lengths[: speech.size(0)], plan.begin + plan.length)
         return Mixture(
             mixed,
             ends.to(lengths.dtype),
             {
-                name: _mix_codes(codes[name], bank_lengths, plan, hop, extension)
+                name: _mix_codes(codes[name], sources.lengths, plan, hop, extension)
                 for name, hop in self.hops.items()
             },
             plan,
@@ -178,14 +199,12 @@ class Mixer:
                 longest = torch.maximum(longest, offset)
         return math.ceil(float(longest.max()))
 
-    def _plan(
-        self, draws: Tensor, bank: Tensor, bank_lengths: Tensor, domain: Tensor
-    ) -> MixPlan:
+    def _plan(self, draws: Tensor, sources: _Sources, domain: Tensor) -> MixPlan:
         """Turn uniform numbers into a plan; columns of ``draws``: augment at all,
         noise, ratio, share, begin, begin in the source, clip, order of partners.
         """
         b = draws.size(0)
-        clips = bank.size(0) - b
+        clips = len(sources.lengths) - b
         augment, noise, ratio, share, begin, source_begin, clip = draws[:, :7].T
         table = self._table.to(draws.device, non_blocking=True)[domain]
         prob, noise_prob, max_offset, mix_targets = table[:, :4].T
@@ -207,8 +226,7 @@ class Mixer:
             exists = exists | is_noise
         else:
             exists = exists & ~is_noise
-        power = bank.square().sum(dim=1) / bank_lengths
-        p_own, p_other = power[:b], power[row]
+        p_own, p_other = sources.power[:b], sources.power[row]
         audible = (p_own > MIN_POWER) & (p_other > MIN_POWER)
         mixed = (augment < prob) & exists & audible
         row = torch.where(mixed, row, own)
@@ -216,7 +234,7 @@ class Mixer:
         gain = (p_own * 10 ** (-snr / 10) / p_other.clamp(min=MIN_POWER)).sqrt() * mixed
 
         mixes_targets = mixed & ~is_noise & (mix_targets > 0)
-        n_own, n_other = bank_lengths[:b], bank_lengths[row]
+        n_own, n_other = sources.lengths[:b], sources.lengths[row]
         piece = (share * n_own).long()
         piece = torch.where(is_noise, piece, torch.minimum(piece, n_other))
         everything = torch.where(is_noise, n_own, n_other)
@@ -258,39 +276,52 @@ def _row(rule: MixingRule) -> list[float]:
     ]
 
 
-def _bank(
+def _sources(
     speech: Tensor,
     lengths: Tensor,
     noise: Tensor | None,
     noise_lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """All sources, (B + K, samples) with zeros in the padding, and their lengths."""
-    bank, bank_lengths = speech, lengths.to(speech.device)
+) -> _Sources:
+    """All that may be mixed in; see ``Mixer.__call__``."""
+    parts = [(speech, lengths.to(speech.device))]
     if noise is not None and noise_lengths is not None:
-        width = max(speech.size(1), noise.size(1))
-        bank = torch.cat(
-            [F.pad(x, (0, width - x.size(1))) for x in (speech, noise.to(speech.dtype))]
-        )
-        bank_lengths = torch.cat([bank_lengths, noise_lengths.to(speech.device)])
-    position = torch.arange(bank.size(1), device=bank.device)
-    return bank.masked_fill(position >= bank_lengths[:, None], 0.0), bank_lengths
+        parts.append((noise.to(speech.dtype), noise_lengths.to(speech.device)))
+    starts, offset = [], 0
+    for clips, _ in parts:
+        first = torch.arange(clips.size(0), device=speech.device) * clips.size(1)
+        starts.append(first + offset)
+        offset += clips.numel()
+    return _Sources(
+        torch.cat([clips.flatten() for clips, _ in parts]),
+        torch.cat(starts),
+        torch.cat([n for _, n in parts]).long(),
+        torch.cat([_power(clips, n) for clips, n in parts]),
+    )
+
+
+def _power(clips: Tensor, lengths: Tensor) -> Tensor:
+    """Mean squares, (N,), of clips (N, samples) without their padding."""
+    position = torch.arange(clips.size(1), device=clips.device)
+    clips = clips.masked_fill(position >= lengths[:, None], 0.0)
+    return clips.square_().sum(dim=1) / lengths
 
 
 def _mix_speech(
-    speech: Tensor, bank: Tensor, bank_lengths: Tensor, plan: MixPlan, extension: int
+    speech: Tensor, sources: _Sources, plan: MixPlan, extension: int
 ) -> Tensor:
     """Add every utterance's source to it, (B, samples + extension)."""
     position = torch.arange(speech.size(1) + extension, device=speech.device)
     since = position - plan.begin[:, None]
     inside = (since >= 0) & (since < plan.length[:, None])
-    index = since.clamp(min=0) + plan.source_begin[:, None]
-    index = index % bank_lengths[plan.row][:, None]  # noise is repeated
-    source = bank[plan.row].gather(1, index)
+    index = since.clamp_(min=0).add_(plan.source_begin[:, None])
+    index.remainder_(sources.lengths[plan.row][:, None])  # noise is repeated
+    index.add_(sources.starts[plan.row][:, None])
+    source = sources.samples.take(index)
     return F.pad(speech, (0, extension)) + source * (plan.gain[:, None] * inside)
 
 
 def _mix_codes(
-    codes: Tensor, bank_lengths: Tensor, plan: MixPlan, hop: int, extension: int
+    codes: Tensor, source_lengths: Tensor, plan: MixPlan, hop: int, extension: int
 ) -> Tensor:
     """Replace codes by those of the utterance that was mixed in.
 
@@ -300,7 +331,7 @@ def _mix_codes(
 
     Args:
         codes: (B, T, N).
-        bank_lengths: (B + K,) samples of the sources.
+        source_lengths: (B + K,) samples of the sources.
         plan: of the waveforms.
         hop: samples of a code frame.
         extension: samples by which the batch grew.
@@ -316,7 +347,7 @@ def _mix_codes(
     index = since + (plan.source_begin // hop)[:, None]
     index = index.clamp(min=0, max=codes.size(1) - 1)[..., None].expand_as(codes)
     source = codes[plan.row.clamp(max=size - 1)].gather(1, index)
-    behind = frame >= (bank_lengths[:size] // hop)[:, None]
+    behind = frame >= (source_lengths[:size] // hop)[:, None]
     drawn = torch.rand(codes.shape, device=codes.device)
     chosen = behind[..., None] | (drawn < plan.replace_prob[:, None, None])
     chosen &= (inside & plan.mixes_targets[:, None])[..., None] & (source >= 0)
