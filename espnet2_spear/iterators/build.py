@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,7 @@ def build_iter_factory(
     iter_options: Any,
     mode: str,
     check: Callable[[ManifestDataset], None],
+    max_extension: float = 0.0,
 ) -> SpearIterFactory:
     """Build what SpearTask's ``build_task_iter_factory`` returns.
 
@@ -69,6 +71,8 @@ def build_iter_factory(
         iter_options: ESPnet's IteratorOptions.
         mode: ``train``, ``valid`` or ``plot_att``.
         check: called with the dataset.
+        max_extension: seconds by which mixing may make a batch of training longer than
+            its longest utterance.
 
     Raises:
         ListError: lists that do not fit together, or data that does not fit the bounds.
@@ -116,6 +120,7 @@ def build_iter_factory(
                 f"and change with either; --sampler_conf step_shards={parts} keeps "
                 f"these for all numbers whose product divides {parts}"
             )
+        config = _with_headroom(config, max_extension)
         bins = int(iter_options.batch_bins) * args.accum_grad
         sampler = StepSampler(manifest, config, bins // shards, shards, args.seed)
         sampler.log()
@@ -155,6 +160,21 @@ def build_iter_factory(
         num_workers=args.num_workers,
         pin_memory=args.ngpu > 0,
     )
+
+
+def _with_headroom(config: SamplerConfig, max_extension: float) -> SamplerConfig:
+    """Leave room for what mixing adds; a value that was set stays, with a warning."""
+    headroom = config.mix_headroom_seconds
+    if headroom is None:
+        return replace(config, mix_headroom_seconds=max_extension)
+    if headroom < max_extension:
+        logging.warning(
+            f"sampler_conf.mix_headroom_seconds={headroom:g}, but mixer_conf may make "
+            f"utterances {max_extension:g} s longer: batches may exceed batch_bins "
+            f"by {max_extension - headroom:g} s an utterance; leave it out, or set "
+            f"it to {max_extension:g}"
+        )
+    return config
 
 
 def check_sampling_options(args: argparse.Namespace) -> None:

@@ -36,6 +36,8 @@ class SamplerConfig:
             by what its ids begin with, up to the first hyphen.
         num_buckets: spans of lengths whose utterances share batches, at most.
         mix_headroom_seconds: what mixing may add to an utterance; counted for each.
+            null: what ``mixer_conf`` can add, which whoever builds the sampler fills
+            in (0 without a mixer).
         max_utts: utterances in a GPU's batch, at most; null: as many as fit.
         step_shards: equal parts that every step is made of, and which GPUs and
             accumulated batches share; null: one for each of them.
@@ -44,7 +46,7 @@ class SamplerConfig:
     domain_weights: Mapping[str, float] = field(default_factory=dict)
     corpus_weights: Mapping[str, float] = field(default_factory=dict)
     num_buckets: int = 30
-    mix_headroom_seconds: float = 0.0
+    mix_headroom_seconds: float | None = None
     max_utts: int | None = None
     step_shards: int | None = None
 
@@ -64,7 +66,7 @@ class SamplerConfig:
                 raise ValueError(
                     f"sampler_conf.{name} = {value!r}: 1 or more is needed"
                 )
-        if not self.mix_headroom_seconds >= 0:
+        if self.mix_headroom_seconds is not None and not self.mix_headroom_seconds >= 0:
             raise ValueError("sampler_conf.mix_headroom_seconds is negative")
 
     def weight(self, group: Group) -> float:
@@ -115,7 +117,7 @@ class StepSampler:
     ) -> None:
         self.manifest, self.config, self.seed = manifest, config, seed
         self.shard_samples, self.shards = shard_samples, shards
-        self.headroom = round(config.mix_headroom_seconds * SAMPLE_RATE)
+        self.headroom = round((config.mix_headroom_seconds or 0.0) * SAMPLE_RATE)
         self.groups = [g for g in manifest.groups if config.weight(g) > 0]
         if not self.groups:
             raise ListError("sampler_conf: all utterances have weight 0")
@@ -141,7 +143,7 @@ class StepSampler:
             utt, _ = self.manifest.entry(group.last - 1)
             raise ListError(
                 f"utterance '{utt}' of {longest / SAMPLE_RATE:.1f} s (and "
-                f"{self.config.mix_headroom_seconds} s for mixing) is longer than a "
+                f"{self.headroom / SAMPLE_RATE:.1f} s for mixing) is longer than a "
                 f"shard of {self.shard_samples / SAMPLE_RATE:.1f} s (batch_bins * "
                 f"accum_grad / {self.shards} shards a step); raise batch_bins, or "
                 "filter by length (stage 3, --max_seconds)"

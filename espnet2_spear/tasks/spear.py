@@ -225,7 +225,9 @@ class SpearTask(AbsTask):
                 dataset, args.allow_variable_data_keys, train=iter_options.train
             )
 
-        return build_iter_factory(args, iter_options, mode, check)
+        mixing = build_mixer_config(args)
+        extension = 0.0 if mixing is None else mixing.max_extension
+        return build_iter_factory(args, iter_options, mode, check, extension)
 
     @classmethod
     def main(
