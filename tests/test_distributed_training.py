@@ -51,6 +51,16 @@ RUNS = {
     "sampled_one": (1, [*EXACT, *SAMPLED, "--sampler_conf", "step_shards=2"]),
     "sampled_two": (2, [*EXACT, *SAMPLED]),
     "sharded_two": (2, [*EXACT, *SAMPLED, "--sampler_conf", "step_shards=2"]),
+    # Twice two parts of the steps of which one process does four at once.
+    "parts_one": (1, [*EXACT, *SAMPLED, "--sampler_conf", "step_shards=4"]),
+    "accumulated_two": (
+        2,
+        [
+            *(*EXACT, *SAMPLED, "--sampler_conf", "step_shards=4", "--accum_grad", "2"),
+            *("--batch_bins", "80000", "--num_iters_per_epoch", "2"),
+            *("--valid_batch_bins", "160000"),
+        ],
+    ),
     # Two machines, as egs2/spear/ssl1/run.sh --num_nodes 2 starts them.
     "slurm": (2, [*EXACT, "--dist_launcher", "slurm"]),
 }
@@ -186,6 +196,7 @@ def curve(exp: Path, name: str = "loss") -> list[float]:
         ("summed_one", "summed_two"),
         ("sampled_one", "sampled_two"),
         ("sampled_one", "sharded_two"),
+        ("parts_one", "accumulated_two"),
     ],
 )
 def test_loss_curve_is_that_of_one_process(folder: Path, one: str, other: str) -> None:
@@ -201,12 +212,23 @@ def test_loss_curve_is_that_of_one_process(folder: Path, one: str, other: str) -
     for figure in ("audio_audio_loss", "audio_audio_acc_unmasked", "mask_ratio"):
         # The sampler validates by other batches for other numbers of ranks, and a mean
         # of one pair weighs a batch by all of its frames.
-        every = slice(None, None, 2 if one == "sampled_one" else 1)
+        every = slice(None, None, 2 if one in ("sampled_one", "parts_one") else 1)
         np.testing.assert_allclose(
             curve(folder / other, figure)[every],
             curve(folder / one, figure)[every],
             atol=1e-3,
         )
+
+
+def test_accumulation_on_two_ranks_ends_with_the_same_parameters(folder: Path) -> None:
+    one, other, differently = (
+        torch.load(folder / name / f"{STEPS}epoch.pth", weights_only=True)
+        for name in ("parts_one", "accumulated_two", "sampled_one")
+    )
+    torch.testing.assert_close(other, one, rtol=0, atol=2e-5)
+    # Trained from the same beginning with other steps.
+    away = [(one[k] - v).abs().max() for k, v in differently.items() if v.numel()]
+    assert sum(distance > 1e-4 for distance in away) > 100
 
 
 def test_says_what_steps_depend_on(folder: Path) -> None:
