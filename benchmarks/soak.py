@@ -102,7 +102,7 @@ def main(cmd=None) -> int:
         data = write_data(root / "data", UTTS)
         spoil(data)
         more = ["--iterator_type", "task", "--batch_type", "numel"]
-        more += ["--batch_bins", 2 * RATE, "--num_iters_per_epoch", STEPS]
+        more += ["--batch_bins", 9 * RATE, "--num_iters_per_epoch", STEPS]
         more += ["--bad_data_conf", "max_share=0.2", "--save_interval", 7]
         more += ["--max_epoch", args.epochs, "--num_workers", args.num_workers]
         while not differs and time.monotonic() - begin < args.minutes * 60:

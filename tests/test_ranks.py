@@ -127,7 +127,7 @@ def test_unreadable_utterances_of_all_ranks_are_counted(data, tmp_path):
     (tmp_path / "wav.scp").write_text("\n".join(lines) + "\n")
     cmd = options(data, tmp_path / "exp", "--max_epoch", 1, "--num_iters_per_epoch", 6)
     cmd += ["--iterator_type", "task", "--batch_type", "numel"]
-    cmd += ["--batch_bins", str(4 * RATE)]
+    cmd += ["--batch_bins", str(12 * RATE)]
     speech = f"{data['speech']},speech,sound"
     cmd[cmd.index(speech)] = f"{tmp_path}/wav.scp,speech,sound"
     assert end(launch(cmd, tmp_path)) == [0] * RANKS

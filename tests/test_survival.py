@@ -91,6 +91,9 @@ def test_killed_anywhere_and_resumed(data, whole, tmp_path):
             one, other = (s[epoch]["train"][key] for s in states)
             assert one == pytest.approx(other, rel=1e-12), key
         assert states[0][epoch]["valid"]["loss"] == states[1][epoch]["valid"]["loss"]
+    for key in ("mixed_noise", "mixed_utterance"):
+        shares = [[s[epoch]["train"][key] for epoch in (1, 2)] for s in states]
+        assert max(shares[0]) > 0.1 and shares[0] == pytest.approx(shares[1], rel=1e-12)
 
 
 def test_signal_to_all_processes_of_a_job(data, whole, tmp_path):

@@ -20,10 +20,11 @@ FORK = multiprocessing.get_context("fork")
 
 
 def write_data(folder: Path, utts: int = 12, seconds: float = 0.5) -> dict[str, str]:
-    """Write audio, domains and codes of two teachers; returns name -> table."""
+    """Write audio, domains, codes of two teachers and noise; returns name -> table."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    tables = {name: folder / name for name in ("wav.scp", "utt2domain", "shape")}
+    names = ("wav.scp", "utt2domain", "shape", "noise.scp")
+    tables = {name: folder / name for name in names}
     lines: dict[str, list[str]] = {name: [] for name in tables}
     codes = {name: folder / f"{name}.scp" for name in CODEBOOKS}
     with (
@@ -37,16 +38,22 @@ def write_data(folder: Path, utts: int = 12, seconds: float = 0.5) -> dict[str, 
             wav = folder / f"{utt}.wav"
             soundfile.write(wav, noise.astype(np.float32), RATE)
             lines["wav.scp"].append(f"{utt} {wav}\n")
-            lines["utt2domain"].append(f"{utt} {('speech', 'audio')[i % 2]}\n")
+            # Two by two, so that a batch of two can be mixed.
+            lines["utt2domain"].append(f"{utt} {('speech', 'audio')[i // 2 % 2]}\n")
             lines["shape"].append(f"{utt} {samples}\n")
             speech.write(utt, rng.integers(0, 256, (samples // 320, 4)))
             audio.write(utt, rng.integers(0, 256, (samples // 640, 2)))
+    for i in range(3):
+        hum = 0.1 * rng.standard_normal(int(RATE * seconds * (i + 1)))
+        soundfile.write(folder / f"noise{i}.wav", hum.astype(np.float32), RATE)
+        lines["noise.scp"].append(f"n{i} {folder}/noise{i}.wav\n")
     for name, path in tables.items():
         path.write_text("".join(lines[name]), encoding="utf-8")
     return {
         "speech": str(tables["wav.scp"]),
         "domain": str(tables["utt2domain"]),
         "shape": str(tables["shape"]),
+        "noise": str(tables["noise.scp"]),
         **{f"codes_{name}": str(path) for name, path in codes.items()},
     }
 
@@ -57,6 +64,9 @@ def options(data: dict[str, str], out: Path, *more: object) -> list[str]:
         *("--student", "tiny", "--ngpu", "0", "--num_workers", "0", "--seed", "1"),
         # Everything that changes from step to step is on.
         *("--student_conf", "regularize=true"),
+        *("--mixer_conf", "preset=token_mixing", "--noise_scp", data["noise"]),
+        *("--mixer_conf", "rules.speech.prob=0.9"),
+        *("--mixer_conf", "rules.speech.noise_prob=0.5"),
         *("--use_tensorboard", "false", "--use_matplotlib", "false"),
         *("--batch_type", "unsorted", "--batch_size", "2", "--max_epoch", "2"),
         *("--optim", "scaledadam", "--optim_conf", "lr=0.01", "--grad_clip", "1e9"),
