@@ -1,5 +1,7 @@
 """Noise lists and the batches they get into."""
 
+import pickle
+import tracemalloc
 from argparse import Namespace
 from pathlib import Path
 
@@ -101,12 +103,36 @@ def test_bad_lists_are_refused(tmp_path: Path) -> None:
     (tmp_path / "odd.scp").write_text("name\n")
     with pytest.raises(DataDirError, match="line 1"):
         NoiseList(tmp_path / "odd.scp")
+    (tmp_path / "twice.scp").write_text("a x.wav\na y.wav\n")
+    with pytest.raises(DataDirError, match="'a' appears twice"):
+        NoiseList(tmp_path / "twice.scp")
     (tmp_path / "empty.scp").write_text("")
     with pytest.raises(NoiseError, match="no recordings"):
         NoiseList(tmp_path / "empty.scp")
     (tmp_path / "pipe.scp").write_text("a sox x.wav - |\n")
     with pytest.raises(NoiseError, match="'a' is a command"):
         NoiseList(tmp_path / "pipe.scp")
+
+
+def test_long_lists_are_not_kept_as_objects(scp: Path) -> None:
+    """Every rank and every worker has the list: 9 bytes a line, not 228."""
+    count, file = 50_000, scp.parent / "n0.wav"
+    lines = [f"noise-{i:07d} {file}\n" for i in range(count)]
+    scp.write_text("".join(lines))
+    tracemalloc.start()
+    noise = NoiseList(scp)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(noise) == count and kept < 20 * count
+    copy = pickle.loads(pickle.dumps(noise))  # of a worker that is no fork
+    names = [name for name, _ in copy.draw(np.random.default_rng(0), 50)]
+    # From anywhere in the list; the names are in its order.
+    numbers = [int(name.removeprefix("noise-")) for name in names]
+    expected, rng = [], np.random.default_rng(0)
+    for _ in names:
+        expected.append(int(rng.integers(count)))
+        rng.random()  # where a long recording is cut
+    assert numbers == expected
 
 
 def options(**changes) -> Namespace:

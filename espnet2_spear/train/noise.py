@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
-from espnet2_spear.fileio.datadir import read_table
+from espnet2_spear.fileio.tables import Lookup, rows
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 
@@ -21,7 +21,8 @@ class NoiseList:
     """Recordings of a Kaldi ``wav.scp``, read when they are drawn.
 
     A recording that cannot be read is skipped: it is counted, named once in the log,
-    and another is drawn in its place.
+    and another is drawn in its place. Lines are read when they are drawn, too: memory
+    is 9 bytes a line, which the workers of a loader share.
 
     Args:
         scp: ``name file`` lines; files of any format and rate.
@@ -49,10 +50,10 @@ class NoiseList:
         if max_seconds <= 0:
             raise NoiseError(f"max_seconds {max_seconds} of noise: must be above 0")
         self.max_seconds = max_seconds
-        self._entries = list(read_table(self.scp, "name file").items())
-        if not self._entries:
+        self._table = Lookup(self.scp, "name file")
+        if not len(self._table):
             raise NoiseError(f"{self.scp}: no recordings; list some, or mix no noise")
-        for name, file in self._entries:
+        for name, file in rows(self.scp, "name file"):
             if file.endswith("|"):
                 raise NoiseError(
                     f"{self.scp}: '{name}' is a command; commands in data files are "
@@ -60,8 +61,12 @@ class NoiseList:
                 )
         self.skipped: dict[str, str] = {}
 
+    def __reduce__(self) -> tuple[type[NoiseList], tuple[Path, float]]:
+        # Workers that are started afresh open the list themselves.
+        return NoiseList, (self.scp, self.max_seconds)
+
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._table)
 
     def draw(
         self, rng: np.random.Generator, count: int
@@ -82,7 +87,7 @@ class NoiseList:
 
     def _draw_one(self, rng: np.random.Generator) -> tuple[str, np.ndarray]:
         for _ in range(self.MAX_ATTEMPTS):
-            name, file = self._entries[rng.integers(len(self._entries))]
+            name, file = self._table.row(int(rng.integers(len(self))))
             where = rng.random()
             try:
                 return name, self._read(file, where)
