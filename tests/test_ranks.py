@@ -12,6 +12,7 @@ import soundfile
 import torch
 from tiny_training import RATE, difference, options, start, write_data
 
+from espnet2_spear.tasks import spear
 from espnet2_spear.train import step
 from espnet2_spear.train.interruption import EXIT_INTERRUPTED
 from espnet2_spear.train.rank_monitor import EXIT_RANK_LOST
@@ -178,3 +179,54 @@ def test_rank_that_dies_or_hangs_ends_the_other(
     else:
         assert other.exitcode not in (0, None)
         assert "another rank has died" in log or "ends, because" in log
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_rank_that_hangs_before_the_training_ends_the_other(data, tmp_path, victim):
+    """While models are built nobody exchanges anything: the other would wait."""
+
+    def freeze_one(rank):
+        def before():
+            def build(args):
+                if rank != victim:
+                    (tmp_path / "building").touch()
+                    return plain(args)
+                while not (tmp_path / "building").exists():
+                    time.sleep(0.02)
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+            plain = spear.build_mixer_config
+            spear.build_mixer_config = build
+
+        return before
+
+    cmd = options(data, tmp_path / "exp", "--rank_timeout", 3)
+    processes = launch(cmd, tmp_path, freeze_one)
+    other = processes[1 - victim]
+    other.join(40)
+    code = other.exitcode
+    end(processes, 0)
+    log = (tmp_path / f"log{1 - victim}").read_text()
+    assert code == EXIT_RANK_LOST, log
+    assert f"rank {victim} has been silent for" in log
+
+
+def test_rank_that_fails_before_the_training_ends_the_other(data, tmp_path):
+    """And the other says why."""
+
+    def fail_one(rank):
+        def before():
+            def build(args):
+                if rank == 1:
+                    raise ValueError("this node lacks a file")
+                time.sleep(60)  # as if it waited for the other
+
+            spear.build_mixer_config = build
+
+        return before
+
+    cmd = options(data, tmp_path / "exp", "--rank_timeout", 8)
+    codes = end(launch(cmd, tmp_path, fail_one), 40)
+    log = (tmp_path / "log0").read_text()
+    assert codes == [EXIT_RANK_LOST, 1], log
+    assert "rank 1 failed: ValueError: this node lacks a file" in log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -34,6 +35,7 @@ from espnet2_spear.train.interruption import ranks_are_told
 from espnet2_spear.train.noise import NoiseList
 from espnet2_spear.train.preprocessor import SpearPreprocessor
 from espnet2_spear.train.process_group import process_group_that_ends
+from espnet2_spear.train.rank_monitor import watch_ranks
 from espnet2_spear.train.trainer import SpearTrainer
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.fusion import fuse_chains
@@ -59,6 +61,8 @@ class SpearTask(AbsTask):
     num_optimizers: int = 1
     class_choices_list = [model_choices]
     trainer = SpearTrainer
+    # What ends with main_worker, while it runs.
+    _running: contextlib.ExitStack | None = None
 
     @classmethod
     def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -248,7 +252,9 @@ class SpearTask(AbsTask):
             check_deepspeed_config(args.deepspeed_config)
             # ESPnet exchanges its own trainer only.
             cls.trainer = Trainer
-        with process_group_that_ends():
+        with process_group_that_ends(), contextlib.ExitStack() as running:
+            cls._running = running
+            running.callback(setattr, cls, "_running", None)
             super().main_worker(args)
 
     @classmethod
@@ -258,6 +264,10 @@ class SpearTask(AbsTask):
         Raises:
             ValueError: the configuration does not fit together.
         """
+        if cls._running is not None:
+            # The first of this task's methods that ESPnet calls when the ranks have
+            # found each other: models and indexes take minutes, in which one may die.
+            cls._running.enter_context(watch_ranks(args))
         # Trained attention weights and their gradients reach denormal numbers, which
         # slow a CPU down; threads that start later inherit the setting.
         torch.set_flush_denormal(True)

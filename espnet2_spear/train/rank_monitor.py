@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import socket
@@ -9,10 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch.distributed as dist
+from espnet2.train.distributed_utils import get_master_addr, get_master_port
 
 EXIT_RANK_LOST = 76
 _DONE, _FAILED = "done", "failed: "
@@ -172,3 +174,17 @@ def monitor_ranks(
         raise
     finally:
         monitor.finish(error)
+
+
+def watch_ranks(
+    args: argparse.Namespace,
+) -> AbstractContextManager[RankMonitor | None]:
+    """:func:`monitor_ranks` with ESPnet's options, for the process group there is."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return nullcontext()
+    host = port = None
+    if args.dist_init_method == "env://":
+        host = get_master_addr(args.dist_master_addr, args.dist_launcher)
+        port = get_master_port(args.dist_master_port)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return monitor_ranks(rank, world_size, host, port, args.rank_timeout)

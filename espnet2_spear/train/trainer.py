@@ -26,7 +26,6 @@ from espnet2_spear.train.interruption import Interrupted
 from espnet2_spear.train.model_average import RunningAverage, save_epoch_average
 from espnet2_spear.train.pictures import show_prediction
 from espnet2_spear.train.progress import Progress, report_progress
-from espnet2_spear.train.rank_monitor import monitor_ranks
 from espnet2_spear.train.reporter import SpearReporter
 from espnet2_spear.train.resume import prepare_folder, read_on_all_ranks, restore
 from espnet2_spear.train.run_state import RunState
@@ -106,13 +105,6 @@ class SpearTrainer(Trainer):
         leave_out_missing_packages(options)
         prepare_folder(state, options.resume)
         with (
-            monitor_ranks(
-                state.rank,
-                state.world_size,
-                distributed_option.dist_master_addr,
-                distributed_option.dist_master_port,
-                options.rank_timeout,
-            ),
             state.stop.listen(),
             atomic_saves(state.complete),
             _own_reporter(state),

@@ -19,7 +19,6 @@ class SpearTrainerOptions(TrainerOptions):
     average_period: int
     keep_averages: int
     max_skipped_steps: int
-    rank_timeout: float
 
 
 def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
