@@ -67,6 +67,11 @@ def build_trainer_options(args: argparse.Namespace) -> SpearTrainerOptions:
     for name in ("sharded_ddp", "create_graph_in_tensorboard", "use_adapter"):
         if getattr(args, name, False):
             raise ValueError(f"--{name} true is not supported in pre-training")
+    if args.use_amp and args.ngpu == 0:
+        logging.warning(
+            "--use_amp true has no effect on a CPU: the training computes in "
+            f"{args.train_dtype}"
+        )
     return build_dataclass(SpearTrainerOptions, args)
 
 
