@@ -7,7 +7,10 @@ import types
 from pathlib import Path
 
 import espnet2.tasks.abs_task
+import pytest
 from tiny_training import options, train, write_data
+
+pytestmark = pytest.mark.second_env
 
 
 def recorder(path: Path) -> types.ModuleType:
