@@ -137,7 +137,7 @@ def test_step_adopts_what_the_user_made(
     run = Runner(tmp_path)
     (tmp_path / "out.txt").write_text("mine")
     assert run("--adopt") == 0 and run.count() == 0
-    assert "is used as it is" in capfd.readouterr().out
+    assert "how it was made; it is used as it is\n" in capfd.readouterr().out
     assert run() == 0 and run.count() == 1
 
 

@@ -108,7 +108,7 @@ class Step:
         missing = [str(path) for path in self.outputs if not path.exists()]
         if not self.before:
             if self.adopt and not missing:
-                return False, "was not made by this recipe, and is used as it is"
+                return False, "nothing tells how it was made; it is used as it is"
             return True, "not done yet"
         if self.before.get("pending"):
             return True, "an earlier run of it did not finish"
@@ -282,7 +282,8 @@ def main(cmd: list[str] | None = None) -> int:
         show(step, runner, why, todo)
         return 0
     if not todo:
-        say(f"{what}: {why}, with the same inputs and options: skipped")
+        same = ", with the same inputs and options: skipped" if step.before else ""
+        say(f"{what}: {why}{same}")
         return 0
     if step.before:
         say(f"{what}: {args.again}, because {why}")
