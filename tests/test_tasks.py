@@ -476,7 +476,7 @@ def test_asvspoof_as_far_as_espnet_goes(files: dict) -> None:
     out, out_lens = model.encode(speech, lengths)
     assert out.shape[1] == out_lens.max() == model.encoder.output_lengths(8000)
     out.square().sum().backward()
-    assert model.encoder.encoder_embed.conv[0].weight.grad.abs().sum() > 0
+    assert model.encoder.encoder_embed.conv["0"].weight.grad.abs().sum() > 0
 
 
 def test_uasr_collects_features(
