@@ -37,7 +37,9 @@ def recorder(path: Path) -> types.ModuleType:
     module.finish = lambda: write("finish", {})
     module.errors = types.SimpleNamespace(UsageError=RuntimeError)
     module.config = types.SimpleNamespace(
-        update=lambda args, allow_val_change: write("config", {"student": args.student})
+        update=lambda args, allow_val_change=False: write(
+            "config", {"student": args.student}
+        )
     )
     return module
 
