@@ -248,6 +248,8 @@ def test_headroom_is_what_the_mixer_adds(
     cmd += ["--batch_type", "numel", "--batch_bins", str(24 * RATE)]
     cmd += ["--num_iters_per_epoch", "20", "--noise_scp", f"{tmp_path}/noise.scp"]
     cmd += ["--mixer_conf", f"preset={mixing}"]
+    if mixing == "noise":  # in place of what options() says
+        cmd += ["--mixer_conf", "rules.speech.noise_prob=1.0"]
     if headroom is not None:
         cmd += ["--sampler_conf", f"mix_headroom_seconds={headroom}"]
     args = SpearTask.get_parser().parse_args(cmd)
