@@ -6,20 +6,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=.venv-hear
-base=.venv-espnet202511/bin/python
-packages=(hearvalidator==2021.0.6 tensorflow==2.21.0 torch==2.11.0 safetensors pyyaml)
+. tools/own_env.sh
 
-stamp=${venv}/.packages
-if [ "$(cat "${stamp}" 2>/dev/null)" != "${packages[*]}" ]; then
-    "${base}" -m venv --clear "${venv}"
-    if "${base}" -m uv --version >/dev/null 2>&1; then
-        "${base}" -m uv pip install --python "${venv}/bin/python" "${packages[@]}"
-    else
-        "${venv}/bin/python" -m pip install --disable-pip-version-check "${packages[@]}"
-    fi
-    echo "${packages[*]}" >"${stamp}"
-fi
+venv=.venv-hear
+own_env "${venv}" .venv-espnet202511/bin/python hearvalidator==2021.0.6 \
+    tensorflow==2.21.0 torch==2.11.0 safetensors pyyaml
 
 work=$(mktemp -d)
 trap 'rm -r "${work}"' EXIT

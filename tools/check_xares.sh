@@ -4,21 +4,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=.venv-xares
-base=.venv/bin/python
-packages=(xares==0.1.3 torch==2.11.0 torchaudio==2.11.0 pytest safetensors soundfile soxr
-    av omniio pyyaml)
+. tools/own_env.sh
 
-stamp=${venv}/.packages
-if [ "$(cat "${stamp}" 2>/dev/null)" != "${packages[*]}" ]; then
-    "${base}" -m venv --clear "${venv}"
-    if "${base}" -m uv --version >/dev/null 2>&1; then
-        "${base}" -m uv pip install --python "${venv}/bin/python" "${packages[@]}"
-    else
-        "${venv}/bin/python" -m pip install --disable-pip-version-check "${packages[@]}"
-    fi
-    echo "${packages[*]}" >"${stamp}"
-fi
+venv=.venv-xares
+own_env "${venv}" .venv/bin/python xares==0.1.3 torch==2.11.0 torchaudio==2.11.0 pytest \
+    safetensors soundfile soxr av omniio pyyaml
+
 # A skipped test is no check: xares must be found.
 "${venv}/bin/python" -c "import xares.audio_encoder_checker"
 PYTHONPATH=. "${venv}/bin/python" -m pytest -q tests/test_xares.py
