@@ -15,6 +15,7 @@ REQUIRES = [
     "torch>=2.6",  # the networks; its allow-list of classes in checkpoints
     "torchaudio>=2.6",  # mel filter banks of teachers; ESPnet imports it too
     "numpy>=2.0",  # codes and embeddings on disk
+    "numba>=0.60",  # compiles the search for codes; librosa brings it to ESPnet
     "sentencepiece",  # token lists of the recognizers
     "humanfriendly",  # sizes such as fs=16k in ESPnet's configurations
     "pyyaml",  # configurations of students and teachers

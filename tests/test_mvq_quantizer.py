@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from espnet2_spear.bin import mvq_export
+from espnet2_spear.mvq import refine, refine_cpu
 from espnet2_spear.mvq.baselines import ResidualQuantizer
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.losses import quantizer_losses
 from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
-from espnet2_spear.mvq.refine import num_kept
+from espnet2_spear.mvq.refine import kept_per_level, num_kept
 
 
 @pytest.fixture
@@ -26,6 +27,13 @@ def reference(data_dir):
 def library_file(data_dir):
     """As the multi-quantization library saved it."""
     return data_dir / "mvq_library.pt"
+
+
+@pytest.fixture(params=["compiled", "tensors"])
+def search(request, monkeypatch):
+    """Both forms of the search: that of CPUs and that of GPUs, here on a CPU."""
+    if request.param == "tensors":
+        monkeypatch.setattr(refine, "_refine_compiled", refine.refine_tensors)
 
 
 def random_quantizer(dim: int, size: int, num: int, seed: int = 0) -> Quantizer:
@@ -85,7 +93,7 @@ def squared_errors(quantizer, x, codes) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("passes", [0, 1, 2, 5])
-def test_codes_equal_reference(reference, library_file, passes):
+def test_codes_equal_reference(search, reference, library_file, passes):
     quantizer = load_quantizer(library_file)
     codes = quantizer.encode(torch.tensor(reference["x"]), refine_iters=passes)
     assert codes.dtype == torch.int64
@@ -112,7 +120,7 @@ def test_losses_equal_reference(reference, library_file):
     assert not losses.index_entropy.requires_grad
 
 
-def test_codes_equal_full_reference(golden_dir):
+def test_codes_equal_full_reference(search, golden_dir):
     ref = np.load(golden_dir / "mvq.npz")
     quantizer = Quantizer(16, 16, 4)
     with torch.no_grad():
@@ -130,7 +138,7 @@ def test_codes_equal_full_reference(golden_dir):
     "dim, size, num",
     [(12, 64, 1), (12, 4, 2), (24, 2, 8), (24, 256, 2), (24, 32, 8), (32, 16, 16)],
 )
-def test_search_equals_plain_search(dim, size, num):
+def test_search_equals_plain_search(search, dim, size, num):
     quantizer = random_quantizer(dim, size, num)
     x = random_vectors(quantizer, 6)
     for passes in (1, 3):
@@ -143,10 +151,63 @@ def test_search_equals_plain_search(dim, size, num):
         assert (got == expected).all(dim=1).sum() >= 5
 
 
+@pytest.mark.parametrize("size, num", [(2, 16), (4, 1), (16, 32), (64, 4), (256, 16)])
+def test_compiled_search_equals_tensors(size, num):
+    quantizer = random_quantizer(48, size, num).eval()
+    x = random_vectors(quantizer, 200)
+    shuffled = torch.randperm(num, generator=torch.Generator().manual_seed(2))
+    for order in (torch.arange(num), shuffled):
+        tables, codes = quantizer.tables(), torch.zeros(len(x), num, dtype=torch.int64)
+        linear = tables.linear_terms(x).detach()
+        got = refine.refine(tables, linear, codes, 4, order)
+        rows = codes[:, order] + order * size
+        expected = refine.refine_tensors(tables, linear, rows, 4, order) - order * size
+        assert (got[:, order] == expected).all(dim=1).float().mean() > 0.98
+        assert not torch.equal(got, codes)
+
+
+def test_search_survives_nan_and_infinity(search):
+    """As a training that diverges has them, before its loss is looked at."""
+    quantizer = random_quantizer(8, 64, 8).eval()
+    x = random_vectors(quantizer, 50)
+    tables, codes = quantizer.tables(), quantizer.logits(x).argmax(dim=-1)
+    linear = tables.linear_terms(x).detach()
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        broken = linear.clone()
+        broken[10:20] = bad
+        broken[30:, ::3] = bad
+        found = refine.refine(tables, broken, codes, 3)
+        assert found.min() >= 0 and found.max() < 64
+        assert torch.equal(found[:10], refine.refine(tables, linear, codes, 3)[:10])
+        tables.products[3] = bad
+        refine.refine(tables, broken, codes, 3)
+        tables = refine.GramTables(quantizer.scaled_centers().detach())
+
+
+def test_threads_share_the_vectors(monkeypatch):
+    quantizer = random_quantizer(16, 64, 4).eval()
+    x = random_vectors(quantizer, 500)
+    expected = quantizer.encode(x)
+    counts = []
+    search = refine_cpu._refine_all
+
+    def counted(products, linear, *rest):
+        counts.append(len(linear))
+        return search(products, linear, *rest)
+
+    monkeypatch.setattr(refine_cpu, "_refine_all", counted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(quantizer.encode(x), expected)
+    assert sorted(counts) == [166, 167, 167]
+
+
 def test_kept_candidates():
     assert [num_kept(2**i, 256) for i in range(5)] == [16, 16, 32, 32, 64]
     assert [num_kept(2**i, 16) for i in range(6)] == [8, 8, 16, 16, 32, 32]
     assert num_kept(4**5, 256) == 128
+    assert kept_per_level(1, 256) == [1] and kept_per_level(2, 256) == [16, 1]
+    assert kept_per_level(8, 256) == [16, 16, 32, 1]
+    assert kept_per_level(8, 2) == [2, 4, 16, 1]  # no more than there are pairs
 
 
 def test_refinement_lowers_the_error():
@@ -170,7 +231,7 @@ def test_chunks_and_leading_dimensions():
     assert quantizer.decode(codes.view(3, 20, 8)).shape == (3, 20, 16)
 
 
-def test_equal_centers_are_no_trouble():
+def test_equal_centers_are_no_trouble(search):
     quantizer = random_quantizer(16, 64, 4)
     with torch.no_grad():
         quantizer.centers[:, 32:] = quantizer.centers[:, :32]

@@ -121,8 +121,8 @@ class AbsQuantizer(nn.Module, ABC):
 
     @staticmethod
     def default_max_frames(device: torch.device) -> int:
-        """Vectors computed at once: what a CPU's caches hold, or what fills a GPU."""
-        return 512 if device.type == "cpu" else 8192
+        """Vectors computed at once: enough for every thread of a CPU, or for a GPU."""
+        return 2048 if device.type == "cpu" else 8192
 
     def passes(self, refine_iters: int | None) -> int:
         """Passes of the search, the class's own number for None.

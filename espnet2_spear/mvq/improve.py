@@ -11,12 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from espnet2_spear.mvq.refine import (
-    GramTables,
-    initial_scores,
-    refine_once,
-    update_scores,
-)
+from espnet2_spear.mvq.refine import GramTables, refine
 
 # Share of the explained energy by which the error must fall: what lies below may be
 # rounding.
@@ -35,28 +30,21 @@ def improve(tables: GramTables, linear: Tensor, codes: Tensor, passes: int) -> T
     Returns:
         (B, N) int64, of squared errors that are nowhere larger.
     """
-    device = codes.device
-    first = torch.arange(tables.num_codebooks, device=device) * tables.codebook_size
-    rows = codes + first
-    scores = initial_scores(tables, linear, rows)
-    error = _error(tables, linear, rows)
+    error = _error(tables, linear, codes)
     generator = torch.Generator().manual_seed(0)
-    for i in range(passes):
-        order = torch.randperm(tables.num_codebooks, generator=generator).to(device)
-        new = torch.empty_like(rows)
-        new[:, order] = refine_once(tables, scores, rows[:, order], order)
+    for _ in range(passes):
+        order = torch.randperm(tables.num_codebooks, generator=generator)
+        new = refine(tables, linear, codes, 1, order.to(codes.device))
         new_error = _error(tables, linear, new)
-        better = (new_error < error - MARGIN * error.abs()).nonzero().squeeze(1)
-        if len(better) and i < passes - 1:
-            old, found = rows[better], new[better]
-            part = scores[better]
-            update_scores(tables, part, old, found, found != old)
-            scores[better] = part
-        rows[better], error[better] = new[better], new_error[better]
-    return rows - first
+        better = new_error < error - MARGIN * error.abs()
+        codes = torch.where(better.unsqueeze(1), new, codes)
+        error = torch.where(better, new_error, error)
+    return codes
 
 
-def _error(tables: GramTables, linear: Tensor, rows: Tensor) -> Tensor:
+def _error(tables: GramTables, linear: Tensor, codes: Tensor) -> Tensor:
     """Squared error (B,) of chosen centres, less that of choosing none, float64."""
+    first = torch.arange(tables.num_codebooks, device=codes.device)
+    rows = codes + first * tables.codebook_size
     products = tables.products[rows.unsqueeze(2), rows.unsqueeze(1)]
     return linear.gather(1, rows).double().sum(1) + products.double().sum((1, 2))

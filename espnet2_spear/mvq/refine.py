@@ -71,7 +71,25 @@ def num_kept(num_joined: int, codebook_size: int) -> int:
     return min(kept, MAX_KEPT)
 
 
-def refine(tables: GramTables, linear: Tensor, codes: Tensor, iters: int) -> Tensor:
+def kept_per_level(num_codebooks: int, codebook_size: int) -> list[int]:
+    """Candidates kept for groups of 1, 2, 4... codebooks, up to the only one."""
+    kept: list[int] = []
+    joined = 1
+    while joined <= num_codebooks:
+        possible = kept[-1] ** 2 if kept else codebook_size
+        wanted = num_kept(joined, codebook_size) if joined < num_codebooks else 1
+        kept.append(min(wanted, possible))
+        joined *= 2
+    return kept
+
+
+def refine(
+    tables: GramTables,
+    linear: Tensor,
+    codes: Tensor,
+    iters: int,
+    order: Tensor | None = None,
+) -> Tensor:
     """Run refinement passes.
 
     Args:
@@ -79,20 +97,65 @@ def refine(tables: GramTables, linear: Tensor, codes: Tensor, iters: int) -> Ten
         linear: (B, N*K) from :meth:`GramTables.linear_terms`.
         codes: (B, N) int64 to start from.
         iters: number of passes.
+        order: (N,) codebooks in the order in which they are paired; their own for
+            None.
 
     Returns:
         (B, N) int64.
     """
-    first = torch.arange(tables.num_codebooks, device=codes.device)
-    first = first * tables.codebook_size
-    result = codes + first  # rows of the tables
     if iters == 0:
         return codes
-    scores = initial_scores(tables, linear, result)
-    active = torch.arange(len(codes), device=codes.device)
-    old = result.clone()
+    if order is None:
+        order = torch.arange(tables.num_codebooks, device=codes.device)
+    first = order * tables.codebook_size
+    rows = codes[:, order] + first  # of the tables
+    search = _refine_compiled if codes.device.type == "cpu" else refine_tensors
+    rows = search(tables, linear, rows, iters, order)
+    result = torch.empty_like(codes)
+    result[:, order] = rows - first
+    return result
+
+
+def _refine_compiled(
+    tables: GramTables, linear: Tensor, rows: Tensor, iters: int, order: Tensor
+) -> Tensor:
+    """As :func:`refine_tensors`, on the CPU."""
+    from espnet2_spear.mvq.refine_cpu import run_passes  # compiling takes a second
+
+    kept = kept_per_level(tables.num_codebooks, tables.codebook_size)
+    rows = rows.contiguous()
+    run_passes(
+        tables.products.numpy(),
+        linear.detach().numpy(),
+        rows.numpy(),
+        order.numpy(),
+        np.array(kept),
+        iters,
+        torch.get_num_threads(),
+    )
+    return rows
+
+
+def refine_tensors(
+    tables: GramTables, linear: Tensor, rows: Tensor, iters: int, order: Tensor
+) -> Tensor:
+    """Refine all vectors at once, by operations on tensors of any device.
+
+    Args:
+        tables: inner products of the centres.
+        linear: (B, N*K).
+        rows: (B, N) rows of the tables, in the order in which codebooks are paired.
+        iters: number of passes.
+        order: (N,) that order.
+
+    Returns:
+        (B, N) rows of the tables.
+    """
+    scores = initial_scores(tables, linear, rows)
+    active = torch.arange(len(rows), device=rows.device)
+    result, old = rows.clone(), rows
     for i in range(iters):
-        new = refine_once(tables, scores, old)
+        new = refine_once(tables, scores, old, order)
         result[active] = new
         # A pass depends on nothing but the codes it starts from, so a vector whose
         # codes stay is finished.
@@ -105,7 +168,7 @@ def refine(tables: GramTables, linear: Tensor, codes: Tensor, iters: int) -> Ten
             old, new, moved = old[going], new[going], moved[going]
         update_scores(tables, scores, old, new, moved)
         old = new
-    return result - first
+    return result
 
 
 def initial_scores(tables: GramTables, linear: Tensor, rows: Tensor) -> Tensor:
@@ -140,7 +203,7 @@ def update_scores(
 
 
 def refine_once(
-    tables: GramTables, scores: Tensor, current: Tensor, order: Tensor | None = None
+    tables: GramTables, scores: Tensor, current: Tensor, order: Tensor
 ) -> Tensor:
     """One pass: candidates per codebook, joined pair by pair into one group.
 
@@ -153,20 +216,16 @@ def refine_once(
         scores: (B, N*K) from :func:`initial_scores`.
         current: (B, N) present centres, rows of the tables.
         order: (N,) codebooks in the order in which they are paired, which is that of
-            ``current`` and of the result, too; their own for None.
+            ``current`` and of the result, too.
 
     Returns:
         (B, N) rows of the tables.
     """
     groups, size = tables.num_codebooks, tables.codebook_size
     batch = len(current)
-    scores = scores.view(batch, groups, size)
-    if order is None:
-        order = torch.arange(groups, device=current.device)
-    else:
-        scores = scores[:, order]
+    scores = scores.view(batch, groups, size)[:, order]
     first = order * size
-    kept = min(num_kept(1, size) if groups > 1 else 1, size)
+    kept, *kept_later = kept_per_level(groups, size)
     scores, best = _smallest(scores, kept)
     # Per group of codebooks: centres in use (rows of the tables), and candidates as
     # positions in these, (batch, groups, candidates, codebooks). The present choice
@@ -175,7 +234,7 @@ def refine_once(
     members = torch.arange(kept + 1, device=current.device).view(1, 1, -1, 1)
     members = members.expand(batch, groups, -1, 1)
     joined = 1
-    while groups > 1:
+    for wanted in kept_later:
         groups //= 2
         span = centers.shape[-1]
         pairs = centers.view(batch, groups, 2, span)
@@ -183,8 +242,7 @@ def refine_once(
         cross = _cross_products(tables.products, pairs, sides)
         scores = _join_scores(scores.view(batch, groups, 2, kept), cross)
         joined *= 2
-        old, kept = kept, num_kept(joined, size) if groups > 1 else 1
-        kept = min(kept, old * old)
+        old, kept = kept, wanted
         scores, best = _smallest(scores, kept)
         choice = torch.stack([best // old, best % old], dim=2)
         choice = F.pad(choice + 1, (1, 0)).unsqueeze(-1)
@@ -203,17 +261,6 @@ def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return scores, index.expand(scores.shape)
     if count == 1:
         return scores.min(dim=-1, keepdim=True)
-    if scores.device.type == "cpu":
-        # NumPy's partition is several times as fast as topk.
-        values = scores.numpy()
-        limit = np.partition(values, count - 1, axis=-1)[..., count - 1 : count]
-        where = np.flatnonzero(values <= limit)
-        rows = scores.shape[:-1].numel()
-        if len(where) == rows * count:  # else some row has a tie at its limit
-            index = torch.from_numpy(where).view(rows, count)
-            index -= torch.arange(rows).unsqueeze(1) * scores.shape[-1]
-            index = index.view(*scores.shape[:-1], count)
-            return scores.gather(-1, index), index
     return scores.topk(count, dim=-1, largest=False, sorted=False)
 
 
