@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,26 @@ def test_a_killed_run_continues_to_the_same_result(
     format_dir(tmp_path)
     assert contents(tmp_path / "org") == complete
     assert kept.stat().st_mtime_ns == untouched
+
+
+def test_an_array_of_jobs_makes_the_same(
+    tmp_path: Path, messy: DataDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "SHARD_UTTERANCES", 2)
+    format_dir(tmp_path)
+    complete = contents(tmp_path / "org")
+    shutil.rmtree(tmp_path / "org")
+    folders = ["--in_dir", str(tmp_path / "data"), "--out_dir", str(tmp_path / "org")]
+    for number in (1, 2, 3, 4):
+        spear_format.main([*folders, "--part", f"{number}/4"])
+        # Six shards, so two for the first and the second job.
+        marks = list((tmp_path / "org/.shards").iterdir())
+        assert len(marks) == (2, 4, 5, 6)[number - 1]
+    assert not (tmp_path / "org/wav.scp").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "format_shard", None)  # nothing is left to convert
+        format_dir(tmp_path)
+    assert contents(tmp_path / "org") == complete
 
 
 def test_damaged_audio_is_converted_again(tmp_path: Path, messy: DataDir) -> None:

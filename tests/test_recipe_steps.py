@@ -131,6 +131,31 @@ def test_step_dry_run_changes_nothing(
     assert run.count() == 1
 
 
+def test_step_by_an_array_of_jobs(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    log = tmp_path / "log/a.JOB.log"
+    options = ["--mark", str(tmp_path / "mark.json"), "--jobs", "3"]
+    options += ["--array_runner", f"{LOCAL}/run_job.sh JOB=1:3 {log}"]
+    script = f'echo "$*" >>{tmp_path}/runs; [ "$*" != "$(cat {tmp_path}/bad)" ]'
+    command = ["--", "bash", "-c", script, "x", "a b"]
+    bad = tmp_path / "bad"
+    bad.write_text("")
+    assert step.main([*options, "--dry_run", "true", *command]) == 0
+    first, runner, second = capfd.readouterr().out.splitlines()[:3]
+    assert first.endswith("'a b' --part JOB/3") and second.endswith("'a b'")
+    assert runner == f"      by      {LOCAL}/run_job.sh JOB=1:3 {log}"
+    bad.write_text("a b --part 2/3")
+    assert step.main([*options, *command]) == 1
+    runs = tmp_path / "runs"
+    assert "a b" not in runs.read_text().splitlines()  # not put together
+    runs.unlink()
+    bad.write_text("")
+    assert step.main([*options, *command]) == 0
+    *jobs, last = runs.read_text().splitlines()
+    assert sorted(jobs) == [f"a b --part {i}/3" for i in (1, 2, 3)] and last == "a b"
+    assert step.main([*options[:2], *command]) == 0  # the number does not count
+    assert "skipped" in capfd.readouterr().out
+
+
 def test_step_adopts_what_the_user_made(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -523,6 +548,34 @@ def test_tokenization_gets_the_cores_and_a_process_a_gpu(
         assert after(command, "--nj") == str(jobs)
         assert after(command, "--num_threads") == str(threads)
         assert after(command, "--ngpu") == options[1]
+
+
+def test_stages_2_and_5_as_arrays_of_jobs(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/.done.json").write_text('{"finished": ""}')
+    (tmp_path / "data/sets").write_text("train valid\n")
+    words = ["--stop_stage", "5", "--dry_run", "true", "--num_jobs", "4", "--ngpu", "8"]
+    words += ["--nj", "64", "--datadir", str(tmp_path / "data"), "--one_pass", "true"]
+    result = run_sh(
+        *words, "--dumpdir", str(tmp_path), cwd=tmp_path, env={"cmd_backend": "slurm"}
+    )
+    assert result.returncode == 0, result.stderr
+    for module, gpus, threads in (
+        ("spear_format", "0", "1"),
+        ("spear_tokenize", "8", "8"),
+    ):
+        lines = result.stdout.splitlines()
+        at = [i for i, line in enumerate(lines) if f"bin.{module} " in line]
+        assert len(at) == 4  # train and valid: the array, then the command itself
+        for array, last in (at[:2], at[2:]):
+            assert lines[array] == f"{lines[last]} --part JOB/4"
+            runner = shlex.split(lines[array + 1])
+            assert (
+                after(runner, "--gpu") == gpus
+                and after(runner, "--num_threads") == "64"
+            )
+            assert "JOB=1:4" in runner and runner[-1] == f"OMP_NUM_THREADS={threads}"
+            assert runner[-3].endswith(".JOB.log")
 
 
 @pytest.mark.parametrize(

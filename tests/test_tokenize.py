@@ -1,6 +1,7 @@
 """spear_embed and spear_tokenize: from a data directory to embeddings and codes."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -503,6 +504,37 @@ def test_processes_and_resumption_change_nothing(setup, data_dir, tmp_path):
     assert arks(one) == expected
     assert (one / "speech.0.scp").read_text() == table
     assert read_scp(one / "speech.scp").keys() == read_scp(two / "speech.scp").keys()
+
+
+def test_an_array_of_jobs_makes_the_same(setup, data_dir, tmp_path, caplog):
+    options = ("--batch_seconds", 1.5, "--shard_seconds", 2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    tokenize(setup, data_dir, whole, *options)
+    expected = arks(whole)
+    tokenize(setup, data_dir, parts, *options, "--refine_iters", 0)  # of before
+    others = arks(parts)
+    run = tokenize_command(setup, data_dir, parts, *options)
+    numbers = {name: int(name.split(".")[1]) for name in expected if "miss" not in name}
+    spear_tokenize.main([*run, "--part", "2/3"])
+    found = arks(parts)
+    for name, number in numbers.items():  # shards of other jobs are left alone
+        assert found[name] == (expected if number % 3 == 1 else others)[name]
+    assert not (parts / "speech.scp").exists()
+    for part in ("1/3", "3/3"):
+        spear_tokenize.main([*run, "--part", part])
+    assert arks(parts) == expected and not (parts / "speech.scp").exists()
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        tokenize(setup, data_dir, parts, *options)
+    count = len(numbers)
+    assert f"{count} of {count} shards are done" in caplog.text
+    assert arks(parts) == expected
+    assert (parts / "speech.scp").read_text().replace(str(parts), str(whole)) == (
+        whole / "speech.scp"
+    ).read_text()
+    for bad in ("0/3", "4/3", "3", "a/b"):
+        with pytest.raises(SystemExit):
+            spear_tokenize.main([*run, "--part", bad])
 
 
 def children(pid):

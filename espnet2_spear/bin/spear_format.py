@@ -37,6 +37,7 @@ from espnet2_spear.fileio.convert import (
 from espnet2_spear.fileio.datadir import RAW
 from espnet2_spear.fileio.datadir_stream import EntryWriter, check, entries
 from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.part import WHOLE, Part, add_part_option
 from espnet2_spear.fileio.spool import Spool, c_order
 from espnet2_spear.fileio.tables import DataDirError, TableWriter
 
@@ -44,7 +45,9 @@ Finished = tuple[list[Result], bool]  # of a shard, and whether it was done befo
 SAY_SECONDS = 30.0  # between two lines about the progress
 
 
-def run(in_dir: Path, options: Options, nj: int, total: int) -> Iterator[Result]:
+def run(
+    in_dir: Path, options: Options, nj: int, total: int, part: Part
+) -> Iterator[Result]:
     """Convert all utterances with ``nj`` processes; yield results in any order.
 
     Args:
@@ -52,6 +55,7 @@ def run(in_dir: Path, options: Options, nj: int, total: int) -> Iterator[Result]
         options: how to write.
         nj: number of processes.
         total: number of utterances, for the time that is left.
+        part: shards to convert.
 
     Raises:
         OSError: e.g. no space left; what is finished is kept.
@@ -80,7 +84,8 @@ def run(in_dir: Path, options: Options, nj: int, total: int) -> Iterator[Result]
     with ProcessPoolExecutor(max(1, nj)) as pool:
         jobs: set[Future[Finished]] = set()
         try:
-            for shard in shards_of(recordings_of(entries(in_dir))):
+            shards = enumerate(shards_of(recordings_of(entries(in_dir))))
+            for shard in (shard for i, shard in shards if part.has(i)):
                 mark = shard_mark(shard, options)
                 jobs.add(pool.submit(finish_shard, shard, options, mark))
                 # Not all at once, so that memory does not grow with their number.
@@ -176,6 +181,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--audio_format", choices=["flac", "wav"], default="flac")
     parser.add_argument("--fs", type=int, default=16000, help="sampling rate in Hz")
     parser.add_argument("--nj", type=int, default=1, help="processes")
+    add_part_option(parser)
     return parser
 
 
@@ -194,8 +200,13 @@ def main(cmd: list[str] | None = None) -> None:
     total = check(args.in_dir)
     options = Options(str(args.out_dir), args.audio_format, args.fs)
     args.out_dir.mkdir(parents=True, exist_ok=True)
+    if args.part is not None:
+        total //= args.part.count
+        done = sum(1 for _ in run(args.in_dir, options, args.nj, total, args.part))
+        logging.info("%s: %d utterances in this part", args.out_dir, done)
+        return
     with Spool[Result](lambda result: c_order(result.utt), args.out_dir) as results:
-        for result in run(args.in_dir, options, args.nj, total):
+        for result in run(args.in_dir, options, args.nj, total, WHOLE):
             results.add(result)
         totals = write_results(args.in_dir, results, args.out_dir, args.fs)
     logging.info(

@@ -14,6 +14,7 @@ import torch
 
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.part import add_part_option
 from espnet2_spear.teachers import load_teacher_config
 from espnet2_spear.teachers.base import TeacherError
 from espnet2_spear.teachers.tokenize import TokenizeOptions
@@ -102,6 +103,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="with another dtype: if a smaller share of the codes is that of float32, "
         "nothing is tokenized",
     )
+    add_part_option(parser)
     return parser
 
 
@@ -160,7 +162,9 @@ def main(cmd=None):
         *(teachers, args.output_dir, args.batch_seconds, args.shard_seconds),
         min_agreement=args.min_agreement,
     )
-    summaries = run.run(utterances, chosen, nj, args.num_threads, devices)
+    summaries = run.run(utterances, chosen, nj, args.num_threads, devices, args.part)
+    if args.part is not None:
+        return
     for name, summary in zip(args.name, summaries, strict=True):
         logging.info(
             f"{args.output_dir}/{name}.scp: codes of {summary['tokenized']} "

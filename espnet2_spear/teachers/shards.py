@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from espnet2_spear.fileio.part import WHOLE, Part
 from espnet2_spear.teachers.utterances import Batched, Utterance
 
 Batches = list[list[Utterance]]
@@ -91,12 +92,17 @@ class DoneMarks:
     def _path(self, shard: int) -> Path:
         return self.folder / f"{self.name}.{shard}.done"
 
-    def clear_stale(self) -> None:
-        """Remove the shards of runs with other inputs or options, and say so."""
+    def clear_stale(self, part: Part = WHOLE) -> None:
+        """Remove the shards of runs with other inputs or options, and say so.
+
+        Only those of a part: another job may be writing the others at this moment.
+        """
         stale = 0
         for path in self.folder.glob(f"{self.name}.*.done"):
             shard = path.name[len(self.name) + 1 : -len(".done")]
-            if shard.isdigit() and self.read(int(shard)) is None:
+            if not shard.isdigit() or not part.has(int(shard)):
+                continue
+            if self.read(int(shard)) is None:
                 for file in self.folder.glob(f"{self.name}.{shard}.*"):
                     file.unlink()
                 stale += 1

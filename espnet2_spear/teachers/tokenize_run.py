@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from espnet2_spear.fileio.kaldi_ark import crc32_of, scp_lines, write_missing_codes
+from espnet2_spear.fileio.part import WHOLE, Part
 from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import TableWriter
 from espnet2_spear.teachers.base import TeacherError
@@ -100,6 +101,7 @@ class TokenizeRun:
         nj: int = 1,
         num_threads: int = 1,
         devices: Sequence[str] = ("cpu",),
+        part: Part | None = None,
     ) -> list[dict[str, Any]]:
         """Tokenize.
 
@@ -109,9 +111,11 @@ class TokenizeRun:
             nj: number of processes; 1 works in this one.
             num_threads: of each process.
             devices: processes are dealt out to them.
+            part: make only the shards of this part, and no table of all.
 
         Returns:
-            for each teacher what ``<name>.json`` holds: teacher, quantizer, counts.
+            for each teacher what ``<name>.json`` holds: teacher, quantizer, counts;
+            nothing for a part.
 
         Raises:
             TeacherError: a teacher and its quantizer do not match, or lower precision
@@ -120,12 +124,13 @@ class TokenizeRun:
         """
         # Built here in any case, so that errors come before work is dealt out.
         tokenizers = [Tokenizer(options) for options in self.teachers]
-        marks = self._marks(tokenizers, chosen)
+        marks = self._marks(tokenizers, chosen, part or WHOLE)
         union = chosen[0].union(chosen[1:])
         shards = deal(make_batches(union, self.batch_seconds), self.shard_seconds)
-        todo = [i for i in range(len(shards)) if not self._is_done(marks, i)]
-        if len(todo) < len(shards):
-            logging.info(f"{len(shards) - len(todo)} of {len(shards)} shards are done")
+        own = [i for i in range(len(shards)) if part is None or part.has(i)]
+        todo = [i for i in own if not self._is_done(marks, i)]
+        if len(todo) < len(own):
+            logging.info(f"{len(own) - len(todo)} of {len(own)} shards are done")
         nj = min(nj, len(todo))
         agreements = [
             self._compare(tokenizer, part, devices[0])
@@ -141,6 +146,8 @@ class TokenizeRun:
             for mark, record in zip(marks, records, strict=True):
                 mark.write(i, record)
             progress.add(shards.seconds(i))
+        if part is not None:
+            return []
         return [
             self._merge(
                 tokenizer, [mark.read(i) for i in range(len(shards))], everyone, share
@@ -192,7 +199,10 @@ class TokenizeRun:
         return share
 
     def _marks(
-        self, tokenizers: Sequence[Tokenizer], utterances: Sequence[Sequence[Utterance]]
+        self,
+        tokenizers: Sequence[Tokenizer],
+        utterances: Sequence[Sequence[Utterance]],
+        part: Part,
     ) -> list[DoneMarks]:
         """Done marks of this run, those of others removed with their shards."""
         digest = hashlib.sha256()
@@ -209,7 +219,7 @@ class TokenizeRun:
             for options in self.teachers
         ]
         for mark in marks:
-            mark.clear_stale()
+            mark.clear_stale(part)
             (self.folder / f"{mark.name}.scp").unlink(missing_ok=True)
         return marks
 

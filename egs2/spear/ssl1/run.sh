@@ -34,6 +34,8 @@ General
                               environment goes before.
   --ngpu N                    GPUs, on each machine                 [all visible]
   --num_nodes N               machines for training, by Slurm (see cmd.sh)   [1]
+  --num_jobs N                jobs of an array in stages 2 and 5, each with --nj processes
+                              or --ngpu GPUs; with Slurm on as many machines [1]
   --datadir, --dumpdir, --expdir, --downloads   folders             [data dump exp downloads]
   --dry_run true|false        true runs nothing and lists the commands of each stage,
                               what they read and write, and what would be skipped [false]
@@ -97,6 +99,7 @@ stop_stage=9
 nj=$(env -u OMP_NUM_THREADS nproc) # which obeys path.sh's 1
 ngpu=
 num_nodes=1
+num_jobs=1
 datadir=data
 dumpdir=dump
 expdir=exp
@@ -154,6 +157,15 @@ step() { python local/step.py --dry_run "${dry_run}" "$@"; }
 
 # runner <gpus> <threads> <log> [options]: words for step --runner
 runner() { echo "${cuda_cmd} --gpu $1 --num_threads $2 ${4:-} $(printf %q "$3")"; }
+
+# share_out <command of cmd.sh> <gpus> <cores> <log with JOB> <threads>: sets shared, options
+# of step by which jobs do a share each, before its own command puts them together
+share_out() {
+    shared=()
+    [ "${num_jobs}" -gt 1 ] || return 0
+    shared=(--jobs "${num_jobs}" --array_runner "$1 --gpu $2 --num_threads $3 \
+        JOB=1:${num_jobs} $(printf %q "$4") env OMP_NUM_THREADS=$5")
+}
 
 # show_end <log>: its last line
 show_end() { [ "${dry_run}" = true ] || tail -n 1 "$1"; }
@@ -236,8 +248,9 @@ if wanted 2; then
     log "Stage 2: format to ${fs} Hz mono ${audio_format}"
     for set in ${sets}; do
         out=${dumpdir}/raw/org/${set}
+        share_out "${train_cmd}" 0 "${nj}" "${out}/log/format.JOB.log" 1
         # The mark of stage 1 changes when audio files did.
-        step --mark "${out}/.done.json" --input "${datadir}/${set}" \
+        step --mark "${out}/.done.json" "${shared[@]}" --input "${datadir}/${set}" \
             --input "${datadir}/.done.json" --output "${out}/wav.scp" \
             -- python -m espnet2_spear.bin.spear_format --in_dir "${datadir}/${set}" \
             --out_dir "${out}" --audio_format "${audio_format}" --fs "${fs}" + --nj "${nj}"
@@ -365,7 +378,8 @@ tokenize() {
     label=$(joined "${roles[@]}")
     joblog=${codes}/${set}/log/${label}.log
     log "${label}, set ${set}: tokenization, log in ${joblog}"
-    step --mark "${codes}/${set}/${label}.step.json" "${inputs[@]}" \
+    share_out "${cuda_cmd}" "${ngpu}" "${nj}" "${joblog%.log}.JOB.log" "${threads}"
+    step --mark "${codes}/${set}/${label}.step.json" "${shared[@]}" "${inputs[@]}" \
         --input "${raw}/wav.scp" --input "${raw}/utt2num_samples" \
         --input "${raw}/utt2domain" "${outputs[@]}" \
         --runner "$(runner "${ngpu}" "${nj}" "${joblog}") env OMP_NUM_THREADS=${threads}" \

@@ -227,11 +227,14 @@ def run(command: list[str]) -> int:
     return 128 - status if status < 0 else status
 
 
-def show(step: Step, runner: list[str], why: str, todo: bool) -> None:
-    """Print a step that is not run."""
-    print(f"  $ {shlex.join([*step.command, *step.uncounted])}")
-    if runner:
-        print(f"      by      {shlex.join(runner)}")
+def show(
+    step: Step, runs: list[tuple[list[str], list[str]]], why: str, todo: bool
+) -> None:
+    """Print a step that is not run; runs are words before a command, and its own."""
+    for runner, words in runs:
+        print(f"  $ {shlex.join(words)}")
+        if runner:
+            print(f"      by      {shlex.join(runner)}")
     for path in step.inputs:
         print(f"      reads   {path}{'' if path.exists() else ' (not there yet)'}")
     for path in step.outputs:
@@ -256,6 +259,13 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--adopt", action="store_true", help="keep unmarked outputs")
     parser.add_argument("--runner", default="", help="words before the command")
+    parser.add_argument(
+        "--array_runner",
+        default="",
+        help="words before it as an array of jobs, which is run first, with "
+        "--part JOB/N added; the command itself then puts their results together",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="N of --array_runner")
     parser.add_argument("--dry_run", choices=["true", "false"], default="false")
     parser.usage = "%(prog)s [options] -- command [+ words that do not count]"
     return parser
@@ -277,9 +287,13 @@ def main(cmd: list[str] | None = None) -> int:
         message = f"{what}: was made otherwise ({'; '.join(changes)}); {args.refuse}"
         print(f"ERROR (step.py): {message}", file=sys.stderr)
         return 1
-    runner = shlex.split(args.runner)
+    words = [*command, *uncounted]
+    runs = [(shlex.split(args.runner), words)]
+    if args.jobs > 1:
+        part = ["--part", f"JOB/{args.jobs}"]
+        runs.insert(0, (shlex.split(args.array_runner), [*words, *part]))
     if args.dry_run == "true":
-        show(step, runner, why, todo)
+        show(step, runs, why, todo)
         return 0
     if not todo:
         same = ", with the same inputs and options: skipped" if step.before else ""
@@ -296,7 +310,9 @@ def main(cmd: list[str] | None = None) -> int:
         )
         return 1
     step.write_mark(pending=True)
-    status = run([*runner, *command, *uncounted])
+    status = 0
+    for runner, words in runs:
+        status = status or run([*runner, *words])
     if status == 0:
         gone = [str(path) for path in step.outputs if not path.exists()]
         if gone:
