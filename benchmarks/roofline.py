@@ -1,4 +1,8 @@
-"""Bytes and operations of encoding a frame, and what a device can do of them."""
+"""Bytes and operations of encoding a frame, and what a device can do of them.
+
+They are those of the search as operations on tensors. The compiled one of CPUs makes
+the same operations, but keeps most of what it reads and writes in caches.
+"""
 
 from __future__ import annotations
 

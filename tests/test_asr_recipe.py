@@ -71,6 +71,16 @@ def test_listing_of_all_stages(tmp_path: Path) -> None:
     assert f"writes  {tokens}/bpe.model" in stages[2]
 
 
+def test_listing_with_a_student_yet_to_be_pretrained(tmp_path: Path) -> None:
+    names = ("datadir", "dumpdir", "expdir")
+    options = [word for n in names for word in (f"--{n}", str(tmp_path / n))]
+    options += ["--asr_config", "conf/train_asr_spear_frozen.yaml", "--ngpu", "0"]
+    options += ["--ckpt", str(tmp_path / "student.pth"), "--stage", "3"]
+    done = run_sh("--dry_run", "true", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"reads   {tmp_path}/student.pth (not there yet)" in done.stdout
+
+
 def test_another_training_wants_another_tag(tmp_path: Path) -> None:
     for name in ("en_train", "en_dev"):
         data = DataDir({"u": "u.wav"}, {"u": "u"}, text={"u": "A"})

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,7 @@ data_folders = load("data_folders")
 asr_sets = load("asr_sets")
 pool_data = load("pool_data")
 unzip_audio = load("unzip_audio")
+check_archives = load("check_archives")
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
@@ -317,23 +319,33 @@ def deb(tmp_path: Path) -> Path:
     return path
 
 
-def fetch(tmp_path: Path, apt_get: str | None = None) -> subprocess.CompletedProcess:
-    """Run fetch_debs.sh with only the commands it needs and this apt-get, if any."""
+def give_commands(tmp_path: Path, apt_get: str | None = None) -> None:
+    """Make bin/ with only the commands that fetch_debs.sh needs, and an apt-get."""
     bin_dir = tmp_path / "bin"
     if not bin_dir.exists():
         bin_dir.mkdir()
         commands = (
-            "bash sh date mkdir awk sha256sum cut tail rm mv touch cp dpkg-deb tar"
+            "bash sh date mkdir awk sha256sum cut tail rm mv touch cp dpkg-deb tar "
+            "flock sleep rmdir"
         )
         for command in commands.split():
             (bin_dir / command).symlink_to(shutil.which(command))
     if apt_get is not None:
         (bin_dir / "apt-get").write_text(f"#!/bin/sh\n{apt_get}\n")
         (bin_dir / "apt-get").chmod(0o755)
+
+
+def fetch(tmp_path: Path, apt_get: str | None = None) -> subprocess.CompletedProcess:
+    """Run fetch_debs.sh with only the commands it needs and this apt-get, if any."""
+    give_commands(tmp_path, apt_get)
+    return run_fetch(tmp_path)
+
+
+def run_fetch(tmp_path: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", LOCAL / "fetch_debs.sh", tmp_path / "manifest", "down loads", "tiny"],
         cwd=tmp_path,
-        env={"PATH": str(bin_dir)},
+        env={"PATH": str(tmp_path / "bin")},
         capture_output=True,
         text=True,
     )
@@ -345,6 +357,17 @@ def test_fetch_unpacks_and_is_not_repeated(tmp_path: Path, deb: Path) -> None:
     assert (tmp_path / "down loads/root/usr/tiny.txt").read_text() == "hello"
     result = fetch(tmp_path, "echo should not be called >&2; exit 1")
     assert result.returncode == 0, result.stderr
+
+
+def test_a_second_fetch_waits_for_the_first(tmp_path: Path, deb: Path) -> None:
+    """Both want the package; the apt of either would fail beside the other's."""
+    busy = tmp_path / "busy"
+    apt = f"mkdir '{busy}' && sleep 0.5 && cp '{deb}' . && rmdir '{busy}'"
+    give_commands(tmp_path, apt)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run_fetch, [tmp_path, tmp_path]))
+    assert [result.returncode for result in results] == [0, 0], results
+    assert sum("waiting for it" in result.stdout for result in results) == 1
 
 
 def test_fetch_gets_its_own_package_lists(tmp_path: Path, deb: Path) -> None:
@@ -496,3 +519,27 @@ def test_slurm_jobs_by_a_stand_in_of_sbatch(tmp_path: Path) -> None:
     assert "--cpus-per-task=4" in args
     for job in "12":
         assert (tmp_path / f"log/a.{job}.log").read_text().endswith(f"a  b;{job}\n")
+
+
+def test_archives_are_compared_with_published_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    names = check_archives.published()
+    assert {len(digest) for _, digest in names.values()} == {32, 64}
+    assert names["train-clean-100.tar.gz"][0] == "librispeech"
+    folder = tmp_path / "a b/parts"
+    folder.mkdir(parents=True)
+    assert check_archives.main([str(tmp_path)]) == 1
+    assert "no archive that is known" in capsys.readouterr().out
+    (folder / "musan.tar.gz").write_bytes(b"abc")
+    (folder / "dev-clean.tar.gz").write_bytes(b"abc")
+    assert check_archives.main([str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "musan.tar.gz: DIFFERS" in out and "not 0c472d4fc0c5141e" in out
+    for name, algorithm in (("musan.tar.gz", "md5"), ("dev-clean.tar.gz", "sha256")):
+        names[name] = ("x", hashlib.new(algorithm, b"abc").hexdigest())
+    monkeypatch.setattr(check_archives, "published", lambda: names)
+    assert check_archives.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("as published (x") == 2
+    with pytest.raises(SystemExit):
+        check_archives.main([str(tmp_path / "none")])

@@ -234,7 +234,7 @@ def test_embedding_resumes_and_replaces(setup, data_dir, tmp_path):
 def test_nothing_to_embed(setup, data_dir, tmp_path):
     for path in data_dir.glob("*.wav"):
         path.unlink()
-    with pytest.raises(ValueError, match="none of the 12 utterances"):
+    with pytest.raises(TeacherError, match="none of the 12 utterances"):
         embed(setup, data_dir, tmp_path / "out")
     assert not (tmp_path / "out" / "embeddings.json").exists()
 
@@ -454,6 +454,13 @@ def test_what_fails_is_tried_once_more(setup, data_dir, tmp_path, monkeypatch):
     assert calls.count(str(data_dir / "utt09.wav")) == 1
     frames = read_matrix(read_scp(tmp_path / "speech.scp")["utt08"])
     assert len(frames) == len(alone(setup, data_dir, "utt08"))
+    calls.clear()
+    index = embed(setup, data_dir, tmp_path / "embeddings")
+    assert len(index["failed"]) == 5 and "utt08" not in dict(index["failed"])
+    assert calls.count(str(data_dir / "utt08.wav")) == 2
+    assert calls.count(str(data_dir / "utt09.wav")) == 1
+    total = summary["frames"]
+    assert sum(file["frames"] for file in index["files"]) == total
 
 
 def test_bad_utterances_are_listed_and_have_no_codes(setup, data_dir, tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.teachers import build_teacher, load_teacher_config
+from espnet2_spear.teachers.base import TeacherError
 from espnet2_spear.teachers.embed import INDEX, choose, store_embeddings
 from espnet2_spear.teachers.utterances import read_utterances, select_domains
 
@@ -112,4 +113,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, TeacherError)

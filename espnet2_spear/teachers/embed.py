@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from espnet2_spear.teachers.base import Teacher
+from espnet2_spear.teachers.base import Teacher, TeacherError
 from espnet2_spear.teachers.extract import embed_batch
 from espnet2_spear.teachers.shards import (
     Batches,
@@ -83,7 +83,8 @@ def store_embeddings(
         the index.
 
     Raises:
-        ValueError: not one utterance could be embedded.
+        TeacherError: not one utterance could be embedded, or an embedding is too large
+            for ``dtype``.
     """
     folder = Path(output_dir)
     options = {"batch": batch_seconds, "shard": shard_seconds, "dtype": dtype}
@@ -118,7 +119,7 @@ def store_embeddings(
     for utt, reason in index["failed"]:
         logging.warning(f"skipped {utt}: {reason}")
     if not index["files"]:
-        raise ValueError(
+        raise TeacherError(
             f"{folder}: none of the {len(utterances)} utterances could be embedded "
             "(reasons above)"
         )
@@ -134,13 +135,22 @@ def _store_shard(
     teacher: Teacher, batches: Batches, path: Path, dtype: str, compute_dtype: str
 ) -> dict[str, Any]:
     results = [embed_batch(teacher, batch, compute_dtype) for batch in batches]
-    failed = [failure for result in results for failure in result.failed]
+    # Once more, each alone: a file server may have been busy for a moment.
+    again = {utt for result in results for utt, _ in result.failed}
+    second = [
+        embed_batch(teacher, [utterance], compute_dtype)
+        for batch in batches
+        for utterance in batch
+        if utterance.utt in again
+    ]
+    results += second
+    failed = [failure for result in second for failure in result.failed]
     frames = [x.cpu().numpy() for result in results for x in result.frames]
     if not frames:
         return {"frames": 0, "failed": failed}
     matrix = np.concatenate(frames)
     if np.abs(matrix).max() > np.finfo(dtype).max:
-        raise ValueError(f"{path}: embeddings exceed {dtype}; use --dtype float32")
+        raise TeacherError(f"{path}: embeddings exceed {dtype}; use --dtype float32")
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         np.save(file, matrix.astype(dtype))

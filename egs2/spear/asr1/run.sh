@@ -240,7 +240,7 @@ if wanted 3; then
             exit 1
         fi
         if [ -n "${ckpt}" ]; then
-            if [ ! -e "${ckpt}" ]; then
+            if [ ! -e "${ckpt}" ] && [ "${dry_run}" = false ]; then
                 log "ERROR: --ckpt ${ckpt}: no such file or folder; pre-train with ../ssl1" >&2
                 exit 1
             fi
@@ -249,7 +249,7 @@ if wanted 3; then
         fi
     fi
     if grep -Eq '^encoder: *zipformer *$' "${asr_config}" && [ -n "${ckpt}" ]; then
-        if [ ! -f "${ckpt}" ]; then
+        if [ ! -f "${ckpt}" ] && [ "${dry_run}" = false ]; then
             log "ERROR: --ckpt ${ckpt}: must be the file of a student; a folder in another layout becomes one by python -m espnet2_spear.bin.spear_import" >&2
             exit 1
         fi

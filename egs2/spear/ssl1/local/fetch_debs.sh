@@ -31,6 +31,14 @@ or name your own folders of audio instead:
 
 mkdir -p "${folder}"/{debs,root,apt/lists/partial,apt/cache/archives/partial,partial}
 folder=$(cd "${folder}" && pwd)
+# Two recipes may want packages at once: the second waits for the first.
+if command -v flock >/dev/null; then
+    exec {lock}>"${folder}/.lock"
+    flock --nonblock "${lock}" || {
+        log "another run fetches into ${folder}; waiting for it"
+        flock "${lock}"
+    }
+fi
 
 # Prints "hash file" of a package.
 manifest_line() {
