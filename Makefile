@@ -4,7 +4,8 @@ PYTHON_VENV := .venv/bin/python
 SHELL_SCRIPTS = $(shell git ls-files '*.sh' .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo demo-full lint setup-espnet202511 check-hear check-xares
+.PHONY: help setup test demo demo-full lint setup-espnet202511 check-hear check-xares \
+	check-s3prl
 
 help: ## this list
 	@echo "espnet2-spear: SPEAR pre-training and its students in ESPnet2"
@@ -36,3 +37,6 @@ check-hear: setup-espnet202511 ## HEAR's public validator, in an environment of 
 
 check-xares: setup ## XARES' own check, in an environment of its own
 	@tools/check_xares.sh
+
+check-s3prl: setup ## s3prl's runner on SUPERB's speaker task, in an environment of its own
+	@tools/check_s3prl.sh
