@@ -12,9 +12,9 @@ from espnet2_spear.bin import mvq_export
 from espnet2_spear.mvq import refine, refine_cpu
 from espnet2_spear.mvq.baselines import ResidualQuantizer
 from espnet2_spear.mvq.files import load_quantizer
+from espnet2_spear.mvq.gram import GramTables, kept_per_level, num_kept
 from espnet2_spear.mvq.losses import quantizer_losses
 from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
-from espnet2_spear.mvq.refine import kept_per_level, num_kept
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_search_survives_nan_and_infinity(search):
         assert torch.equal(found[:10], refine.refine(tables, linear, codes, 3)[:10])
         tables.products[3] = bad
         refine.refine(tables, broken, codes, 3)
-        tables = refine.GramTables(quantizer.scaled_centers().detach())
+        tables = GramTables(quantizer.scaled_centers().detach())
 
 
 def test_threads_share_the_vectors(monkeypatch):

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.mvq.gram import GramTables
 from espnet2_spear.mvq.improve import improve
-from espnet2_spear.mvq.refine import GramTables
 
 FORMAT = "espnet2_spear.mvq.Quantizer"
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espnet2_spear.mvq.abs_quantizer import AbsQuantizer, QuantizerError
-from espnet2_spear.mvq.refine import GramTables
+from espnet2_spear.mvq.gram import GramTables
 
 CODE_DIM = 16  # of BEST-RQ, arXiv 2202.01855
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from espnet2_spear.mvq.refine import GramTables, refine
+from espnet2_spear.mvq.gram import GramTables
+from espnet2_spear.mvq.refine import refine
 
 # Share of the explained energy by which the error must fall: what lies below may be
 # rounding.

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from espnet2_spear.mvq.gram import GramTables
 from espnet2_spear.mvq.quantizer import Quantizer
-from espnet2_spear.mvq.refine import GramTables, refine
+from espnet2_spear.mvq.refine import refine
 
 LOGITS_ENTROPY_WEIGHT = 0.01
 

@@ -11,7 +11,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from espnet2_spear.mvq.abs_quantizer import AbsQuantizer, QuantizerError
-from espnet2_spear.mvq.refine import GramTables, refine
+from espnet2_spear.mvq.gram import GramTables
+from espnet2_spear.mvq.refine import refine
 
 SCALE_SPEED = 10.0  # makes the two scales learn ten times as fast
 

@@ -1,4 +1,4 @@
-"""The joint search of :mod:`.refine` on a CPU, compiled, one vector after the other.
+"""The joint search on a CPU, compiled, one vector after the other.
 
 All passes of a vector are made before the next one's, so that scores, candidates and
 the products of candidates stay in the processor's nearest caches; as operations on
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numpy import ndarray
 
 MIN_VECTORS = 64  # for each thread
 
@@ -27,11 +28,11 @@ def _compiled(function: Callable) -> Callable:
 
 
 def run_passes(
-    products: np.ndarray,
-    linear: np.ndarray,
-    rows: np.ndarray,
-    order: np.ndarray,
-    kept: np.ndarray,
+    products: ndarray,
+    linear: ndarray,
+    rows: ndarray,
+    order: ndarray,
+    kept: ndarray,
     iters: int,
     num_threads: int,
 ) -> None:
@@ -64,43 +65,85 @@ def run_passes(
             job.result()
 
 
+class Groups(NamedTuple):
+    """Candidates of groups of codebooks, two sets of them: one is made of the other.
+
+    Attributes:
+        centers: (2, N, centres) of each group, rows of the table.
+        widths: (2, N) how many these are.
+        members: (2, N, 1 + candidates, N) centres of a candidate, as positions among
+            those of its group; the present choice comes first.
+        scores: (2, N, candidates).
+    """
+
+    centers: ndarray
+    widths: ndarray
+    members: ndarray
+    scores: ndarray
+
+
+class Scratch(NamedTuple):
+    """Arrays that are written before they are read.
+
+    Attributes:
+        block: (centres, centres) products of the centres of two groups.
+        partial, turned: the same, summed over the centres of the candidates of one.
+        cross: (1 + candidates, 1 + candidates) of the right and of the left group.
+        joint: scores of all pairs of candidates.
+        best: positions of chosen candidates.
+        pool: positions of those that may be chosen.
+        bounds: scores that they have to beat.
+    """
+
+    block: ndarray
+    partial: ndarray
+    turned: ndarray
+    cross: ndarray
+    joint: ndarray
+    best: ndarray
+    pool: ndarray
+    bounds: ndarray
+
+
 @_compiled
-def _refine_all(products, linear, rows, order, kept, iters):
+def _refine_all(
+    products: ndarray,
+    linear: ndarray,
+    rows: ndarray,
+    order: ndarray,
+    kept: ndarray,
+    iters: int,
+) -> None:
     """As :func:`run_passes`, in one thread."""
-    num = rows.shape[1]
-    width = num * (kept[0] + 1)  # centres in use at most
+    num, dtype = rows.shape[1], products.dtype
+    width = num * (kept[0] + 1)
     most = kept.max()
-    scores = np.empty(len(products), products.dtype)
+    groups = Groups(
+        np.empty((2, num, width), np.int64),
+        np.empty((2, num), np.int64),
+        np.empty((2, num, most + 1, num), np.int64),
+        np.empty((2, num, most), dtype),
+    )
+    scratch = Scratch(
+        np.empty((width, width), dtype),
+        np.empty((most + 1, width), dtype),
+        np.empty((width, most + 1), dtype),
+        np.empty((most + 1, most + 1), dtype),
+        np.empty(most * most, dtype),
+        np.empty(most, np.int64),
+        np.empty(max(most * most, width, len(products) // num), np.int64),
+        np.empty(most, dtype),
+    )
+    scores = np.empty(len(products), dtype)
     new = np.empty(num, np.int64)
-    # Of each group of codebooks: its centres in use, its candidates as positions
-    # among these (the present choice first) and their scores; read and written in
-    # turns.
-    centers = np.empty((2, num, width), np.int64)
-    widths = np.empty((2, num), np.int64)
-    members = np.empty((2, num, most + 1, num), np.int64)
-    values = np.empty((2, num, most), products.dtype)
-    block = np.empty((width, width), products.dtype)
-    partial = np.empty((most + 1, width), products.dtype)
-    turned = np.empty((width, most + 1), products.dtype)
-    cross = np.empty((most + 1, most + 1), products.dtype)
-    joint = np.empty(most * most, products.dtype)
-    best = np.empty(most, np.int64)
-    pool = np.empty(max(most * most, width, len(products) // num), np.int64)
-    bounds = np.empty(most, products.dtype)
     for b in range(len(rows)):
         current = rows[b]
         scores[:] = linear[b]
         for n in range(0, num - 1, 2):  # a single codebook has no products
             _add_twice(scores, products[current[n]], products[current[n + 1]])
         for i in range(iters):
-            _take_candidates(
-                scores, current, order, kept[0], centers, widths, members, values,
-                best, pool, bounds,
-            )  # fmt: skip
-            _join_all(
-                products, kept, new, centers, widths, members, values,
-                block, partial, turned, cross, joint, best, pool, bounds,
-            )  # fmt: skip
+            _take_candidates(scores, current, order, kept[0], groups, scratch)
+            _join_all(products, kept, new, groups, scratch)
             moved = False
             for n in range(num):
                 if new[n] != current[n]:
@@ -113,14 +156,14 @@ def _refine_all(products, linear, rows, order, kept, iters):
 
 
 @_compiled
-def _add_twice(scores, row, other):
+def _add_twice(scores: ndarray, row: ndarray, other: ndarray) -> None:
     for i in range(len(scores)):
         product = row[i] + other[i]
         scores[i] += product + product
 
 
 @_compiled
-def _move(scores, new, old):
+def _move(scores: ndarray, new: ndarray, old: ndarray) -> None:
     for i in range(len(scores)):
         change = new[i] - old[i]
         scores[i] += change + change
@@ -128,30 +171,37 @@ def _move(scores, new, old):
 
 @_compiled
 def _take_candidates(
-    scores, current, order, count, centers, widths, members, values, best, pool, bounds
-):
+    scores: ndarray,
+    current: ndarray,
+    order: ndarray,
+    count: int,
+    groups: Groups,
+    scratch: Scratch,
+) -> None:
     """The best centres of every codebook, each codebook a group of its own."""
     num = len(order)
     size = len(scores) // num
+    best = scratch.best
     for g in range(num):
         first = order[g] * size
         own = scores[first : first + size]
-        _smallest(own, count, best, pool, bounds)
-        centers[0, g, 0] = current[g]
-        members[0, g, 0, 0] = 0
-        widths[0, g] = count + 1
+        _smallest(own, count, scratch)
+        groups.centers[0, g, 0] = current[g]
+        groups.members[0, g, 0, 0] = 0
+        groups.widths[0, g] = count + 1
         for c in range(count):
-            centers[0, g, c + 1] = first + best[c]
-            members[0, g, c + 1, 0] = c + 1
-            values[0, g, c] = own[best[c]]
+            groups.centers[0, g, c + 1] = first + best[c]
+            groups.members[0, g, c + 1, 0] = c + 1
+            groups.scores[0, g, c] = own[best[c]]
 
 
 @_compiled
-def _smallest(values, count, best, pool, bounds):
-    """Positions of the ``count`` smallest of the values, in any order, into best.
+def _smallest(values: ndarray, count: int, scratch: Scratch) -> None:
+    """Write positions of the ``count`` smallest values, in any order, to the best.
 
     Both numbers are powers of two.
     """
+    best, pool, bounds = scratch.best, scratch.pool, scratch.bounds
     total = len(values)
     if count == total:
         for c in range(count):
@@ -201,72 +251,46 @@ def _smallest(values, count, best, pool, bounds):
 
 @_compiled
 def _join_all(
-    products, kept, new, centers, widths, members, values, block,
-    partial, turned, cross, joint, best, pool, bounds,
-):  # fmt: skip
+    products: ndarray, kept: ndarray, new: ndarray, groups: Groups, scratch: Scratch
+) -> None:
     """Join groups pair by pair into one; its best candidate goes into new."""
     num = len(new)
-    joined, level, old = 1, 0, kept[0]
-    source = 0
     if num == 1:
-        new[0] = centers[0, 0, 1]
+        new[0] = groups.centers[0, 0, 1]
         return
+    best = scratch.best
+    joined, level, source = 1, 0, 0
     while joined < num:
-        level += 1
-        count = kept[level]
+        old, count = kept[level], kept[level + 1]
         for g in range(num // (2 * joined)):
-            left, right = 2 * g, 2 * g + 1
-            _cross_products(
-                products, centers[source], widths[source], members[source], left, old,
-                joined, block, partial, turned, cross,
-            )  # fmt: skip
-            # d_a.d_b of the changes d, up to a constant, is a.b - a.b' - a'.b, with a'
-            # and b' the present choice.
-            for j in range(old):
-                of_right = cross[j + 1, 0]
-                of_right = values[source, right, j] - of_right - of_right
-                for i in range(old):
-                    product = cross[j + 1, i + 1] - cross[0, i + 1]
-                    joint[j * old + i] = (
-                        values[source, left, i] + of_right + product + product
-                    )
-            _smallest(joint[: old * old], count, best, pool, bounds)
+            _cross_products(products, groups, source, 2 * g, old, joined, scratch)
+            _joint_scores(groups, source, 2 * g, old, scratch)
+            _smallest(scratch.joint[: old * old], count, scratch)
             if 2 * joined == num:
-                for n in range(joined):
-                    place = members[source, left, best[0] % old + 1, n]
-                    new[n] = centers[source, left, place]
-                    place = members[source, right, best[0] // old + 1, n]
-                    new[joined + n] = centers[source, right, place]
+                _choose(groups, source, old, joined, best[0], new)
                 return
-            target = 1 - source
-            start = widths[source, left]
-            for n in range(joined):
-                members[target, g, 0, n] = members[source, left, 0, n]
-                members[target, g, 0, joined + n] = start + members[source, right, 0, n]
-            for c in range(count):
-                values[target, g, c] = joint[best[c]]
-                i, j = best[c] % old + 1, best[c] // old + 1
-                for n in range(joined):
-                    members[target, g, c + 1, n] = members[source, left, i, n]
-                    members[target, g, c + 1, joined + n] = (
-                        start + members[source, right, j, n]
-                    )
-            _drop_unused(
-                centers, widths, members[target, g], source, g, count, 2 * joined, pool
-            )
+            _join(groups, source, g, old, count, joined, scratch)
         joined *= 2
-        old = count
+        level += 1
         source = 1 - source
 
 
 @_compiled
 def _cross_products(
-    products, centers, widths, members, left, count, joined, block, partial, turned,
-    cross,
-):  # fmt: skip
+    products: ndarray,
+    groups: Groups,
+    source: int,
+    left: int,
+    count: int,
+    joined: int,
+    scratch: Scratch,
+) -> None:
     """cross[j, i]: products of candidate i of group left and j of the one after it."""
     right = left + 1
-    width, span = widths[left], widths[right]
+    centers, members = groups.centers[source], groups.members[source]
+    width, span = groups.widths[source, left], groups.widths[source, right]
+    cross, block = scratch.cross, scratch.block
+    partial, turned = scratch.partial, scratch.turned
     if joined == 1:
         for i in range(width):
             row = products[centers[left, i]]
@@ -299,23 +323,71 @@ def _cross_products(
 
 
 @_compiled
-def _drop_unused(centers, widths, members, source, group, count, joined, place):
-    """Centres of a new group: those of its halves that some candidate uses."""
-    target = 1 - source
-    start = widths[source, 2 * group]
-    width = start + widths[source, 2 * group + 1]
-    place[:width] = -1
+def _joint_scores(
+    groups: Groups, source: int, left: int, count: int, scratch: Scratch
+) -> None:
+    """joint[j * count + i]: of candidate i of group left and j of the one after it."""
+    cross, scores = scratch.cross, groups.scores[source]
+    # d_a.d_b of the changes d, up to a constant, is a.b - a.b' - a'.b, with a' and b'
+    # the present choice.
+    for j in range(count):
+        of_right = scores[left + 1, j] - cross[j + 1, 0] - cross[j + 1, 0]
+        for i in range(count):
+            product = cross[j + 1, i + 1] - cross[0, i + 1]
+            scratch.joint[j * count + i] = (
+                scores[left, i] + of_right + product + product
+            )
+
+
+@_compiled
+def _choose(
+    groups: Groups, source: int, count: int, joined: int, pair: int, new: ndarray
+) -> None:
+    """Write the rows of a pair of candidates of the last two groups to new."""
+    for side in range(2):
+        candidate = (pair // count if side else pair % count) + 1
+        for n in range(joined):
+            place = groups.members[source, side, candidate, n]
+            new[side * joined + n] = groups.centers[source, side, place]
+
+
+@_compiled
+def _join(
+    groups: Groups,
+    source: int,
+    group: int,
+    old: int,
+    count: int,
+    joined: int,
+    scratch: Scratch,
+) -> None:
+    """Make a group of two: its candidates are the best pairs, with centres they use."""
+    left, right, target = 2 * group, 2 * group + 1, 1 - source
+    start = groups.widths[source, left]
+    members = groups.members[target, group]
+    for c in range(count + 1):
+        i = j = 0
+        if c > 0:
+            pair = scratch.best[c - 1]
+            i, j = pair % old + 1, pair // old + 1
+            groups.scores[target, group, c - 1] = scratch.joint[pair]
+        for n in range(joined):
+            members[c, n] = groups.members[source, left, i, n]
+            members[c, joined + n] = start + groups.members[source, right, j, n]
+    # Centres that no candidate uses are dropped, so that later blocks are small.
+    place = scratch.pool
+    place[: start + groups.widths[source, right]] = -1
     kept = 0
     for c in range(count + 1):
-        for n in range(joined):
-            old = members[c, n]
-            if place[old] < 0:
-                place[old] = kept
-                if old < start:
-                    centers[target, group, kept] = centers[source, 2 * group, old]
+        for n in range(2 * joined):
+            before = members[c, n]
+            if place[before] < 0:
+                place[before] = kept
+                if before < start:
+                    center = groups.centers[source, left, before]
                 else:
-                    old -= start
-                    centers[target, group, kept] = centers[source, 2 * group + 1, old]
+                    center = groups.centers[source, right, before - start]
+                groups.centers[target, group, kept] = center
                 kept += 1
-            members[c, n] = place[members[c, n]]
-    widths[target, group] = kept
+            members[c, n] = place[before]
+    groups.widths[target, group] = kept

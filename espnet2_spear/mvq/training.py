@@ -24,9 +24,9 @@ import torch.distributed as dist
 
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.mvq.embeddings import TrainingFrames
+from espnet2_spear.mvq.gram import GramTables
 from espnet2_spear.mvq.losses import QuantizerLosses, quantizer_losses
 from espnet2_spear.mvq.quantizer import Quantizer
-from espnet2_spear.mvq.refine import GramTables
 from espnet2_spear.mvq.statistics import channel_statistics
 
 PHASE_ONE_SIZE = 16

@@ -1,0 +1,203 @@
+"""The joint search of all vectors at once, by operations on tensors of any device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from espnet2_spear.mvq.gram import GramTables, kept_per_level
+
+
+def refine_tensors(
+    tables: GramTables, linear: Tensor, rows: Tensor, iters: int, order: Tensor
+) -> Tensor:
+    """Refine all vectors at once, by operations on tensors of any device.
+
+    Args:
+        tables: inner products of the centres.
+        linear: (B, N*K).
+        rows: (B, N) rows of the tables, in the order in which codebooks are paired.
+        iters: number of passes.
+        order: (N,) that order.
+
+    Returns:
+        (B, N) rows of the tables.
+    """
+    scores = initial_scores(tables, linear, rows)
+    active = torch.arange(len(rows), device=rows.device)
+    result, old = rows.clone(), rows
+    for i in range(iters):
+        new = refine_once(tables, scores, old, order)
+        result[active] = new
+        # A pass depends on nothing but the codes it starts from, so a vector whose
+        # codes stay is finished.
+        moved = new != old
+        going = moved.any(dim=1).nonzero().squeeze(1)
+        if i == iters - 1 or len(going) == 0:
+            break
+        if len(going) < len(active):
+            active, scores = active[going], scores[going]
+            old, new, moved = old[going], new[going], moved[going]
+        update_scores(tables, scores, old, new, moved)
+        old = new
+    return result
+
+
+def initial_scores(tables: GramTables, linear: Tensor, rows: Tensor) -> Tensor:
+    """Scores (B, N*K) of all centres as candidates of their codebook.
+
+    A centre's linear term and its products with the present centres of the other
+    codebooks.
+
+    Args:
+        tables: inner products of the centres.
+        linear: (B, N*K) from :meth:`GramTables.linear_terms`.
+        rows: (B, N) present centres, rows of the tables.
+    """
+    products = F.embedding_bag(rows, tables.products, mode="sum")
+    return torch.add(linear, products, alpha=2)
+
+
+def update_scores(
+    tables: GramTables, scores: Tensor, old: Tensor, new: Tensor, moved: Tensor
+) -> None:
+    """Change scores (B, N*K) in place for codes that moved from old to new."""
+    count = moved.sum(dim=1)
+    rows = torch.stack([new[moved], old[moved]], dim=1).flatten()
+    weights = scores.new_tensor([2.0, -2.0]).repeat(len(rows) // 2)
+    scores += F.embedding_bag(
+        rows,
+        tables.products,
+        2 * (count.cumsum(0) - count),
+        mode="sum",
+        per_sample_weights=weights,
+    )
+
+
+def refine_once(
+    tables: GramTables, scores: Tensor, current: Tensor, order: Tensor
+) -> Tensor:
+    """One pass: candidates per codebook, joined pair by pair into one group.
+
+    With e the error of the present codes, the score of a candidate of some group of
+    codebooks is the squared error ||e + d||^2 after the group alone changes by d, up
+    to a constant. Joining two groups adds 2 d_a.d_b.
+
+    Args:
+        tables: inner products of the centres.
+        scores: (B, N*K) from :func:`initial_scores`.
+        current: (B, N) present centres, rows of the tables.
+        order: (N,) codebooks in the order in which they are paired, which is that of
+            ``current`` and of the result, too.
+
+    Returns:
+        (B, N) rows of the tables.
+    """
+    groups, size = tables.num_codebooks, tables.codebook_size
+    batch = len(current)
+    scores = scores.view(batch, groups, size)[:, order]
+    first = order * size
+    kept, *kept_later = kept_per_level(groups, size)
+    scores, best = _smallest(scores, kept)
+    # Per group of codebooks: centres in use (rows of the tables), and candidates as
+    # positions in these, (batch, groups, candidates, codebooks). The present choice
+    # comes first and is no candidate.
+    centers = torch.cat([current.unsqueeze(-1), best + first.unsqueeze(-1)], dim=2)
+    members = torch.arange(kept + 1, device=current.device).view(1, 1, -1, 1)
+    members = members.expand(batch, groups, -1, 1)
+    joined = 1
+    for wanted in kept_later:
+        groups //= 2
+        span = centers.shape[-1]
+        pairs = centers.view(batch, groups, 2, span)
+        sides = members.view(batch, groups, 2, kept + 1, joined)
+        cross = _cross_products(tables.products, pairs, sides)
+        scores = _join_scores(scores.view(batch, groups, 2, kept), cross)
+        joined *= 2
+        old, kept = kept, wanted
+        scores, best = _smallest(scores, kept)
+        choice = torch.stack([best // old, best % old], dim=2)
+        choice = F.pad(choice + 1, (1, 0)).unsqueeze(-1)
+        sides = sides.gather(3, choice.expand(*choice.shape[:-1], sides.shape[-1]))
+        members = torch.cat([sides[:, :, 0], sides[:, :, 1] + span], dim=-1)
+        centers = centers.view(batch, groups, 2 * span)
+        if groups > 1:
+            centers, members = _drop_unused(centers, members)
+    return centers.view(batch, -1).gather(1, members[:, 0, 1])
+
+
+def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` smallest of scores (..., C), in any order, and where they are."""
+    if count == scores.shape[-1]:
+        index = torch.arange(count, device=scores.device)
+        return scores, index.expand(scores.shape)
+    if count == 1:
+        return scores.min(dim=-1, keepdim=True)
+    return scores.topk(count, dim=-1, largest=False, sorted=False)
+
+
+def _cross_products(products: Tensor, pairs: Tensor, sides: Tensor) -> Tensor:
+    """Products between the candidates of two groups.
+
+    Args:
+        products: (N*K, N*K).
+        pairs: (B, G, 2, M) centres in use by both groups of G pairs.
+        sides: (B, G, 2, C, L) positions in M of the L centres of C candidates.
+
+    Returns:
+        (B, G, C, C): sums of the products of their centres.
+    """
+    batch, groups, _, span = pairs.shape
+    count, joined = sides.shape[-2:]
+    dtype = torch.int32 if products.numel() < 2**31 else torch.int64
+    left, right = (pairs * pairs.new_tensor([[len(products)], [1]])).to(dtype).unbind(2)
+    index = left.unsqueeze(-1) + right.unsqueeze(-2)
+    block = products.view(-1).index_select(0, index.view(-1))
+    if joined == 1:
+        return block.view(batch, groups, count, count)
+    total = batch * groups
+    start = torch.arange(total, device=pairs.device).view(batch, groups, 1, 1) * span
+    for side in (0, 1):
+        rows = (sides[:, :, side] + start).view(-1, joined)
+        block = F.embedding_bag(rows, block.reshape(total * span, -1), mode="sum")
+        block = block.view(total, count, -1).transpose(1, 2)
+    return block.unflatten(0, (batch, groups))
+
+
+def _join_scores(scores: Tensor, cross: Tensor) -> Tensor:
+    """Scores of all pairs of candidates.
+
+    Args:
+        scores: (B, G, 2, C) of two groups.
+        cross: (B, G, C + 1, C + 1) products of centres; the present choice is first.
+
+    Returns:
+        (B, G, C * C), up to a constant.
+    """
+    # d_a.d_b of the changes d, up to a constant, is a.b - a.b' - a'.b, with a' and b'
+    # the present choice.
+    left = torch.sub(scores[:, :, 0], cross[..., 1:, 0], alpha=2)
+    right = torch.sub(scores[:, :, 1], cross[..., 0, 1:], alpha=2)
+    joined = left.unsqueeze(-1) + right.unsqueeze(-2)
+    return joined.add_(cross[..., 1:, 1:], alpha=2).flatten(2)
+
+
+def _drop_unused(centers: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+    """Forget centres that no candidate uses, so that later blocks are small.
+
+    Args:
+        centers: (B, G, M) rows of the tables.
+        members: (B, G, C, L) positions in M.
+
+    Returns:
+        The same with a smaller M, padded to the longest.
+    """
+    used = torch.zeros(centers.shape, dtype=torch.int64, device=centers.device)
+    used.scatter_(2, members.flatten(2), 1)
+    place = used.cumsum(dim=2)
+    width = int(place[..., -1].max())
+    members = place.gather(2, members.flatten(2)).view(members.shape) - 1
+    place = torch.where(used > 0, place - 1, width)
+    kept = centers.new_zeros(*centers.shape[:2], width + 1)
+    return kept.scatter_(2, place, centers)[..., :width].contiguous(), members
