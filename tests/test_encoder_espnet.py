@@ -348,3 +348,30 @@ def test_frozen_start_and_own_learning_rate(batch) -> None:
     assert not again.frozen and encoder(freeze_steps=2).frozen
     with pytest.raises(ValueError, match="freeze_steps 3"):
         encoder(freeze_steps=3, interctc_use_conditioning=True)
+
+
+def test_specaug_masks_the_fbank_in_training_only() -> None:
+    torch.manual_seed(0)
+    speech, lens = 0.1 * torch.randn(2, 16000), torch.tensor([16000, 12000])
+    masks = {"apply_time_warp": False, "freq_mask_width_range": [20, 21]}
+    masks |= {"num_freq_mask": 1, "time_mask_width_range": [30, 31]}
+    masks |= {"num_time_mask": 1, "replace_with_zero": False}
+    model = ZipformerEncoder(1, "tiny", specaug=masks)
+    plain = ZipformerEncoder(1, "tiny")
+    plain.load_state_dict(model.state_dict())
+    seen = []
+    model.encoder_embed.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    with torch.no_grad():
+        fbank, _ = model.compute_fbank(speech, lens)
+        assert torch.equal(model.eval()(speech, lens)[0], plain.eval()(speech, lens)[0])
+        model.train()(speech, lens)
+    clean, masked = seen
+    assert torch.equal(clean, fbank)
+    for changed in (masked != fbank).unbind():
+        bins, frames = changed.all(dim=0), changed.all(dim=1)
+        assert bins.sum() == 20 and frames.sum() == 30
+        assert not changed[~frames][:, ~bins].any()
+    with pytest.raises(ValueError, match="use ESPnet's own specaug"):
+        encoder(specaug=masks)
+    with pytest.raises(ValueError, match="unexpected keyword argument 'freq'"):
+        ZipformerEncoder(1, "tiny", specaug={"freq": 1})

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from espnet2.asr.encoder.abs_encoder import AbsEncoder
+from espnet2.asr.specaug.specaug import SpecAug
 from torch import Tensor, nn
 
 from espnet2_spear.asr.frontend.freezing import FreezeSchedule
@@ -41,12 +42,16 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         freeze_steps: train the network only after so many updates; see FreezeSchedule.
         lr_scale: learning rate of the network relative to the rest of the model; with
             ``optim: scaledadam`` only.
+        specaug: options of ESPnet's SpecAug, which masks the fbank of waveforms in
+            training (ESPnet's own ``specaug`` works on the input of an encoder, which
+            is a waveform here).
         spear_format: of a packed model, as of the frontend.
 
     Raises:
         CheckpointError: a model of a newer format.
         ValueError: an input size that does not fit the network, layers that it does
-            not have or cannot condition on, or options out of their range.
+            not have or cannot condition on, options out of their range, or
+            ``specaug`` with features for input.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         interctc_use_conditioning: bool = False,
         freeze_steps: int = 0,
         lr_scale: float = 1.0,
+        specaug: Mapping[str, Any] | None = None,
         spear_format: int | None = None,
     ) -> None:
         if spear_format is not None:
@@ -88,6 +94,7 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         self.unfreezing = (
             FreezeSchedule(network, freeze_steps) if freeze_steps else None
         )
+        self.specaug = None if specaug is None else self._build_specaug(specaug)
         # Made by ESPnet's model, which knows the number of tokens.
         self.conditioning_layer: nn.Module | None = None
 
@@ -103,6 +110,20 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
             self.encoder.eval()
             self.encoder_embed.eval()
         return self
+
+    def _build_specaug(self, options: Mapping[str, Any]) -> SpecAug:
+        if not self.from_waveform:
+            raise ValueError(
+                "encoder zipformer: encoder_conf.specaug masks the fbank of waveforms; "
+                "with features for input use ESPnet's own specaug"
+            )
+        try:
+            return SpecAug(**options)
+        except TypeError as error:
+            raise ValueError(
+                f"encoder zipformer: encoder_conf.specaug: {error}; the options are "
+                "those of ESPnet's SpecAug"
+            ) from None
 
     def _check_layers(self) -> None:
         ends = [*accumulate(self.config.num_encoder_layers)][:-1]
@@ -154,9 +175,12 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         with self._conditioned(ctc), no_grad:
             if self.from_waveform:
                 speech = xs_pad.squeeze(-1) if xs_pad.dim() == 3 else xs_pad
-                out = SpearEncoder.forward(self, speech, ilens, with_hidden)
+                fbank, fbank_lens = self.compute_fbank(speech, ilens)
+                if self.specaug is not None and self.training:
+                    fbank, fbank_lens = self.specaug(fbank, fbank_lens)
             else:
-                out = self.encode(xs_pad, ilens, with_hidden)
+                fbank, fbank_lens = xs_pad, ilens
+            out = self.encode(fbank, fbank_lens, with_hidden)
         lengths = out.encoder_out_lens
         if self.training and self.frozen and torch.is_grad_enabled():
             out.encoder_out = self.unfreezing.attach(out.encoder_out)
