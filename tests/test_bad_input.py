@@ -2,6 +2,7 @@
 
 import os
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -216,3 +217,33 @@ def test_no_space_left_is_told_and_made_up_for(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob(".spool*"))
     subprocess.run(command, check=True)
     assert "long" in (tmp_path / "out/wav.scp").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("spear_import", ["NONE", "--out", "OUT"], "name a local checkpoint"),
+        ("spear_export", ["NONE", "--out", "OUT"], "name a local checkpoint"),
+        ("spear_extract", ["--model", "NONE", "a.wav", "--out", "OUT"], "no such file"),
+        ("spear_upload", ["--packed", "NONE", "--repo_id", "a/b"], "run stage 8 first"),
+        ("mvq_export", ["--quantizer", "NONE", "--output", "OUT"], "no such quantizer"),
+        (
+            "mvq_report",
+            ["--quantizer", "NONE", "--embeddings", "NONE", "--output_dir", "OUT"],
+            "no such",
+        ),
+    ],
+)
+def test_commands_end_with_a_line(
+    tmp_path: Path, monkeypatch, command: str, options: list[str], message: str
+) -> None:
+    paths = {"NONE": str(tmp_path / "none"), "OUT": str(tmp_path / "out")}
+    options = [paths.get(word, word) for word in options]
+    monkeypatch.setattr(sys, "argv", [command, *options])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_module(f"espnet2_spear.bin.{command}", run_name="__main__")
+    text = str(error.value)
+    assert text.startswith(f"ERROR ({command}") and message in text, text
+    assert paths["NONE"] in text and "\n" not in text
+    assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from espnet2_spear.fileio.datadir import read_table
+from espnet2_spear.fileio.explain import run_command
 
 _HEADER = "|dataset|Snt|Wrd|Corr|Sub|Del|Ins|Err|S.Err|\n" + "|---" * 9 + "|"
 
@@ -218,4 +219,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, ScoreError)

@@ -10,6 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from espnet2_spear.fileio.explain import run_command
+
 
 class TableError(ValueError):
     """Scores that cannot be put into one table; names the file and the remedy."""
@@ -115,4 +117,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, TableError)

@@ -6,6 +6,8 @@ import logging
 
 from espnet2.utils.types import str2bool
 
+from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.mvq.abs_quantizer import QuantizerError
 from espnet2_spear.mvq.files import export_library, load_quantizer
 
 
@@ -39,4 +41,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, QuantizerError)

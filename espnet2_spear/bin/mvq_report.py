@@ -5,7 +5,9 @@ import argparse
 import logging
 from pathlib import Path
 
-from espnet2_spear.mvq.embeddings import EmbeddingSet
+from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.mvq.abs_quantizer import QuantizerError
+from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.measure import evaluate
 from espnet2_spear.mvq.report import write_report
@@ -76,4 +78,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, QuantizerError, EmbeddingError)

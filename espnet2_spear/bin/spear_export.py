@@ -9,7 +9,9 @@ from pathlib import Path
 
 from espnet2.utils.types import str2bool
 
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.hub.export import export_student, fits_released_code
+from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.zipformer.config import PADDING_MODES
 
@@ -67,4 +69,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, CheckpointError)

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.hub.extract import ExtractError, Extractor, parse_layers
 from espnet2_spear.hub.extract_run import ExtractionRun, RunOptions
+from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.recordings import find_recordings
 
@@ -148,4 +150,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, ExtractError, CheckpointError)

@@ -10,11 +10,13 @@ from pathlib import Path
 import yaml
 from espnet2.utils.types import str2bool
 
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.hub.fetch import is_hub_id
+from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.infer import compact, named_size
 from espnet2_spear.hub.load import open_checkpoint
 from espnet2_spear.hub.save import init_param_help, save_student
-from espnet2_spear.zipformer.config import PADDING_MODES
+from espnet2_spear.zipformer.config import PADDING_MODES, ConfigError
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -106,4 +108,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, CheckpointError, ConfigError)

@@ -6,8 +6,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.hub.card import REPO, Card
-from espnet2_spear.hub.pack import add_pack_arguments, check_files, pack_model
+from espnet2_spear.hub.files import CheckpointError
+from espnet2_spear.hub.pack import (
+    PackError,
+    add_pack_arguments,
+    check_files,
+    pack_model,
+)
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 DEMO = """import torch
@@ -114,4 +121,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, CheckpointError, PackError)

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from espnet2_spear.fileio.kaldi_ark import MISSING, read_matrix, scp_lines
-from espnet2_spear.mvq.store import CodeStoreWriter
+from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.kaldi_ark import MISSING, ArkError, read_matrix, scp_lines
+from espnet2_spear.mvq.store import CodeStoreError, CodeStoreWriter
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -68,4 +69,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, ArkError, CodeStoreError)

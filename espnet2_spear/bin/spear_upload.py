@@ -11,7 +11,9 @@ from pathlib import Path
 
 from espnet2.utils.types import str2bool
 
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.hub.card import REPO
+from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.packed import check_stamp, check_weights, read_meta
 from espnet2_spear.hub.unpack import UnpackError, unpack
 
@@ -129,4 +131,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, CheckpointError)

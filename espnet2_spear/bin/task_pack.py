@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.hub.card import REPO, Card
+from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.pack import (
     PackError,
     add_pack_arguments,
@@ -264,4 +266,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, CheckpointError, PackError)
