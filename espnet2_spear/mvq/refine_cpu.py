@@ -41,8 +41,8 @@ def run_passes(
     Args:
         products: (N*K, N*K) inner products of the centres, 0 within a codebook.
         linear: (B, N*K), part of the squared error that is a sum over codebooks.
-        rows: (B, N) int64 rows of the table, one per codebook, in this order:
-        order: (N,) int64 codebooks as they are paired.
+        rows: (B, N) int64 rows of the table, codebooks as they are paired.
+        order: (N,) int64 which codebook each of them is.
         kept: (1 + log2 N,) int64 candidates kept per group of 1, 2, 4... codebooks.
         iters: passes; a vector that a pass leaves as it was takes no more.
         num_threads: threads, each with its share of the vectors.
