@@ -11,11 +11,14 @@ ssl1/run.sh --datadir smoke/data --dumpdir smoke/dump --expdir smoke/exp \
 
 cd asr1
 export SSL_DATA=../ssl1/smoke/dump/raw
-for system in logmel spear_frozen spear_finetune; do
-    ./run.sh --datadir smoke/data --dumpdir smoke/dump --expdir smoke/exp \
-        --stop_stage 5 --asr_config "conf/train_asr_${system}.yaml" --asr_tag "${system}" \
-        --ckpt ../ssl1/smoke/exp/spear_mini_speech_audio/valid.loss.best.pth \
-        --asr_args "--max_epoch 1 --num_iters_per_epoch 2 --num_workers 0"
-done
-./run.sh --datadir smoke/data --dumpdir smoke/dump --expdir smoke/exp --stage 6 \
-    --asr_config conf/train_asr_spear_frozen.yaml --asr_tag spear_frozen
+folders=(--datadir smoke/data --dumpdir smoke/dump)
+./run.sh "${folders[@]}" --expdir smoke/exp --stop_stage 2
+(
+    # shellcheck source=asr1/path.sh
+    . ./path.sh
+    python local/run_systems.py --seeds 0 --expdir smoke/exp --table smoke/exp/table.md \
+        --ckpt ../ssl1/smoke/exp/spear_mini_speech_audio/valid.loss.best.pth -- \
+        "${folders[@]}" --asr_args "--max_epoch 1 --num_iters_per_epoch 2 --num_workers 0"
+)
+./run.sh "${folders[@]}" --expdir smoke/exp --stage 6 \
+    --asr_config conf/train_asr_spear_frozen.yaml --asr_tag spear_frozen_s0

@@ -1,24 +1,21 @@
 #!/usr/bin/env python3
 """Train, decode and score several recognizers: systems x seeds.
 
-What is run is what `run.sh --stage 3 --stop_stage 5` prints for each of them with
---dry_run true, so nothing is decided here; ESPnet is imported once, and every
-recognizer gets a process forked from this one, which saves its slow start. Recognizers
-that are scored already are skipped.
+Each is `run.sh --stage 3 --stop_stage 5` with its configuration, seed and tag, so that
+what is finished is skipped and what was interrupted goes on.
 """
 
 import argparse
-import importlib
-import multiprocessing
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import espnet2_spear  # noqa: F401  (makes frontend spear known to ESPnet)
+from espnet2_spear.bin import asr_table
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -41,92 +38,88 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def commands(args: argparse.Namespace, system: str, seed: int, exp_tag: str) -> list:
-    """Ask run.sh what it would run; a list of (log, module, arguments).
+class Runs:
+    """Calls of run.sh, which end with this process.
 
-    What a listing has of a step: its command, who runs it (the log comes last), what
-    it reads and writes, and whether it would be run.
+    Args:
+        args: of the command line.
     """
-    cmd = ["./run.sh", "--stage", "3", "--stop_stage", "5", "--dry_run", "true"]
-    cmd += ["--asr_config", f"conf/train_asr_{system}.yaml", "--seed", str(seed)]
-    cmd += ["--asr_tag", exp_tag, "--expdir", str(args.expdir), *args.run_args]
-    if args.ckpt is not None:
-        cmd += ["--ckpt", args.ckpt]
-    done = subprocess.run(cmd, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        sys.exit(f"run_systems.py: {shlex.join(cmd)} failed\n{done.stdout}")
-    found = []
-    for line in done.stdout.splitlines():
-        if line.startswith("  $ "):
-            words = shlex.split(line)[1:]
-            at = max(i for i, word in enumerate(words) if word == "-m")
-            module, rest = words[at + 1], words[at + 2 :]
-        elif line.startswith("      by "):
-            log = Path(shlex.split(line)[-1])
-        elif line.startswith("      would run"):
-            found.append((log, module, rest))
-    return found
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.running: set[subprocess.Popen] = set()
+        self.stopped = False
 
-def work(jobs: list) -> None:
-    """Run modules one after the other, each with its log, in a forked process."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for log, module, rest in jobs:
+    def __call__(self, system: str, seed: int) -> bool:
+        """Train, decode and score one recognizer; whether that went well."""
+        tag, args = f"{system}_s{seed}", self.args
+        log = args.expdir / f"asr_{tag}" / "run.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as stream:
-            os.dup2(stream.fileno(), 1)
-            os.dup2(stream.fileno(), 2)
-        sys.argv = [module, *rest]
-        print("#", shlex.join(sys.argv), flush=True)
-        importlib.import_module(module).main(rest)
-        sys.stdout.flush()
+        cmd = ["./run.sh", "--stage", "3", "--stop_stage", "5", "--asr_tag", tag]
+        cmd += ["--asr_config", f"conf/train_asr_{system}.yaml", "--seed", str(seed)]
+        cmd += ["--expdir", str(args.expdir), *args.run_args]
+        if args.ckpt is not None:
+            cmd += ["--ckpt", args.ckpt]
+        start = time.monotonic()
+        with log.open("a") as stream:
+            if self.stopped:
+                return False
+            print("#", shlex.join(cmd), file=stream, flush=True)
+            # A session of its own: a signal reaches all that run.sh has started.
+            process = subprocess.Popen(
+                cmd, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            self.running.add(process)
+            status = process.wait()
+            self.running.discard(process)
+        minutes = (time.monotonic() - start) / 60
+        if status == 0:
+            print(f"{tag}: done in {minutes:.1f} minutes", flush=True)
+        else:
+            last = log.read_text(errors="replace").splitlines()[-1]
+            print(f"{tag}: FAILED, see {log}: {last}", flush=True)
+        return status == 0
+
+    def stop(self) -> None:
+        """End what is running."""
+        self.stopped = True
+        for process in list(self.running):
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+def stop(number: int, _: object) -> None:
+    """Signal handler: end once, undisturbed by a signal that follows."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def main() -> None:
     args = get_parser().parse_args()
-    for module in ("espnet2.bin.asr_train", "espnet2_spear.bin.asr_score"):
-        importlib.import_module(module)
-    context = multiprocessing.get_context("fork")
-    # All seeds of a system before the next would leave the slow ones to the end.
-    waiting = [(s, seed) for seed in args.seeds for s in reversed(args.systems)]
+    runs = Runs(args)
+    signal.signal(signal.SIGTERM, stop)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            # All seeds of a system before the next would leave slow ones to the end.
+            jobs = [
+                pool.submit(runs, system, seed)
+                for seed in args.seeds
+                for system in reversed(args.systems)
+            ]
+            good = [job.result() for job in jobs]
+        except BaseException:
+            runs.stop()
+            raise
+    if not all(good):
+        sys.exit(f"run_systems.py: {good.count(False)} of {len(good)} failed")
     folders = [
         args.expdir / f"asr_{s}_s{seed}" for s in args.systems for seed in args.seeds
     ]
-    failed = []
-    running: dict = {}
-    # Killed, it takes the recognizers in training with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        while waiting or running:
-            while waiting and len(running) < args.jobs:
-                system, seed = waiting.pop(0)
-                tag = f"{system}_s{seed}"
-                if (args.expdir / f"asr_{tag}" / "score.json").exists():
-                    print(f"{tag}: done before", flush=True)
-                    continue
-                jobs = commands(args, system, seed, tag)
-                process = context.Process(target=work, args=(jobs,))
-                process.start()
-                running[process] = (tag, jobs[0][0], time.monotonic())
-            for process in [p for p in running if not p.is_alive()]:
-                tag, log, start = running.pop(process)
-                minutes = (time.monotonic() - start) / 60
-                state = "done" if process.exitcode == 0 else "FAILED"
-                print(f"{tag}: {state} in {minutes:.1f} minutes", flush=True)
-                if process.exitcode != 0:
-                    failed.append(f"{tag} (see the logs beside {log})")
-            time.sleep(0.2)
-    finally:
-        for process in running:
-            process.terminate()
-    if failed:
-        sys.exit(f"run_systems.py: failed: {', '.join(failed)}")
     cmd = ["--score_set", args.score_set, "--exp_dirs", *map(str, folders)]
     if args.table is not None:
         args.table.parent.mkdir(parents=True, exist_ok=True)
         cmd += ["--output", str(args.table)]
         cmd += ["--json", str(args.table.with_suffix(".json"))]
-    importlib.import_module("espnet2_spear.bin.asr_table").main(cmd)
+    asr_table.main(cmd)
 
 
 if __name__ == "__main__":
