@@ -145,6 +145,24 @@ def test_linear_maps() -> None:
     torch.testing.assert_close(got, expected)
 
 
+@needs_onednn
+@pytest.mark.parametrize("batch", [1, 2])
+def test_no_operation_takes_the_reference_code_of_onednn(
+    capfd: pytest.CaptureFixture, batch: int
+) -> None:
+    """Which is what oneDNN has for operands in an unusual layout; it is slow."""
+    student = build(NARROW, regularize=True).train()
+    speech = torch.randn(batch, 48000)
+    verbose = torch.backends.mkldnn.verbose
+    with verbose(torch.backends.mkldnn.VERBOSE_ON):
+        out = student(speech, torch.full((batch,), 48000)).encoder_out
+        out.square().mean().backward()
+    printed = capfd.readouterr().out
+    used = [line for line in printed.splitlines() if ",exec," in line]
+    assert any("inner_product" in line for line in used)
+    assert [line for line in used if ",ref" in line] == []
+
+
 def test_layers_that_were_replaced_or_watched_are_called() -> None:
     """LoRA, quantization and hooks work on the layer itself."""
 

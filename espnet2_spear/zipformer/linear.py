@@ -59,6 +59,10 @@ def on_cpu(x: Tensor, *modules: nn.Module) -> bool:
 
 def matmul_t(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (n, k) times the transpose of b (m, k), plus bias (m,); by oneDNN."""
+    if not (b.is_contiguous() or b.t().is_contiguous()):
+        # Part of a larger matrix, such as rows of one utterance whose channels come
+        # first in memory: oneDNN then takes its reference code, a thousand times slower.
+        b = b.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
