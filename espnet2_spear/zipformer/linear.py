@@ -61,7 +61,7 @@ def matmul_t(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (n, k) times the transpose of b (m, k), plus bias (m,); by oneDNN."""
     if not (b.is_contiguous() or b.t().is_contiguous()):
         # Part of a larger matrix, such as rows of one utterance whose channels come
-        # first in memory: oneDNN then takes its reference code, a thousand times slower.
+        # first in memory: oneDNN has only reference code for it, far slower.
         b = b.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
