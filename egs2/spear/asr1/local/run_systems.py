@@ -6,6 +6,7 @@ what is finished is skipped and what was interrupted goes on.
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -70,6 +71,8 @@ class Runs:
                 cmd, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
             )
             self.running.add(process)
+            if self.stopped:  # since the check above
+                self.stop()
             status = process.wait()
             self.running.discard(process)
         minutes = (time.monotonic() - start) / 60
@@ -84,7 +87,8 @@ class Runs:
         """End what is running."""
         self.stopped = True
         for process in list(self.running):
-            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGTERM)
 
 
 def stop(number: int, _: object) -> None:
