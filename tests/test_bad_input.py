@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import soundfile
 from embedding_files import structured_vectors, write_embeddings
+from teacher_files import whisper_tensors, write_ctranslate2
 from test_local_data import noise, run_sh
 
 from espnet2_spear.fileio.datadir import DataDir
@@ -233,17 +234,45 @@ def test_no_space_left_is_told_and_made_up_for(tmp_path: Path) -> None:
             ["--quantizer", "NONE", "--embeddings", "NONE", "--output_dir", "OUT"],
             "no such",
         ),
+        (
+            "mvq_train",
+            [
+                *("--embeddings", "EMBEDDINGS", "--output", "OUT"),
+                *("--quantizer", "kmeans", "--num_codebooks", "2"),
+            ],
+            "k-means has one codebook",
+        ),
+        (
+            "spear_tokenize",
+            [
+                *("--teacher_config", "TEACHER", "--quantizer", "NONE", "--ngpu", "0"),
+                *("--data_dir", "DATA", "--output_dir", "OUT", "--name", "speech"),
+            ],
+            "no such quantizer",
+        ),
     ],
 )
 def test_commands_end_with_a_line(
     tmp_path: Path, monkeypatch, command: str, options: list[str], message: str
 ) -> None:
     paths = {"NONE": str(tmp_path / "none"), "OUT": str(tmp_path / "out")}
+    if "EMBEDDINGS" in options:
+        folder = write_embeddings(tmp_path / "emb", [structured_vectors(1000)])
+        paths["EMBEDDINGS"] = str(folder)
+    if "TEACHER" in options:
+        weights = write_ctranslate2(tmp_path / "model.bin", whisper_tensors())
+        paths["TEACHER"], paths["DATA"] = str(tmp_path / "t.yaml"), str(tmp_path)
+        (tmp_path / "t.yaml").write_text(
+            f"teacher: whisper\nteacher_conf: {{weights: {weights}, layer: 2}}\n"
+        )
+        (tmp_path / "wav.scp").write_text(f"a {tmp_path}/a.wav\n")
+        (tmp_path / "utt2num_samples").write_text("a 16000\n")
+    named_none = "NONE" in options
     options = [paths.get(word, word) for word in options]
     monkeypatch.setattr(sys, "argv", [command, *options])
     with pytest.raises(SystemExit) as error:
         runpy.run_module(f"espnet2_spear.bin.{command}", run_name="__main__")
     text = str(error.value)
     assert text.startswith(f"ERROR ({command}") and message in text, text
-    assert paths["NONE"] in text and "\n" not in text
+    assert (paths["NONE"] in text or not named_none) and "\n" not in text
     assert not (tmp_path / "out").exists()

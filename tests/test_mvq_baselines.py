@@ -133,6 +133,8 @@ def test_command(data, tmp_path, kind):
 def test_bad_options(data, tmp_path):
     with pytest.raises(TrainingError, match="codebook_size is 500.*byte"):
         replace(CONFIG, codebook_size=500)
+    with pytest.raises(TrainingError, match="seed is -1"):
+        replace(CONFIG, seed=-1)
     with pytest.raises(QuantizerError, match="k-means has one codebook, not 2"):
         train_baseline(replace(CONFIG, num_codebooks=2), data)
     command = f"--embeddings {data.source} --output {tmp_path}/q.pt --quantizer rvq"

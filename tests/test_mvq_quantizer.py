@@ -120,6 +120,17 @@ def test_losses_equal_reference(reference, library_file):
     assert not losses.index_entropy.requires_grad
 
 
+def test_losses_under_autocast_are_those_without(reference, library_file):
+    """Of vectors in low precision, too, as a teacher under autocast gives them."""
+    quantizer = load_quantizer(library_file)
+    x = torch.tensor(reference["x"]).bfloat16()
+    plain = quantizer_losses(quantizer, x.float(), 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = quantizer_losses(quantizer, x, 2)
+    for loss, expected in zip(under, plain, strict=True):
+        assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+
+
 def test_codes_equal_full_reference(search, golden_dir):
     ref = np.load(golden_dir / "mvq.npz")
     quantizer = Quantizer(16, 16, 4)
@@ -338,6 +349,9 @@ def test_bad_input():
         x[7, 3] = value
         with pytest.raises(QuantizerError, match="vector 7 of 10 holds NaN"):
             quantizer.encode(x, max_frames=4)
+    for value in (0, -1):
+        with pytest.raises(QuantizerError, match=f"max_frames is {value}; at least 1"):
+            quantizer.encode(x, max_frames=value)
 
 
 @pytest.mark.parametrize("size, num", [(100, 4), (256, 3), (0, 4), (1, 4)])
@@ -389,16 +403,63 @@ def test_foreign_and_corrupt_files(tmp_path, library_file):
     torch.save({"weight": torch.zeros(3)}, path)
     with pytest.raises(QuantizerError, match="q.pt: neither"):
         load_quantizer(path)
-    state = torch.load(library_file, weights_only=True)
-    state["to_logits.bias"] = torch.zeros(3)
-    torch.save(state, path)
-    with pytest.raises(QuantizerError, match="(?s)q.pt: .*to_logits.bias"):
-        load_quantizer(path)
     trace = tmp_path / "trace"
     path.write_bytes(pickle.dumps(Executed(str(trace)), protocol=2))
     with pytest.raises(QuantizerError, match="q.pt: not a readable"):
         load_quantizer(path)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"to_logits.bias": torch.zeros(3)}, "do not make .*to_logits.bias"),
+        ({"more": torch.zeros(3)}, "do not make .*more"),
+        ({"centers": torch.zeros(3)}, "do not make a quantizer of kind 'mvq'"),
+        ({"centers": [1.0, 2.0]}, "'centers' of its state dict is a list"),
+        ({3: torch.zeros(3)}, "3 of its state dict"),
+        ({"logits_scale": torch.tensor(float("nan"))}, "'logits_scale' holds NaN"),
+        ({"mean": torch.full((16,), float("inf"))}, "'mean' holds NaN or infinity"),
+        ({"std": torch.full((16,), float("nan"))}, "'std' holds NaN or infinity"),
+        ({"std": torch.eye(16)[0]}, "'std' holds 0; .* above 0"),
+        ({"std": torch.full((16,), -2.0)}, "'std' holds -2; .* above 0"),
+        ({"id_buf": torch.full((8,), 200, dtype=torch.uint8)}, "'id_buf' holds"),
+        ({"id_buf": torch.zeros(8, dtype=torch.uint8)}, "'id_buf' holds"),
+    ],
+)
+def test_files_with_wrong_values(tmp_path, change, message):
+    """Ours, and as the SPEAR authors keep them: mean and std beside the state dict."""
+    ours = tmp_path / "q.pt"
+    random_quantizer(16, 16, 4).save(ours)
+    content = torch.load(ours, weights_only=True)
+    content["state_dict"].update(change)
+    torch.save(content, ours)
+    state, theirs = content["state_dict"], tmp_path / "spear.pt"
+    beside = {"mean": state.pop("mean"), "std": state.pop("std")}
+    torch.save({"quantizer": state, **beside}, theirs)
+    for path in (ours, theirs):
+        with pytest.raises(QuantizerError, match=message) as error:
+            load_quantizer(path)
+        text = str(error.value)
+        assert text.startswith(f"{path}: ") and "copy or train it again" in text
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kind": ["mvq"]}, "of kind"),
+        ({"state_dict": None}, "neither"),
+        ({"metadata": ["speech"]}, "metadata"),
+        ({"metadata": {"teacher": "whisper"}}, "'teacher'"),
+    ],
+)
+def test_files_with_wrong_facts(tmp_path, change, message):
+    path = tmp_path / "q.pt"
+    random_quantizer(16, 16, 4).save(path)
+    torch.save({**torch.load(path, weights_only=True), **change}, path)
+    with pytest.raises(QuantizerError, match=f"q.pt: .*{message}"):
+        load_quantizer(path)
 
 
 def test_library_file_round_trip(tmp_path, library_file):
@@ -408,16 +469,18 @@ def test_library_file_round_trip(tmp_path, library_file):
     quantizer = load_quantizer(library_file)
     quantizer.mean.fill_(0.3)
     quantizer.std.fill_(2.0)
+    output = tmp_path / "new/l.pt"  # the folder is made
     mvq_export.main(
-        ["--quantizer", str(saved(quantizer, tmp_path)), "--output", f"{tmp_path}/l.pt"]
+        ["--quantizer", str(saved(quantizer, tmp_path)), "--output", str(output)]
     )
-    content = torch.load(tmp_path / "l.pt", weights_only=True)
+    assert os.listdir(output.parent) == ["l.pt"]
+    content = torch.load(output, weights_only=True)
     assert content.keys() == {"quantizer", "mean", "std"}
     state = content["quantizer"]
     assert {k: (v.shape, v.dtype) for k, v in state.items()} == {
         k: (v.shape, v.dtype) for k, v in original.items()
     }
-    again = load_quantizer(tmp_path / "l.pt")
+    again = load_quantizer(output)
     x = random_vectors(quantizer, 40)
     assert torch.equal(again.encode(x), quantizer.encode(x))
     assert again.identity == quantizer.identity

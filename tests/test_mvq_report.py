@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from embedding_files import structured_vectors, write_embeddings
+from embedding_files import TEACHER, structured_vectors, write_embeddings
 
 from espnet2_spear.bin import mvq_report
+from espnet2_spear.mvq.abs_quantizer import QuantizerError
 from espnet2_spear.mvq.baseline_training import BaselineConfig, train_baseline
 from espnet2_spear.mvq.embeddings import EmbeddingSet
 from espnet2_spear.mvq.measure import contributions, evaluate, relative_error
@@ -93,6 +94,41 @@ def test_page_of_two(quantizer, data, tmp_path):
     assert content[names[1]]["held_out"]["passes"][0][0] == 0
     for plot in ("error.png", "codebooks.png"):
         assert (tmp_path / "out" / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_of_one_quantizer_on_two_folders(quantizer, data, tmp_path):
+    quantizer.save(tmp_path / "mvq.pt")
+    other = write_embeddings(tmp_path / "other", [0.5 * structured_vectors(1000)])
+    mvq_report.main(
+        f"--quantizer {tmp_path}/mvq.pt --quantizer {tmp_path}/mvq.pt --embeddings "
+        f"{data.source} --embeddings {other} --output_dir {tmp_path}/out".split()
+    )
+    content = json.loads((tmp_path / "out" / "report.json").read_text())["quantizers"]
+    name = f"mvq {quantizer.identity}"
+    assert list(content) == [f"{name} (1)", f"{name} (2)"]
+    folders = [summary["embeddings"] for summary in content.values()]
+    assert folders == [data.source, str(other)]
+    errors = [s["held_out"]["relative_error"] for s in content.values()]
+    assert errors[1] > 1.5 * errors[0]
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert f"| {data.source} | {other} |" in page
+
+
+@pytest.mark.parametrize(
+    "made_for, dim, options, message",
+    [
+        ({**TEACHER, "layer": 4}, 12, "", "another teacher .* .layer 4 against 3"),
+        (None, 16, "", "of 16 dimensions, .* has 12"),
+        (TEACHER, 12, "--refine_iters=-1", "refine_iters is -1"),
+    ],
+)
+def test_quantizer_that_does_not_fit(data, tmp_path, made_for, dim, options, message):
+    file = tmp_path / "q.pt"
+    Quantizer(dim, 16, 2).save(file, {"teacher": made_for})
+    command = f"--quantizer {file} --embeddings {data.source} {options}"
+    with pytest.raises(QuantizerError, match=message) as error:
+        mvq_report.main([*command.split(), "--output_dir", str(tmp_path / "out")])
+    assert str(file) in str(error.value) and data.source in str(error.value)
 
 
 def test_unused_entries_are_counted(data):

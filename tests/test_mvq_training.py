@@ -139,6 +139,12 @@ def test_checkpoint_of_another_run(folder, tmp_path, arrays):
     other = EmbeddingSet(write_embeddings(tmp_path / "other", arrays[:1]))
     with pytest.raises(TrainingError, match="was made with embeddings"):
         MVQTrainer(CONFIG, other, checkpoint)
+    for content in ({"weight": torch.zeros(3)}, [1, 2]):
+        torch.save(content, checkpoint)
+        with pytest.raises(
+            TrainingError, match="checkpoint: .*another program.*remove"
+        ):
+            MVQTrainer(CONFIG, data, checkpoint)
     checkpoint.write_bytes(b"nonsense")
     with pytest.raises(TrainingError, match="unreadable checkpoint.*remove"):
         MVQTrainer(CONFIG, data, checkpoint)
@@ -152,7 +158,17 @@ def test_learning_rate_schedule():
 
 
 @pytest.mark.parametrize(
-    "option", [{"iters_phase2": 0}, {"batch_frames": 0}, {"num_codebooks": 12}]
+    "option",
+    [
+        {"iters_phase2": 0},
+        {"batch_frames": 0},
+        {"num_codebooks": 12},
+        {"lr": 0.0},
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"lr": float("inf")},
+        {"seed": -1},
+    ],
 )
 def test_bad_options(option):
     with pytest.raises(TrainingError, match=next(iter(option))):
@@ -203,6 +219,11 @@ def test_bad_embedding_files(tmp_path, arrays, folder):
     (folder / "embeddings.json").write_text('{"dim": 12}')
     with pytest.raises(EmbeddingError, match="missing or malformed.*files"):
         EmbeddingSet(folder)
+    named = write_embeddings(tmp_path / "named", arrays, teacher="whisper")
+    with pytest.raises(EmbeddingError, match="malformed.*teacher is no object"):
+        EmbeddingSet(named)
+    with pytest.raises(EmbeddingError, match="seed is -1"):
+        EmbeddingSet(named, seed=-1)
     tiny = write_embeddings(tmp_path / "tiny", [arrays[0][:1]])
     with pytest.raises(EmbeddingError, match="1 frames are too few"):
         EmbeddingSet(tiny)

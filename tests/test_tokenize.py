@@ -19,8 +19,9 @@ from teacher_files import whisper_tensors, write_ctranslate2
 from espnet2_spear.bin import spear_embed, spear_tokenize
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.kaldi_ark import read_matrix, read_scp
+from espnet2_spear.mvq.baselines import ResidualQuantizer
 from espnet2_spear.mvq.files import load_quantizer
-from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
 from espnet2_spear.teachers import TeacherError, build_teacher, tokenize_run
 from espnet2_spear.teachers.shards import deal
 from espnet2_spear.teachers.tokenize import TokenizeOptions, Tokenizer
@@ -614,6 +615,47 @@ def test_other_options_or_inputs_are_computed_again(setup, data_dir, tmp_path):
     assert arks(out) == before
 
 
+@pytest.mark.parametrize(
+    "kind, options, message",
+    [
+        (Quantizer, ("--refine_iters", -1), "refine_iters is -1; at least 0"),
+        (ResidualQuantizer, ("--refine_iters", 2), "'rvq' has no search to repeat"),
+        (ResidualQuantizer, ("--extra_passes", 2), "'rvq' has no joint search"),
+        (Quantizer, ("--max_frames", 0), "max_frames is 0; at least 1"),
+    ],
+)
+def test_options_that_the_quantizer_does_not_have(
+    setup, data_dir, tmp_path, kind, options, message
+):
+    """They are refused before anything is computed or written."""
+    path = tmp_path / "q.pt"
+    kind(32, 256, 4).save(path, {"teacher": setup["teacher"].describe()})
+    with pytest.raises(QuantizerError, match=f"q.pt: .*{message}"):
+        tokenize(
+            {**setup, "quantizer": str(path)}, data_dir, tmp_path / "out", *options
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_frames_at_once_are_bounded(setup, data_dir, tmp_path, monkeypatch, caplog):
+    sizes = []
+    search = Quantizer._search
+
+    def watched(self, x, *rest):
+        sizes.append(len(x))
+        return search(self, x, *rest)
+
+    monkeypatch.setattr(Quantizer, "_search", watched)
+    out = tmp_path / "out"
+    tokenize(setup, data_dir, out, "--max_frames", 50)
+    assert max(sizes) == 50
+    monkeypatch.undo()
+    codes = arks(out)
+    with caplog.at_level(logging.INFO):
+        tokenize(setup, data_dir, out)
+    assert "1 of 1 shards are done" in caplog.text and arks(out) == codes
+
+
 def test_quantizer_of_another_teacher(setup, data_dir, tmp_path, caplog):
     out, path = tmp_path / "codes", tmp_path / "q.pt"
     other = {**setup, "quantizer": str(path)}
@@ -666,7 +708,7 @@ def test_nothing_to_tokenize(setup, data_dir, tmp_path):
     for path in data_dir.glob("*.wav"):
         path.unlink()
     with pytest.raises(
-        ValueError, match="none of the 12 utterances could be tokenized"
+        TeacherError, match="none of the 12 utterances could be tokenized"
     ):
         tokenize(setup, data_dir, tmp_path / "codes")
     assert not (tmp_path / "codes" / "speech.scp").exists()

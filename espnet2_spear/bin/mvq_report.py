@@ -3,14 +3,16 @@
 
 import argparse
 import logging
+from collections import Counter
 from pathlib import Path
 
 from espnet2_spear.fileio.explain import run_command
-from espnet2_spear.mvq.abs_quantizer import QuantizerError
-from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet
+from espnet2_spear.mvq.abs_quantizer import AbsQuantizer, QuantizerError
+from espnet2_spear.mvq.embeddings import INDEX, EmbeddingError, EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.measure import evaluate
 from espnet2_spear.mvq.report import write_report
+from espnet2_spear.teachers.base import difference
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -43,6 +45,22 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_match(quantizer: AbsQuantizer, data: EmbeddingSet, file: str) -> None:
+    """Raise QuantizerError if the quantizer is known to be of another teacher."""
+    remedy = "give the embeddings of the quantizer's own teacher"
+    if quantizer.dim != data.dim:
+        raise QuantizerError(
+            f"{file}: is a quantizer of {quantizer.dim} dimensions, "
+            f"{data.folder / INDEX} has {data.dim}; {remedy}"
+        )
+    own, other = quantizer.metadata.get("teacher"), data.index.get("teacher")
+    if own and other and (differs := difference(own, other)):
+        raise QuantizerError(
+            f"{file}: was trained on another teacher than that of "
+            f"{data.folder / INDEX} ({differs}); {remedy}"
+        )
+
+
 def main(cmd=None):
     """Measure and write; see ``--help``.
 
@@ -63,16 +81,27 @@ def main(cmd=None):
             "one or two quantizers, and one folder or one for each"
         )
     folders *= len(files) // len(folders)
-    summaries = {}
+    measured = []
     for file, folder in zip(files, folders, strict=True):
         quantizer = load_quantizer(file).to(args.device)
         data = EmbeddingSet(folder, seed=args.seed)
-        name = f"{quantizer.kind} {quantizer.identity}"
-        summaries[name] = evaluate(quantizer, data, args.seed, args.refine_iters)
-        if training := quantizer.metadata.get("training"):
-            summaries[name]["config"] = training["config"]
-        error = summaries[name]["held_out"]["relative_error"]
+        _check_match(quantizer, data, file)
+        try:
+            summary = evaluate(quantizer, data, args.seed, args.refine_iters)
+        except QuantizerError as error:
+            raise QuantizerError(f"{file} on {folder}: {error}") from error
+        summary.update(file=file, embeddings=folder)
+        if config := (quantizer.metadata.get("training") or {}).get("config"):
+            summary["config"] = config
+        measured.append((f"{quantizer.kind} {quantizer.identity}", summary))
+        error = summary["held_out"]["relative_error"]
         logging.info(f"{file}: relative error {error:.4f} on held-out frames")
+    # One quantizer may be measured twice, on two folders.
+    counts = Counter(name for name, _ in measured)
+    summaries = {
+        name if counts[name] == 1 else f"{name} ({n})": summary
+        for n, (name, summary) in enumerate(measured, 1)
+    }
     write_report(Path(args.output_dir), summaries)
     logging.info(f"{args.output_dir}/report.md written")
 

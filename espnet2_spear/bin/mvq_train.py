@@ -11,6 +11,7 @@ import torch
 from espnet2.utils.types import str2bool
 
 from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.mvq.abs_quantizer import QuantizerError
 from espnet2_spear.mvq.baseline_training import BaselineConfig, train_baseline
 from espnet2_spear.mvq.baselines import KMeansQuantizer
 from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet, TrainingFrames
@@ -214,4 +215,4 @@ def _train(args: argparse.Namespace, config: MVQTrainingConfig | BaselineConfig)
 
 
 if __name__ == "__main__":
-    run_command(main, TrainingError, EmbeddingError, TeacherError)
+    run_command(main, TrainingError, EmbeddingError, TeacherError, QuantizerError)

@@ -15,6 +15,7 @@ import torch
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.part import add_part_option
+from espnet2_spear.mvq.abs_quantizer import QuantizerError
 from espnet2_spear.teachers import load_teacher_config
 from espnet2_spear.teachers.base import TeacherError
 from espnet2_spear.teachers.tokenize import TokenizeOptions
@@ -90,6 +91,12 @@ def get_parser() -> argparse.ArgumentParser:
         "never gets larger, but the codes are not the multi-quantization library's",
     )
     parser.add_argument(
+        "--max_frames",
+        type=int,
+        help="frames quantized at once, which bounds the memory of the search; by "
+        "default 2048 on a CPU, 8192 on a GPU",
+    )
+    parser.add_argument(
         "--dtype",
         default="float32",
         choices=["float32", "bfloat16", "float16"],
@@ -154,7 +161,7 @@ def main(cmd=None):
         args.name, args.teacher_config, args.quantizer, strict=True
     ):
         teacher, conf = load_teacher_config(config)
-        options = (args.refine_iters, args.extra_passes, args.dtype)
+        options = (args.refine_iters, args.extra_passes, args.dtype, args.max_frames)
         teachers.append(TokenizeOptions(name, teacher, conf, quantizer, *options))
     if not 0 <= args.min_agreement <= 1:
         raise SystemExit(f"--min_agreement {args.min_agreement}: must be from 0 to 1")
@@ -174,4 +181,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    run_command(main, TeacherError)
+    run_command(main, TeacherError, QuantizerError)

@@ -151,6 +151,12 @@ class AbsQuantizer(nn.Module, ABC):
                 else f"extra_passes is {extra_passes}; at least 0"
             )
 
+    @staticmethod
+    def check_max_frames(max_frames: int | None) -> None:
+        """Raise QuantizerError unless so many vectors can be computed at once."""
+        if max_frames is not None and max_frames < 1:
+            raise QuantizerError(f"max_frames is {max_frames}; at least 1")
+
     @torch.no_grad()
     def encode(
         self,
@@ -175,8 +181,8 @@ class AbsQuantizer(nn.Module, ABC):
             (..., N) int64 in 0..K-1.
 
         Raises:
-            QuantizerError: another dimension than D, NaN or infinity, or passes of a
-                quantizer that has none.
+            QuantizerError: another dimension than D, NaN or infinity, passes of a
+                quantizer that has none, or ``max_frames`` below 1.
         """
         if x.shape[-1] != self.dim:
             raise QuantizerError(
@@ -185,12 +191,14 @@ class AbsQuantizer(nn.Module, ABC):
             )
         passes = self.passes(refine_iters)
         self.check_extra_passes(extra_passes)
+        self.check_max_frames(max_frames)
         flat = x.reshape(-1, self.dim)
         codes = torch.empty(
             len(flat), self.num_codebooks, dtype=torch.int64, device=x.device
         )
         tables = self.tables() if self._needs_tables(passes) or extra_passes else None
-        max_frames = max_frames or self.default_max_frames(x.device)
+        if max_frames is None:
+            max_frames = self.default_max_frames(x.device)
         for start in range(0, len(flat), max_frames):
             part = self.standardise(flat[start : start + max_frames])
             if not torch.isfinite(part).all():

@@ -18,7 +18,7 @@ from espnet2_spear.mvq.baselines import (
 )
 from espnet2_spear.mvq.embeddings import EmbeddingError, TrainingFrames
 from espnet2_spear.mvq.statistics import channel_statistics
-from espnet2_spear.mvq.training import TrainingError
+from espnet2_spear.mvq.training import TrainingError, check_seed
 
 MAX_CODEBOOK_SIZE = 256  # a code is stored in a byte
 INIT_FRAMES = 16  # per centre, for k-means++
@@ -54,6 +54,7 @@ class BaselineConfig:
         for name in ("num_codebooks", "iters", "batch_frames"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; at least 1")
+        check_seed(self.seed)
         if not 2 <= self.codebook_size <= MAX_CODEBOOK_SIZE:
             raise TrainingError(
                 f"codebook_size is {self.codebook_size}; from 2 to "

@@ -72,10 +72,12 @@ class EmbeddingSet:
         num_train, num_held_out: frames in the two parts.
 
     Raises:
-        EmbeddingError: a missing or malformed file, named.
+        EmbeddingError: a missing or malformed file, named, or a negative seed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], seed: int = 0) -> None:
+        if seed < 0:
+            raise EmbeddingError(f"seed is {seed}; at least 0")
         self.folder, self.source = Path(folder), os.fspath(folder)
         self.index = _read_index(self.folder / INDEX)
         self.dim: int = self.index["dim"]
@@ -191,6 +193,8 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         list(map(int, [index["dim"], *(f["frames"] for f in index["files"])]))
         [f["file"] for f in index["files"]]
+        if not isinstance(index.get("teacher"), dict | None):
+            raise TypeError("teacher is no object")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EmbeddingError(
             f"{path}: missing or malformed ({error!r}); write it with "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.mvq.abs_quantizer import FORMAT, AbsQuantizer, QuantizerError
 from espnet2_spear.mvq.baselines import (
     KMeansQuantizer,
@@ -26,6 +29,7 @@ KINDS: dict[str, type[AbsQuantizer]] = {
         RandomProjectionQuantizer,
     )
 }
+REMEDY = "copy or train it again"
 # State dict of the multi-quantization library; N, K, D as in our classes.
 LIBRARY_KEYS = (
     "to_logits.weight",  # float32 (N*K, D)
@@ -44,7 +48,8 @@ def load_quantizer(path: str | os.PathLike[str]) -> AbsQuantizer:
     SPEAR authors keep: {"quantizer": such a state dict, "mean": (D,), "std": (D,)}.
 
     Raises:
-        QuantizerError: missing, corrupt or foreign file.
+        QuantizerError: missing, corrupt or foreign file, or values that no quantizer
+            has.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -55,20 +60,37 @@ def load_quantizer(path: str | os.PathLike[str]) -> AbsQuantizer:
         ) from None
     except Exception as error:  # whatever the unpickler meets
         raise QuantizerError(
-            f"{path}: not a readable quantizer file ({type(error).__name__}); copy or "
-            "train it again"
+            f"{path}: not a readable quantizer file ({type(error).__name__}); {REMEDY}"
         ) from error
     kind, state, metadata = _parts(path, content)
     try:
         quantizer = KINDS[kind].from_state(state)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise QuantizerError(f"{path}: {error}") from error
-    if not bool(
-        torch.isfinite(torch.cat([p.flatten() for p in quantizer.parameters()])).all()
-    ):
-        raise QuantizerError(f"{path}: holds NaN or infinity; train it again")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # torch's is long
+        raise QuantizerError(
+            f"{path}: its tensors do not make a quantizer of kind '{kind}' ({reason}); "
+            f"{REMEDY}"
+        ) from error
+    _check_values(path, quantizer)
     quantizer.metadata = metadata
     return quantizer.eval()
+
+
+def _check_values(path: str | os.PathLike[str], quantizer: AbsQuantizer) -> None:
+    """Raise QuantizerError for values that would give wrong codes, or none."""
+    for key, value in quantizer.state_dict().items():
+        if not bool(torch.isfinite(value).all()):
+            raise QuantizerError(f"{path}: '{key}' holds NaN or infinity; {REMEDY}")
+    if bool((quantizer.std <= 0).any()):
+        raise QuantizerError(
+            f"{path}: 'std' holds {float(quantizer.std.min()):g}; standard deviations "
+            f"must be above 0; {REMEDY}"
+        )
+    identity = bytes(quantizer.id_buf.tolist())
+    if not (identity.isascii() and identity.decode("ascii").isprintable()):
+        raise QuantizerError(
+            f"{path}: 'id_buf' holds {identity!r}, no name of a quantizer; {REMEDY}"
+        )
 
 
 def _parts(
@@ -82,7 +104,7 @@ def _parts(
     elif isinstance(content, dict) and isinstance(content.get("quantizer"), dict):
         extra = {key: content.get(key) for key in ("mean", "std")}
         content = {**content["quantizer"], **_statistics(path, extra)}
-    if kind not in KINDS:
+    if kind not in tuple(KINDS):  # it need not be hashable
         raise QuantizerError(
             f"{path}: is a quantizer of kind '{kind}', this version knows "
             f"{', '.join(KINDS)}"
@@ -93,6 +115,19 @@ def _parts(
         raise QuantizerError(
             f"{path}: neither a quantizer of this package nor one of the "
             f"multi-quantization library, whose state dict has {LIBRARY_KEYS}"
+        )
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise QuantizerError(
+                f"{path}: {key!r} of its state dict is a {type(value).__name__}, not a "
+                f"tensor; {REMEDY}"
+            )
+    if not isinstance(metadata, dict) or not all(
+        isinstance(metadata.get(key), dict | None) for key in ("teacher", "training")
+    ):
+        raise QuantizerError(
+            f"{path}: its metadata, or 'teacher' or 'training' in it, are no dict; "
+            f"{REMEDY}"
         )
     return kind, content, metadata
 
@@ -117,7 +152,7 @@ def export_library(
 
     Args:
         quantizer: of kind mvq.
-        path: of the file.
+        path: of the file; its folder is made if it is not there.
         with_statistics: write {"quantizer": state dict, "mean", "std"} as the SPEAR
             authors do; otherwise the bare state dict, whose user gives the library
             vectors that are standardised already.
@@ -125,6 +160,7 @@ def export_library(
     Raises:
         QuantizerError: another kind, or a standardisation that the bare form would
             lose.
+        OSError: it cannot be written, such as on a full disk.
     """
     if not isinstance(quantizer, Quantizer):
         raise QuantizerError(
@@ -144,6 +180,7 @@ def export_library(
     }
     if with_statistics:
         state = {"quantizer": state, "mean": mean, "std": std}
-    temporary = f"{os.fspath(path)}.part"
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    # In memory first: torch turns errors of a file into RuntimeErrors.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(Path(path), buffer.getvalue())

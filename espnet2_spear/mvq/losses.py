@@ -56,7 +56,17 @@ def quantizer_losses(
         x: standardised vectors (B, D).
         refine_iters: passes of the search for the codes.
         tables: of the centres to search with; by default the present ones.
+
+    Returns:
+        float32 scalars, under autocast, too: the search subtracts large inner products.
     """
+    with torch.autocast(x.device.type, enabled=False):
+        return _losses(quantizer, x.float(), refine_iters, tables)
+
+
+def _losses(
+    quantizer: Quantizer, x: Tensor, refine_iters: int, tables: GramTables | None
+) -> QuantizerLosses:
     logits = quantizer.logits(x)
     with torch.no_grad():
         codes = logits.argmax(dim=-1)

@@ -34,9 +34,9 @@ def evaluate(
         primitives only: ``identity``, ``kind``, sizes, ``frame_rate`` (Hz, may be
         None), and for each of ``train`` and ``held_out`` the number of ``frames``,
         ``relative_error`` (see :func:`relative_error`, standardised if the quantizer
-        is), and per codebook ``entropy_bits`` and ``dead`` (entries that no frame
-        uses); for ``held_out`` also ``passes`` ([passes, error] pairs), ``codebooks``
-        (:meth:`Contributions.greedy`) and ``correlation`` (N, N).
+        is), and per codebook ``entropy_bits`` and ``dead`` (entries that none of these
+        frames uses); for ``held_out`` also ``passes`` ([passes, error] pairs),
+        ``codebooks`` (:meth:`Contributions.greedy`) and ``correlation`` (N, N).
     """
     device = quantizer.mean.device
     passes = quantizer.passes(refine_iters)

@@ -20,7 +20,9 @@ def write_report(
 
     Args:
         folder: made if it is not there.
-        summaries: name -> result of ``evaluate``, one or two.
+        summaries: name -> result of ``evaluate``, one or two; may have the names of
+            the files measured as ``file`` and ``embeddings``, and the options of the
+            training as ``config``.
         history: of the trainer, if the quantizer has just been trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +83,11 @@ def _overview(summaries: Mapping[str, Summary]) -> str:
         return "unknown" if bits is None else f"{bits[0]:.0f}, {bits[1]:.0f}"
 
     rows = [
+        row(key, lambda s, key=key: s.get(key, ""))
+        for key in ("file", "embeddings")
+        if any(key in summary for summary in summaries.values())
+    ]
+    rows += [
         row("kind", lambda s: s["kind"]),
         row("identity", lambda s: s["identity"]),
         row("codebooks x entries", lambda s: _size(s)),

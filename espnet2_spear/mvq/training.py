@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -37,6 +38,12 @@ STEPS_PER_TABLES = 4
 
 class TrainingError(ValueError):
     """Training cannot start or go on."""
+
+
+def check_seed(seed: int) -> None:
+    """Raise TrainingError for seeds that NumPy or scikit-learn would refuse."""
+    if not 0 <= seed < 2**31:
+        raise TrainingError(f"seed is {seed}; from 0 to {2**31 - 1}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,9 @@ class MVQTrainingConfig:
         for name in ("iters_phase1", "iters_phase2", "batch_frames"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; at least 1")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise TrainingError(f"lr is {self.lr}; a number above 0, such as 0.005")
+        check_seed(self.seed)
         if self.num_codebooks not in (1, 2, 4, 8, 16, 32):
             raise TrainingError(
                 f"num_codebooks is {self.num_codebooks}; choose 1, 2, 4, 8, 16 or 32"
@@ -104,7 +114,8 @@ class MVQTrainer:
         history: (step, losses) every ``log_interval`` steps, for the report.
 
     Raises:
-        TrainingError: a checkpoint of other options or other embeddings.
+        TrainingError: a checkpoint of other options, other embeddings or another
+            program.
         EmbeddingError: constant embeddings.
     """
 
@@ -272,15 +283,16 @@ class MVQTrainer:
             state = torch.load(
                 self.checkpoint, map_location=self.device, weights_only=True
             )
+            found = {name: state[name] for name in self._facts()}
         except Exception as error:  # whatever the unpickler meets
             raise TrainingError(
-                f"{self.checkpoint}: unreadable checkpoint ({type(error).__name__}); "
-                f"{remedy}"
+                f"{self.checkpoint}: unreadable checkpoint, or another program's file "
+                f"({type(error).__name__}); {remedy}"
             ) from error
         for name, value in self._facts().items():
-            if state[name] != value:
+            if found[name] != value:
                 raise TrainingError(
-                    f"{self.checkpoint}: was made with {name} {state[name]}, this run "
+                    f"{self.checkpoint}: was made with {name} {found[name]}, this run "
                     f"has {value}; use the same, or {remedy}"
                 )
         self.step, self.history = state["step"], state["history"]

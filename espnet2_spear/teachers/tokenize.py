@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espnet2_spear.mvq.abs_quantizer import AbsQuantizer
+from espnet2_spear.mvq.abs_quantizer import AbsQuantizer, QuantizerError
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.teachers import build_teacher
 from espnet2_spear.teachers.base import Teacher, TeacherError, difference
@@ -33,6 +33,8 @@ class TokenizeOptions:
         extra_passes: passes after these, which never make the error larger.
         dtype: of the teacher's computation: ``float32``, or ``bfloat16`` or
             ``float16`` for autocast. Quantizers always work in float32.
+        max_frames: frames quantized at once, which bounds the memory of the search
+            and does not change it; the quantizer's own number for None.
     """
 
     name: str
@@ -42,6 +44,7 @@ class TokenizeOptions:
     refine_iters: int | None = None
     extra_passes: int = 0
     dtype: str = "float32"
+    max_frames: int | None = None
 
 
 def check_match(teacher: Teacher, quantizer: AbsQuantizer, path: str | Path) -> None:
@@ -71,6 +74,7 @@ class Tokenizer:
 
     Raises:
         TeacherError: they do not match.
+        QuantizerError: no quantizer, or options that it does not have.
     """
 
     def __init__(self, options: TokenizeOptions, device: str = "cpu") -> None:
@@ -78,7 +82,12 @@ class Tokenizer:
         teacher = build_teacher(options.teacher, options.teacher_conf)
         quantizer = load_quantizer(options.quantizer)
         check_match(teacher, quantizer, options.quantizer)
-        quantizer.check_extra_passes(options.extra_passes)
+        try:
+            quantizer.passes(options.refine_iters)
+            quantizer.check_extra_passes(options.extra_passes)
+            quantizer.check_max_frames(options.max_frames)
+        except QuantizerError as error:
+            raise QuantizerError(f"{options.quantizer}: {error}") from None
         self.teacher, self.quantizer = teacher, quantizer.eval()
         self.to(device)
 
@@ -126,5 +135,6 @@ class Tokenizer:
             return self.quantizer.encode(
                 torch.cat(tuple(frames)),
                 refine_iters=self.options.refine_iters,
+                max_frames=self.options.max_frames,
                 extra_passes=self.options.extra_passes,
             )

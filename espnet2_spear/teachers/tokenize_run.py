@@ -118,9 +118,10 @@ class TokenizeRun:
             nothing for a part.
 
         Raises:
-            TeacherError: a teacher and its quantizer do not match, or lower precision
-                gives too few of float32's codes.
-            ValueError: not one of a teacher's utterances could be tokenized.
+            TeacherError: a teacher and its quantizer do not match, lower precision
+                gives too few of float32's codes, or not one of a teacher's utterances
+                could be tokenized.
+            QuantizerError: no quantizer, or options that it does not have.
         """
         # Built here in any case, so that errors come before work is dealt out.
         tokenizers = [Tokenizer(options) for options in self.teachers]
@@ -213,6 +214,7 @@ class TokenizeRun:
                 "folder": str(self.folder),
                 "seconds": [self.batch_seconds, self.shard_seconds],
             }
+            del options["max_frames"]  # the search does not depend on it
             digest.update(fingerprint(tokenizer.teacher, chosen, options).encode())
         marks = [
             DoneMarks(self.folder, options.name, digest.hexdigest())
@@ -284,7 +286,7 @@ class TokenizeRun:
         for utt, reason in failed:
             logging.warning(f"skipped {utt}: {reason}")
         if failed and not len(codes):
-            raise ValueError(
+            raise TeacherError(
                 f"{self.folder}/{name}.failed: none of the {len(failed)} "
                 "utterances could be tokenized; see the reasons there"
             )
