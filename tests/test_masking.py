@@ -101,6 +101,23 @@ def test_zero_probability_masks_nothing() -> None:
     assert not mask.any() and (fbank == 1).all()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"time_prob": -0.1},
+        {"time_prob": float("nan")},
+        {"channel_prob": "0.5"},
+        {"time_span": 0},
+        {"time_span": 2.5},
+        {"channel_span": "20"},
+        {"time_min_spans": -1},
+    ],
+)
+def test_options_that_are_none(options: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} .*expected a"):
+        SpanMasker(**options)
+
+
 def test_masked_frame_cannot_leak() -> None:
     """Content below the mask has no way into the masked fbank."""
     masker = SpanMasker()

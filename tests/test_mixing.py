@@ -23,7 +23,9 @@ def mixer(conf: dict | None = None, **rule) -> Mixer:
     """A mixer of a preset, or of one rule for speech."""
     if conf is None:
         base = {"prob": 1.0, "noise_prob": 0.0, "mix_targets": True}
-        conf = {"rules": {"speech": base | rule}, "mixed_teachers": list(TEACHERS)}
+        conf = {"rules": {"speech": base | rule}}
+        if conf["rules"]["speech"]["mix_targets"]:
+            conf["mixed_teachers"] = list(TEACHERS)
     return Mixer(
         MixerConfig.from_dict(conf, DOMAINS, list(TEACHERS)), DOMAINS, TEACHERS
     )
@@ -375,6 +377,12 @@ def test_presets_and_overrides() -> None:
         ({"preset": "noise", "rules": {"audio": {"noise_share": [0, 1]}}}, "share"),
         ({"preset": "token_mixing", "mixed_teachers": ["x"]}, "mixed_teachers"),
         ({"rules": {"speech": {"prob": 0, "noise_prob": 0}}}, "no domain"),
+        ({"rules": {"speech": 0.5}}, "rules.speech 0.5: expected fields"),
+        ({"preset": "noise", "mixed_teachers": ["speech"]}, "has no effect"),
+        (
+            {"preset": "batch_mixing", "rules": {"speech": {"max_offset": 1.0}}},
+            "effect",
+        ),
     ],
 )
 def test_bad_options_are_refused(conf: dict, message: str) -> None:

@@ -149,6 +149,11 @@ def test_the_task_wants_a_list_where_noise_is_mixed(scp: Path) -> None:
     for conf in ({}, quiet):
         collate = SpearTask.build_collate_fn(options(mixer_conf=conf), train=True)
         assert collate.noise is None
+        for unused in ({"noise_scp": str(scp)}, {"noise_conf": {"clips": 2}}):
+            args = options(mixer_conf=conf, **unused)
+            with pytest.raises(ValueError, match="no rule of mixer_conf mixes noise"):
+                SpearTask.build_collate_fn(args, train=True)
+            assert SpearTask.build_collate_fn(args, train=False).noise is None
     args = options(noise_scp=str(scp), noise_conf={"clips": 2, "max_seconds": 1})
     collate = SpearTask.build_collate_fn(args, train=True)
     assert (collate.clips, collate.seed, len(collate.noise)) == (2, 5, 5)

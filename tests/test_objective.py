@@ -243,12 +243,32 @@ def test_presets() -> None:
         ({"preset": "joint", "weight": {}}, "loss_weights: .*weight"),
         ({"speech": {"speech": 1.0}}, "no domain uses the teacher 'audio'"),
         ({"music": {"speech": 1.0}}, "unknown domain 'music'"),
-        ({"speech": {"speech": -1.0}}, "< 0"),
+        ({"speech": {"speech": -1.0}}, "speech.speech -1.0: expected a number"),
+        ({"speech": {"speech": float("nan")}}, "speech.speech nan: expected a number"),
+        ({"speech": {"speech": "one"}}, "speech.speech 'one': expected a number"),
+        ({"speech": 1.0}, "speech 1.0: expected teacher -> weight"),
+        (["joint"], "expected domain -> teacher -> weight, or one of joint"),
+        ({"preset": "joint", "weights": {"audio": -1}}, "weights.audio -1"),
+        ({"preset": "joint", "speech": {}}, "'speech'. beside preset"),
     ],
 )
 def test_bad_tables_are_refused(conf, message) -> None:
     with pytest.raises(ValueError, match=message):
         loss_weight_table(conf, DOMAINS, list(TEACHERS))
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"masked_weight": -1.0}, "masked_weight -1.0: expected a number"),
+        ({"unmasked_weight": "1"}, "unmasked_weight '1': expected a number"),
+        ({"masked_weight": float("nan")}, "masked_weight nan: expected a number"),
+        ({"masked_weight": 0, "unmasked_weight": 0.0}, "nothing is learned"),
+    ],
+)
+def test_weights_of_frames_that_are_none(weights: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**weights)
 
 
 def test_presets_that_need_a_domain_of_the_teachers_name() -> None:

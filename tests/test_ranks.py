@@ -97,6 +97,32 @@ def test_stopped_and_resumed(data, tmp_path, ranks: int):
         assert difference(one, two) == ""
 
 
+def test_gradient_noise_is_that_of_all_ranks(data, tmp_path):
+    """Else their parameters would part, without anyone noticing."""
+
+    def keep(rank):
+        def before():
+            def update(self, *args):
+                got = plain(self, *args)
+                path = tmp_path / f"{self.state.steps}.{rank}.pth"
+                torch.save(dict(self.state.model.named_parameters()), path)
+                return got
+
+            plain = step.OptimizerStep._update
+            step.OptimizerStep._update = update
+
+        return before
+
+    cmd = options(data, tmp_path / "exp", "--max_epoch", 1, "--batch_size", 4)
+    assert end(launch([*cmd, "--grad_noise", "true"], tmp_path, keep)) == [0] * RANKS
+    assert difference(tmp_path / "2.0.pth", tmp_path / "2.1.pth") == ""
+    noisy = torch.load(tmp_path / "exp/1epoch.pth", weights_only=True)
+    cmd[cmd.index(str(tmp_path / "exp"))] = str(tmp_path / "plain")
+    assert end(launch(cmd, tmp_path)) == [0] * RANKS
+    plain = torch.load(tmp_path / "plain/1epoch.pth", weights_only=True)
+    assert any(not torch.equal(noisy[name], plain[name]) for name in plain)
+
+
 def test_skipped_by_all_ranks(data, tmp_path):
     """Rank 1 meets an utterance of nan; both skip, and rank 0 knows its name."""
     lines = Path(data["speech"]).read_text().splitlines()

@@ -227,8 +227,10 @@ def test_plan_says_that_noise_will_be_needed(
     planned(student="base")
     assert "data_musan.py" in caplog.text
     caplog.clear()
-    planned(student="base", config_override="mixer_conf={}")
+    planned(student="base", config_override="mixer_conf={} noise_scp=null")
     assert "noise" not in caplog.text
+    with pytest.raises(plan.PlanError, match="no rule of mixer_conf mixes noise in"):
+        planned(student="base", config_override="mixer_conf={}")
     with pytest.raises(plan.PlanError, match="'loud': one of"):
         planned(config_override="mixer_conf.preset=loud")
 

@@ -226,13 +226,65 @@ def test_validation_leaves_out_and_does_not_replace(folder: Path) -> None:
 def test_past_the_limit_the_run_stops(
     folder: Path, limits: SkipLimits, message: str
 ) -> None:
-    damage(folder)
+    for number in range(COUNT - 2):
+        audio(folder, number).write_bytes(b"x")
     one = factory(folder, limits)
     with pytest.raises(TooManyBadUtterances, match=message) as raised:
         for epoch in range(1, 30):
             read(one.build_iter(epoch))
     assert "skipped.txt: restore the files" in str(raised.value)
     assert "audio_unreadable" in str(raised.value)
+
+
+def test_a_bad_utterance_of_every_epoch_is_one(folder: Path) -> None:
+    """A quarter of what validation reads fails, 30 times over."""
+    audio(folder, 3).unlink()
+    one = factory(folder, SkipLimits(max_utterances=1), valid=True)
+    for epoch in range(1, 31):
+        assert [len(utts) for utts, _ in one.build_iter(epoch)] == [3, 1]
+    assert one.skips.failures == 30 and len(one.skips) == 1
+
+
+def test_what_an_earlier_process_met_does_not_count(folder: Path) -> None:
+    """Its files may be restored by now."""
+    path = folder / "skipped.txt"
+    path.write_text("".join(f"x-{i} audio_empty of a disk\n" for i in range(50)))
+    audio(folder, 3).unlink()
+    one = factory(folder, SkipLimits(max_utterances=1, max_share=0.0), valid=True)
+    read(one.build_iter(1))
+    assert len(one.skips) == 51 and len(path.read_text().splitlines()) == 51
+    audio(folder, 2).unlink()
+    with pytest.raises(TooManyBadUtterances, match="2 bad utterances: more than"):
+        read(one.build_iter(2))
+
+
+@pytest.mark.parametrize("torn", ["u-0", "u-04 audio_unr", "u-04 audio_unreadable no"])
+def test_a_torn_line_is_written_anew(folder: Path, torn: str) -> None:
+    causes = damage(folder)
+    path = folder / "skipped.txt"
+    path.write_text(f"u-99 audio_empty of another run\nnonsense\n\n{torn}")
+    one = factory(folder)
+    assert dict(one.skips.causes) == {"audio_empty": 1}
+    read(one.build_iter(1))
+    lines = path.read_text().splitlines()
+    assert lines[:3] == ["u-99 audio_empty of another run", "nonsense", ""]
+    assert {line.split()[0]: line.split()[1] for line in lines[3:]} == causes
+    assert path.read_text().endswith("\n")
+
+
+def test_a_list_that_cannot_be_written_is_made_up_for(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "blocked").write_text("no folder")
+    audio(folder, 3).unlink()
+    one = factory(folder, list_path="blocked/skipped.txt", valid=True)
+    read(one.build_iter(1))
+    assert "blocked/skipped.txt: cannot be written" in caplog.text
+    (folder / "blocked").unlink()
+    audio(folder, 1).unlink()
+    read(one.build_iter(2))
+    listed = (folder / "blocked" / "skipped.txt").read_text().splitlines()
+    assert [line.split()[0] for line in listed] == ["u-03", "u-01"]
 
 
 def test_other_errors_are_not_taken_for_bad_data(

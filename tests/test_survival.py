@@ -118,7 +118,9 @@ def test_signal_to_all_processes_of_a_job(data, whole, tmp_path):
 
 
 def test_full_disk(data, whole, tmp_path):
+    """Curves are left out, checkpoints of the middle of an epoch as well."""
     cmd = options(data, tmp_path / "exp", "--save_interval", 4)
+    cmd += ["--use_tensorboard", "true", "--log_interval", "1"]
 
     def limit_files(steps: range, forever: bool) -> Callable[[], None]:
         """Enough for the log, not for a checkpoint: writes fail as on a full disk."""
@@ -129,6 +131,9 @@ def test_full_disk(data, whole, tmp_path):
                 size = 200_000 if self.state.steps in steps else hard
                 new = (size, size if forever else hard)
                 resource.setrlimit(resource.RLIMIT_FSIZE, new)
+                if self.state.steps in steps:
+                    for events in (tmp_path / "exp/tensorboard").glob("*/events*"):
+                        os.truncate(events, size)  # nothing can be appended
                 return plain(self, *args)
 
             plain = step.OptimizerStep._update
@@ -141,13 +146,16 @@ def test_full_disk(data, whole, tmp_path):
     assert train(cmd, tmp_path / "log", limit_files(range(5, 99), True)) == 1
     log = (tmp_path / "log").read_text()
     assert "CheckpointWriteError" in log and "MiB are free on that disk" in log
+    assert "TensorBoard's curves: cannot be written" in log
     assert not list((tmp_path / "exp").glob("*.tmp"))
     content, _ = checkpoint.read_last_good(tmp_path / "exp")[::-1]
     assert content["spear"]["position"] == 4
 
     # One in the middle of an epoch is left out: step 8, in the second epoch.
     assert train(cmd, tmp_path / "log2", limit_files(range(7, 8), False)) == 0
-    assert "goes on without this checkpoint" in (tmp_path / "log2").read_text()
+    log = (tmp_path / "log2").read_text()
+    assert "goes on without this checkpoint" in log
+    assert "TensorBoard's curves: cannot be written" in log
     assert_same(whole, tmp_path / "exp")
 
 
@@ -199,3 +207,8 @@ def test_steps_with_nan_are_skipped(data, tmp_path):
     assert train(cmd, tmp_path / "log2") == 1
     log = (tmp_path / "log2").read_text()
     assert "TrainingError: 1 steps of epoch 3" in log and "remove them" in log
+    # A training that begins anew does not go on with the lists of another.
+    (tmp_path / "exp" / "skipped_train.rank3.txt").write_text("u audio_empty x\n")
+    assert train([*cmd, "--resume", "false"], tmp_path / "log3") == 1
+    assert len((tmp_path / "exp" / step.SKIPPED).read_text().splitlines()) == 1
+    assert not (tmp_path / "exp" / "skipped_train.rank3.txt").exists()

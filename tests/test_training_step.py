@@ -173,6 +173,32 @@ def test_pretraining_with_noise_and_utterances_mixed_in(
         assert "mixed_noise" not in valid and valid["loss"] > 0
 
 
+@pytest.mark.parametrize(
+    ("given", "audio_on_speech"),
+    [
+        ([], 0.0),  # asymmetric
+        (["preset=joint"], 0.1),
+        (["{preset: joint, weights: {audio: 0.5}}"], 0.5),
+        (["speech.speech=1", "speech.audio=0.3"], 0.3),
+    ],
+)
+def test_loss_weights_of_the_command_line(
+    given: list[str], audio_on_speech: float
+) -> None:
+    from espnet2_spear.tasks.spear import SpearTask
+
+    cmd = ["--student", "tiny", "--output_dir", "exp"]
+    for name, count in CODEBOOKS.items():
+        cmd += ["--teachers", f"{name}.num_codebooks={count}"]
+    for word in given:
+        cmd += ["--loss_weights", word]
+    args = SpearTask.get_parser().parse_args(cmd)
+    table = SpearTask.build_model(args).loss_weights
+    assert table[0].tolist() == pytest.approx([1.0, audio_on_speech])
+    # config.yaml has the table.
+    assert args.loss_weights["speech"].get("audio", 0.0) == audio_on_speech
+
+
 @pytest.mark.parametrize("use", ["frontend", "encoder"])
 def test_recognizer_steps_and_resumes(
     data: dict[str, str], tmp_path: Path, use: str

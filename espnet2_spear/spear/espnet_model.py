@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -88,6 +89,7 @@ class SpearPretrainModel(AbsESPnetModel):
         super().__init__()
         if normalize not in ("frames", "sum"):
             raise ValueError(f"normalize '{normalize}': 'frames' or 'sum'")
+        _check_weights(masked_weight, unmasked_weight)
         self.student = student
         self.teachers = dict(teachers)
         self.domains = list(domains)
@@ -323,6 +325,14 @@ class SpearPretrainModel(AbsESPnetModel):
         return {"feats": feats, "feats_lengths": feats_lengths}
 
 
+def _check_weights(masked: float, unmasked: float) -> None:
+    for name, weight in (("masked_weight", masked), ("unmasked_weight", unmasked)):
+        if not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
+            raise ValueError(f"{name} {weight!r}: expected a number, 0 or more")
+    if masked == unmasked == 0:
+        raise ValueError("masked_weight and unmasked_weight are 0: nothing is learned")
+
+
 def loss_weight_table(
     loss_weights: LossWeights, domains: Sequence[str], teachers: Sequence[str]
 ) -> Tensor:
@@ -331,7 +341,7 @@ def loss_weight_table(
     Absent pairs weigh 0.
 
     Raises:
-        ValueError: unknown names, negative weights, or a teacher nobody uses.
+        ValueError: unknown names, weights that are none, or a teacher nobody uses.
     """
     loss_weights = resolve_loss_weights(loss_weights, domains, teachers)
     # On the CPU even where models are built on the meta device: it is looked at.
@@ -344,8 +354,6 @@ def loss_weight_table(
                 raise ValueError(
                     f"loss_weights[{domain}]: unknown teacher '{teacher}' of {teachers}"
                 )
-            if weight < 0:
-                raise ValueError(f"loss_weights[{domain}][{teacher}] = {weight} < 0")
             table[domains.index(domain), teachers.index(teacher)] = weight
     for index, teacher in enumerate(teachers):
         if not bool((table[:, index] > 0).any()):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 LossWeights = str | Mapping[str, Any]
 
 PRESETS = ("joint", "disjoint", "asymmetric")
+DEFAULT_PRESET = "asymmetric"  # of the published models
 MAIN_WEIGHT, OTHER_WEIGHT = 1.0, 0.1  # lambda of the published models
 
 
@@ -82,13 +84,40 @@ def resolve_loss_weights(
         teachers: names of the teachers.
 
     Raises:
-        ValueError: see :func:`preset_table`.
+        ValueError: see :func:`preset_table`; or no such option.
     """
     if isinstance(loss_weights, str):
         loss_weights = {"preset": loss_weights}
+    if not isinstance(loss_weights, Mapping):
+        raise ValueError(
+            f"loss_weights {loss_weights!r}: expected domain -> teacher -> weight, or "
+            f"one of {', '.join(PRESETS)}"
+        )
     if not isinstance(loss_weights.get("preset"), str):
-        return loss_weights
-    try:
-        return preset_table(domains=domains, teachers=teachers, **loss_weights)
-    except TypeError as error:
-        raise ValueError(f"loss_weights: {error}") from None
+        return _checked_table(loss_weights)
+    if unknown := [k for k in loss_weights if k not in ("preset", "main", "weights")]:
+        raise ValueError(
+            f"loss_weights: {unknown} beside preset, which takes main and weights; "
+            "options of a command line are added to the table of a YAML file: name "
+            "the preset there"
+        )
+    weights = loss_weights.get("weights") or {}
+    loss_weights = {**loss_weights, "weights": _checked_row("weights", weights)}
+    return preset_table(domains=domains, teachers=teachers, **loss_weights)
+
+
+def _checked_table(table: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    return {domain: _checked_row(domain, row) for domain, row in table.items()}
+
+
+def _checked_row(name: str, row: Any) -> dict[str, float]:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"loss_weights.{name} {row!r}: expected teacher -> weight")
+    for teacher, weight in row.items():
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not (number and math.isfinite(weight) and weight >= 0):
+            raise ValueError(
+                f"loss_weights.{name}.{teacher} {weight!r}: expected a number, 0 or "
+                "more"
+            )
+    return dict(row)

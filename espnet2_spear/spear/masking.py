@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_LEAST = {"time_span": 1, "time_min_spans": 0, "channel_span": 1}
 
 
 def sample_spans(
@@ -66,6 +69,10 @@ class SpanMasker:
         time_min_spans: fewest spans of an utterance.
         channel_prob: wanted share of mel channels, before overlaps.
         channel_span: mel channels of a span.
+
+    Raises:
+        ValueError: a negative share, or a number of frames, channels or spans that
+            is none.
     """
 
     time_prob: float = 0.65
@@ -73,6 +80,18 @@ class SpanMasker:
     time_min_spans: int = 2
     channel_prob: float = 0.25
     channel_span: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("time_prob", "channel_prob"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(f"{name} {value!r}: expected a share, such as 0.65")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= least):
+                raise ValueError(
+                    f"{name} {value!r}: expected a whole number >= {least}"
+                )
 
     def __call__(
         self,

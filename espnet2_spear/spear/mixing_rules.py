@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 Range = tuple[float, float]
+MAX_OFFSET = 2.0  # seconds, of the published trainings [5.8]
 # Ranges of a MixingRule; a share must lie in (0, 1].
 _RANGES = ("noise_snr", "noise_share", "utterance_snr", "utterance_share")
 
@@ -41,7 +43,7 @@ class MixingRule:
     noise_share: Range | None = None
     utterance_snr: Range = (-5.0, 5.0)
     utterance_share: Range | None = None
-    max_offset: float = 2.0
+    max_offset: float = MAX_OFFSET
     mix_targets: bool = False
 
     def __post_init__(self) -> None:
@@ -55,11 +57,18 @@ class MixingRule:
             if not isinstance(value, Sequence) or len(value) != 2:
                 raise ValueError(f"{name} {value}: expected [lowest, highest]")
             low, high = (float(x) for x in value)
-            if low > high or (name.endswith("_share") and not 0 < low <= high <= 1):
+            if not -math.inf < low <= high < math.inf or (
+                name.endswith("_share") and not 0 < low <= high <= 1
+            ):
                 raise ValueError(f"{name} {list(value)}: not a range that makes sense")
             object.__setattr__(self, name, (low, high))
-        if self.max_offset < 0:
+        if not 0 <= self.max_offset < math.inf:
             raise ValueError(f"max_offset {self.max_offset}: at least 0 s is needed")
+        if self.utterance_share is not None and self.max_offset != MAX_OFFSET:
+            raise ValueError(
+                "max_offset has no effect with utterance_share, whose piece lies in "
+                "the utterance: leave out one of them"
+            )
 
     @property
     def max_extension(self) -> float:
@@ -86,7 +95,7 @@ PRESETS: Mapping[str, Mapping[str, MixingRule]] = {
             noise_prob=0.8,
             noise_snr=(10.0, 20.0),
             utterance_snr=(-5.0, 5.0),
-            max_offset=2.0,
+            max_offset=MAX_OFFSET,
             mix_targets=True,
         )
     },
@@ -131,8 +140,8 @@ class MixerConfig:
             teachers: of the training.
 
         Raises:
-            ValueError: unknown names, values out of range, or rules that augment
-                nothing.
+            ValueError: unknown names, values out of range, rules that augment nothing,
+                or options without effect.
         """
         if not conf:
             return None
@@ -150,6 +159,11 @@ class MixerConfig:
             if name not in domains:
                 raise ValueError(
                     f"mixer_conf.rules: unknown domain '{name}' of {list(domains)}"
+                )
+            if not isinstance(values, Mapping):
+                raise ValueError(
+                    f"mixer_conf.rules.{name} {values!r}: expected fields of "
+                    "MixingRule, such as {prob: 0.5, noise_prob: 0.8}"
                 )
             base = {}
             if name in rules:
@@ -173,6 +187,10 @@ class MixerConfig:
                     f"mixer_conf.mixed_teachers {list(mixed)}: the teachers are "
                     f"{list(teachers)}; name those whose codes are to be mixed"
                 )
+        elif conf.get("mixed_teachers"):
+            raise ValueError(
+                "mixer_conf.mixed_teachers has no effect: no rule has mix_targets: true"
+            )
         return cls(rules, mixed)
 
     @property

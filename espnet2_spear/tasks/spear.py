@@ -22,7 +22,7 @@ from espnet2_spear.iterators.build import (
 from espnet2_spear.iterators.iter_factory import SpearIterFactory
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.spear.espnet_model import SpearPretrainModel
-from espnet2_spear.spear.loss_tables import resolve_loss_weights
+from espnet2_spear.spear.loss_tables import DEFAULT_PRESET, resolve_loss_weights
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.mixing import Mixer
 from espnet2_spear.spear.mixing_rules import MixerConfig
@@ -100,12 +100,10 @@ class SpearTask(AbsTask):
         group.add_argument(
             "--loss_weights",
             action=NestedDictAction,
-            default={
-                "speech": {"speech": 1.0},
-                "audio": {"speech": 1.0, "audio": 0.1},
-            },
+            default=None,
             help="Domain -> teacher -> weight of its loss; absent pairs weigh 0. Or "
-            "{preset: joint, disjoint or asymmetric}, in YAML also the bare name",
+            "{preset: joint, disjoint or asymmetric}, in YAML also the bare name; by "
+            f"default {DEFAULT_PRESET}",
         )
         group.add_argument(
             "--masker_conf",
@@ -160,10 +158,19 @@ class SpearTask(AbsTask):
         """Padding; in training also noise, if it is mixed in.
 
         Raises:
-            ValueError: noise is needed, and no usable list of it is given.
+            ValueError: noise is needed, and no usable list of it is given; or one is
+                given, and nothing mixes it in.
         """
         config = build_mixer_config(args)
-        if not train or config is None or not config.needs_noise:
+        if not train:
+            return SpearCollateFn()
+        if config is None or not config.needs_noise:
+            if args.noise_scp or args.noise_conf:
+                raise ValueError(
+                    "noise_scp or noise_conf is given, and no rule of mixer_conf mixes "
+                    "noise in: give one, such as mixer_conf: {preset: noise}, or set "
+                    "noise_scp: null and noise_conf: {}"
+                )
             return SpearCollateFn()
         if not args.noise_scp:
             raise ValueError(
@@ -278,10 +285,10 @@ class SpearTask(AbsTask):
         args.student_conf = config.to_dict()
         try:
             masker = SpanMasker(**args.masker_conf)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"masker_conf: {error}") from None
         args.loss_weights = resolve_loss_weights(
-            args.loss_weights, args.domains, list(args.teachers)
+            args.loss_weights or DEFAULT_PRESET, args.domains, list(args.teachers)
         )
         teachers = build_teacher_codes(args.teachers)
         mixing = build_mixer_config(args)

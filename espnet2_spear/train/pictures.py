@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from espnet2_spear.fileio.side_output import side_output
 from espnet2_spear.spear.espnet_model import FBANK_RATE
 from espnet2_spear.spear.predictions import Prediction, TeacherTokens
 
@@ -38,11 +39,13 @@ def show_prediction(
     """
     figure = draw_prediction(prediction, f"{utt}, epoch {epoch}")
     path = folder / utt.replace("/", "_") / f"{epoch}ep.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with side_output(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
     if summary_writer is not None:
-        summary_writer.add_figure(f"predictions/{utt}", figure, epoch)
-    if use_wandb:
+        with side_output("TensorBoard's pictures"):
+            summary_writer.add_figure(f"predictions/{utt}", figure, epoch)
+    if use_wandb and path.exists():
         import wandb
 
         wandb.log({f"predictions/{utt}": wandb.Image(str(path))})

@@ -38,8 +38,8 @@ class SpearPreprocessor:
 
         Raises:
             ValueError: audio that is not mono or is empty, an unknown domain, or
-                codes of the wrong width, range or length; the message names the
-                utterance and the remedy.
+                codes of the wrong width, range or length or that are no whole numbers;
+                the message names the utterance and the remedy.
         """
         speech = data["speech"]
         if speech.ndim != 1 or speech.size == 0:
@@ -69,6 +69,11 @@ class SpearPreprocessor:
             raise ValueError(
                 f"utterance '{uid}': codes of teacher '{name}' have shape "
                 f"{codes.shape}, expected (frames, {teacher.num_codebooks}); {remedy}"
+            )
+        if len(codes) == 0 or (codes != np.trunc(codes)).any():
+            what = "are no whole numbers" if len(codes) else "have no frames"
+            raise ValueError(
+                f"utterance '{uid}': codes of teacher '{name}' {what}; {remedy}"
             )
         if codes.min() < IGNORE or codes.max() >= teacher.codebook_size:
             raise ValueError(

@@ -13,6 +13,7 @@ import torch
 from espnet2.train.reporter import SubReporter
 from humanfriendly import format_timespan
 
+from espnet2_spear.fileio.side_output import side_output
 from espnet2_spear.train.reporter import recent
 from espnet2_spear.train.run_state import RunState
 from espnet2_spear.train.step import SAMPLE_RATE, StepFigures
@@ -139,9 +140,10 @@ def report_progress(
     logging.info(progress.line(reporter, pairs, state.position, state.samples, lr))
     hours = state.samples / SAMPLE_RATE / 3600
     if state.summary_writer is not None:
-        reporter.tensorboard_add_scalar(state.summary_writer, -count)
-        for name, value in {**percentiles, "hours_of_audio": hours}.items():
-            state.summary_writer.add_scalar(name, value, reporter.total_count)
+        with side_output("TensorBoard's curves"):
+            reporter.tensorboard_add_scalar(state.summary_writer, -count)
+            for name, value in {**percentiles, "hours_of_audio": hours}.items():
+                state.summary_writer.add_scalar(name, value, reporter.total_count)
     if options.use_wandb:
         import wandb
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from espnet2.train.reporter import Average, Reporter, SubReporter, WeightedAverage
 
+from espnet2_spear.fileio.side_output import side_output
 from espnet2_spear.train.checkpoint import from_primitive, primitive
 
 
@@ -16,7 +18,8 @@ class SpearReporter(Reporter):
     """Statistics of all epochs; also those of an epoch that was interrupted.
 
     Its state holds Python's own types only, whichever ESPnet writes it, and it reads
-    the states of both supported versions.
+    the states of both supported versions. Pictures and curves that cannot be written,
+    as on a full disk, are left out.
     """
 
     def __init__(self, epoch: int = 0) -> None:
@@ -45,6 +48,16 @@ class SpearReporter(Reporter):
             restore_statistics(sub_reporter, state)
             self.interrupted = None
         return sub_reporter
+
+    def matplotlib_plot(self, output_dir: str | Path) -> None:
+        """Draw the statistics, if there is room."""
+        with side_output(output_dir):
+            super().matplotlib_plot(output_dir)
+
+    def tensorboard_add_scalar(self, *args: Any, **kwargs: Any) -> None:
+        """Pass the statistics to TensorBoard, if there is room."""
+        with side_output("TensorBoard's curves"):
+            super().tensorboard_add_scalar(*args, **kwargs)
 
 
 def statistics_state(reporter: SubReporter) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from espnet2_spear.train.checkpoint import (
 )
 from espnet2_spear.train.reporter import SpearReporter
 from espnet2_spear.train.run_state import RunState
+from espnet2_spear.train.step import SKIPPED
+
+LISTS = (SKIPPED, "skipped_*.rank*.txt")  # of steps, and of utterances by rank
 
 
 def prepare_folder(state: RunState, resume: bool) -> None:
@@ -26,6 +29,9 @@ def prepare_folder(state: RunState, resume: bool) -> None:
         checkpoint, previous = (state.output_dir / n for n in (CHECKPOINT, PREVIOUS))
         if not resume:
             previous.unlink(missing_ok=True)
+            for pattern in LISTS:
+                for left in state.output_dir.glob(pattern):
+                    left.unlink()
         elif previous.exists() and not checkpoint.exists():
             logging.warning(f"{checkpoint}: gone, {previous} is used instead")
             checkpoint.hardlink_to(previous)

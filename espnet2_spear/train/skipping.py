@@ -6,11 +6,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from espnet2_spear.fileio.side_output import append_lines, read_lines, side_output
+
 TRIES = 4  # rows tried in place of a bad one
-MIN_FAILURES = 20  # before their share means something
+MIN_FAILURES = 20  # different utterances, before a share of failures means something
 
 
 class BadUtterance(Exception):
@@ -120,10 +123,13 @@ class SkippingCollate:
 class SkipLimits:
     """Options of ``--bad_data_conf``: how much may be bad, of what a process reads.
 
+    What an interrupted run met before does not count: its files may be restored.
+
     Attributes:
         max_utterances: different bad utterances; null: any number.
-        max_share: failures among all that was read, in 0..1; counts from the twentieth
-            failure on.
+        max_share: failures among all that was read, in 0..1; counts from twenty
+            different bad utterances on, so that one that is read in every epoch does
+            not stop a training.
     """
 
     max_utterances: int | None = 1000
@@ -141,23 +147,31 @@ class SkipLog:
 
     Args:
         path: list of them, ``utterance cause detail``; goes on where it ended. None
-            keeps none.
+            keeps none. It is read when it is first needed: not before a training that
+            does not resume has removed an earlier one's.
         limits: when to stop.
-
-    Attributes:
-        causes: how many different utterances failed by which cause.
     """
 
     def __init__(self, path: Path | None, limits: SkipLimits) -> None:
         self.path, self.limits = path, limits
-        self.causes: Counter[str] = Counter()
         self.failures = self.read = 0
-        self._known: set[str] = set()
-        if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                utt, cause, *_ = line.split(maxsplit=2)
-                self._known.add(utt)
-                self.causes[cause] += 1
+        self._met: set[str] = set()
+        self._unwritten: list[str] = []
+
+    @cached_property
+    def _known(self) -> dict[str, str]:
+        """Cause of each utterance of the list."""
+        if self.path is None:
+            return {}
+        with side_output(self.path):
+            lines = [line.split(maxsplit=2) for line in read_lines(self.path)]
+            return {words[0]: words[1] for words in lines if len(words) > 1}
+        return {}
+
+    @property
+    def causes(self) -> Counter[str]:
+        """How many different utterances failed by which cause."""
+        return Counter(self._known.values())
 
     def __len__(self) -> int:
         return len(self._known)
@@ -172,35 +186,34 @@ class SkipLog:
         if not loaded.failures:
             return
         self.failures += len(loaded.failures)
-        fresh = {f[0]: f for f in loaded.failures if f[0] not in self._known}.values()
-        lines = []
-        for utt, cause, detail in fresh:
-            self._known.add(utt)
-            self.causes[cause] += 1
+        for utt, cause, detail in loaded.failures:
+            self._met.add(utt)
+            if utt in self._known:
+                continue
+            self._known[utt] = cause
             # Errors of all ranks show, warnings of the first only.
             logging.warning(f"skipped utterance '{utt}' ({cause}): {detail}")
-            lines.append(f"{utt} {cause} {' '.join(detail.split())}\n")
-        if lines and self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(lines)
+            self._unwritten.append(f"{utt} {cause} {' '.join(detail.split())}")
+        if self._unwritten and self.path is not None:
+            with side_output(self.path):
+                append_lines(self.path, self._unwritten)
+                self._unwritten = []
         self._check()
 
     def _check(self) -> None:
-        limits, reason = self.limits, None
-        if limits.max_utterances is not None and len(self) > limits.max_utterances:
+        limits, reason, bad = self.limits, None, len(self._met)
+        if limits.max_utterances is not None and bad > limits.max_utterances:
             reason = f"more than bad_data_conf.max_utterances={limits.max_utterances}"
-        elif self.failures >= MIN_FAILURES:
-            if self.failures > limits.max_share * self.read:
-                reason = (
-                    f"{self.failures} of {self.read} readings failed, more than "
-                    f"bad_data_conf.max_share={limits.max_share}"
-                )
+        elif bad >= MIN_FAILURES and self.failures > limits.max_share * self.read:
+            reason = (
+                f"{self.failures} of {self.read} readings failed, more than "
+                f"bad_data_conf.max_share={limits.max_share}"
+            )
         if reason is not None:
             raise TooManyBadUtterances(
-                f"{len(self)} bad utterances ({self.summary()}): {reason}. They are "
-                f"listed in {self.path}: restore the files, or prepare the data again, "
-                "or raise the limit"
+                f"{bad} bad utterances: {reason}. They are listed, with those of "
+                f"earlier runs ({self.summary()}), in {self.path}: restore the files, "
+                "or prepare the data again, or raise the limit"
             )
 
     def summary(self) -> str:

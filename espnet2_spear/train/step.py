@@ -16,6 +16,7 @@ from espnet2.torch_utils.add_gradient_noise import add_gradient_noise
 from espnet2.torch_utils.device_funcs import to_device
 from espnet2.train.reporter import SubReporter
 
+from espnet2_spear.fileio.side_output import append_lines, side_output
 from espnet2_spear.schedulers.eden import Eden
 from espnet2_spear.train.batches import Window, count_audio, seed_all
 from espnet2_spear.train.gradients import StepResult, accumulate_gradients
@@ -104,6 +105,9 @@ class OptimizerStep:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
         if options.grad_noise:
+            # The same noise on every rank, or their parameters would part.
+            state = self.state
+            seed_all("noise", options.seed, state.epoch, state.position)
             add_gradient_noise(
                 self.model,
                 self.reporter.get_total_count(),
@@ -223,8 +227,8 @@ class OptimizerStep:
                 "not_finite": "loss" if any(bad) else "gradient",
                 "utterances": [utt for ids in everyone for utt in ids],
             }
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            with side_output(path):
+                append_lines(path, [json.dumps(record)])
             utts = record["utterances"]
             shown = ", ".join(utts[:8]) + (", ..." if utts[8:] else "")
             logging.warning(

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from espnet2_spear.fileio.tables import rows
-from espnet2_spear.spear.loss_tables import resolve_loss_weights
+from espnet2_spear.spear.loss_tables import DEFAULT_PRESET, resolve_loss_weights
 from espnet2_spear.spear.mixing_rules import MixerConfig
 
 QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
@@ -157,12 +157,10 @@ def restrict(config: Config, names: list[str], where: Path) -> None:
             f"'{unknown[0]}'; name it so in --teachers, or add it to the tables "
             "`teachers` and `loss_weights` of a configuration of your own"
         )
-    weights = config.get(
-        "loss_weights",  # the default of SpearTask
-        {"speech": {"speech": 1.0}, "audio": {"speech": 1.0, "audio": 0.1}},
-    )
     weights = resolve_loss_weights(
-        weights, config.get("domains", ["speech", "audio"]), list(config["teachers"])
+        config.get("loss_weights") or DEFAULT_PRESET,
+        config.get("domains", ["speech", "audio"]),
+        list(config["teachers"]),
     )
     config["loss_weights"] = {
         domain: {k: v for k, v in table.items() if k in names}
@@ -202,7 +200,11 @@ def check_data(config: Config, utt2domain: Path) -> set[str]:
 
 
 def check_noise(config: Config) -> None:
-    """Say in time that the training will need a list of noise recordings."""
+    """Say in time that the training will need a list of noise recordings.
+
+    Raises:
+        PlanError: rules of mixing that are none, or a list that none of them uses.
+    """
     domains = config.get("domains", ["speech", "audio"])
     conf = config.get("mixer_conf") or {}
     try:
@@ -210,11 +212,16 @@ def check_noise(config: Config) -> None:
     except ValueError as error:
         raise PlanError(str(error)) from None
     scp = config.get("noise_scp")
+    if scp and not (mixing and mixing.needs_noise):
+        raise PlanError(
+            f"noise_scp {scp}: no rule of mixer_conf mixes noise in; add one, or "
+            "--config_override noise_scp=null"
+        )
     if mixing and mixing.needs_noise and not (scp and Path(scp).is_file()):
         logging.warning(
             f"stage 7 mixes noise in and needs noise_scp ({scp}): make it of MUSAN by "
             "local/data_musan.py --root MUSAN --out_dir data/noise, or do without: "
-            "--config_override 'mixer_conf={}'"
+            "--config_override 'mixer_conf={} noise_scp=null'"
         )
 
 

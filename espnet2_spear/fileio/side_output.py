@@ -1,0 +1,53 @@
+"""What a run writes beside its results, and goes on without if it cannot."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+LONGEST_LINE = 1 << 20  # bytes
+
+
+@contextmanager
+def side_output(what: str | Path) -> Iterator[None]:
+    """Turn an OSError, such as of a full disk, into a warning that names ``what``."""
+    try:
+        yield
+    except OSError as error:
+        logging.warning(f"{what}: cannot be written ({error}); the run goes on without")
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Append lines, in place of one that a killed run or a full disk left half.
+
+    Args:
+        path: made with its folder if it is not there.
+        lines: without their ends.
+
+    Raises:
+        OSError: such as of a full disk; then nothing or a part is written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - LONGEST_LINE)
+        file.seek(start)
+        file.truncate(start + len(_whole_lines(file.read())))
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the whole lines of such a file, without their ends; none if not there.
+
+    Raises:
+        OSError: it is there and cannot be read.
+    """
+    if not path.exists():
+        return []
+    return _whole_lines(path.read_bytes()).decode(errors="replace").split("\n")[:-1]
+
+
+def _whole_lines(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]

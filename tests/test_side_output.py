@@ -1,0 +1,74 @@
+"""What is written beside the results may fail without ending a run."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from espnet2.train.reporter import Reporter
+
+from espnet2_spear.fileio.side_output import append_lines, read_lines, side_output
+from espnet2_spear.spear.predictions import Prediction, TeacherTokens
+from espnet2_spear.train.pictures import show_prediction
+from espnet2_spear.train.reporter import SpearReporter
+
+
+@pytest.fixture
+def blocked(tmp_path: Path) -> Path:
+    """A folder that cannot be made, as on a full disk."""
+    (tmp_path / "blocked").write_text("a file")
+    return tmp_path / "blocked"
+
+
+def test_only_errors_of_files_become_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    with side_output("a list"):
+        raise OSError(28, "No space left on device")
+    assert "a list: cannot be written ([Errno 28] No space" in caplog.text
+    with pytest.raises(ValueError), side_output("a list"):
+        raise ValueError("a mistake in a program")
+
+
+def test_lines_stay_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "list"
+    assert read_lines(path) == []
+    append_lines(path, ["a 1", "b 2"])
+    append_lines(path, [])
+    assert read_lines(path) == ["a 1", "b 2"]
+    with open(path, "a") as file:
+        file.write("half a li")
+    assert read_lines(path) == ["a 1", "b 2"]
+    append_lines(path, ["ä 3"])
+    assert path.read_text(encoding="utf-8") == "a 1\nb 2\nä 3\n"
+    path.write_bytes(b"torn")
+    append_lines(path, ["c"])
+    assert path.read_text() == "c\n"
+
+
+def test_pictures_and_curves(blocked: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reporter = SpearReporter()
+    reporter.set_epoch(1)
+    with reporter.observe("train") as sub_reporter:
+        sub_reporter.register({"loss": 1.0})
+        sub_reporter.next()
+    with pytest.raises(OSError):
+        Reporter.matplotlib_plot(reporter, blocked / "images")
+    codes = torch.zeros(5, 2, dtype=torch.long)
+    prediction = Prediction(
+        torch.zeros(10, 8),
+        torch.zeros(10, dtype=torch.bool),
+        {"speech": TeacherTokens(codes, codes, codes[:, 0] > 0, 50.0, 16)},
+    )
+
+    class FullWriter:
+        def add_figure(self, *args: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        add_scalar = add_figure
+
+    with caplog.at_level(logging.WARNING):
+        reporter.matplotlib_plot(blocked / "images")
+        reporter.tensorboard_add_scalar(FullWriter(), key1="train")
+        show_prediction(prediction, "u", 1, blocked / "predictions", FullWriter())
+    for what in ("images", "TensorBoard's curves", "u/1ep.png", "TensorBoard's pict"):
+        assert what in caplog.text
+    assert len(caplog.records) == 4
