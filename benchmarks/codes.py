@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from process_memory import memory
 from tqdm import tqdm
 
 from espnet2_spear.fileio.kaldi_ark import CodesWriter, read_matrix, read_scp
@@ -51,17 +52,6 @@ def write_both(folder: Path, args: argparse.Namespace) -> dict[str, float]:
                 writer.write(f"corpus-{i:09d}", codes)
                 seconds[name] += time.perf_counter() - start
     return seconds
-
-
-def memory() -> tuple[float, float]:
-    """Resident memory of this process in MB, and the part of it that files back not."""
-    values = {}
-    with open("/proc/self/smaps_rollup", encoding="ascii") as lines:
-        for line in lines:
-            name, _, rest = line.partition(":")
-            if rest.endswith("kB\n"):
-                values[name] = int(rest.split()[0]) / 1024
-    return values["Rss"], values["Anonymous"]
 
 
 def measure(form: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:

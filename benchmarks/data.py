@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from espnet2.samplers.build_batch_sampler import build_batch_sampler
+from process_memory import memory
 from tqdm import tqdm
 
 from espnet2_spear.fileio.kaldi_ark import CodesWriter
@@ -88,17 +89,6 @@ def write_lists(folder: Path, args: argparse.Namespace) -> Lists:
             "codes_audio": str(folder / "audio.scp"),
         },
     )
-
-
-def memory() -> tuple[float, float]:
-    """Resident memory of this process in MB, and the part that no file backs."""
-    values = {}
-    with open("/proc/self/smaps_rollup", encoding="ascii") as lines:
-        for line in lines:
-            name, _, rest = line.partition(":")
-            if rest.endswith("kB\n"):
-                values[name] = int(rest.split()[0]) / 1024
-    return values["Rss"], values["Anonymous"]
 
 
 def in_a_fresh_process(function: Callable, *args: object) -> dict:
@@ -241,8 +231,13 @@ def read_batches(manifest: Manifest, workers: int, args: argparse.Namespace) -> 
     iterator = factory.build_iter(1)
     batches = iter(iterator)
     next(batches)  # workers are started
+    pids = [process.pid for process in multiprocessing.active_children()]
+    own, audio = [], 0
     start = time.perf_counter()
-    audio = sum(int(batch["speech_lengths"].sum()) for _, batch in batches)
+    for number, (_, batch) in enumerate(batches):
+        audio += int(batch["speech_lengths"].sum())
+        if number in (args.batches // 2, args.batches - 5):  # workers still run
+            own.append([memory(pid)[1] for pid in pids])
     seconds = time.perf_counter() - start
     stats = iterator.stats()
     return {
@@ -250,6 +245,7 @@ def read_batches(manifest: Manifest, workers: int, args: argparse.Namespace) -> 
         "realtime": audio / SAMPLE_RATE / seconds,
         "waste": stats["padding_waste"],
         "fill": stats["batch_fill"],
+        "own": [max(of_all) for of_all in own if of_all],
     }
 
 
@@ -287,14 +283,16 @@ def main(cmd=None):
         print(
             f"{args.files} files of flac and two arks of codes, "
             f"{args.gpu_seconds:g} s a batch, {args.batches} batches\n\n"
-            "| workers | batches/s | times real time | padding | of the bound |\n"
-            "|--:|--:|--:|--:|--:|"
+            "| workers | batches/s | times real time | padding | of the bound "
+            "| a worker's own after half the batches, and at the end, MB |\n"
+            "|--:|--:|--:|--:|--:|--:|"
         )
         for workers in args.num_workers:
             r = read_batches(manifest, workers, args)
             print(
                 f"| {workers} | {r['batches']:.2f} | {r['realtime']:,.0f} "
-                f"| {r['waste']:.1%} | {r['fill']:.1%} |"
+                f"| {r['waste']:.1%} | {r['fill']:.1%} "
+                f"| {', '.join(f'{own:.0f}' for own in r['own'])} |"
             )
 
 

@@ -72,7 +72,7 @@ def test_refused(door: tuple[str, Door], monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(InputError, match="leave (them|empty)"):
             encode(torch.zeros(0, 16000))
     else:
-        with pytest.raises(ValueError, match="100 samples is shorter than one"):
+        with pytest.raises(InputError, match="100 samples are shorter than one"):
             encode(torch.zeros(1, 100))
 
 

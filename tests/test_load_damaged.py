@@ -15,6 +15,13 @@ from espnet2_spear.hub.load import load_model
         ("config.yaml", ""),
         ("config.yaml", "a: [1"),
         ("config.yaml", "teachers: {}"),
+        ("config.yaml", "student: base"),
+        ("config.yaml", "[student, student_conf]"),
+        ("config.yaml", "{student: [1], student_conf: {}}"),
+        ("config.yaml", "{student: base, student_conf: 5}"),
+        ("config.yaml", "{student: base, student_conf: {1: 2}}"),
+        ("config.yaml", "{student: base, student_conf: {num_mel_bins: .inf}}"),
+        ("config.json", '{"encoder_dim": {}}'),
     ],
 )
 def test_malformed_configuration(tmp_path, name, text):

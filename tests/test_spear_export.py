@@ -18,6 +18,7 @@ from espnet2_spear.bin.spear_export import main as spear_export
 from espnet2_spear.bin.spear_import import main as spear_import
 from espnet2_spear.hub import bundle as bundling
 from espnet2_spear.hub.bundle import BundleError, bundle
+from espnet2_spear.hub.export import export_student
 from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.encoder import SpearEncoder
@@ -186,6 +187,15 @@ def test_card_and_configuration(tiny: Path, published: Path, tmp_path: Path, cap
     with pytest.raises(CheckpointError, match="exists; choose another folder"):
         spear_export([str(tiny), "--out", str(tmp_path / "t")])
     spear_export([str(tiny), "--out", str(tmp_path / "t"), "--overwrite", "true"])
+
+
+def test_weights_that_are_no_numbers(tiny: Path, tmp_path: Path) -> None:
+    model = load_model(tiny)
+    with torch.no_grad():
+        model.mask_emb[3] = float("inf")
+    with pytest.raises(CheckpointError, match="x: mask_emb hold NaN or infinity"):
+        export_student(model, tmp_path / "out", "x")
+    assert not (tmp_path / "out").exists()
 
 
 def test_modeling_file_stands_alone() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 import threading
@@ -217,6 +218,8 @@ def test_configuration_and_tensors_contradict_each_other(tmp_path, state) -> Non
         ({"num_leads": 3}, r"config\.json: unknown keys \['num_leads'\]"),
         ({"num_heads": "2,3"}, r"config\.json: every per-stack list"),
         ({"encoder_dim": "32,32,x"}, r"config\.json: encoder_dim: expected numbers"),
+        ({"name": ["base"]}, r"config\.json: unknown size \['base'\]"),
+        ({"train_chunk_size": [16]}, r"config\.json: train_chunk_size does nothing"),
     ],
 )
 def test_bad_configurations(tmp_path, state, change, message) -> None:
@@ -263,6 +266,15 @@ def test_which_file_is_meant(tmp_path, state) -> None:
         torch.save(icefall(state), tmp_path / name)
     with pytest.raises(CheckpointError, match="epoch-1.pt, epoch-2.pt.*name one"):
         load_model(tmp_path)
+
+
+def test_what_does_not_fit_has_a_remedy(tmp_path, state) -> None:
+    path = write(tmp_path, "safetensors", damaged(state, "misshapen"))
+    with pytest.raises(CheckpointError, match="shape.*; copy the file again, or name"):
+        load_model(path)
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict()))
+    with pytest.raises(CheckpointError, match="take the config.json that belongs"):
+        load_model(path)
 
 
 def test_more_than_a_student_is_refused(tmp_path, state) -> None:
@@ -337,14 +349,48 @@ def test_printed_options(imported, tmp_path, capsys) -> None:
     assert load_model(tmp_path / "s").config == replace(SMALL, padding="exact")
 
 
+@pytest.mark.parametrize(
+    "pair, message",
+    [
+        ("chunk_size", "--conf chunk_size: expected KEY=VALUE"),
+        ("chunk_size=[1", r"--conf chunk_size=\[1: no value in YAML"),
+        ("=3", "unknown keys"),
+        ("num_heads=2", "num_heads: expected numbers, as 1,2,3; got 2"),
+        ("num_heads=a,b,c", "num_heads: expected numbers, as 1,2,3; got 'a,b,c'"),
+        ("num_heads=[2,3]", "cannot be divided into heads; give num_heads"),
+        ("pos_head_dim=0", "pos_head_dim 0: at least 1"),
+        ("value_head_dim=x", "value_head_dim: expected a number; got 'x'"),
+        ("causal=perhaps", "causal 'perhaps': true or false"),
+    ],
+)
+def test_options_that_are_none(tmp_path, state, monkeypatch, pair, message) -> None:
+    """The command ends with a line, whatever it is told."""
+    source = write(tmp_path, "icefall", state)
+    command = ["spear_import", str(source), "--out", str(tmp_path / "o"), "--conf"]
+    monkeypatch.setattr(sys, "argv", [*command, pair])
+    with pytest.raises(SystemExit, match=message) as error:
+        runpy.run_module("espnet2_spear.bin.spear_import", run_name="__main__")
+    assert str(error.value).startswith("ERROR (spear_import")
+    assert not (tmp_path / "o").exists()
+
+
+def test_low_precision_is_told(tmp_path, state, caplog) -> None:
+    low = {k: v.half() if k.endswith("weight") else v for k, v in state.items()}
+    model = load_model(write(tmp_path, "safetensors", low))
+    count = sum(v.dtype == torch.float16 for v in low.values())
+    assert (
+        f"model.safetensors: {count} of {len(low)} tensors are float16" in caplog.text
+    )
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, low[name].float())
+
+
 def test_weights_that_are_no_numbers(tmp_path, state) -> None:
     bad = {k: v.clone() for k, v in state.items()}
     bad["mask_emb"][3] = float("nan")
     source = write(tmp_path, "icefall", bad)
     with pytest.raises(CheckpointError, match="mask_emb hold NaN"):
         spear_import([str(source), "--out", str(tmp_path / "out")])
-    with pytest.raises(ValueError, match="KEY=VALUE"):
-        spear_import([str(source), "--out", "out", "--conf", "chunk_size"])
     with pytest.raises(ConfigError, match="num_leads"):
         write(tmp_path, "ours", state)
         (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict()))
@@ -418,28 +464,24 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         folder: Path = self.server.folder
+        files = [p for p in folder.rglob("*") if p.is_file()]
+        names = {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
         _, *parts = self.path.partition("?")[0].split("/")
         if parts[:3] == ["api", "models", "one"] and parts[3] == "student":
             revision = parts[5] if len(parts) > 5 else "main"
             if revision not in ("main", REVISION):
                 return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
             if "tree" in parts:
-                tree = [
-                    {
-                        "type": "file",
-                        "path": p.name,
-                        "oid": "0",
-                        "size": p.stat().st_size,
-                    }
-                    for p in folder.iterdir()
-                ]
+                entry = {"type": "file", "oid": "0"}
+                tree = [{**entry, "path": k, "size": n} for k, n in names.items()]
                 return self.reply(200, json.dumps(tree).encode())
-            files = [{"rfilename": p.name} for p in folder.iterdir()]
-            body = {"id": "one/student", "sha": REVISION, "siblings": files}
+            siblings = [{"rfilename": name} for name in names]
+            body = {"id": "one/student", "sha": REVISION, "siblings": siblings}
             return self.reply(200, json.dumps(body).encode())
         if parts[:2] == ["one", "student"] and parts[2] == "resolve":
-            self.server.asked.add(parts[4])
-            data = (folder / parts[4]).read_bytes()
+            name = "/".join(parts[4:])
+            self.server.asked.add(name)
+            data = (folder / name).read_bytes()
             etag = f'"{zlib.crc32(data)}"'
             return self.reply(200, data, {"ETag": etag, "X-Repo-Commit": REVISION})
         return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
@@ -458,6 +500,22 @@ class Hub(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+def load_online(
+    names: list[str], folder: Path, home: Path
+) -> tuple[list[str], set[str]]:
+    """Load from a hub that has the folder; returns lines and what was downloaded."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.asked = folder, set()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        lines = load_from_hub(names, home, HF_ENDPOINT=endpoint, NO_PROXY="*")
+    finally:
+        server.shutdown()
+        server.server_close()
+    return lines, server.asked
+
+
 def test_only_what_is_needed_is_downloaded(tmp_path: Path, state: State) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -467,22 +525,50 @@ def test_only_what_is_needed_is_downloaded(tmp_path: Path, state: State) -> None
     (source / "config.json").write_text(json.dumps(conf))
     for name in ("modeling_spear.py", "README.md", "optimizer.pt", "events.out"):
         (source / name).write_text("raise SystemExit")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.asked = source, set()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        names = ["hf:one/student", "hf:one/student@v9", "hf:nobody/student"]
-        lines = load_from_hub(names, tmp_path, HF_ENDPOINT=endpoint, NO_PROXY="*")
-    finally:
-        server.shutdown()
-        server.server_close()
+    names = ["hf:one/student", "hf:one/student@v9", "hf:nobody/student"]
+    lines, asked = load_online(names, source, tmp_path)
     assert lines[0] == "ok 4"
-    assert server.asked == {"config.json", "model.safetensors"}
+    assert asked == {"config.json", "model.safetensors"}
     assert "no such revision" in lines[1]
     assert "no such repository" in lines[2]
     # And from then on without a network.
     assert load_from_hub(names[:1], tmp_path, HF_HUB_OFFLINE="1") == ["ok 4"]
+
+
+def test_repositories_of_icefall(tmp_path: Path, state: State) -> None:
+    """No known name: the one file of weights, pretrained.pt, or the one named."""
+    exp = tmp_path / "source" / "exp"
+    exp.mkdir(parents=True)
+    for name in ("exp/train.py", "README.md", "data/bpe.model"):
+        path = tmp_path / "source" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("raise SystemExit")
+    torch.save(icefall(state), exp / "epoch-30.pt")
+
+    def load(*names: str, home: str) -> tuple[list[str], set[str]]:
+        return load_online([*names], tmp_path / "source", tmp_path / home)
+
+    assert load("hf:one/student", home="a") == (["ok 4"], {"exp/epoch-30.pt"})
+    offline = ["hf:one/student", "hf:one/student:exp/epoch-30.pt"]
+    offline += ["hf:one/student:exp/epoch-31.pt"]
+    lines = load_from_hub(offline, tmp_path / "a", HF_HUB_OFFLINE="1")
+    assert lines[:2] == ["ok 4"] * 2
+    assert "no such file; files of weights there: exp/epoch-30.pt" in lines[2]
+    torch.save(icefall(state), exp / "epoch-31.pt")
+    bad = ["hf:one/student:exp/e.pt", "hf:one/student:../x.pt"]
+    bad += ["hf:one/student:/x.pt", "hf:one/student:README.md", "hf:one/student"]
+    lines, asked = load(f"hf:one/student@{REVISION}:exp/epoch-31.pt", *bad, home="b")
+    assert lines[0] == "ok 4" and asked == {"exp/epoch-31.pt"}
+    assert "files of weights there: exp/epoch-30.pt, exp/epoch-31.pt" in lines[1]
+    assert all("is no file of weights in the repository" in x for x in lines[2:5])
+    assert "it has exp/epoch-30.pt, exp/epoch-31.pt: name one, as hf:" in lines[5]
+    (exp / "epoch-30.pt").rename(exp / "pretrained.pt")
+    assert load("hf:one/student", home="c") == (["ok 4"], {"exp/pretrained.pt"})
+    for path in exp.iterdir():
+        path.unlink()
+    lines, asked = load("hf:one/student", home="d")
+    assert "no weights under a known name; it has none at all" in lines[0]
+    assert not asked
 
 
 def test_frontend_and_packing_take_hub_ids(tmp_path, state, monkeypatch) -> None:

@@ -226,6 +226,14 @@ def test_gradients_reach_every_trainable_parameter() -> None:
         ({"name": "base", "causal": True, "train_chunk_size": "8,9"}, "size 9"),
         ({"name": "base", "causal": True, "train_chunk_size": []}, "empty"),
         ({"name": "base", "causal": True, "left_context_frames": -2}, "context -2"),
+        ({"name": "tiny", "num_mel_bins": 6}, "num_mel_bins 6: at least 7"),
+        ({"name": ["tiny"]}, "unknown size"),
+        ({1: 2}, "unknown keys"),
+        (["tiny"], "expected a table"),
+        ({"name": "tiny", "train_chunk_size": [16]}, "nothing without causal"),
+        ({"name": "tiny", "train_left_context_frames": [9]}, "nothing without causal"),
+        ({"name": "tiny", "regularize_start": 5}, "nothing without regularize"),
+        ({"name": "tiny", "regularize_batch_seconds": 5}, "without regularize"),
     ],
 )
 def test_config_errors_name_the_key(conf: dict, message: str) -> None:
@@ -236,6 +244,24 @@ def test_config_errors_name_the_key(conf: dict, message: str) -> None:
 def test_config_round_trip() -> None:
     config = ZipformerConfig.from_name("mini")
     assert ZipformerConfig.from_dict(config.to_dict()) == config
+
+
+def test_narrowest_features() -> None:
+    conf = {"name": "tiny", "num_mel_bins": 7}
+    model = SpearEncoder(ZipformerConfig.from_dict(conf)).eval()
+    out = model.encode(torch.zeros(1, 40, 7), torch.tensor([40]))
+    assert out.encoder_out.isfinite().all()
+
+
+def test_options_go_with_their_switch() -> None:
+    """What a training said of regularisers is no error where they are off."""
+    conf = {"name": "tiny", "regularize": True, "regularize_start": 5.0}
+    trained = ZipformerConfig.from_dict(conf)
+    still = trained.changed({"regularize": False})
+    assert still.regularize_start == 0.0
+    assert ZipformerConfig.from_dict(still.to_dict()) == still
+    with pytest.raises(ConfigError, match="nothing without regularize"):
+        trained.changed({"regularize": False, "regularize_start": 5.0})
 
 
 def test_embedding_lengths() -> None:

@@ -167,8 +167,8 @@ def test_bad_samples_are_named() -> None:
         model(torch.zeros(1, 4000, dtype=torch.int16), lengths[:1])
     with pytest.raises(InputError, match="lengths"):
         model(torch.zeros(2, 4000), lengths)
-    with pytest.raises(ValueError, match="at least 1360"):
-        model(torch.zeros(2, 4000), torch.tensor([4000, 0]))
+    with pytest.raises(InputError, match=r"utterances \[1, 2\].*at least 1360"):
+        model(torch.zeros(3, 4000), torch.tensor([4000, 0, 1359]))
     with pytest.raises(ValueError, match="1..4000"):
         model(torch.zeros(2, 4000), torch.tensor([4000, 4001]))
 
@@ -177,6 +177,14 @@ def test_bad_samples_are_named() -> None:
 def test_impossible_feature_lengths(lengths: list[int]) -> None:
     with pytest.raises(InputError, match="9..40"):
         build(NARROW).encode(torch.zeros(2, 40, 128), torch.tensor(lengths))
+
+
+def test_an_empty_batch_is_refused() -> None:
+    none = torch.zeros(0, dtype=torch.long)
+    with pytest.raises(InputError, match="the batch is empty"):
+        build(NARROW)(torch.zeros(0, 4000), none)
+    with pytest.raises(InputError, match="the batch is empty"):
+        build(NARROW).encode(torch.zeros(0, 40, 128), none)
 
 
 def test_other_features_are_refused() -> None:

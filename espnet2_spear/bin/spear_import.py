@@ -29,7 +29,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         help="folder or file (model.safetensors, pytorch_model.bin, icefall's *.pt, "
-        "*.pth of ours), or hf:USER/NAME[@REVISION], which is downloaded",
+        "*.pth of ours), or hf:USER/NAME[@REVISION][:FILE], which is downloaded",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
@@ -56,14 +56,18 @@ def parse_conf(pairs: list[str]) -> dict[str, object]:
     """Turn ``key=value`` pairs into a mapping; values are YAML.
 
     Raises:
-        ValueError: a pair without ``=``.
+        ConfigError: a pair without ``=``, or a value that is no YAML.
     """
     conf = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--conf {pair}: expected KEY=VALUE")
-        conf[key] = yaml.safe_load(value)
+            raise ConfigError(f"--conf {pair}: expected KEY=VALUE")
+        try:
+            conf[key] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"--conf {pair}: no value in YAML ({reason})") from error
     return conf
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import espnet2_spear
 from espnet2_spear.hub.bundle import bundle
 from espnet2_spear.hub.files import CheckpointError
+from espnet2_spear.hub.save import refuse_non_finite
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig
 
@@ -22,7 +23,7 @@ FURTHER_KEYS = ("query_head_dim", "pos_head_dim", "value_head_dim", "embed_chann
 FURTHER_KEYS += ("padding",)
 
 HEADER = '''\
-"""A SPEAR student (arXiv 2510.25955) in transformers; needs torch and nothing else.
+"""A SPEAR student (arXiv 2510.25955) in transformers; needs torch and NumPy.
 
 Made of the sources of espnet2-spear {version} (Apache-2.0) by its spear_export.
 """
@@ -63,9 +64,9 @@ out.hidden_states  # {layers} of (B, T, {width}), 50 per second
 ```
 
 Layers differ in scale: normalise each (layer norm without parameters) before summing.
-Compute in float32. `modeling_spear.py` needs torch only; it is made of the sources of
-espnet2-spear {version}, whose `load_model`, frontend `spear` and encoder `zipformer`
-(ESPnet) open this folder as well.{compatible}
+Compute in float32. The code needs transformers, torch and NumPy; it is made of the
+sources of espnet2-spear {version}, whose `load_model`, frontend `spear` and encoder
+`zipformer` (ESPnet) open this folder as well.{compatible}
 """
 
 RELEASED_CODE = """ The modelling code of the released SPEAR checkpoints reads
@@ -118,7 +119,7 @@ def export_student(
         overwrite: replace files of an earlier export.
 
     Raises:
-        CheckpointError: such files are there.
+        CheckpointError: such files are there, or weights that are no finite numbers.
     """
     from safetensors.torch import save_file
 
@@ -146,6 +147,7 @@ def export_student(
     there = [p for p in (weights, *(folder / n for n in texts)) if p.exists()]
     if there and not overwrite:
         raise CheckpointError(f"{there[0]}: exists; choose another folder")
+    refuse_non_finite(model.state_dict(), name)
     folder.mkdir(parents=True, exist_ok=True)
     state = {PREFIX + k: v.detach().contiguous() for k, v in model.state_dict().items()}
     save_file(state, weights, metadata={"format": "pt"})

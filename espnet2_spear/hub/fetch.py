@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from glob import escape
+from pathlib import Path, PurePosixPath
 
-from espnet2_spear.hub.files import INDEX_SUFFIX, CheckpointError
+from espnet2_spear.hub.files import INDEX_SUFFIX, WEIGHT_SUFFIXES, CheckpointError
 
 HUB_PREFIX = "hf:"
-_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_SAFE_FILES = ["config.json", "config.yaml", "model*.safetensors"]
-_SAFE_FILES += [f"model.safetensors{INDEX_SUFFIX}"]
+_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(.+))?")  # repo, revision, file
+_CONFIGS = ["config.json", "config.yaml"]
+_SAFE_FILES = ["model*.safetensors", f"model.safetensors{INDEX_SUFFIX}"]
 # Wanted if there is no safetensors file. Never: code, optimizers, other models.
 _PICKLES = ["pytorch_model*.bin", f"pytorch_model.bin{INDEX_SUFFIX}", "pretrained*.pt"]
 _PICKLES += ["student.pth", "valid.loss.*.pth"]
 # What spear_upload sends: a packed model, as it was unpacked.
 _PICKLES += ["meta.yaml", "*/config.yaml", "*/spear_plugin.yaml", "*/packed.pth"]
+# Where repositories of icefall's recipes keep what training left.
+_ICEFALL = re.compile(r"(exp/)?[^/]+\.pt")
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether this names a checkpoint on the hub: ``hf:user/name[@revision]``."""
+    """Whether this names a checkpoint on the hub, see :func:`fetch`."""
     return str(name).startswith(HUB_PREFIX)
 
 
@@ -29,33 +35,103 @@ def is_named(ckpt: str | Path) -> bool:
 
 
 def fetch(name: str) -> Path:
-    """Return the local folder of a checkpoint on the hub, downloading what is missing.
+    """Return where a checkpoint on the hub lies, downloading what is missing.
 
     Only configuration and weights are fetched, no code. With ``HF_HUB_OFFLINE=1``
     nothing is, and what an earlier call left in the cache is used.
 
     Args:
         name: ``hf:user/name`` or ``hf:user/name@revision`` (branch, tag or commit;
-            a full commit hash pins it for good).
+            a full commit hash pins it for good), with ``:file`` for one file of
+            weights, such as ``hf:user/name:exp/epoch-30.pt``. Without it, where there
+            are no weights under a known name, icefall's are taken: the one ``*.pt``,
+            or ``pretrained.pt``, of the repository and its folder ``exp``.
+
+    Returns:
+        the folder, or the file if one was named or icefall's was taken.
 
     Raises:
-        CheckpointError: no such repository or revision, none in the cache while
-            offline, no permission, or no weights in it.
+        CheckpointError: no such repository, revision or file, none in the cache while
+            offline, no permission, or no weights in it or several.
     """
     match = _ID.fullmatch(str(name).removeprefix(HUB_PREFIX))
     if match is None:
-        raise CheckpointError(f"{name}: a hub id is hf:USER/NAME or hf:USER/NAME@REV")
-    folder = _snapshot(name, *match.group("repo", "revision"), _SAFE_FILES)
-    if not any(folder.glob("model*.safetensors")):
-        folder = _snapshot(name, *match.group("repo", "revision"), _PICKLES)
-    return folder
+        raise CheckpointError(
+            f"{name}: a hub id is hf:USER/NAME, hf:USER/NAME@REVISION or either with "
+            ":FILE"
+        )
+    repo, revision, file = match.groups()
+    with _explained(name, repo):
+        if file is not None:
+            return _fetch_file(name, repo, revision, file)
+        for patterns in (_SAFE_FILES, _PICKLES):
+            folder = _snapshot(repo, revision, [*_CONFIGS, *patterns])
+            if _weights(folder, patterns):
+                return folder
+        return _fetch_file(name, repo, revision, _icefall(name, repo, revision))
 
 
-def _snapshot(name: str, repo: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download
+def _weights(folder: Path, patterns: list[str]) -> list[str]:
+    """Files of weights that match; earlier calls may have left others there."""
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*")]
+    names = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
+    return [name for name in names if any(fnmatch(name, p) for p in patterns)]
+
+
+def _fetch_file(name: str, repo: str, revision: str | None, file: str) -> Path:
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts or path.suffix not in WEIGHT_SUFFIXES:
+        raise CheckpointError(
+            f"{name}: '{file}' is no file of weights in the repository "
+            f"({', '.join(WEIGHT_SUFFIXES)})"
+        )
+    beside = [escape(str(path.with_name(config))) for config in _CONFIGS]
+    found = _snapshot(repo, revision, [escape(str(path)), *beside]) / path
+    if not found.is_file():
+        there = ", ".join(_all_weights(repo, revision)) or "none"
+        raise CheckpointError(f"{name}: no such file; files of weights there: {there}")
+    return found
+
+
+def _icefall(name: str, repo: str, revision: str | None) -> str:
+    """Choose among the files that icefall's training leaves."""
+    there = _all_weights(repo, revision)
+    files = [file for file in there if _ICEFALL.fullmatch(file)]
+    released = [file for file in files if PurePosixPath(file).name == "pretrained.pt"]
+    for chosen in (released, files):
+        if len(chosen) == 1:
+            return chosen[0]
+    listed = f"it has {', '.join(there)}: name one" if there else "it has none at all"
+    raise CheckpointError(
+        f"{name}: no weights under a known name; {listed}, as hf:USER/NAME:FILE"
+    )
+
+
+def _all_weights(repo: str, revision: str | None) -> list[str]:
+    """All files of weights in a repository; offline, those in the cache."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return sorted(_weights(_snapshot(repo, revision, []), ["*"]))
+    files = HfApi().list_repo_files(repo, revision=revision)
+    return sorted(file for file in files if file.endswith(WEIGHT_SUFFIXES))
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+
+@contextmanager
+def _explained(name: str, repo: str) -> Iterator[None]:
+    """Turn the hub's errors into CheckpointErrors that say what to do."""
+    from huggingface_hub import constants, errors
 
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns)
+        yield
+    except CheckpointError:
+        raise
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{name}: its owner asks for a log-in; accept the terms on its page and "
@@ -76,4 +152,3 @@ def _snapshot(name: str, repo: str, revision: str | None, patterns: list[str]) -
             f"`hf download {repo}` puts it into the cache, or copy the folder and name "
             "that"
         ) from error
-    return Path(folder)

@@ -29,6 +29,9 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
 # Keys of a released config.json that say nothing about the network.
 _HF_ONLY = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype")
 _HF_ONLY += ("transformers_version", "_name_or_path", "_commit_hash")
+# What to do about tensors that make no student.
+REMEDY = "copy the file again, or name that of a SPEAR student"
+_OUR_KEYS = ("student", "student_conf")  # of a SpearTask's config.yaml
 
 # Classes besides tensors and plain values that icefall leaves in its checkpoints, by
 # the name in the file. Making such an object executes nothing of the file's.
@@ -104,12 +107,18 @@ def read_config(path: Path) -> ZipformerConfig:
         raise CheckpointError(
             f"{path}: cannot be read ({error}); copy the file again"
         ) from error
-    if not isinstance(conf, dict) or not (released or "student_conf" in conf):
-        raise CheckpointError(f"{path}: not the configuration of a SPEAR model")
-    if released:
+    if released and isinstance(conf, dict):
         conf = {k: v for k, v in conf.items() if k not in _HF_ONLY}
+    elif not released and isinstance(conf, dict) and {*_OUR_KEYS} <= conf.keys():
+        name, conf = (conf[key] for key in _OUR_KEYS)
+        if isinstance(conf, dict):
+            conf = {"name": name, **conf}
     else:
-        conf = {"name": conf["student"], **conf["student_conf"]}
+        wanted = "" if released else f" ({', '.join(_OUR_KEYS)})"
+        raise CheckpointError(
+            f"{path}: not the configuration of a SPEAR model{wanted}; copy the one "
+            "that belongs to the weights, or move it away: the tensors tell the sizes"
+        )
     try:
         return ZipformerConfig.from_dict(conf)
     except ValueError as error:

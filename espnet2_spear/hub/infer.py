@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from espnet2_spear.hub.files import CheckpointError
-from espnet2_spear.zipformer.config import NAMED_CONFIGS, ZipformerConfig
+from espnet2_spear.hub.files import REMEDY, CheckpointError
+from espnet2_spear.zipformer.config import NAMED_CONFIGS, ConfigError, ZipformerConfig
 
 # Not to be seen in any tensor; everything else of the architecture is.
 UNSEEN = ("encoder_unmasked_dim",)
@@ -36,8 +36,12 @@ def infer_config(
 
     Raises:
         CheckpointError: tensors that no configuration has.
+        ConfigError: ``given`` holds what is no field, or no value of it.
     """
-    given = dict(given or {})
+    given = ZipformerConfig.fields_from(given or {})
+    for key in ("pos_head_dim", "value_head_dim"):
+        if given.get(key, 1) < 1:
+            raise ConfigError(f"{key} {given[key]}: at least 1")
     seen = _Shapes(state, path)
     conf: dict[str, Any] = {
         "embed_channels": [
@@ -52,7 +56,7 @@ def infer_config(
         _stack(seen, i, given) for i in range(seen.count(r"encoder\.encoders\.(\d+)\."))
     ]
     if not stacks:
-        raise CheckpointError(f"{path}: missing encoder.encoders.*")
+        raise CheckpointError(f"{path}: missing encoder.encoders.*; {REMEDY}")
     conf |= {key: [stack[key] for stack in stacks] for key in stacks[0]}
     for key in ("causal", "pos_dim", "query_head_dim", "pos_head_dim"):
         conf[key] = _only(conf[key], key, path)
@@ -64,7 +68,7 @@ def infer_config(
         if named is not None:
             unmasked = NAMED_CONFIGS[named].encoder_unmasked_dim
             conf["encoder_unmasked_dim"] = list(unmasked)
-        return ZipformerConfig.from_dict({**conf, **given})
+        return ZipformerConfig.from_dict(conf | given)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -101,12 +105,11 @@ def _heads(
     values = seen.size(f"{layer}self_attn1.in_proj.weight", 0)
     if "num_heads" in given:
         known = given["num_heads"]
-        known = known.split(",") if isinstance(known, str) else known
-        heads = int(known[index]) if index < len(known) else 0
+        heads = known[index] if index < len(known) else 0
         value_dim = values // heads if heads else 0
     else:
-        heads = pos // int(given.get("pos_head_dim", default.pos_head_dim))
-        value_dim = int(given.get("value_head_dim", default.value_head_dim))
+        heads = pos // given.get("pos_head_dim", default.pos_head_dim)
+        value_dim = given.get("value_head_dim", default.value_head_dim)
     dims = (pos, queries // 2, values)
     if not heads or any(d % heads for d in dims) or values != heads * value_dim:
         raise CheckpointError(
@@ -167,10 +170,10 @@ class _Shapes:
 
     def size(self, name: str, axis: int) -> int:
         if name not in self.state:
-            raise CheckpointError(f"{self.path}: missing {name}")
+            raise CheckpointError(f"{self.path}: missing {name}; {REMEDY}")
         shape = tuple(self.state[name].shape)
         if not -len(shape) <= axis < len(shape):
-            raise CheckpointError(f"{self.path}: {name} has shape {shape}")
+            raise CheckpointError(f"{self.path}: {name} has shape {shape}; {REMEDY}")
         return shape[axis]
 
     def optional(self, name: str, default: int) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from espnet2_spear.hub.fetch import fetch, is_hub_id
 from espnet2_spear.hub.files import (
+    REMEDY,
     CheckpointError,
     find_config,
     find_weights,
@@ -46,7 +49,7 @@ def load_model(
             training checkpoint of icefall (``.pt``), what ``spear_import`` writes, or
             an experiment of ours. A packed model (``.zip``, ``.tgz``), unpacked safely
             for as long as it is read, or the folder of an unpacked one. Or
-            ``hf:user/name[@revision]``, which is fetched; nothing else ever is.
+            ``hf:user/name[@revision][:file]``, which is fetched; nothing else ever is.
         padding: ``exact`` makes an utterance's output independent of its batch,
             ``compatible`` is as in the published code; None takes what the
             checkpoint's configuration says (``compatible`` if nothing).
@@ -97,15 +100,33 @@ def open_checkpoint(
     if known is None:
         config = infer_config(state, weights, conf)
     else:
-        config = replace(known, **ZipformerConfig.fields_from(conf or {}))
+        config = known.changed(conf or {})
     model = SpearEncoder(config)
     try:
         check_tensors(state, model.state_dict(), weights)
     except CheckpointError as error:
-        hint = "" if config_file is None else _contradiction(config, state, config_file)
+        hint = f"; {REMEDY}"
+        if config_file is not None:
+            hint = _contradiction(config, state, config_file)
+            hint += (
+                f"; take the {config_file.name} that belongs to the file, or move it "
+                "away: the tensors tell the sizes"
+            )
         raise CheckpointError(f"{error}{hint}") from None
+    _tell_widened(state, weights)
     model.load_state_dict(state)
     return model.eval(), weights, left_out
+
+
+def _tell_widened(state: Mapping[str, Tensor], path: Path) -> None:
+    """Log that tensors of another precision become float32, which the model is in."""
+    kinds = Counter(value.dtype for value in state.values())
+    others = {k: n for k, n in kinds.items() if k != torch.float32}
+    for kind, number in others.items():
+        logging.warning(
+            f"{path}: {number} of {len(state)} tensors are "
+            f"{str(kind).removeprefix('torch.')} and are turned into float32"
+        )
 
 
 def strip_prefix(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 
 from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.infer import compact, named_size
@@ -42,12 +44,7 @@ def save_student(
     if there and not overwrite:
         raise CheckpointError(f"{', '.join(there)}: exists; choose another folder")
     state = model.state_dict()
-    bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
-    if bad:
-        raise CheckpointError(
-            f"{source}: {', '.join(bad[:5])} hold NaN or infinity; the training that "
-            "left it had failed, take an earlier checkpoint"
-        )
+    refuse_non_finite(state, source)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = weights.with_suffix(".pth.tmp")
     torch.save({f"{PREFIX}.{k}": v for k, v in state.items()}, temporary)
@@ -62,6 +59,16 @@ def save_student(
         encoding="utf-8",
     )
     return weights
+
+
+def refuse_non_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError for weights that are no finite numbers."""
+    bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(
+            f"{source}: {', '.join(bad[:5])} hold NaN or infinity; the training that "
+            "left it had failed, take an earlier checkpoint"
+        )
 
 
 def init_param_help(model: SpearEncoder, weights: Path) -> str:

@@ -146,14 +146,16 @@ class SpearEncoder(nn.Module):
             fbank (B, T, num_mel_bins), 100 Hz, and its lengths (B,).
 
         Raises:
-            InputError: samples that are no numbers, or more of them than one piece
-                may have.
-            ValueError: an utterance too short for one output frame, or a length
-                beyond the tensor.
+            InputError: no utterances; samples that are no numbers, or more of them
+                than one piece may have; an utterance too short for one output frame,
+                named by its index; or a length beyond the tensor.
         """
         self.check_longest(speech.size(-1))
         check_finite(speech, lengths)
-        self.check_shortest(int(lengths.min()))
+        short = (lengths < self.min_samples).nonzero().flatten().tolist()
+        if short:
+            who = f"utterances {short} of the batch"
+            self.check_shortest(int(lengths.min()), who)
         return self.fbank(speech, lengths)
 
     def check_longest(self, samples: int) -> None:
@@ -170,12 +172,13 @@ class SpearEncoder(nn.Module):
                 "frontend_conf.chunk_seconds, such as 30"
             )
 
-    def check_shortest(self, samples: int) -> None:
-        """Raise ValueError unless so many samples give an output frame."""
+    def check_shortest(self, samples: int, who: str = "an utterance") -> None:
+        """Raise InputError unless so many samples, of ``who``, give an output frame."""
         if samples < self.min_samples:
-            raise ValueError(
-                f"an utterance of {samples} samples is shorter than one output "
-                f"frame: at least {self.min_samples} samples at 16 kHz are needed"
+            raise InputError(
+                f"{who}: {samples} samples are shorter than one output frame, at "
+                f"least {self.min_samples} samples at 16 kHz are needed; leave short "
+                "utterances out"
             )
 
     def pad_short(self, speech: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ def check_finite(speech: Tensor, lengths: Tensor) -> None:
         lengths: (B,) samples of each; what lies behind is not looked at.
 
     Raises:
-        InputError: names the utterances by their index in the batch.
+        InputError: no utterances, or such samples; names the utterances by their
+            index in the batch.
     """
+    _check_any(speech)
     if speech.dim() != 2 or lengths.shape != speech.shape[:1]:
         raise InputError(
             f"expected speech (B, samples) and lengths (B,), got "
@@ -50,9 +52,10 @@ def check_batch(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
         num_mel_bins: expected width.
 
     Raises:
-        InputError: another shape, fewer than the 9 frames that one output frame
-            needs, or a length beyond the tensor.
+        InputError: no utterances, another shape, fewer than the 9 frames that one
+            output frame needs, or a length beyond the tensor.
     """
+    _check_any(fbank)
     check_width(fbank, num_mel_bins)
     if lengths.shape != fbank.shape[:1]:
         raise InputError(f"{fbank.size(0)} utterances, lengths {tuple(lengths.shape)}")
@@ -61,6 +64,11 @@ def check_batch(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
             f"lengths {lengths.tolist()} must be in 9..{fbank.size(1)} fbank frames: "
             "leave shorter utterances out (9 frames are 85 ms)"
         )
+
+
+def _check_any(batch: Tensor) -> None:
+    if batch.dim() > 0 and len(batch) == 0:
+        raise InputError("the batch is empty: it needs at least one utterance")
 
 
 def check_width(fbank: Tensor, num_mel_bins: int) -> None:

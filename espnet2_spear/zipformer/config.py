@@ -27,6 +27,15 @@ _RUN_FIELDS += ("train_left_context_frames", "padding", "regularize")
 _RUN_FIELDS += ("regularize_batch_seconds", "regularize_start")
 _RUN_FIELDS += ("activation_checkpointing",)
 _FLAGS = ("causal", "regularize", "activation_checkpointing")
+# Options that do nothing unless another one is on. Not chunk_size and
+# left_context_frames, which released configurations hold in any case.
+_SWITCHES = {
+    "train_chunk_size": "causal",
+    "train_left_context_frames": "causal",
+    "regularize_batch_seconds": "regularize",
+    "regularize_start": "regularize",
+}
+MIN_MEL_BINS = 7  # of which the embedding's two strides in frequency leave one
 
 
 class ConfigError(ValueError):
@@ -116,6 +125,10 @@ class ZipformerConfig:
             value = getattr(self, name)
             if min((value,) if isinstance(value, int) else value) < 1:
                 raise ConfigError(f"{name} {value}: at least 1")
+        if self.num_mel_bins < MIN_MEL_BINS:
+            raise ConfigError(
+                f"num_mel_bins {self.num_mel_bins}: at least {MIN_MEL_BINS}"
+            )
         if len(set(self.encoder_dim)) != 1:
             raise ConfigError(
                 f"encoder_dim must be equal in all stacks, got {self.encoder_dim}"
@@ -192,8 +205,8 @@ class ZipformerConfig:
         Raises:
             ConfigError: unknown name; the message lists the known ones.
         """
-        if name not in NAMED_CONFIGS:
-            raise ConfigError(f"unknown size '{name}', one of {sorted(NAMED_CONFIGS)}")
+        if not isinstance(name, str) or name not in NAMED_CONFIGS:
+            raise ConfigError(f"unknown size {name!r}, one of {sorted(NAMED_CONFIGS)}")
         return NAMED_CONFIGS[name]
 
     @classmethod
@@ -204,11 +217,35 @@ class ZipformerConfig:
         named size that the other keys change.
 
         Raises:
-            ConfigError: a key that is no field, or values that do not fit together.
+            ConfigError: no mapping, a key that is no field, values that do not fit
+                together, or an option that does nothing.
         """
+        if not isinstance(conf, Mapping):
+            raise ConfigError(f"expected a table of fields, got {conf!r}")
         conf = dict(conf)
         start = cls.from_name(conf.pop("name")) if "name" in conf else cls()
-        return replace(start, **cls.fields_from(conf))
+        return start.changed(conf)
+
+    def changed(self, conf: Mapping[str, Any]) -> ZipformerConfig:
+        """Return the same with other values, as YAML or JSON holds them.
+
+        Options that do nothing then are at their defaults, which :meth:`to_dict`
+        writes and :meth:`from_dict` takes.
+
+        Raises:
+            ConfigError: as of :meth:`from_dict`.
+        """
+        given = self.fields_from(conf)
+        config = replace(self, **given)
+        default = {f.name: f.default for f in fields(self)}
+        idle = {k: s for k, s in _SWITCHES.items() if not getattr(config, s)}
+        for key, switch in idle.items():
+            if given.get(key, default[key]) != default[key]:
+                raise ConfigError(
+                    f"{key} does nothing without {switch}: set {switch}: true, or "
+                    f"leave {key} out"
+                )
+        return replace(config, **{key: default[key] for key in idle})
 
     @classmethod
     def fields_from(cls, conf: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +255,7 @@ class ZipformerConfig:
             ConfigError: a key that is no field, or a value that is none of its type.
         """
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(conf) - known)
+        unknown = sorted(str(key) for key in conf if key not in known)
         if unknown:
             raise ConfigError(f"unknown keys {unknown}; known: {sorted(known)}")
         return {key: _plain(key, conf[key]) for key in conf}
@@ -239,8 +276,9 @@ class ZipformerConfig:
 
 def _plain(key: str, value: Any) -> Any:
     """Turn what YAML or JSON may hold into a field's type: lists into tuples, ..."""
+    listed = key in STACK_FIELDS or key in _LISTS
     try:
-        if key in STACK_FIELDS or key in _LISTS:
+        if listed:
             parts = value.split(",") if isinstance(value, str) else value
             return tuple(_whole(p) for p in parts)
         if key in _INTEGERS:
@@ -249,8 +287,9 @@ def _plain(key: str, value: Any) -> Any:
             return float(value)
         if key in _FLAGS and value in (0, 1):
             return bool(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{key}: expected numbers, got {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        kind = "numbers, as 1,2,3" if listed else "a number"
+        raise ConfigError(f"{key}: expected {kind}; got {value!r}") from None
     return value
 
 
