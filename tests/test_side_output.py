@@ -1,6 +1,8 @@
 """What is written beside the results may fail without ending a run."""
 
 import logging
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,24 @@ def test_lines_stay_whole(tmp_path: Path) -> None:
     path.write_bytes(b"torn")
     append_lines(path, ["c"])
     assert path.read_text() == "c\n"
+
+
+def test_a_full_disk_leaves_no_part(tmp_path: Path) -> None:
+    """A limit on the size of files fails as a full disk does."""
+    path = tmp_path / "list"
+    append_lines(path, ["a 1"])
+    plain = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, plain[1]))
+        with pytest.raises(OSError):
+            append_lines(path, ["b 2", "c 3 of many words"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, plain)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert path.read_text() == "a 1\n"
+    append_lines(path, ["b 2"])
+    assert read_lines(path) == ["a 1", "b 2"]
 
 
 def test_pictures_and_curves(blocked: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -28,14 +29,19 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
         lines: without their ends.
 
     Raises:
-        OSError: such as of a full disk; then nothing or a part is written.
+        OSError: such as of a full disk; then no line is written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
+    content = "".join(f"{line}\n" for line in lines).encode()
+    # Without a buffer, which would be written again when the file is closed.
+    with open(path, "ab+", buffering=0) as file:
         start = max(0, file.seek(0, os.SEEK_END) - LONGEST_LINE)
         file.seek(start)
-        file.truncate(start + len(_whole_lines(file.read())))
-        file.write("".join(f"{line}\n" for line in lines).encode())
+        end = start + len(_whole_lines(file.read()))
+        file.truncate(end)
+        if file.write(content) < len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def read_lines(path: Path) -> list[str]:
