@@ -130,7 +130,7 @@ def test_page(tmp_path: Path) -> None:
     with pytest.raises(spear_demo.DemoError, match="Drop or record"):
         page(None, "cka")
     soundfile.write(tmp_path / "b.wav", noise(0.01).numpy(), 16000)
-    with pytest.raises(spear_demo.DemoError, match="^an utterance of 160 samples"):
+    with pytest.raises(spear_demo.DemoError, match="^an utterance: 160 samples"):
         page(str(tmp_path / "b.wav"), "cka")
     (tmp_path / "c.wav").write_text("no audio")
     with pytest.raises(spear_demo.DemoError, match="^cannot be decoded as audio"):

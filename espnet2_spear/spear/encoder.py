@@ -154,7 +154,8 @@ class SpearEncoder(nn.Module):
         check_finite(speech, lengths)
         short = (lengths < self.min_samples).nonzero().flatten().tolist()
         if short:
-            who = f"utterances {short} of the batch"
+            alone = len(lengths) == 1
+            who = "an utterance" if alone else f"utterances {short} of the batch"
             self.check_shortest(int(lengths.min()), who)
         return self.fbank(speech, lengths)
 
