@@ -16,6 +16,7 @@ from test_local_data import LOCAL, RECIPE, load, run_sh
 
 from espnet2_spear.mvq.quantizer import Quantizer
 
+load("check_training")
 plan = load("plan")
 step = load("step")
 CONF = RECIPE / "conf"
@@ -206,8 +207,8 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def run(**options: str) -> tuple[dict, list[list[str]]]:
         words = ["--expdir", str(tmp_path / "exp"), "--dumpdir", str(tmp_path / "dump")]
         for key, value in options.items():
-            flag = key.startswith("check_") or key == "new_data"
-            words += [f"--{key}"] if flag else [f"--{key}", value]
+            flag = key in ("check_teachers", "check_quantizers", "new_data")
+            words.append(f"--{key}" if flag else f"--{key}={value}")
         config, lines = plan.plan(plan.get_parser().parse_args(words))
         return config, [line.split("|") for line in lines]
 
@@ -233,6 +234,39 @@ def test_plan_says_that_noise_will_be_needed(
         planned(student="base", config_override="mixer_conf={}")
     with pytest.raises(plan.PlanError, match="'loud': one of"):
         planned(config_override="mixer_conf.preset=loud")
+
+
+@pytest.mark.parametrize("student", ["mini", "xlarge"])
+@pytest.mark.parametrize("teachers", ["", "speech=wavlm_large"])
+def test_plan_takes_what_can_be_trained(planned, student: str, teachers: str) -> None:
+    """Without the memory that a student of 600 M parameters needs."""
+    planned(student=student, teachers=teachers, check_training="--max_epoch 5")
+
+
+@pytest.mark.parametrize(
+    ("override", "train_args", "message"),
+    [
+        ("batch_binz=3", "", "batch_binz"),
+        ("", "--max_epok 5", "max_epok"),
+        ("", "--max_epoch five", "invalid int value: 'five'"),
+        ("masker_conf.time_span=0", "", "masker_conf: time_span 0"),
+        ("student_conf.num_leads=3", "", "unknown keys .*num_leads"),
+        ("model_conf.normalise=sum", "", "normalise"),
+        ("sampler_conf.max_utts=0", "", "max_utts"),
+        ("sampler_conf.domain_weights.music=1", "", "'music' is none of --domains"),
+        ("bad_data_conf.max_share=2", "", "max_share 2"),
+        ("optim_conf.rl=0.1", "", "rl"),
+        ("scheduler_conf.hours=3", "", "hours"),
+        ("teachers.speech.layer=99", "", "layer 99"),
+        ("", "--use_amp perhaps", "perhaps"),
+    ],
+)
+def test_plan_refuses_what_cannot_be_trained(
+    planned, override: str, train_args: str, message: str
+) -> None:
+    """Stage 7 would, after hours."""
+    with pytest.raises(plan.PlanError, match=f"--train_args: .*{message}"):
+        planned(config_override=override, check_training=train_args)
 
 
 def test_plan_of_the_default(planned) -> None:

@@ -87,12 +87,7 @@ def build_iter_factory(
     if iter_options.distributed:
         world_size = torch.distributed.get_world_size()
         rank = torch.distributed.get_rank()
-    config = _config(SamplerConfig, "sampler_conf", args)
-    if unknown := sorted(set(config.domain_weights) - set(args.domains)):
-        raise ValueError(
-            f"sampler_conf.domain_weights: '{unknown[0]}' is none of --domains "
-            f"{args.domains}"
-        )
+    config = _sampler_config(args)
     lists, stores = _sources(
         iter_options.data_path_and_name_and_type, iter_options.shape_files
     )
@@ -178,12 +173,14 @@ def _with_headroom(config: SamplerConfig, max_extension: float) -> SamplerConfig
 
 
 def check_sampling_options(args: argparse.Namespace) -> None:
-    """Raise if options of the sampler are given to an iterator that has none.
+    """Look at the sampler's options before any data.
 
     Raises:
-        ValueError: see above.
+        ValueError: options that do not fit together, or of an iterator that has none.
     """
     if args.iterator_type in ("task", "none"):
+        _sampler_config(args)
+        _config(SkipLimits, "bad_data_conf", args)
         return
     for option in ("sampler_conf", "bad_data_conf", "manifest_dir"):
         if getattr(args, option):
@@ -191,6 +188,16 @@ def check_sampling_options(args: argparse.Namespace) -> None:
                 f"{option} has no effect with iterator_type '{args.iterator_type}'; "
                 "use iterator_type 'task'"
             )
+
+
+def _sampler_config(args: argparse.Namespace) -> SamplerConfig:
+    config = _config(SamplerConfig, "sampler_conf", args)
+    if unknown := sorted(set(config.domain_weights) - set(args.domains)):
+        raise ValueError(
+            f"sampler_conf.domain_weights: '{unknown[0]}' is none of --domains "
+            f"{args.domains}"
+        )
+    return config
 
 
 def _config(kind: type[Config], option: str, args: argparse.Namespace) -> Config:

@@ -200,6 +200,9 @@ if wanted 1 || [ "${stop_stage}" -ge 4 ]; then
     opts=()
     if wanted 1; then opts+=(--new_data); fi
     if wanted 4 && [ "${dry_run}" = false ]; then opts+=(--check_teachers); fi
+    if wanted 7 && [ "${stage}" -lt 7 ] && [ "${dry_run}" = false ]; then
+        opts+=("--check_training=${train_args}")
+    fi
     plan "${opts[@]}"
     tag=${tag:-${plan_tag}}
     # Of the embedded data what a teacher is trained on.

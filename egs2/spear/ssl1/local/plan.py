@@ -344,6 +344,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--new_data", action="store_true", help="what is there will go")
     parser.add_argument("--check_teachers", action="store_true", help="their files")
     parser.add_argument("--check_quantizers", action="store_true", help="their sizes")
+    parser.add_argument("--check_training", help="its options; these are more of them")
     parser.add_argument("--write", type=Path, help="the configuration, completed")
     return parser
 
@@ -390,6 +391,15 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
             config, {n: [folder / s / f"{n}.json" for s in sets] for n in teachers}
         )
     check_noise(config)
+    if args.check_training is not None:
+        from check_training import check_training  # takes seconds to import
+
+        try:
+            check_training(config, shlex.split(args.check_training))
+        except ValueError as error:
+            raise PlanError(
+                f"{path}, --config_override or --train_args: {error}"
+            ) from error
     heard = [d for d, table in config["loss_weights"].items() if any(table.values())]
     lines = [f"{path}|{tag}{suffix}|{','.join(heard)}"]
     folders = parse_quantizer_data(args.quantizer_data, teachers)
