@@ -1,8 +1,12 @@
 """torch.compile by option: equal results, few graphs, none without a compiler."""
 
 import functools
+import importlib.util
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -71,3 +75,53 @@ def test_training_goes_on_without_a_compiler(
     assert "no g++ found" in caplog.text and "C++ compiler" in caplog.text
     model = SpearEncoder(replace(NARROW, num_mel_bins=24)).train()
     assert step(model, 2, 60).isfinite().all()
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "zipformer.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_zipformer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # It changes settings of its process, and shapes that do not matter here.
+    monkeypatch.setattr(module, "count_flops", lambda *_: 0)
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda _: None)
+    return module
+
+
+def job(benchmark: ModuleType, folder: Path) -> dict:
+    """What the benchmark tells a child that trains with --compile."""
+    options = ["--size", "tiny", "--compile", "--utterances", "2", "--seconds", "1"]
+    options += ["--trials", "2", "--num_threads", str(torch.get_num_threads())]
+    args: Namespace = benchmark.get_parser().parse_args(options)
+    weights = folder / "weights.pt"
+    config = benchmark.save_weights(args, weights)
+    more = {"mode": "training", "name": "ours", "weights": str(weights)}
+    return {**vars(args), **more, "config": config}
+
+
+def test_benchmark_compiles_as_the_training_does(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chains alone, in steps that do not count."""
+    counters.clear()
+    graphs: list[int] = []
+    encode = SpearEncoder.encode
+
+    def counted(*args):
+        graphs.append(counters["stats"]["unique_graphs"])
+        return encode(*args)
+
+    monkeypatch.setattr(SpearEncoder, "encode", counted)
+    result = benchmark.run_job(job(benchmark, tmp_path))
+    assert len(graphs) == 1 + benchmark.COMPILED_STEPS + len(result["times"]) == 13
+    assert graphs[1] > 3 and graphs[-3] == counters["stats"]["unique_graphs"]
+    assert result["sum"] > 0
+
+
+def test_benchmark_measures_nothing_else_without_a_compiler(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion, "fuse_chains", lambda: False)
+    with pytest.raises(SystemExit, match="leave --compile out"):
+        benchmark.run_job(job(benchmark, tmp_path))

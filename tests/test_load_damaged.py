@@ -22,12 +22,17 @@ from espnet2_spear.hub.load import load_model
         ("config.yaml", "{student: base, student_conf: {1: 2}}"),
         ("config.yaml", "{student: base, student_conf: {num_mel_bins: .inf}}"),
         ("config.json", '{"encoder_dim": {}}'),
+        ("config.json", "[" * 100_000),
+        ("config.yaml", "student: \x00"),
+        ("config.yaml", "\udcff"),
+        ("config.yaml", "{student: base, student_conf: null}"),
+        ("config.yaml", "{student: base, student_conf: {? {a: 1} : 2}}"),
     ],
 )
 def test_malformed_configuration(tmp_path, name, text):
     weights = "model.safetensors" if name == "config.json" else "valid.loss.best.pth"
     (tmp_path / weights).write_bytes(b"")
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         load_model(tmp_path)
 

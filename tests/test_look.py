@@ -100,6 +100,38 @@ def test_heads_that_do_not_fit(tmp_path: Path) -> None:
         open_heads(folder)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ([1], r"config\.yaml: teachers is no table"),
+        ({"speech": 5}, r"config\.yaml: teacher 'speech'"),
+        ({"speech": {}}, r"config\.yaml: teacher 'speech'.*num_codebooks"),
+        ({"speech": {"num_codebooks": "x"}}, "does not fit x codebooks of 256"),
+        ({"speech": {"num_codebooks": 0}}, "does not fit 0 codebooks of 256"),
+    ],
+)
+def test_damaged_configuration_of_heads(tmp_path: Path, change, message) -> None:
+    folder = write_pretrained(tmp_path / "x")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"teachers": change}))
+    with pytest.raises(CheckpointError, match=message):
+        open_heads(folder)
+    (folder / "config.yaml").write_text("teachers: [")
+    with pytest.raises(CheckpointError, match=r"config\.yaml: cannot be read"):
+        open_heads(folder)
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(5)])
+def test_heads_without_a_bias(tmp_path: Path, bias: torch.Tensor | None) -> None:
+    folder = write_pretrained(tmp_path / "x")
+    weights = folder / "valid.loss.best.pth"
+    state = torch.load(weights, weights_only=True)
+    del state["heads.speech.bias"]
+    torch.save(state if bias is None else state | {"heads.speech.bias": bias}, weights)
+    with pytest.raises(CheckpointError, match="or has no bias that fits it; take"):
+        open_heads(folder)
+
+
 def test_tokens_of_a_teacher(tmp_path: Path) -> None:
     weights = write_student(tmp_path / "t")
     teacher = SpearTeacher(str(weights), layer=2)

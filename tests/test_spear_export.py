@@ -195,21 +195,39 @@ def test_weights_that_are_no_numbers(tiny: Path, tmp_path: Path) -> None:
         model.mask_emb[3] = float("inf")
     with pytest.raises(CheckpointError, match="x: mask_emb hold NaN or infinity"):
         export_student(model, tmp_path / "out", "x")
+    path = tmp_path / "valid.loss.best.pth"
+    state = {f"student.{k}": v for k, v in model.state_dict().items()}
+    torch.save(state, path)
+    for command in (spear_export, spear_import):  # name the file that is to blame
+        with pytest.raises(CheckpointError, match=r"best\.pth: mask_emb hold NaN or"):
+            command([str(path), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-def test_modeling_file_stands_alone() -> None:
-    source = bundle("espnet2_spear.hub.transformers_files.modeling_spear")
-    tree = ast.parse(source)
-    imported = {
-        node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    }
-    roots = {name.partition(".")[0] for name in imported}
-    assert roots <= {"torch", "transformers", "configuration_spear", "numpy"} | set(
-        sys.stdlib_module_names
-    )
+def test_files_import_what_they_say(tiny: Path, tmp_path: Path) -> None:
+    """No other packages than the header, the card and the page name."""
+    spear_export([str(tiny), "--out", str(tmp_path)])
+    imported = set()
+    for path in tmp_path.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.partition(".")[0])
+            elif isinstance(node, ast.Import):
+                imported |= {a.name.partition(".")[0] for a in node.names}
+    packages = imported - {*sys.stdlib_module_names}
+    assert packages == {"torch", "transformers", "numpy"}
+    header = (tmp_path / "modeling_spear.py").read_text().partition("\n\n")[0]
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    page = Path(__file__).resolve().parent.parent / "docs" / "checkpoints.md"
+    for text, said in (
+        (header, "transformers; needs torch and NumPy"),
+        (card, "The code needs transformers, torch and NumPy;"),
+        (
+            page.read_text(),
+            "`modeling_spear.py` imports torch, numpy and\ntransformers",
+        ),
+    ):
+        assert said in text
 
 
 def test_what_cannot_be_one_file(tmp_path: Path, monkeypatch) -> None:

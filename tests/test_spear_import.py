@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.bin.spear_import import main as spear_import
 from espnet2_spear.bin.task_pack import self_contained
+from espnet2_spear.hub.fetch import _icefall
 from espnet2_spear.hub.files import CheckpointError, read_config
 from espnet2_spear.hub.infer import compact, infer_config, named_size
 from espnet2_spear.hub.load import load_model
+from espnet2_spear.hub.look import open_heads
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 
@@ -186,7 +189,7 @@ def damaged(state: State, damage: str) -> State:
         ("extra", "encoder.encoders.[0-9]+"),
         ("misshapen", r"encoder_embed.out.bias has shape \(31,\), expected \(32,\)"),
         ("integers", "mask_emb holds torch.int32"),
-        ("no anchor", "not a SPEAR checkpoint"),
+        ("no anchor", "not a SPEAR checkpoint: copy the file again, or name that"),
         ("no stack", r"missing encoder\.encoders"),
     ],
 )
@@ -280,7 +283,9 @@ def test_what_does_not_fit_has_a_remedy(tmp_path, state) -> None:
 def test_more_than_a_student_is_refused(tmp_path, state) -> None:
     other = prefixed(state, "encoder.") | {"decoder.weight": torch.zeros(1)}
     torch.save(other, tmp_path / "asr.pth")
-    with pytest.raises(CheckpointError, match="extra tensors.*decoder.weight"):
+    with pytest.raises(
+        CheckpointError, match="extra tensors.*decoder.weight.*student: copy"
+    ):
         load_model(tmp_path)
 
 
@@ -446,6 +451,43 @@ def fill_cache(home: Path, user: str, layout: str, state: State) -> None:
         (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
 
 
+def test_the_cache_serves_where_there_is_no_network(tmp_path: Path, state) -> None:
+    """Nodes of clusters often have none, and nothing says so."""
+    fill_cache(tmp_path, "one", "icefall", state)
+    names = ["hf:one/student", "hf:one/student:epoch-30.pt", "hf:two/student"]
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "*"}
+    lines = load_from_hub(names, tmp_path, **away)
+    assert lines[:2] == ["ok 4"] * 2
+    assert "two/student: cannot be fetched" in lines[2]
+
+
+@pytest.mark.parametrize(
+    "there, chosen",
+    [
+        ("epoch-9.pt README.md data/x.pt", "epoch-9.pt"),
+        ("exp/epoch-99.pt exp/events.out", "exp/epoch-99.pt"),
+        ("exp/pretrained.pt exp/epoch-99.pt optimizer.pt", "exp/pretrained.pt"),
+        ("pretrained.pt pretrained-averaged.pt", "pretrained.pt"),
+        ("exp/pretrained-iter-9.pt exp/epoch-1.pt", "exp/pretrained-iter-9.pt"),
+        ("pretrained.pt exp/pretrained.pt", "it has exp/pretrained.pt, pretrained.pt:"),
+        ("exp/a.pt exp/b.pt", "it has exp/a.pt, exp/b.pt: name one, as hf:USER/NAME"),
+        ("zipformer/exp/a.pt", "it has zipformer/exp/a.pt: name one"),
+        ("README.md", "it has none at all"),
+        (" ".join(f"exp/{i:02d}.pt" for i in range(22)), "exp/19.pt and 2 more: name"),
+    ],
+)
+def test_which_file_of_icefall_is_taken(monkeypatch, there: str, chosen: str) -> None:
+    siblings = [SimpleNamespace(rfilename=name) for name in there.split()]
+    info = SimpleNamespace(siblings=siblings)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
+    try:
+        found = _icefall("hf:a/b", "a/b", None)
+    except CheckpointError as error:
+        assert chosen in str(error) and str(error).startswith("hf:a/b: ")
+    else:
+        assert found == chosen
+
+
 def test_hub_ids_offline(tmp_path: Path, state: State) -> None:
     fill_cache(tmp_path, "one", "safetensors in parts", state)
     fill_cache(tmp_path, "two", "bin", state)
@@ -580,5 +622,6 @@ def test_frontend_and_packing_take_hub_ids(tmp_path, state, monkeypatch) -> None
         frontend = SpearFrontend(ckpt="hf:one/student", **conf)
         assert torch.equal(frontend.upstream.mask_emb, state["mask_emb"])
     conf = {"frontend": "spear", "frontend_conf": {"ckpt": "hf:one/student"}}
+    assert open_heads("hf:one/student") == {}
     packed = self_contained(conf, tmp_path / "config.yaml")
     assert packed["frontend_conf"] == {"arch": arch}

@@ -169,13 +169,24 @@ def test_bad_samples_are_named() -> None:
         model(torch.zeros(2, 4000), lengths)
     with pytest.raises(InputError, match=r"utterances \[1, 2\].*at least 1360"):
         model(torch.zeros(3, 4000), torch.tensor([4000, 0, 1359]))
-    with pytest.raises(ValueError, match="1..4000"):
+    with pytest.raises(InputError, match=r"\[1\] of the batch.*\[4001\].*1..4000"):
         model(torch.zeros(2, 4000), torch.tensor([4000, 4001]))
+    with pytest.raises(InputError, match="an utterance: 100 samples"):
+        model(torch.zeros(1, 4000), torch.tensor([100]))
+    with pytest.raises(InputError, match="lengths are torch.float32"):
+        model(torch.zeros(2, 4000), torch.tensor([4000.0, 4000.0]))
+
+
+@pytest.mark.parametrize("shape", [(), (4000,), (1, 1, 4000), (2, 4000)])
+def test_other_shapes_than_of_a_batch(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"expected speech \(B, samples\)"):
+        build(NARROW)(torch.zeros(shape), torch.tensor([4000]))
 
 
 @pytest.mark.parametrize("lengths", [[40, 0], [40, 8], [40, 41]])
 def test_impossible_feature_lengths(lengths: list[int]) -> None:
-    with pytest.raises(InputError, match="9..40"):
+    message = rf"utterances \[1\] of the batch: lengths \[{lengths[1]}\].*9..40"
+    with pytest.raises(InputError, match=message):
         build(NARROW).encode(torch.zeros(2, 40, 128), torch.tensor(lengths))
 
 
@@ -185,6 +196,8 @@ def test_an_empty_batch_is_refused() -> None:
         build(NARROW)(torch.zeros(0, 4000), none)
     with pytest.raises(InputError, match="the batch is empty"):
         build(NARROW).encode(torch.zeros(0, 40, 128), none)
+    with pytest.raises(InputError, match="the batch is empty"):
+        build(NARROW).fbank(torch.zeros(0, 4000), none)
 
 
 def test_other_features_are_refused() -> None:

@@ -58,7 +58,8 @@ def main(cmd: list[str] | None = None) -> None:
     )
     model = load_model(args.source, padding=args.padding)
     name = args.name or args.out.name
-    export_student(model, args.out, name, args.license, args.about, args.overwrite)
+    card = (name, args.license, args.about)
+    export_student(model, args.out, *card, args.overwrite, args.source)
     if not fits_released_code(model.config):
         logging.warning(
             "heads or embedding are of other widths than the released students': the "

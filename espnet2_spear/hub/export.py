@@ -106,6 +106,7 @@ def export_student(
     licence: str | None = None,
     about: str = "",
     overwrite: bool = False,
+    source: str | None = None,
 ) -> None:
     """Write a folder for ``transformers.AutoModel`` and for ``load_model``.
 
@@ -117,6 +118,7 @@ def export_student(
             does not say.
         about: a sentence or two for the card: data, teachers.
         overwrite: replace files of an earlier export.
+        source: where the student comes from, for messages; None: ``name``.
 
     Raises:
         CheckpointError: such files are there, or weights that are no finite numbers.
@@ -147,7 +149,7 @@ def export_student(
     there = [p for p in (weights, *(folder / n for n in texts)) if p.exists()]
     if there and not overwrite:
         raise CheckpointError(f"{there[0]}: exists; choose another folder")
-    refuse_non_finite(model.state_dict(), name)
+    refuse_non_finite(model.state_dict(), source or name)
     folder.mkdir(parents=True, exist_ok=True)
     state = {PREFIX + k: v.detach().contiguous() for k, v in model.state_dict().items()}
     save_file(state, weights, metadata={"format": "pt"})

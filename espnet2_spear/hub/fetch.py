@@ -16,12 +16,13 @@ _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(.+))?")  # repo, revisi
 _CONFIGS = ["config.json", "config.yaml"]
 _SAFE_FILES = ["model*.safetensors", f"model.safetensors{INDEX_SUFFIX}"]
 # Wanted if there is no safetensors file. Never: code, optimizers, other models.
-_PICKLES = ["pytorch_model*.bin", f"pytorch_model.bin{INDEX_SUFFIX}", "pretrained*.pt"]
+_PICKLES = ["pytorch_model*.bin", f"pytorch_model.bin{INDEX_SUFFIX}"]
 _PICKLES += ["student.pth", "valid.loss.*.pth"]
 # What spear_upload sends: a packed model, as it was unpacked.
 _PICKLES += ["meta.yaml", "*/config.yaml", "*/spear_plugin.yaml", "*/packed.pth"]
 # Where repositories of icefall's recipes keep what training left.
 _ICEFALL = re.compile(r"(exp/)?[^/]+\.pt")
+_RELEASED = ("pretrained.pt", "pretrained*.pt", "*.pt")  # the first of which is one
 
 
 def is_hub_id(name: str | Path) -> bool:
@@ -34,6 +35,11 @@ def is_named(ckpt: str | Path) -> bool:
     return is_hub_id(ckpt) or Path(ckpt).exists()
 
 
+def local_path(name: str | Path) -> Path:
+    """Return where a checkpoint lies: a path itself, a hub id's after :func:`fetch`."""
+    return fetch(str(name)) if is_hub_id(name) else Path(name)
+
+
 def fetch(name: str) -> Path:
     """Return where a checkpoint on the hub lies, downloading what is missing.
 
@@ -44,8 +50,9 @@ def fetch(name: str) -> Path:
         name: ``hf:user/name`` or ``hf:user/name@revision`` (branch, tag or commit;
             a full commit hash pins it for good), with ``:file`` for one file of
             weights, such as ``hf:user/name:exp/epoch-30.pt``. Without it, where there
-            are no weights under a known name, icefall's are taken: the one ``*.pt``,
-            or ``pretrained.pt``, of the repository and its folder ``exp``.
+            are no weights under a known name, icefall's are taken: ``pretrained.pt``,
+            or else the one ``pretrained*.pt``, or else the one ``*.pt``, of the
+            repository and its folder ``exp``.
 
     Returns:
         the folder, or the file if one was named or icefall's was taken.
@@ -88,7 +95,7 @@ def _fetch_file(name: str, repo: str, revision: str | None, file: str) -> Path:
     beside = [escape(str(path.with_name(config))) for config in _CONFIGS]
     found = _snapshot(repo, revision, [escape(str(path)), *beside]) / path
     if not found.is_file():
-        there = ", ".join(_all_weights(repo, revision)) or "none"
+        there = _listed(_all_weights(repo, revision)) or "none"
         raise CheckpointError(f"{name}: no such file; files of weights there: {there}")
     return found
 
@@ -97,23 +104,34 @@ def _icefall(name: str, repo: str, revision: str | None) -> str:
     """Choose among the files that icefall's training leaves."""
     there = _all_weights(repo, revision)
     files = [file for file in there if _ICEFALL.fullmatch(file)]
-    released = [file for file in files if PurePosixPath(file).name == "pretrained.pt"]
-    for chosen in (released, files):
+    for pattern in _RELEASED:
+        chosen = [f for f in files if fnmatch(PurePosixPath(f).name, pattern)]
         if len(chosen) == 1:
             return chosen[0]
-    listed = f"it has {', '.join(there)}: name one" if there else "it has none at all"
+    listed = f"it has {_listed(there)}: name one" if there else "it has none at all"
     raise CheckpointError(
         f"{name}: no weights under a known name; {listed}, as hf:USER/NAME:FILE"
     )
 
 
-def _all_weights(repo: str, revision: str | None) -> list[str]:
-    """All files of weights in a repository; offline, those in the cache."""
-    from huggingface_hub import HfApi, constants
+def _listed(files: list[str]) -> str:
+    """Name files in a message; icefall may have left hundreds."""
+    more = f" and {len(files) - 20} more" if len(files) > 20 else ""
+    return ", ".join(files[:20]) + more
 
-    if constants.HF_HUB_OFFLINE:
-        return sorted(_weights(_snapshot(repo, revision, []), ["*"]))
-    files = HfApi().list_repo_files(repo, revision=revision)
+
+def _all_weights(repo: str, revision: str | None) -> list[str]:
+    """All files of weights in a repository; without a network, those in the cache."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        # list_repo_files would try for half a minute where there is no network.
+        siblings = HfApi().model_info(repo, revision=revision).siblings or []
+        files = [sibling.rfilename for sibling in siblings]
+    except errors.HfHubHTTPError:  # what the hub itself says
+        raise
+    except Exception:  # HF_HUB_OFFLINE among them
+        files = _weights(_snapshot(repo, revision, []), ["*"])
     return sorted(file for file in files if file.endswith(WEIGHT_SUFFIXES))
 
 

@@ -100,13 +100,7 @@ def read_config(path: Path) -> ZipformerConfig:
             values that do not fit together (stack lists of unequal lengths, ...).
     """
     released = path.suffix == ".json"
-    try:
-        text = path.read_text(encoding="utf-8")
-        conf = json.loads(text) if released else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); copy the file again"
-        ) from error
+    conf = read_content(path)
     if released and isinstance(conf, dict):
         conf = {k: v for k, v in conf.items() if k not in _HF_ONLY}
     elif not released and isinstance(conf, dict) and {*_OUR_KEYS} <= conf.keys():
@@ -123,6 +117,21 @@ def read_config(path: Path) -> ZipformerConfig:
         return ZipformerConfig.from_dict(conf)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_content(path: Path) -> Any:
+    """Read what a ``.json`` file, or one of YAML, holds.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); copy the file again"
+        ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -157,7 +157,9 @@ def compact(config: ZipformerConfig) -> dict[str, Any]:
 
 def _only(values: list[Any], key: str, path: Path) -> Any:
     if len(set(values)) != 1:
-        raise CheckpointError(f"{path}: {key} differs between stacks: {values}")
+        raise CheckpointError(
+            f"{path}: {key} differs between stacks: {values}; {REMEDY}"
+        )
     return values[0]
 
 

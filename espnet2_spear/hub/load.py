@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espnet2_spear.hub.fetch import fetch, is_hub_id
+from espnet2_spear.hub.fetch import local_path
 from espnet2_spear.hub.files import (
     REMEDY,
     CheckpointError,
@@ -87,7 +87,7 @@ def open_checkpoint(
         the encoder in eval mode, the file its tensors are from, and the names of the
         tensors that are not the student's (heads) and were left out.
     """
-    local = fetch(str(path)) if is_hub_id(path) else Path(path)
+    local = local_path(path)
     if is_packed(local):
         with opened_student(local) as file:
             model, _, left_out = open_checkpoint(file, conf)
@@ -150,7 +150,7 @@ def strip_prefix(
     if len(prefixes) != 1:
         raise CheckpointError(
             f"{path}: found {len(prefixes)} tensors named *{_ANCHOR}, expected one; "
-            "this is not a SPEAR checkpoint"
+            f"this is not a SPEAR checkpoint: {REMEDY}"
         )
     (prefix,) = prefixes
     left_out = [k for k in state if _HEADS.search(k) or not k.startswith(prefix)]
@@ -158,7 +158,7 @@ def strip_prefix(
     if unknown:
         raise CheckpointError(
             f"{path}: extra tensors beside {prefix}*: {_some(unknown)}; this is more "
-            "than a SPEAR student"
+            f"than a SPEAR student: {REMEDY}"
         )
     dropped = {*left_out}
     kept = {k[len(prefix) :]: v for k, v in state.items() if k not in dropped}

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-import yaml
 from torch import Tensor
 
+from espnet2_spear.hub.fetch import local_path
 from espnet2_spear.hub.files import (
     CheckpointError,
     find_config,
     find_weights,
+    read_content,
     read_tensors,
 )
 from espnet2_spear.hub.packed import is_packed, opened_student
 from espnet2_spear.mvq.quantizer import AbsQuantizer
 from espnet2_spear.spear.encoder import SpearEncoder
 from espnet2_spear.spear.heads import CodebookHead
+from espnet2_spear.spear.targets import TeacherCodes
 from espnet2_spear.teachers.base import Teacher
 
 
@@ -88,13 +90,14 @@ def open_heads(path: str | Path) -> dict[str, PredictedTokens]:
     """Open the heads of a pre-trained student: teacher -> its tokens.
 
     Args:
-        path: experiment folder, ``.pth`` or packed model; none of them may have heads,
-            as released checkpoints do not.
+        path: experiment folder, ``.pth``, packed model or hub id; none of them need
+            have heads, as released checkpoints do not.
 
     Raises:
-        CheckpointError: heads that do not fit the configuration.
+        CheckpointError: a configuration that cannot be read, or heads that do not fit
+            it.
     """
-    path = Path(path)
+    path = local_path(path)
     if is_packed(path):
         with opened_student(path) as file:
             return _read_heads(file)
@@ -105,25 +108,55 @@ def open_heads(path: str | Path) -> dict[str, PredictedTokens]:
 def _read_heads(weights: Path) -> dict[str, PredictedTokens]:
     config = find_config(weights)
     state = read_tensors(weights)
-    conf = {}
+    teachers = {}
     if config is not None and config.suffix == ".yaml":
-        conf = yaml.safe_load(config.read_text(encoding="utf-8"))
+        teachers = _read_teachers(config)
     found = {}
-    for name, teacher in (conf.get("teachers") or {}).items():
-        weight = state.get(f"heads.{name}.weight")
+    for name, teacher in teachers.items():
+        weight, bias = (state.get(f"heads.{name}.{x}") for x in ("weight", "bias"))
         if weight is None:
             continue
-        size, codebooks = teacher.get("codebook_size", 256), teacher["num_codebooks"]
-        if weight.dim() != 2 or len(weight) % (size * codebooks):
+        size, codebooks = teacher.codebook_size, teacher.num_codebooks
+        if not _fits(weight, bias, size, codebooks):
             raise CheckpointError(
                 f"{weights}: heads.{name}.weight is {tuple(weight.shape)}, which does "
-                f"not fit {codebooks} codebooks of {size} in {config}"
+                f"not fit {codebooks} codebooks of {size} in {config}, or has no bias "
+                "that fits it; take the config.yaml of the training that left the file"
             )
         head = CodebookHead(weight.size(1), len(weight) // size, size)
-        head.load_state_dict({"weight": weight, "bias": state[f"heads.{name}.bias"]})
-        layer = teacher.get("layer")
-        found[f"{name} (predicted)"] = PredictedTokens(head.eval(), codebooks, layer)
+        head.load_state_dict({"weight": weight, "bias": bias})
+        source = PredictedTokens(head.eval(), codebooks, teacher.layer)
+        found[f"{name} (predicted)"] = source
     return found
+
+
+def _fits(weight: Tensor, bias: Tensor | None, size: object, codebooks: object) -> bool:
+    """Whether a head predicts whole sets of so many codebooks of so many codes."""
+    for number in (size, codebooks):
+        if not isinstance(number, int) or number < 1:
+            return False
+    whole = weight.dim() == 2 and len(weight) % (size * codebooks) == 0
+    return whole and bias is not None and bias.shape == weight.shape[:1]
+
+
+def _read_teachers(config: Path) -> dict[str, TeacherCodes]:
+    """Return the teachers in a SpearTask's ``config.yaml``, if it names any.
+
+    Raises:
+        CheckpointError: it cannot be read, or what it calls teachers are none.
+    """
+    conf = read_content(config)
+    teachers = (conf.get("teachers") if isinstance(conf, Mapping) else None) or {}
+    if not isinstance(teachers, Mapping):
+        raise CheckpointError(
+            f"{config}: teachers is no table; copy the one that belongs to the weights"
+        )
+    try:
+        return {str(k): TeacherCodes.from_dict(str(k), v) for k, v in teachers.items()}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{config}: {error}; copy the one that belongs to the weights"
+        ) from None
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from espnet2_spear.zipformer.checks import (
     InputError,
     check_batch,
     check_finite,
+    check_waveforms,
     check_width,
 )
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
@@ -150,7 +151,8 @@ class SpearEncoder(nn.Module):
                 than one piece may have; an utterance too short for one output frame,
                 named by its index; or a length beyond the tensor.
         """
-        self.check_longest(speech.size(-1))
+        check_waveforms(speech, lengths)
+        self.check_longest(speech.size(1))
         check_finite(speech, lengths)
         short = (lengths < self.min_samples).nonzero().flatten().tolist()
         if short:

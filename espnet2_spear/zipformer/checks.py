@@ -10,16 +10,15 @@ class InputError(ValueError):
     """A batch that cannot be encoded; the message names the utterances."""
 
 
-def check_finite(speech: Tensor, lengths: Tensor) -> None:
-    """Refuse NaN and infinite samples within the utterances.
+def check_waveforms(speech: Tensor, lengths: Tensor) -> None:
+    """Refuse what is no batch of waveforms.
 
     Args:
-        speech: (B, samples).
-        lengths: (B,) samples of each; what lies behind is not looked at.
+        speech: (B, samples) float.
+        lengths: (B,) samples of each, integers.
 
     Raises:
-        InputError: no utterances, or such samples; names the utterances by their
-            index in the batch.
+        InputError: no utterances, other shapes, or other kinds of numbers.
     """
     _check_any(speech)
     if speech.dim() != 2 or lengths.shape != speech.shape[:1]:
@@ -32,6 +31,19 @@ def check_finite(speech: Tensor, lengths: Tensor) -> None:
             f"speech is {speech.dtype}; float samples in [-1, 1] are needed: divide "
             "16-bit samples by 32768"
         )
+    _check_whole(lengths)
+
+
+def check_finite(speech: Tensor, lengths: Tensor) -> None:
+    """Refuse NaN and infinite samples within the utterances.
+
+    Args:
+        speech: (B, samples).
+        lengths: (B,) samples of each; what lies behind is not looked at.
+
+    Raises:
+        InputError: such samples; names the utterances by their index in the batch.
+    """
     bad = ~torch.isfinite(speech)
     position = torch.arange(speech.size(1), device=speech.device)
     bad &= position < lengths[:, None].to(speech.device)
@@ -53,17 +65,35 @@ def check_batch(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
 
     Raises:
         InputError: no utterances, another shape, fewer than the 9 frames that one
-            output frame needs, or a length beyond the tensor.
+            output frame needs, or a length beyond the tensor; names the utterances
+            by their index in the batch.
     """
     _check_any(fbank)
     check_width(fbank, num_mel_bins)
     if lengths.shape != fbank.shape[:1]:
         raise InputError(f"{fbank.size(0)} utterances, lengths {tuple(lengths.shape)}")
-    if bool(((lengths < 9) | (lengths > fbank.size(1))).any()):
+    _check_whole(lengths)
+    bad = outside(lengths, 9, fbank.size(1))
+    if bad:
         raise InputError(
-            f"lengths {lengths.tolist()} must be in 9..{fbank.size(1)} fbank frames: "
-            "leave shorter utterances out (9 frames are 85 ms)"
+            f"{bad}, must be in 9..{fbank.size(1)} fbank frames: leave shorter "
+            "utterances out (9 frames are 85 ms)"
         )
+
+
+def outside(lengths: Tensor, least: int, most: int) -> str:
+    """Say which of the lengths (B,) are not in ``least..most``; empty if all are."""
+    found = ((lengths < least) | (lengths > most)).nonzero().flatten()
+    if not len(found):
+        return ""
+    return (
+        f"utterances {found.tolist()} of the batch: lengths {lengths[found].tolist()}"
+    )
+
+
+def _check_whole(lengths: Tensor) -> None:
+    if lengths.is_floating_point():
+        raise InputError(f"lengths are {lengths.dtype}; whole numbers are needed")
 
 
 def _check_any(batch: Tensor) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espnet2_spear.zipformer.checks import InputError
+from espnet2_spear.zipformer.checks import InputError, check_waveforms, outside
 
 SAMPLE_RATE = 16000
 FRAME_LENGTH = 400  # samples, 25 ms
@@ -86,14 +86,13 @@ class Fbank(nn.Module):
             lengths (B,), (samples + 80) // 160 each.
 
         Raises:
-            InputError: a length that is 0 or greater than the tensor.
+            InputError: no batch of waveforms, or a length that is 0 or greater than
+                the tensor.
         """
-        if speech.dim() != 2:
-            raise InputError(f"speech must be (B, samples), got {tuple(speech.shape)}")
-        if bool(((lengths < 1) | (lengths > speech.size(1))).any()):
-            raise InputError(
-                f"lengths {lengths.tolist()} must be in 1..{speech.size(1)} samples"
-            )
+        check_waveforms(speech, lengths)
+        bad = outside(lengths, 1, speech.size(1))
+        if bad:
+            raise InputError(f"{bad}, must be in 1..{speech.size(1)} samples")
         with torch.autocast(device_type=speech.device.type, enabled=False):
             return self._fbank(speech.float(), lengths)
 
