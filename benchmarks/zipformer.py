@@ -192,9 +192,9 @@ def count_flops(job: dict, fbank, lens, training: bool) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    from espnet2_spear.zipformer import attend, linear
+    from espnet2_spear.zipformer import attend, products
 
-    linear.ONEDNN = False  # operations that the counter knows
+    products.ONEDNN = False  # operations that the counter knows
     attend.MAX_WEIGHTS = fbank.numel() ** 2
     # Without memory and without computing anything.
     student, frames = _student(job).eval().to("meta"), fbank[:1].to("meta")

@@ -5,7 +5,7 @@ import torch
 from test_zipformer_exact import NARROW, build
 
 from espnet2_spear.zipformer import attend as attend_module
-from espnet2_spear.zipformer import blocked_attention, linear, scores
+from espnet2_spear.zipformer import blocked_attention, linear, products, scores
 from espnet2_spear.zipformer.attend import Attention, attend
 from espnet2_spear.zipformer.blocked_attention import BlockedAttention
 from espnet2_spear.zipformer.embed import ConvEmbed
@@ -15,7 +15,9 @@ from espnet2_spear.zipformer.scaling import SWOOSH_L, BiasNorm, swoosh_l
 from espnet2_spear.zipformer.schedule import BatchCount
 from espnet2_spear.zipformer.scores import Inputs
 
-needs_onednn = pytest.mark.skipif(not linear.ONEDNN, reason="needs AVX-512 and oneDNN")
+needs_onednn = pytest.mark.skipif(
+    not products.ONEDNN, reason="needs AVX-512 and oneDNN"
+)
 
 
 def gradients(out: torch.Tensor, inputs: list) -> list[torch.Tensor]:
@@ -71,7 +73,7 @@ def test_attention_in_blocks(
         if kind is BlockedAttention:
             patch.setattr(attend_module, "MAX_TRAINED_WEIGHTS", 0)
         if way == "blocks, no oneDNN":
-            patch.setattr(linear, "ONEDNN", False)
+            patch.setattr(products, "ONEDNN", False)
         got = run(kind)
     monkeypatch.setattr(attend_module, "_on_cpu", lambda x: False)
     assert_same(got, run(Attention))
@@ -199,7 +201,7 @@ def test_pointwise_pair(monkeypatch: pytest.MonkeyPatch, balanced: bool) -> None
 def test_embedding_gradients(monkeypatch: pytest.MonkeyPatch, short: bool) -> None:
     """As in float64, where every operation is PyTorch's own."""
     torch.manual_seed(0)
-    monkeypatch.setattr(linear, "ONEDNN", linear.ONEDNN and short)
+    monkeypatch.setattr(products, "ONEDNN", products.ONEDNN and short)
     embed, x = ConvEmbed(24, 8, (2, 4, 8)), torch.randn(2, 31, 24)
     got = gradients(embed(x), list(embed.parameters()))
     embed.double()

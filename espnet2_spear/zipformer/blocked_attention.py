@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from espnet2_spear.zipformer.linear import product_t
+from espnet2_spear.zipformer.products import product_t
 from espnet2_spear.zipformer.scores import (
     MASKED_SCORE,
     Inputs,

@@ -17,18 +17,21 @@ from espnet2_spear.zipformer.schedule import BatchCount
 def depthwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """Convolve (B, T, dim) over time.
 
-    (B, T, dim) is what a channels-last (B, dim, T, 1) image looks like in memory: as
-    a 2-D convolution it needs no copy and runs 4 to 7 times as fast on a CPU.
+    On a CPU (B, T, dim) is what a 2-D image of dim channels looks like in memory,
+    channels last, whose convolution needs no copy. Without gradients frames are its
+    columns, which is 4 times as fast as rows; their backward pass is far slower.
     """
-    image = x.transpose(1, 2)[..., None]
-    y = F.conv2d(
-        image,
-        conv.weight[..., None],
-        conv.bias,
-        padding=(conv.padding[0], 0),
-        groups=conv.groups,
-    )
-    return y.squeeze(-1).transpose(1, 2)
+    if x.device.type != "cpu":
+        y = F.conv1d(
+            x.transpose(1, 2), conv.weight, conv.bias, 1, conv.padding, 1, conv.groups
+        )
+        return y.transpose(1, 2)
+    axis = 1 if torch.is_grad_enabled() else 2  # of frames, in the image
+    image = x.unsqueeze(3 - axis).permute(0, 3, 1, 2)
+    weight = conv.weight.unsqueeze(4 - axis)
+    padding = (conv.padding[0], 0) if axis == 1 else (0, conv.padding[0])
+    y = F.conv2d(image, weight, conv.bias, padding=padding, groups=conv.groups)
+    return y.permute(0, 2, 3, 1).squeeze(3 - axis)
 
 
 class ChunkCausalConv(nn.Module):

@@ -93,9 +93,11 @@ class ConvNeXt(nn.Module):
     def _residual(self, x: Tensor, y: Tensor) -> Tensor:
         y = self._pointwise(y)
         if self.training and self.count is not None:
-            y = y * sequence_mask(y, self.count.at(CONVNEXT_SKIP))
-        x = self.balance_out(x + y if torch.is_grad_enabled() else y.add_(x))
-        return self.whiten(x.transpose(1, 3)).transpose(1, 3)
+            x = torch.addcmul(x, y, sequence_mask(y, self.count.at(CONVNEXT_SKIP)))
+        else:
+            x = x + y if torch.is_grad_enabled() else y.add_(x)
+        x = self.balance_out(x)
+        return self.whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _pointwise(self, y: Tensor) -> Tensor:
         first, second = self.pointwise_conv1, self.pointwise_conv2

@@ -1,10 +1,6 @@
 """Linear maps, and activations before them, fast and small on a CPU.
 
-PyTorch multiplies float32 matrices by MKL, which takes less than half the width of the
-vector units of CPUs that are not Intel's. oneDNN, a part of PyTorch too, does not ask
-who made the CPU: on an AMD one with AVX-512 a product is 2.2 times as fast, the same on
-any number of threads (benchmarks/README.md). It is used for float32 on a CPU with
-AVX-512 only; elsewhere, and under torch.compile, everything is PyTorch's own.
+See :mod:`.products`; under torch.compile everything is PyTorch's own.
 """
 
 from __future__ import annotations
@@ -15,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet2_spear.zipformer.regularizers import Limits, add_balance_, balance_terms
+from espnet2_spear.zipformer import products
+from espnet2_spear.zipformer.products import matmul_t, weight_product
+from espnet2_spear.zipformer.regularizers import (
+    Limits,
+    balance_gradient,
+    balance_terms,
+)
 from espnet2_spear.zipformer.scaling import (
     SWOOSH_L,
     SWOOSH_R,
@@ -29,23 +31,12 @@ from espnet2_spear.zipformer.scaling import (
 ROWS = 1024  # of a block that a chain of operations is done for at once
 
 
-def _has_onednn() -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return "AVX512" in torch.backends.cpu.get_cpu_capability() and hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    )
-
-
-ONEDNN = _has_onednn()
-
-
 def on_cpu(x: Tensor, *modules: nn.Module) -> bool:
     """Whether x and plain layers can take the short ways of a CPU.
 
     A layer with hooks, or that was replaced (LoRA, quantization), is called as it is.
     """
-    if not ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32:
+    if not products.ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
@@ -55,22 +46,6 @@ def on_cpu(x: Tensor, *modules: nn.Module) -> bool:
         and not (m._forward_hooks or m._forward_pre_hooks)
         for m in modules
     )
-
-
-def matmul_t(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (n, k) times the transpose of b (m, k), plus bias (m,); by oneDNN."""
-    if not (b.is_contiguous() or b.t().is_contiguous()):
-        # Part of a larger matrix, such as rows of one utterance whose channels come
-        # first in memory: oneDNN has only reference code for it, far slower.
-        b = b.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-
-
-def product_t(a: Tensor, b: Tensor) -> Tensor:
-    """a (n, k) times the transpose of b (m, k); float32, without a gradient."""
-    if ONEDNN and a.device.type == "cpu":
-        return matmul_t(a, b)
-    return torch.mm(a, b.t())
 
 
 class _LinearMap(torch.autograd.Function):
@@ -87,7 +62,7 @@ class _LinearMap(torch.autograd.Function):
         want_x, want_weight, want_bias = ctx.needs_input_grad
         g = grad.reshape(-1, grad.size(-1))
         gx = matmul_t(g, weight.t()).view(x.shape) if want_x else None
-        gw = matmul_t(g.t(), x.reshape(-1, x.size(-1)).t()) if want_weight else None
+        gw = weight_product(g, x.reshape(-1, x.size(-1))) if want_weight else None
         return gx, gw, g.sum(dim=0) if want_bias else None
 
 
@@ -127,7 +102,7 @@ class _SwooshLinear(torch.autograd.Function):
         y = swoosh_value(x, ctx.kind)
         if keep is not None:
             y.mul_(keep)
-        gw = matmul_t(g.t(), y.view(-1, y.size(-1)).t())
+        gw = weight_product(g, y.view(-1, y.size(-1)))
         del y
         gx = matmul_t(g, weight.t()).view(x.shape)
         gx = swoosh_gradient(x, gx, ctx.kind.shift)
@@ -173,7 +148,7 @@ class _SwooshConv(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         conv = ctx.conv
-        gx, gw, gb = torch.ops.aten.convolution_backward(
+        gx, gw, _ = torch.ops.aten.convolution_backward(
             grad,
             swoosh_value(x, SWOOSH_R),
             weight,
@@ -184,8 +159,10 @@ class _SwooshConv(torch.autograd.Function):
             False,
             [0, 0],
             conv.groups,
-            [True, *ctx.needs_input_grad[2:]],
+            [True, ctx.needs_input_grad[2], False],
         )
+        # oneDNN takes four times as long for the sum.
+        gb = grad.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[3] else None
         return swoosh_gradient(x, gx, SWOOSH_R.shift), None, gw, gb
 
 
@@ -245,12 +222,12 @@ class _Pointwise(torch.autograd.Function):
             x.split(ROWS), grad.split(ROWS), gx.split(ROWS), strict=True
         ):
             hidden = matmul_t(part, weight1, bias1)
-            gw2 += matmul_t(g.t(), swoosh_value(hidden, SWOOSH_L).t())
+            gw2 += weight_product(g, swoosh_value(hidden, SWOOSH_L))
             gh = matmul_t(g, weight2.t())
             gh = swoosh_gradient(hidden, gh, SWOOSH_L.shift)
             if terms is not None:
-                add_balance_(gh, hidden, *terms)
-            gw1 += matmul_t(gh.t(), part.t())
+                gh += balance_gradient(gh, hidden, *terms)
+            gw1 += weight_product(gh, part)
             gb1 += gh.sum(dim=0)
             out.copy_(matmul_t(gh, weight1.t()))
         return gx, gw1, gb1, gw2, grad.sum(dim=0), None

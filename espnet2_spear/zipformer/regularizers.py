@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from espnet2_spear.zipformer.products import product_t
 from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
 
 BALANCER_PROB: Scheduled = ((0, 0.5), (8000, 0.125))
@@ -56,7 +57,7 @@ class Limits(NamedTuple):
 def balance_terms(
     var: Tensor, mean: Tensor, limits: Limits
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, slope and offset of each channel, for :func:`add_balance_`.
+    """Mean, slope and offset of each channel, for :func:`balance_gradient`.
 
     Args:
         var, mean: of each channel.
@@ -77,15 +78,14 @@ def balance_terms(
     return mean, slope * scale / std, offset * scale
 
 
-def add_balance_(
+def balance_gradient(
     grad: Tensor, x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor
 ) -> Tensor:
-    """Add to grad, in place, what moves the channels of x into their limits.
+    """What moves the channels of x into their limits, to be added to grad.
 
     The incoming gradient's magnitude says how large a term an element bears.
     """
-    term = (x - mean).mul_(slope).add_(offset).mul_(grad.abs())
-    return grad.add_(term.to(grad.dtype))
+    return (x - mean).mul_(slope).add_(offset).mul_(grad.abs())
 
 
 class _Balance(torch.autograd.Function):
@@ -106,7 +106,8 @@ class _Balance(torch.autograd.Function):
         mean = x.mean(axes, keepdim=True)
         var = (x - mean).square_().mean(axes, keepdim=True)
         terms = balance_terms(var, mean, ctx.limits)
-        return add_balance_(grad.clone(), x, *terms), None, None
+        added = balance_gradient(grad, x, *terms)
+        return added.add_(grad).to(grad.dtype), None, None
 
 
 def _mean_for_positive(share: float) -> float:
@@ -186,10 +187,17 @@ def whitening_metric(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Te
     """
     x = x.reshape(-1, groups, x.size(-1) // groups).transpose(0, 1)
     x = x - x.mean(dim=1, keepdim=True)
-    covar = torch.matmul(x.transpose(1, 2), x)
+    covar = _grouped(x.transpose(1, 2), x.transpose(1, 2))
     diagonal = covar.diagonal(dim1=1, dim2=2).mean()
     square = covar.square().sum() / (groups * covar.size(-1))
     return square / (diagonal.square() + 1e-20), x, covar, diagonal
+
+
+def _grouped(a: Tensor, b: Tensor) -> Tensor:
+    """a (groups, n, k) times the transposes of b (groups, m, k)."""
+    if len(a) == 1:
+        return product_t(a[0], b[0])[None]
+    return torch.matmul(a, b.transpose(1, 2))
 
 
 class _Whitening(torch.autograd.Function):
@@ -214,12 +222,12 @@ class _Whitening(torch.autograd.Function):
             if within:
                 return grad, None
             # d metric / d x is a positive multiple of centred (covar - tr(C^2)/tr(C)).
-            shift = metric * diagonal
-            eye = torch.eye(covar.size(-1), device=covar.device)
-            penalty = torch.matmul(centred, covar - shift * eye)
-            penalty = penalty.transpose(0, 1).reshape(x.shape)
+            covar.diagonal(dim1=1, dim2=2).sub_(metric * diagonal)
+            penalty = _grouped(centred, covar)  # covar is symmetric
+            del centred
             scale = module.grad_scale * grad.float().norm() / (penalty.norm() + 1e-20)
-            return grad + (penalty * scale).to(grad.dtype), None
+            penalty = penalty.mul_(scale).transpose(0, 1).reshape(x.shape)
+            return penalty.add_(grad).to(grad.dtype), None
 
 
 class Whiten(nn.Module):
