@@ -71,6 +71,9 @@ def test_lengths_are_exact(ckpt: str, options: dict) -> None:
     assert frontend.output_lengths(torch.tensor([10])).item() == 0
     with pytest.raises(ValueError, match="shorter than"):
         frontend(speech[:, : shortest - 1], tensor.clamp(max=shortest - 1))
+    tensor[2] = 100
+    with pytest.raises(InputError, match=r"utterances \[2\] of the batch: 100 samples"):
+        frontend(speech, tensor)
 
 
 @pytest.mark.parametrize("layer", [0, 1, -1, None])

@@ -225,6 +225,7 @@ def test_gradients_reach_every_trainable_parameter() -> None:
         ({"name": "base", "causal": True, "chunk_size": 12}, "a multiple of 8"),
         ({"name": "base", "causal": True, "train_chunk_size": "8,9"}, "size 9"),
         ({"name": "base", "causal": True, "train_chunk_size": []}, "empty"),
+        ({"name": "base", "causal": True, "train_chunk_size": True}, "numbers"),
         ({"name": "base", "causal": True, "left_context_frames": -2}, "context -2"),
         ({"name": "tiny", "num_mel_bins": 6}, "num_mel_bins 6: at least 7"),
         ({"name": ["tiny"]}, "unknown size"),
@@ -244,6 +245,8 @@ def test_config_errors_name_the_key(conf: dict, message: str) -> None:
 def test_config_round_trip() -> None:
     config = ZipformerConfig.from_name("mini")
     assert ZipformerConfig.from_dict(config.to_dict()) == config
+    conf = {"name": "tiny", "causal": True, "train_chunk_size": 16}
+    assert ZipformerConfig.from_dict(conf).train_chunk_size == (16,)
 
 
 def test_narrowest_features() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,11 +155,7 @@ class SpearEncoder(nn.Module):
         check_waveforms(speech, lengths)
         self.check_longest(speech.size(1))
         check_finite(speech, lengths)
-        short = (lengths < self.min_samples).nonzero().flatten().tolist()
-        if short:
-            alone = len(lengths) == 1
-            who = "an utterance" if alone else f"utterances {short} of the batch"
-            self.check_shortest(int(lengths.min()), who)
+        self.check_shortest(lengths.tolist())
         return self.fbank(speech, lengths)
 
     def check_longest(self, samples: int) -> None:
@@ -175,11 +172,14 @@ class SpearEncoder(nn.Module):
                 "frontend_conf.chunk_seconds, such as 30"
             )
 
-    def check_shortest(self, samples: int, who: str = "an utterance") -> None:
-        """Raise InputError unless so many samples, of ``who``, give an output frame."""
-        if samples < self.min_samples:
+    def check_shortest(self, lengths: Sequence[int]) -> None:
+        """Raise InputError unless each of so many samples gives an output frame."""
+        short = [i for i, n in enumerate(lengths) if n < self.min_samples]
+        if short:
+            alone = len(lengths) == 1
+            who = "an utterance" if alone else f"utterances {short} of the batch"
             raise InputError(
-                f"{who}: {samples} samples are shorter than one output frame, at "
+                f"{who}: {min(lengths)} samples are shorter than one output frame, at "
                 f"least {self.min_samples} samples at 16 kHz are needed; leave short "
                 "utterances out"
             )

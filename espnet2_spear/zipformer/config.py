@@ -17,7 +17,8 @@ STACK_FIELDS = (
     "cnn_module_kernel",
     "num_heads",
 )
-_LISTS = ("embed_channels", "train_chunk_size", "train_left_context_frames")
+_DRAWN = ("train_chunk_size", "train_left_context_frames")  # or one number for all
+_LISTS = ("embed_channels", *_DRAWN)
 _INTEGERS = ("num_mel_bins", "output_downsampling_factor", "pos_dim", "chunk_size")
 _INTEGERS += ("left_context_frames", "query_head_dim", "pos_head_dim")
 _INTEGERS += ("value_head_dim",)
@@ -280,6 +281,8 @@ def _plain(key: str, value: Any) -> Any:
     try:
         if listed:
             parts = value.split(",") if isinstance(value, str) else value
+            if key in _DRAWN and isinstance(value, int):
+                parts = [value]
             return tuple(_whole(p) for p in parts)
         if key in _INTEGERS:
             return _whole(value)

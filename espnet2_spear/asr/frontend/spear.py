@@ -233,7 +233,7 @@ class SpearFrontend(AbsFrontend):
         return max(samples) <= self.chunks.max_samples
 
     def _check_samples(self, samples: list[int]) -> None:
-        self.upstream.check_shortest(min(samples))
+        self.upstream.check_shortest(samples)
         frames = self.upstream.hidden_lengths(min(samples))
         if frames < self.reduce.factor:
             raise ValueError(
