@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet2_spear.zipformer import products
-from espnet2_spear.zipformer.products import matmul_t, weight_product
+from espnet2_spear.zipformer.products import has_onednn, matmul_t, weight_product
 from espnet2_spear.zipformer.regularizers import (
     Limits,
     balance_gradient,
@@ -36,7 +35,7 @@ def on_cpu(x: Tensor, *modules: nn.Module) -> bool:
 
     A layer with hooks, or that was replaced (LoRA, quantization), is called as it is.
     """
-    if not products.ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32:
+    if not has_onednn(x):
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def _has_onednn() -> bool:
+def _built_for_onednn() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     return "AVX512" in torch.backends.cpu.get_cpu_capability() and hasattr(
@@ -21,7 +21,12 @@ def _has_onednn() -> bool:
     )
 
 
-ONEDNN = _has_onednn()
+ONEDNN = _built_for_onednn()
+
+
+def has_onednn(x: Tensor) -> bool:
+    """Whether oneDNN multiplies matrices such as x: float32, on such a CPU."""
+    return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def matmul_t(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,6 +50,6 @@ def weight_product(g: Tensor, x: Tensor) -> Tensor:
 
 def product_t(a: Tensor, b: Tensor) -> Tensor:
     """a (n, k) times the transpose of b (m, k), without a gradient."""
-    if ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32:
+    if has_onednn(a):
         return matmul_t(a, b)
     return torch.mm(a, b.t())
