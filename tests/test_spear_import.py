@@ -223,6 +223,7 @@ def test_configuration_and_tensors_contradict_each_other(tmp_path, state) -> Non
         ({"encoder_dim": "32,32,x"}, r"config\.json: encoder_dim: expected numbers"),
         ({"name": ["base"]}, r"config\.json: unknown size \['base'\]"),
         ({"train_chunk_size": [16]}, r"config\.json: train_chunk_size does nothing"),
+        ({"encoder_dim": [10**9] * 3}, r"has shape .*, expected \(1000000000"),
     ],
 )
 def test_bad_configurations(tmp_path, state, change, message) -> None:

@@ -307,6 +307,25 @@ def test_streaming_fbank(pieces: list[int]) -> None:
         streaming_fbank(fbank, speech, lens, state)
 
 
+def test_streams_of_what_is_no_audio() -> None:
+    fbank, lengths = Fbank(), torch.tensor([800])
+    _, _, state = streaming_fbank(fbank, torch.zeros(1, 800), lengths)
+    bad = torch.zeros(1, 800)
+    bad[0, 7] = torch.nan
+    with pytest.raises(InputError, match=r"utterances \[0\].*NaN"):
+        streaming_fbank(fbank, bad, lengths, state)
+    with pytest.raises(InputError, match="whole numbers"):
+        streaming_fbank(fbank, torch.zeros(1, 800), lengths.float(), state)
+    model = build(CAUSAL)
+    for frames, lens, message in (
+        (torch.zeros(0, 20, 128), torch.zeros(0, dtype=torch.long), "empty"),
+        (torch.zeros(1, 20, 128), torch.tensor([20.0]), "whole numbers"),
+        (torch.zeros(1, 20, 128, dtype=torch.long), torch.tensor([20]), "floating"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.streaming_forward(frames, lens, model.start_stream(8))
+
+
 def test_streaming_from_the_waveform() -> None:
     model = build(CAUSAL, chunk_size=16)
     torch.manual_seed(0)

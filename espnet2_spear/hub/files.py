@@ -28,7 +28,9 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
 
 # Keys of a released config.json that say nothing about the network.
 _HF_ONLY = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype")
-_HF_ONLY += ("transformers_version", "_name_or_path", "_commit_hash")
+_HF_ONLY += ("transformers_version", "_name_or_path", "_commit_hash", "return_dict")
+_HF_ONLY += ("output_hidden_states", "output_attentions", "hidden_size")
+_HF_ONLY += ("num_hidden_layers",)
 # What to do about tensors that make no student.
 REMEDY = "copy the file again, or name that of a SPEAR student"
 _OUR_KEYS = ("student", "student_conf")  # of a SpearTask's config.yaml

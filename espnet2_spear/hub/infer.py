@@ -75,8 +75,9 @@ def infer_config(
 
 def _stack(seen: _Shapes, index: int, given: Mapping[str, Any]) -> dict[str, Any]:
     prefix = f"encoder.encoders.{index}."
-    factor = seen.optional(f"{prefix}downsample.bias", default=0)
-    if factor:
+    factor = 1
+    if any(name.startswith(f"{prefix}encoder.") for name in seen.state):
+        factor = seen.size(f"{prefix}downsample.bias", 0)
         prefix += "encoder."
     layers = seen.count(re.escape(prefix) + r"layers\.(\d+)\.")
     layer = f"{prefix}layers.0."
@@ -84,7 +85,7 @@ def _stack(seen: _Shapes, index: int, given: Mapping[str, Any]) -> dict[str, Any
     causal = f"{conv}causal_conv.weight" in seen.state
     kernel = f"{conv}chunkwise_conv.weight" if causal else f"{conv}weight"
     return {
-        "downsampling_factor": factor or 1,
+        "downsampling_factor": factor,
         "num_encoder_layers": layers,
         "feedforward_dim": seen.size(f"{layer}feed_forward2.in_proj.weight", 0),
         "encoder_dim": seen.size(f"{layer}norm.bias", 0),

@@ -101,9 +101,10 @@ def open_checkpoint(
         config = infer_config(state, weights, conf)
     else:
         config = known.changed(conf or {})
-    model = SpearEncoder(config)
+    with torch.device("meta"):  # no memory for what a damaged configuration asks
+        expected = SpearEncoder(config).state_dict()
     try:
-        check_tensors(state, model.state_dict(), weights)
+        check_tensors(state, expected, weights)
     except CheckpointError as error:
         hint = f"; {REMEDY}"
         if config_file is not None:
@@ -114,6 +115,7 @@ def open_checkpoint(
             )
         raise CheckpointError(f"{error}{hint}") from None
     _tell_widened(state, weights)
+    model = SpearEncoder(config)
     model.load_state_dict(state)
     return model.eval(), weights, left_out
 
@@ -160,6 +162,7 @@ def strip_prefix(
             f"{path}: extra tensors beside {prefix}*: {_some(unknown)}; this is more "
             f"than a SPEAR student: {REMEDY}"
         )
+    left_out += [k for k in state if k == f"{prefix}schedule.batches"]
     dropped = {*left_out}
     kept = {k[len(prefix) :]: v for k, v in state.items() if k not in dropped}
     return kept, left_out

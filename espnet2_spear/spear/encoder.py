@@ -97,10 +97,9 @@ class SpearEncoder(nn.Module):
         factor = self.config.output_downsampling_factor
         return (self.hidden_lengths(samples) + factor - 1) // factor
 
-    def batch_count_state(self) -> BatchCountState | None:
-        """Return what keeps the batch count in a checkpoint; None: none is needed."""
-        count = self.encoder.count
-        return None if count is None else BatchCountState(count)
+    def batch_count_state(self) -> BatchCountState:
+        """Return what keeps the batch count in a checkpoint, if there is one."""
+        return BatchCountState(self.encoder.count)
 
     def end_schedules(self) -> None:
         """Set the batch count behind all schedules, to fine-tune a finished model."""
@@ -145,7 +144,8 @@ class SpearEncoder(nn.Module):
             lengths: (B,) samples of each.
 
         Returns:
-            fbank (B, T, num_mel_bins), 100 Hz, and its lengths (B,).
+            fbank (B, T, num_mel_bins), 100 Hz, of the weights' dtype, and its lengths
+            (B,).
 
         Raises:
             InputError: no utterances; samples that are no numbers, or more of them
@@ -156,7 +156,9 @@ class SpearEncoder(nn.Module):
         self.check_longest(speech.size(1))
         check_finite(speech, lengths)
         self.check_shortest(lengths.tolist())
-        return self.fbank(speech, lengths)
+        fbank, fbank_lens = self.fbank(speech, lengths)
+        # A model may have been converted as a whole, and its waveforms with it.
+        return fbank.to(self.encoder_embed.out.weight.dtype), fbank_lens
 
     def check_longest(self, samples: int) -> None:
         """Raise InputError if so many samples are too many for one piece.

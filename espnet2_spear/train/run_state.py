@@ -173,7 +173,7 @@ def _memory(model: nn.Module) -> dict[str, float]:
     """What modules carry from step to step in plain numbers, by module name."""
     memory = {}
     for name, module in model.named_modules():
-        if isinstance(module, BatchCountState):
+        if isinstance(module, BatchCountState) and module.count is not None:
             # As a tensor it is float32, and that of rank 0.
             memory[name] = module.count.value
         elif isinstance(module, Whiten):

@@ -15,6 +15,7 @@ from espnet2_spear.zipformer.blocked_attention import BlockedAttention
 from espnet2_spear.zipformer.scores import (
     MASKED_SCORE,
     Inputs,
+    Uses,
     add_penalty_,
     penalize,
     relative_to_absolute,
@@ -31,14 +32,13 @@ class _Shared:
     """What the backward passes of the uses of some weights do together.
 
     Attributes:
-        uses: (gradient, values) of the uses so far: the gradient of the weights is the
-            sum of their products.
+        uses: what the uses hand over.
         weights: computed again by the first use; nothing keeps them from the forward
             to the backward pass.
     """
 
     def __init__(self) -> None:
-        self.uses: list[tuple[Tensor, Tensor]] = []
+        self.uses = Uses()
         self.weights: Tensor | None = None
 
     def again(self, inputs: Inputs) -> Tensor:
@@ -65,8 +65,8 @@ class _Weights(torch.autograd.Function):
         q, k, p, r, *_ = inputs
         weights = ctx.shared.again(inputs)
         (b, h, t, d), s = q.shape, k.size(2)
-        uses = [(g, v.transpose(2, 3)) for g, v in ctx.shared.uses]
-        ctx.shared.uses, ctx.shared.weights = [], None
+        uses = [(g, v.transpose(2, 3)) for g, v in ctx.shared.uses.take()]
+        ctx.shared.weights = None
         flat_k = k.reshape(b * h, s, d)
         gq, gk = torch.empty_like(q), torch.zeros_like(flat_k)
         gp = None if p is None else torch.empty_like(p)
@@ -118,7 +118,7 @@ class _Apply(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         v, *inputs = ctx.saved_tensors
         weights = ctx.shared.again(Inputs(*inputs))
-        ctx.shared.uses.append((grad, v))
+        ctx.shared.uses.add(grad, v)
         gv = torch.matmul(weights[:, : v.size(1)].transpose(2, 3), grad)
         return None, gv, *[None] * 7
 

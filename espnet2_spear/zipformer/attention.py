@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,10 @@ class RelPositionalEncoding(nn.Module):
         if longest < frames + left or self.table.device != device:
             # Twice as long each time: a stream with unlimited context grows steadily.
             longest = max(2 * longest if left else longest, frames + left)
-            self.table = self._encode(longest).to(device)
+            # Not an inference tensor, which no later training could use.
+            plain = torch.compiler.is_compiling()
+            with nullcontext() if plain else torch.inference_mode(False):
+                self.table = self._encode(longest).to(device)
         start = longest - frames - left
         return self.table[start : start + 2 * frames + left - 1]
 

@@ -18,6 +18,7 @@ from espnet2_spear.zipformer.products import product_t
 from espnet2_spear.zipformer.scores import (
     MASKED_SCORE,
     Inputs,
+    Uses,
     add_penalty_,
     relative_to_absolute,
 )
@@ -142,8 +143,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, uses = Inputs(*ctx.saved_tensors), list(ctx.uses)
-        ctx.uses.clear()
+        inputs, uses = Inputs(*ctx.saved_tensors), ctx.uses.take()
         grads = [None if x is None else torch.zeros_like(x) for x in inputs[:4]]
         gq, gk, gp, gr = grads
         with torch.autocast(inputs.q.device.type, enabled=False):
@@ -203,7 +203,7 @@ class _ApplyInBlocks(torch.autograd.Function):
     """Weighted sums; leaves the gradient of the weights to :class:`_Start`."""
 
     @staticmethod
-    def forward(ctx, start: Tensor, v: Tensor, uses: list, *inputs) -> Tensor:
+    def forward(ctx, start: Tensor, v: Tensor, uses: Uses, *inputs) -> Tensor:
         ctx.save_for_backward(v, *inputs)
         ctx.uses = uses
         return _apply(Inputs(*inputs), v)
@@ -212,7 +212,7 @@ class _ApplyInBlocks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         v, *tensors = ctx.saved_tensors
-        ctx.uses.append((grad, v))
+        ctx.uses.add(grad, v)
         gv = torch.empty_like(v)
         with torch.autocast(v.device.type, enabled=False):
             for b, h, head in _heads(Inputs(*tensors), v.size(1)):
@@ -236,9 +236,7 @@ class BlockedAttention:
 
     def __init__(self, inputs: Inputs, penalize: bool) -> None:
         self.inputs = inputs
-        # (gradient, values) of the uses so far, in the backward pass: the gradient of
-        # the weights is the sum of their products.
-        self.uses: list[tuple[Tensor, Tensor]] = []
+        self.uses = Uses()
         self.start = None
         if torch.is_grad_enabled():
             self.start = _Start.apply(*inputs, penalize, self.uses)

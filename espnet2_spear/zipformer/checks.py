@@ -20,7 +20,7 @@ def check_waveforms(speech: Tensor, lengths: Tensor) -> None:
     Raises:
         InputError: no utterances, other shapes, or other kinds of numbers.
     """
-    _check_any(speech)
+    check_any(speech)
     if speech.dim() != 2 or lengths.shape != speech.shape[:1]:
         raise InputError(
             f"expected speech (B, samples) and lengths (B,), got "
@@ -31,7 +31,7 @@ def check_waveforms(speech: Tensor, lengths: Tensor) -> None:
             f"speech is {speech.dtype}; float samples in [-1, 1] are needed: divide "
             "16-bit samples by 32768"
         )
-    _check_whole(lengths)
+    check_whole(lengths)
 
 
 def check_finite(speech: Tensor, lengths: Tensor) -> None:
@@ -68,11 +68,11 @@ def check_batch(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
             output frame needs, or a length beyond the tensor; names the utterances
             by their index in the batch.
     """
-    _check_any(fbank)
+    check_any(fbank)
     check_width(fbank, num_mel_bins)
     if lengths.shape != fbank.shape[:1]:
         raise InputError(f"{fbank.size(0)} utterances, lengths {tuple(lengths.shape)}")
-    _check_whole(lengths)
+    check_whole(lengths)
     bad = outside(lengths, 9, fbank.size(1))
     if bad:
         raise InputError(
@@ -91,19 +91,23 @@ def outside(lengths: Tensor, least: int, most: int) -> str:
     )
 
 
-def _check_whole(lengths: Tensor) -> None:
+def check_whole(lengths: Tensor) -> None:
+    """Raise InputError if lengths are no whole numbers."""
     if lengths.is_floating_point():
         raise InputError(f"lengths are {lengths.dtype}; whole numbers are needed")
 
 
-def _check_any(batch: Tensor) -> None:
+def check_any(batch: Tensor) -> None:
+    """Raise InputError if there is no utterance in the batch."""
     if batch.dim() > 0 and len(batch) == 0:
         raise InputError("the batch is empty: it needs at least one utterance")
 
 
 def check_width(fbank: Tensor, num_mel_bins: int) -> None:
-    """Raise InputError unless fbank is (B, T, num_mel_bins)."""
+    """Raise InputError unless fbank is (B, T, num_mel_bins), float."""
     if fbank.dim() != 3 or fbank.size(2) != num_mel_bins:
         raise InputError(
             f"expected fbank (B, T, {num_mel_bins}), got {tuple(fbank.shape)}"
         )
+    if not fbank.is_floating_point():
+        raise InputError(f"fbank is {fbank.dtype}; floating point numbers are needed")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from espnet2_spear.zipformer.frames import Frames, Past
 from espnet2_spear.zipformer.fusion import fusible
-from espnet2_spear.zipformer.linear import apply_linear, swoosh_linear
+from espnet2_spear.zipformer.linear import apply_linear, on_cpu, swoosh_linear
 from espnet2_spear.zipformer.regularizers import balancer, whiten, whitening_limit
 from espnet2_spear.zipformer.scaling import SWOOSH_R, scaled_linear
 from espnet2_spear.zipformer.schedule import BatchCount
@@ -19,16 +19,19 @@ def depthwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
 
     On a CPU (B, T, dim) is what a 2-D image of dim channels looks like in memory,
     channels last, whose convolution needs no copy. Without gradients frames are its
-    columns, which is 4 times as fast as rows; their backward pass is far slower.
+    columns, which is 4 times as fast as rows; their backward pass is far slower, and
+    in bfloat16 oneDNN does not come back from some (16 channels, 96 frames).
     """
     if x.device.type != "cpu":
         y = F.conv1d(
             x.transpose(1, 2), conv.weight, conv.bias, 1, conv.padding, 1, conv.groups
         )
         return y.transpose(1, 2)
-    axis = 1 if torch.is_grad_enabled() else 2  # of frames, in the image
+    columns = on_cpu(x) and not torch.is_grad_enabled()
+    axis = 2 if columns else 1  # of frames, in the image
     image = x.unsqueeze(3 - axis).permute(0, 3, 1, 2)
-    weight = conv.weight.unsqueeze(4 - axis)
+    # Its gradient then lies in memory as it does, which DDP asks for.
+    weight = conv.weight.squeeze(1)[:, None].unsqueeze(4 - axis)
     padding = (conv.padding[0], 0) if axis == 1 else (0, conv.padding[0])
     y = F.conv2d(image, weight, conv.bias, padding=padding, groups=conv.groups)
     return y.permute(0, 2, 3, 1).squeeze(3 - axis)

@@ -216,6 +216,10 @@ class ConvEmbed(nn.Module):
         ):
             if i > 0 and keeps and on_cpu(x, conv):
                 x = swoosh_conv(conv, x)
+            elif keeps and on_cpu(x, conv):
+                # Its gradient then lies in memory as it does, which DDP asks for.
+                weight = conv.weight.flatten(1).unflatten(1, conv.weight.shape[1:])
+                x = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
             else:
                 x = conv(activate(x) if i > 0 else x)
             if i == 0 and self.training and self.count is not None:

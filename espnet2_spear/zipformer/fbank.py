@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -73,6 +74,15 @@ class Fbank(nn.Module):
         self.register_buffer("window", window.pow(0.85).float(), persistent=False)
         mel = mel_filterbank(num_mel_bins).repeat_interleave(2, dim=0)
         self.register_buffer("mel", mel, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fbank:
+        """Move to a device; filters stay float32 where a whole model is converted."""
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            if getattr(self, name).dtype != value.dtype:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
 
     def forward(self, speech: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the fbank.

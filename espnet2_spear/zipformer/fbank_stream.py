@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from espnet2_spear.zipformer.checks import InputError
+from espnet2_spear.zipformer.checks import InputError, check_finite, check_waveforms
 from espnet2_spear.zipformer.fbank import (
     FRAME_LENGTH,
     FRAME_SHIFT,
@@ -61,18 +61,16 @@ def streaming_fbank(
         ``streaming_forward`` takes.
 
     Raises:
-        InputError: pieces that do not fit together, or an utterance without samples.
+        InputError: no batch of waveforms, samples that are no numbers, pieces that do
+            not fit together, or an utterance without samples.
     """
-    if speech.dim() != 2 or lengths.shape != speech.shape[:1]:
-        raise InputError(
-            f"expected speech (B, samples) and lengths (B,), got "
-            f"{tuple(speech.shape)} and {tuple(lengths.shape)}"
-        )
+    check_waveforms(speech, lengths)
     lengths = lengths.to(speech.device)
     if bool(((lengths < 0) | (lengths > speech.size(1))).any()):
         raise InputError(
             f"lengths {lengths.tolist()} must be in 0..{speech.size(1)} samples"
         )
+    check_finite(speech, lengths)
     start, done = 0, 0
     if state is not None:
         if state.samples.size(0) != speech.size(0):

@@ -160,6 +160,8 @@ class _SwooshConv(torch.autograd.Function):
             conv.groups,
             [True, ctx.needs_input_grad[2], False],
         )
+        if gw is not None:
+            gw = gw.flatten(1).view(weight.shape)  # laid out as DDP asks for
         # oneDNN takes four times as long for the sum.
         gb = grad.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[3] else None
         return swoosh_gradient(x, gx, SWOOSH_R.shift), None, gw, gb

@@ -63,16 +63,19 @@ class BatchCountState(nn.Module):
     checkpoints.
 
     Args:
-        count: the count that the student's modules share.
+        count: the count that the student's modules share; None: a student without
+            regularisers, which takes state dicts of one that has them.
     """
 
-    def __init__(self, count: BatchCount) -> None:
+    def __init__(self, count: BatchCount | None) -> None:
         super().__init__()
         self.count = count
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        if self.count is None:
+            return
         destination[prefix + "batches"] = torch.tensor(
             self.count.value, dtype=torch.float32
         )
@@ -81,5 +84,5 @@ class BatchCountState(nn.Module):
         self, state_dict: Mapping[str, Tensor], prefix: str, *unused: Any
     ) -> None:
         value = state_dict.get(prefix + "batches")
-        if value is not None:
+        if value is not None and self.count is not None:
             self.count.value = float(value)

@@ -106,6 +106,30 @@ class Inputs(NamedTuple):
         return weights
 
 
+class Uses:
+    """What the uses of some weights hand over in one backward pass.
+
+    The gradient of the weights is the sum of the products of these pairs. A pass that
+    asks for some gradients only may leave pairs that the next one must not count.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._pass = -1
+
+    def add(self, grad: Tensor, values: Tensor) -> None:
+        """Hand over the gradient of a result and the values that were weighed."""
+        now = torch._C._current_graph_task_id()
+        if now != self._pass:
+            self._pairs, self._pass = [], now
+        self._pairs.append((grad, values))
+
+    def take(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the pairs of this pass, and forget them."""
+        pairs, self._pairs = self._pairs, []
+        return pairs if self._pass == torch._C._current_graph_task_id() else []
+
+
 def penalize(scores: Tensor) -> Tensor:
     """Return scores; those beyond the limit get a gradient that shrinks them."""
     return penalize_large(scores, SCORE_LIMIT, SCORE_PENALTY)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from espnet2_spear.zipformer.checks import InputError
+from espnet2_spear.zipformer.checks import InputError, check_any, check_whole
 from espnet2_spear.zipformer.embed import CONVNEXT_REACH, ConvEmbed, silence
 from espnet2_spear.zipformer.encoder import Zipformer
 from espnet2_spear.zipformer.frames import Past
@@ -56,6 +56,8 @@ def continue_stream(
         InputError: the piece does not fit.
     """
     b, n = fbank.shape[:2]
+    check_any(fbank)
+    check_whole(fbank_lens)
     if state.finished:
         raise InputError("the stream has ended; begin another one with start_stream()")
     total, ended = state.fbank_lens, state.ended

@@ -22,6 +22,7 @@ from espnet2_spear.hub.load import CheckpointError, load_model
 from espnet2_spear.hub.packed import check_format
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
+from espnet2_spear.zipformer.schedule import BatchCountState
 
 AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # What `mask` takes for options that it does not name: much less than pre-training.
@@ -143,6 +144,7 @@ class SpearFrontend(AbsFrontend):
         self.unfreezing = None
         if freeze and freeze_steps is None:
             self.upstream.requires_grad_(False)
+            self.schedule = BatchCountState(None)
         else:
             self.schedule = self.upstream.batch_count_state()
             if freeze_steps is not None:
