@@ -131,7 +131,6 @@ class Recipe:
             (self.folder / f"{prefix}.{job}.scp").write_text(text)
 
 
-@pytest.mark.second_env
 def test_commands_of_asr_sh(tmp_path: Path) -> None:
     student = write_student(tmp_path / "student").parent
     recipe = Recipe(tmp_path, PYTHON)
