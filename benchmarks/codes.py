@@ -15,8 +15,8 @@ import numpy as np
 from process_memory import memory
 from tqdm import tqdm
 
-from espnet2_spear.fileio.kaldi_ark import CodesWriter, read_matrix, read_scp
-from espnet2_spear.mvq.store import CodeStore, CodeStoreWriter
+from espnet2_spear.codes.ark import CodesWriter, read_matrix, read_scp
+from espnet2_spear.codes.store import CodeStore, CodeStoreWriter
 
 MEGABYTE = 2**20
 

@@ -14,9 +14,8 @@ from mvq import noisy_vectors, random_quantizer, squared_errors
 from peer import load_peer, peer_codes, peer_quantizer
 from torch import Tensor
 
-from espnet2_spear.mvq.gram import GramTables
 from espnet2_spear.mvq.quantizer import Quantizer
-from espnet2_spear.mvq.refine import refine
+from espnet2_spear.mvq.search import GramTables, refine
 
 DIMS, NUMS, SIZES = (384, 512, 1024, 1536), (4, 8, 16, 32), (16, 256)
 ALLOWED = 1e-5  # by which our squared error may be larger, relative

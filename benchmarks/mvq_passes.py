@@ -10,8 +10,8 @@ import torch
 from mvq import squared_errors
 from torch import Tensor
 
-from espnet2_spear.mvq.measure import relative_error
 from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.report import relative_error
 
 DEFAULT = (5, 0)
 OPTIONS = (DEFAULT, (20, 0), (5, 1), (5, 2), (5, 5), (5, 10))

@@ -15,8 +15,8 @@ from roofline import timed
 from torch import Tensor
 
 from espnet2_spear.mvq.embeddings import EmbeddingSet
-from espnet2_spear.mvq.measure import relative_error
 from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.report import relative_error
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig
 
 BLOCK = 10  # steps of either in turn

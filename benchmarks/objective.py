@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from espnet2_spear.spear.encoder import SpearEncoder
-from espnet2_spear.spear.heads import CodebookHead
+from espnet2_spear.spear.objective import CodebookHead
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 SIZE = 256

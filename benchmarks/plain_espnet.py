@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet2_spear.spear.espnet_model import SpearPretrainModel
-from espnet2_spear.spear.targets import match_frame_rate
+from espnet2_spear.codes.targets import match_frame_rate
+from espnet2_spear.spear.model import SpearPretrainModel
 
 
 class PlainModel(nn.Module):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from espnet2_spear.mvq.gram import num_kept
 from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.search import num_kept
 
 FLOAT, INDEX = 4, 8
 

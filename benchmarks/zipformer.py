@@ -100,7 +100,7 @@ def main(cmd=None):
 
 def save_weights(args: argparse.Namespace, path: Path) -> dict:
     """Write random weights that both load; return the configuration."""
-    from espnet2_spear.spear.encoder import SpearEncoder
+    from espnet2_spear.spear.student import SpearEncoder
     from espnet2_spear.zipformer.config import ZipformerConfig
 
     torch.manual_seed(0)
@@ -241,7 +241,7 @@ def build_ours(job: dict):
 
 
 def _student(job: dict):
-    from espnet2_spear.spear.encoder import SpearEncoder
+    from espnet2_spear.spear.student import SpearEncoder
     from espnet2_spear.zipformer.config import ZipformerConfig
 
     student = SpearEncoder(ZipformerConfig.from_dict(job["config"]))

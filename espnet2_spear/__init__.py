@@ -12,7 +12,7 @@ __all__ = ["SpearEncoder", "__version__", "as_batch", "load_model", "register"]
 
 # What is worth having at the top, imported when first asked for.
 _LAZY = {
-    "SpearEncoder": "espnet2_spear.spear.encoder",
+    "SpearEncoder": "espnet2_spear.spear.student",
     "as_batch": "espnet2_spear.hub.waveforms",
     "load_model": "espnet2_spear.hub.load",
 }

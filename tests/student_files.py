@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_zipformer_exact import NARROW
 
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.regularizers import Whiten
 

@@ -14,7 +14,7 @@ from espnet2_spear.hub import hear
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.s3prl_upstream import UpstreamExpert
 from espnet2_spear.hub.xares import SpearXaresEncoder
-from espnet2_spear.spear import encoder
+from espnet2_spear.spear import student as encoder
 from espnet2_spear.zipformer.checks import InputError
 
 Door = Callable[[Tensor], object]

@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from espnet2_spear.spear.codebook_loss import codebook_loss
-from espnet2_spear.spear.heads import CodebookHead
+from espnet2_spear.spear.objective import CodebookHead, codebook_loss
 
 M, D, N, K = 23, 6, 3, 4
 

@@ -6,8 +6,8 @@ import json
 import pytest
 import yaml
 
-from espnet2_spear.spear.targets import TeacherCodes
-from espnet2_spear.train.codes_facts import DEFAULTS, CodesMismatch, check_codes_facts
+from espnet2_spear.codes.facts import DEFAULTS, CodesMismatch, check_codes_facts
+from espnet2_spear.codes.targets import TeacherCodes
 
 FACTS = {"num_codebooks": 4, "codebook_size": 256, "frame_rate": 50.0}
 

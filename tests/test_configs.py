@@ -9,7 +9,7 @@ import yaml
 
 from espnet2_spear.bin.spear_train import get_parser
 from espnet2_spear.bin.spear_train import main as train
-from espnet2_spear.iterators.sampler import SamplerConfig
+from espnet2_spear.data.sampler import SamplerConfig
 from espnet2_spear.mvq.training import MVQTrainingConfig
 from espnet2_spear.schedulers.eden import Eden
 from espnet2_spear.tasks.spear import SpearTask

@@ -18,7 +18,7 @@ from torch import nn
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.hub.save import save_student
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 RATE = 16000

@@ -13,7 +13,7 @@ import torch
 from test_zipformer_exact import NARROW
 from torch._dynamo.utils import counters
 
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer import fusion
 from espnet2_spear.zipformer.fusion import fuse_chains
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from espnet2_spear.fileio import kaldi_ark
-from espnet2_spear.fileio.kaldi_ark import (
+from espnet2_spear.codes import ark as kaldi_ark
+from espnet2_spear.codes.ark import (
     ArkError,
     CodesWriter,
     read_matrix,

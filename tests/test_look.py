@@ -11,8 +11,8 @@ from espnet2_spear import load_model
 from espnet2_spear.bin import spear_demo
 from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.look import TeacherTokens, look, open_heads, similarity
+from espnet2_spear.hub.teacher import SpearTeacher
 from espnet2_spear.mvq.quantizer import Quantizer
-from espnet2_spear.teachers.spear import SpearTeacher
 
 
 def write_pretrained(

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from espnet2_spear.iterators import lists as lists_module
-from espnet2_spear.iterators.lists import ListError, ListFile, lines_of
-from espnet2_spear.iterators.manifest import INDEX, Lists, Manifest, open_manifest
+from espnet2_spear.data import lists as lists_module
+from espnet2_spear.data.lists import ListError, ListFile, lines_of
+from espnet2_spear.data.manifest import INDEX, Lists, Manifest, open_manifest
 
 DOMAINS = ["speech", "audio"]
 

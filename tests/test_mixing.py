@@ -8,10 +8,9 @@ import torch
 from test_objective import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.spear.masking import SpanMasker
-from espnet2_spear.spear.mixing import Mixer, Mixture
-from espnet2_spear.spear.mixing_rules import PRESETS, MixerConfig, MixingRule
-from espnet2_spear.spear.targets import TeacherCodes
+from espnet2_spear.spear.mixing import PRESETS, Mixer, MixerConfig, MixingRule, Mixture
 
 RATE = 16000
 DOMAINS = ["speech", "audio"]

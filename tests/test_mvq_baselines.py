@@ -8,16 +8,17 @@ import torch
 from embedding_files import structured_vectors, write_embeddings
 
 from espnet2_spear.bin import mvq_train
-from espnet2_spear.mvq.abs_quantizer import QuantizerError
-from espnet2_spear.mvq.baseline_training import BaselineConfig, train_baseline
 from espnet2_spear.mvq.baselines import (
+    BaselineConfig,
     KMeansQuantizer,
     RandomProjectionQuantizer,
     ResidualQuantizer,
+    train_baseline,
 )
 from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
-from espnet2_spear.mvq.measure import evaluate, relative_error
+from espnet2_spear.mvq.quantizer import QuantizerError
+from espnet2_spear.mvq.report import evaluate, relative_error
 from espnet2_spear.mvq.training import TrainingError
 
 CONFIG = BaselineConfig("kmeans", codebook_size=32, iters=20, batch_frames=256)

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from espnet2_spear.bin import mvq_export
-from espnet2_spear.mvq import refine, refine_cpu
+from espnet2_spear.mvq import search as refine
+from espnet2_spear.mvq import search_cpu as refine_cpu
 from espnet2_spear.mvq.baselines import ResidualQuantizer
 from espnet2_spear.mvq.files import load_quantizer
-from espnet2_spear.mvq.gram import GramTables, kept_per_level, num_kept
-from espnet2_spear.mvq.losses import quantizer_losses
 from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
+from espnet2_spear.mvq.search import GramTables, kept_per_level, num_kept
+from espnet2_spear.mvq.training import quantizer_losses
 
 
 @pytest.fixture

@@ -8,12 +8,15 @@ import torch
 from embedding_files import TEACHER, structured_vectors, write_embeddings
 
 from espnet2_spear.bin import mvq_report
-from espnet2_spear.mvq.abs_quantizer import QuantizerError
-from espnet2_spear.mvq.baseline_training import BaselineConfig, train_baseline
+from espnet2_spear.mvq.baselines import BaselineConfig, train_baseline
 from espnet2_spear.mvq.embeddings import EmbeddingSet
-from espnet2_spear.mvq.measure import contributions, evaluate, relative_error
-from espnet2_spear.mvq.quantizer import Quantizer
-from espnet2_spear.mvq.report import bits_per_second
+from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
+from espnet2_spear.mvq.report import (
+    bits_per_second,
+    contributions,
+    evaluate,
+    relative_error,
+)
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig
 
 

@@ -5,9 +5,8 @@ import itertools
 import pytest
 import torch
 
-from espnet2_spear.mvq.abs_quantizer import QuantizerError
 from espnet2_spear.mvq.baselines import KMeansQuantizer
-from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
 
 DIMS, NUMS, SIZES = (384, 512, 1024, 1536), (4, 8, 16, 32), (16, 256)
 CASES = [

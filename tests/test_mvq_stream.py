@@ -7,13 +7,13 @@ from teacher_files import whisper_tensors, write_ctranslate2
 from test_tokenize import write_data
 
 from espnet2_spear.bin import mvq_train
+from espnet2_spear.fileio.utterances import read_utterances
 from espnet2_spear.mvq.embeddings import EmbeddingError
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingError
 from espnet2_spear.teachers import build_teacher
 from espnet2_spear.teachers.extract import embed_batch
 from espnet2_spear.teachers.stream import TeacherFrames
-from espnet2_spear.teachers.utterances import read_utterances
 
 CONFIG = MVQTrainingConfig(2, True, 20, 20, 32, 0.01)
 

@@ -10,10 +10,10 @@ import pytest
 import soundfile
 import torch
 
+from espnet2_spear.data.collate import SpearCollateFn
+from espnet2_spear.data.noise import NoiseError, NoiseList
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.tasks.spear import SpearTask
-from espnet2_spear.train.collate_fn import SpearCollateFn
-from espnet2_spear.train.noise import NoiseError, NoiseList
 
 RATE = 16000
 

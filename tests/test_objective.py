@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espnet2_spear.spear import codebook_loss
-from espnet2_spear.spear.encoder import SpearEncoder
-from espnet2_spear.spear.espnet_model import SpearPretrainModel, loss_weight_table
-from espnet2_spear.spear.loss_tables import preset_table
+from espnet2_spear.codes.targets import TeacherCodes, match_frame_rate
+from espnet2_spear.spear import objective as codebook_loss
 from espnet2_spear.spear.masking import SpanMasker, pool_time_mask
-from espnet2_spear.spear.targets import TeacherCodes, match_frame_rate
+from espnet2_spear.spear.model import SpearPretrainModel, loss_weight_table
+from espnet2_spear.spear.objective import preset_table
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 DOMAINS = ["speech", "audio"]
@@ -167,7 +167,7 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_the_host.where  # it does see them
     monkeypatch.setattr(codebook_loss, "HOST", ())
     # What the network itself checks of its input is not this room's.
-    monkeypatch.setattr("espnet2_spear.spear.encoder.check_batch", lambda *_: None)
+    monkeypatch.setattr("espnet2_spear.spear.student.check_batch", lambda *_: None)
     fbank = model.student.fbank(data["speech"], data["speech_lengths"])
     monkeypatch.setattr(model.student.fbank, "forward", lambda *_: fbank)
     with HostReads() as reads:

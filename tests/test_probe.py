@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from espnet2_spear.fileio.datadir import DataDir, DataDirError
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 CLS = Path(__file__).resolve().parent.parent / "egs2/spear/cls1"

@@ -14,7 +14,7 @@ import yaml
 from student_files import write_packed
 
 from espnet2_spear.hub.s3prl_upstream import spear_local
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 

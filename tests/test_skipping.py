@@ -10,19 +10,19 @@ import soundfile
 import torch
 from espnet2.train.collate_fn import CommonCollateFn
 
-from espnet2_spear.fileio.kaldi_ark import CodesWriter
-from espnet2_spear.iterators.iter_factory import (
+from espnet2_spear.codes.ark import CodesWriter
+from espnet2_spear.codes.store import CodeStore, CodeStoreWriter
+from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.data.dataset import SILENCE, ManifestDataset
+from espnet2_spear.data.iter_factory import (
     FixedBatches,
     SpearIterFactory,
     StepBatches,
 )
-from espnet2_spear.iterators.manifest import Lists, open_manifest
-from espnet2_spear.iterators.sampler import SamplerConfig, StepSampler
-from espnet2_spear.mvq.store import CodeStore, CodeStoreWriter
-from espnet2_spear.spear.targets import TeacherCodes
-from espnet2_spear.train.manifest_dataset import SILENCE, ManifestDataset
-from espnet2_spear.train.preprocessor import SpearPreprocessor
-from espnet2_spear.train.skipping import (
+from espnet2_spear.data.manifest import Lists, open_manifest
+from espnet2_spear.data.preprocessor import SpearPreprocessor
+from espnet2_spear.data.sampler import SamplerConfig, StepSampler
+from espnet2_spear.data.skipping import (
     SkipLimits,
     SkipLog,
     SkippingDataset,

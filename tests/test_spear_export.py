@@ -21,7 +21,7 @@ from espnet2_spear.hub.bundle import BundleError, bundle
 from espnet2_spear.hub.export import export_student
 from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.load import load_model
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 # Runs where this package cannot be imported, in another folder than the export.

@@ -28,7 +28,7 @@ from espnet2_spear.hub.files import CheckpointError, read_config
 from espnet2_spear.hub.infer import compact, infer_config, named_size
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.look import open_heads
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 
 # As the published ones, but narrow: 8 heads of the published widths.

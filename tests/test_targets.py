@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from espnet2_spear.spear.targets import TeacherCodes, match_frame_rate
-from espnet2_spear.train.preprocessor import SpearPreprocessor
+from espnet2_spear.codes.targets import TeacherCodes, match_frame_rate
+from espnet2_spear.data.preprocessor import SpearPreprocessor
 
 
 def test_faster_teacher_is_stacked_frame_major() -> None:

@@ -9,7 +9,7 @@ from espnet2_spear import load_model
 from espnet2_spear.bin import spear_demo, task_pack
 from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.packed import unpack_model
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 

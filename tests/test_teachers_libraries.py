@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_teachers import assert_batch_independent, noise
 
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.teachers import TeacherError, build_teacher
 from espnet2_spear.zipformer.config import ZipformerConfig
 

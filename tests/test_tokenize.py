@@ -17,21 +17,22 @@ import torch
 from teacher_files import whisper_tensors, write_ctranslate2
 
 from espnet2_spear.bin import spear_embed, spear_tokenize
+from espnet2_spear.codes import tokenize_run
+from espnet2_spear.codes.ark import read_matrix, read_scp
+from espnet2_spear.codes.tokenize_run import TokenizeRun
+from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer
 from espnet2_spear.fileio.datadir import DataDirError
-from espnet2_spear.fileio.kaldi_ark import read_matrix, read_scp
-from espnet2_spear.mvq.baselines import ResidualQuantizer
-from espnet2_spear.mvq.files import load_quantizer
-from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
-from espnet2_spear.teachers import TeacherError, build_teacher, tokenize_run
-from espnet2_spear.teachers.shards import deal
-from espnet2_spear.teachers.tokenize import TokenizeOptions, Tokenizer
-from espnet2_spear.teachers.tokenize_run import TokenizeRun
-from espnet2_spear.teachers.utterances import (
+from espnet2_spear.fileio.shards import deal
+from espnet2_spear.fileio.utterances import (
     Utterance,
     make_batches,
     read_utterances,
     select_domains,
 )
+from espnet2_spear.mvq.baselines import ResidualQuantizer
+from espnet2_spear.mvq.files import load_quantizer
+from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
+from espnet2_spear.teachers import TeacherError, build_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,11 +9,11 @@ from test_zipformer_exact import NARROW
 from tiny_training import difference, options, train, write_data
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
-from espnet2_spear.spear.encoder import SpearEncoder
-from espnet2_spear.spear.espnet_model import SpearPretrainModel
 from espnet2_spear.spear.masking import SpanMasker
-from espnet2_spear.spear.targets import TeacherCodes
+from espnet2_spear.spear.model import SpearPretrainModel
+from espnet2_spear.spear.student import SpearEncoder
 
 SAMPLES = (16000, 12000)
 

@@ -20,7 +20,7 @@ from espnet2_spear.hub import packed as models
 from espnet2_spear.hub import unpack
 from espnet2_spear.hub.load import CheckpointError
 from espnet2_spear.hub.unpack import Limits, UnpackError
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from espnet2_spear import as_batch
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.config import ZipformerConfig
 

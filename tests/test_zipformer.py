@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from espnet2_spear.hub.load import load_model
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.embed import ConvEmbed
 from espnet2_spear.zipformer.fbank import PADDING_VALUE, Fbank

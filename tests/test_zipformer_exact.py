@@ -11,7 +11,7 @@ from test_zipformer import GOLDEN_CONFIG, fill_by_rule
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.hub.load import load_model
-from espnet2_spear.spear.encoder import SpearEncoder, SpearOutput
+from espnet2_spear.spear.student import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.fbank import PADDING_VALUE

@@ -10,7 +10,7 @@ from test_zipformer_exact import NARROW, build
 
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.hub.load import load_model
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer import attend
 from espnet2_spear.zipformer.config import ZipformerConfig
 

@@ -12,7 +12,7 @@ from test_zipformer import GOLDEN_CONFIG, fill_by_rule
 from test_zipformer_exact import NARROW, build
 
 from espnet2_spear.hub.load import load_model
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.fbank import Fbank

@@ -21,8 +21,8 @@ from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
-from espnet2_spear.spear.encoder import SpearEncoder
-from espnet2_spear.spear.espnet_model import SpearPretrainModel
+from espnet2_spear.spear.model import SpearPretrainModel
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.zipformer import attention, embed, layer, regularizers, scaling
 from espnet2_spear.zipformer.attention import AttentionWeights

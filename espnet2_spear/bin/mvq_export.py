@@ -7,8 +7,8 @@ import logging
 from espnet2.utils.types import str2bool
 
 from espnet2_spear.fileio.explain import run_command
-from espnet2_spear.mvq.abs_quantizer import QuantizerError
 from espnet2_spear.mvq.files import export_library, load_quantizer
+from espnet2_spear.mvq.quantizer import QuantizerError
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -7,11 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 from espnet2_spear.fileio.explain import run_command
-from espnet2_spear.mvq.abs_quantizer import AbsQuantizer, QuantizerError
 from espnet2_spear.mvq.embeddings import INDEX, EmbeddingError, EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
-from espnet2_spear.mvq.measure import evaluate
-from espnet2_spear.mvq.report import write_report
+from espnet2_spear.mvq.quantizer import AbsQuantizer, QuantizerError
+from espnet2_spear.mvq.report import evaluate, write_report
 from espnet2_spear.teachers.base import difference
 
 

@@ -11,19 +11,16 @@ import torch
 from espnet2.utils.types import str2bool
 
 from espnet2_spear.fileio.explain import run_command
-from espnet2_spear.mvq.abs_quantizer import QuantizerError
-from espnet2_spear.mvq.baseline_training import BaselineConfig, train_baseline
-from espnet2_spear.mvq.baselines import KMeansQuantizer
+from espnet2_spear.fileio.utterances import read_utterances, select_domains
+from espnet2_spear.mvq.baselines import BaselineConfig, KMeansQuantizer, train_baseline
 from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet, TrainingFrames
 from espnet2_spear.mvq.files import KINDS
-from espnet2_spear.mvq.measure import evaluate
-from espnet2_spear.mvq.quantizer import Quantizer
-from espnet2_spear.mvq.report import write_report
+from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
+from espnet2_spear.mvq.report import evaluate, write_report
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingError
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.teachers.base import TeacherError
 from espnet2_spear.teachers.stream import TeacherFrames
-from espnet2_spear.teachers.utterances import read_utterances, select_domains
 from espnet2_spear.train.process_group import process_group_that_ends
 
 

@@ -7,12 +7,12 @@ import logging
 import sys
 from pathlib import Path
 
+from espnet2_spear.codes.check import CodesCheck, check_codes
+from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.data.preprocessor import MAX_MISSING_ROWS
 from espnet2_spear.fileio.datadir_stream import check, entries
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.tables import TEXT, sorted_rows
-from espnet2_spear.mvq.check import CodesCheck, check_codes
-from espnet2_spear.spear.targets import TeacherCodes
-from espnet2_spear.train.preprocessor import MAX_MISSING_ROWS
 
 PROBLEMS = "codes_problems.txt"
 SUMMARY = "codes_check.json"

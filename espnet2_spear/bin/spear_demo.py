@@ -25,7 +25,7 @@ from espnet2_spear.hub.look import (
 )
 from espnet2_spear.hub.packed import unpack_model
 from espnet2_spear.mvq.files import load_quantizer
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE

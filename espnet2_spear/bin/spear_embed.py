@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.utterances import read_utterances, select_domains
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.teachers.base import TeacherError
 from espnet2_spear.teachers.embed import INDEX, choose, store_embeddings
-from espnet2_spear.teachers.utterances import read_utterances, select_domains
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -14,17 +14,16 @@ import soundfile
 import torch
 import yaml
 
+from espnet2_spear.codes.ark import ArkError, read_matrix, read_scp
+from espnet2_spear.codes.facts import codes_facts
+from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.data.collate import SpearCollateFn
+from espnet2_spear.data.noise import NoiseError, NoiseList
+from espnet2_spear.data.preprocessor import SpearPreprocessor
 from espnet2_spear.fileio.audio import AudioError, Span, read_pieces, resample
 from espnet2_spear.fileio.datadir import DOMAINS, DataDir
 from espnet2_spear.fileio.explain import run_command
-from espnet2_spear.fileio.kaldi_ark import ArkError, read_matrix, read_scp
-from espnet2_spear.spear.mixing import Mixer, Mixture
-from espnet2_spear.spear.mixing_rules import PRESETS, MixerConfig
-from espnet2_spear.spear.targets import TeacherCodes
-from espnet2_spear.train.codes_facts import codes_facts
-from espnet2_spear.train.collate_fn import SpearCollateFn
-from espnet2_spear.train.noise import NoiseError, NoiseList
-from espnet2_spear.train.preprocessor import SpearPreprocessor
+from espnet2_spear.spear.mixing import PRESETS, Mixer, MixerConfig, Mixture
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 TABLE = "mixtures.tsv"

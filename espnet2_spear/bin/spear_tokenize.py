@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
+from espnet2_spear.codes.tokenize_run import TokenizeRun
+from espnet2_spear.codes.tokenizer import TokenizeOptions
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.part import add_part_option
-from espnet2_spear.mvq.abs_quantizer import QuantizerError
+from espnet2_spear.fileio.utterances import read_utterances, select_domains
+from espnet2_spear.mvq.quantizer import QuantizerError
 from espnet2_spear.teachers import load_teacher_config
 from espnet2_spear.teachers.base import TeacherError
-from espnet2_spear.teachers.tokenize import TokenizeOptions
-from espnet2_spear.teachers.tokenize_run import TokenizeRun
-from espnet2_spear.teachers.utterances import read_utterances, select_domains
 
 
 def get_parser() -> argparse.ArgumentParser:

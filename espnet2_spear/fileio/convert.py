@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from espnet2_spear.codes.ark import crc32_of
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.audio import (
     AudioError,
@@ -26,7 +27,6 @@ from espnet2_spear.fileio.audio import (
     to_int16,
 )
 from espnet2_spear.fileio.datadir_stream import Entry
-from espnet2_spear.fileio.kaldi_ark import crc32_of
 from espnet2_spear.fileio.spool import Spool
 
 SHARD_UTTERANCES = 100

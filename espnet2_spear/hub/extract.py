@@ -11,7 +11,7 @@ from torch import Tensor
 
 from espnet2_spear.fileio.audio import AudioError, read_pieces, resample
 from espnet2_spear.hub.recordings import Recording
-from espnet2_spear.spear.encoder import SpearEncoder, SpearOutput
+from espnet2_spear.spear.student import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 OUTPUT = "output"  # the final output, in place of a layer's number

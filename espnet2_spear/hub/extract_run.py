@@ -20,11 +20,11 @@ from espnet2_spear.fileio.feature_files import (
     NpyFeatures,
     checksum,
 )
+from espnet2_spear.fileio.shards import Batches, DoneMarks, deal, fingerprint
+from espnet2_spear.fileio.utterances import make_batches
 from espnet2_spear.hub.extract import ExtractError, Extractor
 from espnet2_spear.hub.recordings import Recording, read_ahead
-from espnet2_spear.teachers.shards import Batches, DoneMarks, deal, fingerprint
-from espnet2_spear.teachers.spear import sha256_of_tensors
-from espnet2_spear.teachers.utterances import make_batches
+from espnet2_spear.hub.teacher import sha256_of_tensors
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 Failures = dict[str, tuple[str, str]]

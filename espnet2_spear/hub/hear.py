@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet2_spear.hub.load import load_model as load_student
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.fbank import FRAME_SHIFT
 
 SAMPLE_RATE = 16000

@@ -23,7 +23,7 @@ from espnet2_spear.hub.files import (
 )
 from espnet2_spear.hub.infer import differences, infer_config
 from espnet2_spear.hub.packed import check_stamp_beside, is_packed, opened_student
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 __all__ = ["CheckpointError", "load_model", "open_checkpoint"]

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.hub.fetch import local_path
 from espnet2_spear.hub.files import (
     CheckpointError,
@@ -20,9 +21,8 @@ from espnet2_spear.hub.files import (
 )
 from espnet2_spear.hub.packed import is_packed, opened_student
 from espnet2_spear.mvq.quantizer import AbsQuantizer
-from espnet2_spear.spear.encoder import SpearEncoder
-from espnet2_spear.spear.heads import CodebookHead
-from espnet2_spear.spear.targets import TeacherCodes
+from espnet2_spear.spear.objective import CodebookHead
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.teachers.base import Teacher
 
 

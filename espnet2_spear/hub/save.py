@@ -12,7 +12,7 @@ from torch import Tensor
 
 from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.infer import compact, named_size
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 
 WEIGHTS = "student.pth"
 PREFIX = "student"  # of the names in the file; no other name starts with it

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from espnet2_spear.fileio.atomic import write_atomically
-from espnet2_spear.mvq.abs_quantizer import FORMAT, AbsQuantizer, QuantizerError
 from espnet2_spear.mvq.baselines import (
     KMeansQuantizer,
     RandomProjectionQuantizer,
     ResidualQuantizer,
 )
-from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.quantizer import FORMAT, AbsQuantizer, Quantizer, QuantizerError
 
 KINDS: dict[str, type[AbsQuantizer]] = {
     cls.kind: cls

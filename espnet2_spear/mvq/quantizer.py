@@ -1,18 +1,284 @@
-"""Multi-codebook vector quantizer.
-
-A vector is approximated by a sum of one centre from each of N codebooks of K centres:
-additive, not residual, and without an order of the codebooks.
-"""
+"""What all quantizers have in common: codes in, sums of centres out, one file each."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
-from espnet2_spear.mvq.abs_quantizer import AbsQuantizer, QuantizerError
-from espnet2_spear.mvq.gram import GramTables
-from espnet2_spear.mvq.refine import refine
+from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.mvq.search import GramTables, improve, refine
+
+FORMAT = "espnet2_spear.mvq.Quantizer"
+
+
+class QuantizerError(ValueError):
+    """A quantizer file or an input to a quantizer is not what it must be."""
+
+
+class AbsQuantizer(nn.Module, ABC):
+    """Turns vectors into N small integers, and these into sums of N centres.
+
+    Args:
+        dim: D, dimension of the vectors.
+        codebook_size: K, centres per codebook.
+        num_codebooks: N.
+
+    Attributes:
+        kind: name of the class in files and options.
+        default_refine_iters: passes of the search unless asked otherwise; 0 if the
+            class has no search that could be repeated.
+        joint_search: whether codes are chosen with all codebooks in view.
+        centers: (N, K, D).
+        mean, std: (D,) standardisation applied before quantization and undone in
+            :meth:`decode`; 0 and 1 unless set.
+        metadata: what a file says about the quantizer beside its tensors (teacher,
+            frame rate, figures of its training).
+
+    Raises:
+        QuantizerError: impossible sizes.
+    """
+
+    kind: ClassVar[str]
+    default_refine_iters: ClassVar[int] = 0
+    joint_search: ClassVar[bool] = True
+
+    def __init__(self, dim: int, codebook_size: int, num_codebooks: int) -> None:
+        super().__init__()
+        if dim < 1 or codebook_size < 2 or num_codebooks < 1:
+            raise QuantizerError(
+                f"dim {dim}, codebook_size {codebook_size} or num_codebooks "
+                f"{num_codebooks} is too small"
+            )
+        self.dim = dim
+        self.codebook_size = codebook_size
+        self.num_codebooks = num_codebooks
+        self.centers = nn.Parameter(torch.zeros(num_codebooks, codebook_size, dim))
+        # Random identity, 8 hexadecimal digits in ASCII, to tell quantizers apart.
+        identity = os.urandom(4).hex().encode()
+        self.register_buffer("id_buf", torch.tensor(list(identity), dtype=torch.uint8))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+        self.metadata: dict[str, Any] = {}
+        self._tables: tuple[tuple, GramTables] | None = None
+
+    @property
+    def identity(self) -> str:
+        """Eight hexadecimal digits that name this quantizer."""
+        return bytes(self.id_buf.tolist()).decode()
+
+    def stamp(self) -> None:
+        """Derive the identity from the tensors, so that equal ones share it."""
+        digest = hashlib.sha256()
+        for key, value in self.state_dict().items():
+            if key != "id_buf":
+                digest.update(value.cpu().numpy().tobytes())
+        identity = digest.hexdigest()[:8].encode()
+        self.id_buf.copy_(torch.tensor(list(identity), dtype=torch.uint8))
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """Subtract the mean and divide by the standard deviation; (..., D)."""
+        return (x.float() - self.mean) / self.std
+
+    def center_scale(self) -> Tensor:
+        """Scalar that the centres are multiplied with before they are summed."""
+        return self.centers.new_ones(())
+
+    def scaled_centers(self) -> Tensor:
+        """Centres (N, K, D) as they are summed, for standardised vectors."""
+        return self.centers * self.center_scale()
+
+    def train(self, mode: bool = True) -> AbsQuantizer:
+        """As of any module; forgets what was computed from the parameters."""
+        self._tables = None
+        return super().train(mode)
+
+    @torch.no_grad()
+    def tables(self) -> GramTables:
+        """Inner products of the centres; in eval mode they are computed once."""
+        centers = list(self.parameters())
+        # Some optimizers step without a new version, but not in eval mode.
+        version = tuple(
+            (p.data_ptr(), 0 if p.is_inference() else p._version) for p in centers
+        )
+        if self.training or self._tables is None or self._tables[0] != version:
+            with torch.autocast(self.centers.device.type, enabled=False):
+                self._tables = (
+                    version,
+                    GramTables(self.scaled_centers(), self.joint_search),
+                )
+        return self._tables[1]
+
+    @staticmethod
+    def default_max_frames(device: torch.device) -> int:
+        """Vectors computed at once: enough for every thread of a CPU, or for a GPU."""
+        return 2048 if device.type == "cpu" else 8192
+
+    def passes(self, refine_iters: int | None) -> int:
+        """Passes of the search, the class's own number for None.
+
+        Raises:
+            QuantizerError: passes are asked for, but the class has no such search.
+        """
+        if refine_iters is None:
+            return self.default_refine_iters
+        if refine_iters < 0 or (refine_iters and not self.default_refine_iters):
+            raise QuantizerError(
+                f"refine_iters is {refine_iters}, but a quantizer of kind "
+                f"'{self.kind}' has no search to repeat; leave the option out"
+                if refine_iters > 0
+                else f"refine_iters is {refine_iters}; at least 0"
+            )
+        return refine_iters
+
+    def check_extra_passes(self, extra_passes: int) -> None:
+        """Raise QuantizerError unless the search can go on for so many passes."""
+        if extra_passes < 0 or (extra_passes and not self.default_refine_iters):
+            raise QuantizerError(
+                f"extra_passes is {extra_passes}, but a quantizer of kind "
+                f"'{self.kind}' has no joint search; leave the option out"
+                if extra_passes > 0
+                else f"extra_passes is {extra_passes}; at least 0"
+            )
+
+    @staticmethod
+    def check_max_frames(max_frames: int | None) -> None:
+        """Raise QuantizerError unless so many vectors can be computed at once."""
+        if max_frames is not None and max_frames < 1:
+            raise QuantizerError(f"max_frames is {max_frames}; at least 1")
+
+    @torch.no_grad()
+    def encode(
+        self,
+        x: Tensor,
+        refine_iters: int | None = None,
+        max_frames: int | None = None,
+        extra_passes: int = 0,
+    ) -> Tensor:
+        """Quantize.
+
+        Args:
+            x: (..., D) floating point; computed in float32.
+            refine_iters: passes of the joint search of a multi-codebook quantizer, 5
+                by default; 0 takes each codebook's argmax.
+            max_frames: vectors computed at once, which bounds the memory; by default
+                as :meth:`default_max_frames` says.
+            extra_passes: passes after these that pair the codebooks of a joint search
+                in other ways and never make the error larger; with any, the codes are
+                not those of the multi-quantization library.
+
+        Returns:
+            (..., N) int64 in 0..K-1.
+
+        Raises:
+            QuantizerError: another dimension than D, NaN or infinity, passes of a
+                quantizer that has none, or ``max_frames`` below 1.
+        """
+        if x.shape[-1] != self.dim:
+            raise QuantizerError(
+                f"input of dimension {x.shape[-1]}, but this quantizer was made for "
+                f"{self.dim}: is it the quantizer of this teacher?"
+            )
+        passes = self.passes(refine_iters)
+        self.check_extra_passes(extra_passes)
+        self.check_max_frames(max_frames)
+        flat = x.reshape(-1, self.dim)
+        codes = torch.empty(
+            len(flat), self.num_codebooks, dtype=torch.int64, device=x.device
+        )
+        tables = self.tables() if self._needs_tables(passes) or extra_passes else None
+        if max_frames is None:
+            max_frames = self.default_max_frames(x.device)
+        for start in range(0, len(flat), max_frames):
+            part = self.standardise(flat[start : start + max_frames])
+            if not torch.isfinite(part).all():
+                bad = start + int((~torch.isfinite(part).all(dim=1)).nonzero()[0])
+                raise QuantizerError(
+                    f"vector {bad} of {len(flat)} holds NaN or infinity: the teacher "
+                    "failed on this input"
+                )
+            # Float32 under autocast, too.
+            with torch.autocast(x.device.type, enabled=False):
+                found = self._search(part, passes, tables)
+                if extra_passes:
+                    linear = tables.linear_terms(part)
+                    found = improve(tables, linear, found, extra_passes)
+            codes[start : start + max_frames] = found
+        return codes.view(*x.shape[:-1], self.num_codebooks)
+
+    def _needs_tables(self, passes: int) -> bool:
+        return True
+
+    @abstractmethod
+    def _search(self, x: Tensor, passes: int, tables: GramTables | None) -> Tensor:
+        """Codes (B, N) of standardised vectors (B, D)."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Approximate vectors (..., D) of codes (..., N)."""
+        return self.sum_centers(codes) * self.std + self.mean
+
+    def sum_centers(self, codes: Tensor) -> Tensor:
+        """As :meth:`decode`, but standardised."""
+        first = torch.arange(self.num_codebooks, device=codes.device)
+        rows = codes + first * self.codebook_size
+        total = F.embedding_bag(
+            rows.view(-1, self.num_codebooks), self.centers.flatten(0, 1), mode="sum"
+        )
+        total = total * self.center_scale()
+        return total.view(*codes.shape[:-1], self.dim)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> AbsQuantizer:
+        """Build from a state dict, ``mean`` and ``std`` of which may be absent.
+
+        Raises:
+            RuntimeError, KeyError, ValueError: tensors that do not fit together.
+        """
+        num, size, dim = state["centers"].shape
+        quantizer = cls(dim, size, num)
+        defaults = {"mean": quantizer.mean, "std": quantizer.std}
+        quantizer.load_state_dict({**defaults, **state})
+        return quantizer
+
+    def save(
+        self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write tensors and metadata (primitives, lists and dicts only) to a file.
+
+        :func:`espnet2_spear.mvq.files.load_quantizer` reads it.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk.
+        """
+        if metadata is not None:
+            self.metadata = dict(metadata)
+        content = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "state_dict": {k: v.cpu() for k, v in self.state_dict().items()},
+            "metadata": self.metadata,
+        }
+        # In memory first: torch turns errors of a file into RuntimeErrors.
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomically(Path(path), buffer.getvalue())
+
+
+# ------------------------------------------------------------
+# Multi-codebook vector quantizer.
+#
+# A vector is approximated by a sum of one centre from each of N codebooks of K centres:
+# additive, not residual, and without an order of the codebooks.
+
 
 SCALE_SPEED = 10.0  # makes the two scales learn ten times as fast
 

@@ -14,26 +14,25 @@ from espnet2.train.trainer import Trainer
 from espnet2.utils.nested_dict_action import NestedDictAction
 from espnet2.utils.types import str2bool, str_or_none
 
-from espnet2_spear.iterators.build import (
+from espnet2_spear.codes.facts import check_codes_facts
+from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.data.build import (
     add_sampling_arguments,
     build_iter_factory,
     check_sampling_options,
 )
-from espnet2_spear.iterators.iter_factory import SpearIterFactory
-from espnet2_spear.spear.encoder import SpearEncoder
-from espnet2_spear.spear.espnet_model import SpearPretrainModel
-from espnet2_spear.spear.loss_tables import DEFAULT_PRESET, resolve_loss_weights
+from espnet2_spear.data.collate import SpearCollateFn
+from espnet2_spear.data.data_types import register_data_types
+from espnet2_spear.data.iter_factory import SpearIterFactory
+from espnet2_spear.data.noise import NoiseList
+from espnet2_spear.data.preprocessor import SpearPreprocessor
 from espnet2_spear.spear.masking import SpanMasker
-from espnet2_spear.spear.mixing import Mixer
-from espnet2_spear.spear.mixing_rules import MixerConfig
-from espnet2_spear.spear.targets import TeacherCodes
-from espnet2_spear.train.codes_facts import check_codes_facts
-from espnet2_spear.train.collate_fn import SpearCollateFn
-from espnet2_spear.train.data_types import register_data_types
+from espnet2_spear.spear.mixing import Mixer, MixerConfig
+from espnet2_spear.spear.model import SpearPretrainModel
+from espnet2_spear.spear.objective import DEFAULT_PRESET, resolve_loss_weights
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.train.deepspeed import check_deepspeed_config, weigh_loss
 from espnet2_spear.train.interruption import ranks_are_told
-from espnet2_spear.train.noise import NoiseList
-from espnet2_spear.train.preprocessor import SpearPreprocessor
 from espnet2_spear.train.process_group import process_group_that_ends
 from espnet2_spear.train.rank_monitor import watch_ranks
 from espnet2_spear.train.trainer import SpearTrainer

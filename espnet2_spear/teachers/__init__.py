@@ -37,7 +37,7 @@ TEACHERS = {
     "dasheng": "espnet2_spear.teachers.dasheng:DashengTeacher",
     "hf_speech": "espnet2_spear.teachers.hf_speech:HFSpeechTeacher",
     "s3prl": "espnet2_spear.teachers.s3prl:S3PRLTeacher",
-    "spear": "espnet2_spear.teachers.spear:SpearTeacher",
+    "spear": "espnet2_spear.hub.teacher:SpearTeacher",
     "whisper": "espnet2_spear.teachers.whisper:WhisperTeacher",
     "yamnet": "espnet2_spear.teachers.yamnet:YamnetTeacher",
 }

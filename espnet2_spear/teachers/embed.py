@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from espnet2_spear.teachers.base import Teacher, TeacherError
-from espnet2_spear.teachers.extract import embed_batch
-from espnet2_spear.teachers.shards import (
+from espnet2_spear.fileio.shards import (
     Batches,
     DoneMarks,
     Progress,
@@ -21,7 +19,9 @@ from espnet2_spear.teachers.shards import (
     fingerprint,
     write_text,
 )
-from espnet2_spear.teachers.utterances import Utterance, lengths_of, make_batches
+from espnet2_spear.fileio.utterances import Utterance, lengths_of, make_batches
+from espnet2_spear.teachers.base import Teacher, TeacherError
+from espnet2_spear.teachers.extract import embed_batch
 
 INDEX = "embeddings.json"
 

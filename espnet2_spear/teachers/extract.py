@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from espnet2_spear.fileio.audio import AudioError, read_audio
+from espnet2_spear.fileio.utterances import Utterance
 from espnet2_spear.teachers.base import SAMPLE_RATE, Teacher, TeacherError
-from espnet2_spear.teachers.utterances import Utterance
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from espnet2_spear.fileio.shards import fingerprint
+from espnet2_spear.fileio.utterances import Utterance, make_batches
 from espnet2_spear.mvq.embeddings import EmbeddingError
 from espnet2_spear.teachers.base import Teacher
 from espnet2_spear.teachers.extract import embed_batch
-from espnet2_spear.teachers.shards import fingerprint
-from espnet2_spear.teachers.utterances import Utterance, make_batches
 
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 10_000

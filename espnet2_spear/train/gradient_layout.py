@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from espnet2_spear.spear.espnet_model import SpearPretrainModel
+from espnet2_spear.spear.model import SpearPretrainModel
 
 SAMPLES = 16000
 

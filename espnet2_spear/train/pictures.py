@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from espnet2_spear.fileio.side_output import side_output
-from espnet2_spear.spear.espnet_model import FBANK_RATE
+from espnet2_spear.spear.model import FBANK_RATE
 from espnet2_spear.spear.predictions import Prediction, TeacherTokens
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from espnet2_spear.asr.frontend.freezing import FreezeSchedule
 from espnet2_spear.hub.packed import check_format
 from espnet2_spear.optimizers.lr_scale import check_lr_scale, scale_lr
-from espnet2_spear.spear.encoder import SpearEncoder, SpearOutput
+from espnet2_spear.spear.student import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.frames import Frames
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import CheckpointError, load_model
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.encoder import DownsampledStack
 

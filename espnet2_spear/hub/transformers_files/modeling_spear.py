@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.fbank import SAMPLE_RATE, Fbank

@@ -19,7 +19,7 @@ from torch import Tensor
 from espnet2_spear import load_model
 from espnet2_spear.fileio.audio import read_audio
 from espnet2_spear.fileio.datadir import read_table
-from espnet2_spear.spear.encoder import SpearEncoder
+from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.zipformer.fbank import Fbank
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from espnet2.tasks.abs_task import scheduler_classes
 
-from espnet2_spear.iterators.build import check_sampling_options
+from espnet2_spear.data.build import check_sampling_options
 from espnet2_spear.tasks.spear import SpearTask
 
 

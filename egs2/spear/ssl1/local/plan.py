@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 
 from espnet2_spear.fileio.tables import rows
-from espnet2_spear.spear.loss_tables import DEFAULT_PRESET, resolve_loss_weights
-from espnet2_spear.spear.mixing_rules import MixerConfig
+from espnet2_spear.spear.mixing import MixerConfig
+from espnet2_spear.spear.objective import DEFAULT_PRESET, resolve_loss_weights
 
 QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
 TEACHERS_OF_MINI = "speech=whisper_tiny_en audio=yamnet"

@@ -12,8 +12,8 @@ from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from espnet2_spear.iterators.sampler import SAMPLE_RATE, StepSampler
-from espnet2_spear.train.skipping import (
+from espnet2_spear.data.sampler import SAMPLE_RATE, StepSampler
+from espnet2_spear.data.skipping import (
     SkipLog,
     SkippingCollate,
     SkippingDataset,

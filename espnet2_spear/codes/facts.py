@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from espnet2_spear.mvq.store import INDEX
+from espnet2_spear.codes.store import INDEX
 
 PREFIX = "codes_"
 SHAPE = ("num_codebooks", "codebook_size", "frame_rate")

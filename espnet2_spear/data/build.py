@@ -13,19 +13,19 @@ from typing import Any, TypeVar
 import torch
 from espnet2.utils.nested_dict_action import NestedDictAction
 
-from espnet2_spear.iterators.iter_factory import (
+from espnet2_spear.codes.store import CodeStore
+from espnet2_spear.data.data_types import CODES_STORE
+from espnet2_spear.data.dataset import ManifestDataset
+from espnet2_spear.data.iter_factory import (
     Batches,
     FixedBatches,
     SpearIterFactory,
     StepBatches,
 )
-from espnet2_spear.iterators.lists import ListError
-from espnet2_spear.iterators.manifest import Lists, Manifest, open_manifest
-from espnet2_spear.iterators.sampler import SamplerConfig, StepSampler, once
-from espnet2_spear.mvq.store import CodeStore
-from espnet2_spear.train.data_types import CODES_STORE
-from espnet2_spear.train.manifest_dataset import ManifestDataset
-from espnet2_spear.train.skipping import SkipLimits, SkipLog, SkippingDataset
+from espnet2_spear.data.lists import ListError
+from espnet2_spear.data.manifest import Lists, Manifest, open_manifest
+from espnet2_spear.data.sampler import SamplerConfig, StepSampler, once
+from espnet2_spear.data.skipping import SkipLimits, SkipLog, SkippingDataset
 
 Config = TypeVar("Config")
 TYPES = {"speech": ("sound",), "domain": ("text",)}

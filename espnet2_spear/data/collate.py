@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from espnet2.train.collate_fn import CommonCollateFn
 
-from espnet2_spear.spear.targets import IGNORE
-from espnet2_spear.train.noise import NoiseList
+from espnet2_spear.codes.targets import IGNORE
+from espnet2_spear.data.noise import NoiseList
 
 Utterance = tuple[str, dict[str, np.ndarray]]
 

@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from espnet2_spear.fileio.kaldi_ark import crc32_of, scp_lines, write_missing_codes
+from espnet2_spear.codes.ark import crc32_of, scp_lines, write_missing_codes
+from espnet2_spear.codes.tokenize_worker import start_worker, tokenize_shard, work
+from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer
 from espnet2_spear.fileio.part import WHOLE, Part
-from espnet2_spear.fileio.spool import Spool
-from espnet2_spear.fileio.tables import TableWriter
-from espnet2_spear.teachers.base import TeacherError
-from espnet2_spear.teachers.shards import (
+from espnet2_spear.fileio.shards import (
     Batches,
     DoneMarks,
     Progress,
@@ -37,13 +36,14 @@ from espnet2_spear.teachers.shards import (
     fingerprint,
     write_text,
 )
-from espnet2_spear.teachers.tokenize import TokenizeOptions, Tokenizer
-from espnet2_spear.teachers.tokenize_worker import start_worker, tokenize_shard, work
-from espnet2_spear.teachers.utterances import (
+from espnet2_spear.fileio.spool import Spool
+from espnet2_spear.fileio.tables import TableWriter
+from espnet2_spear.fileio.utterances import (
     Utterance,
     UtteranceTable,
     make_batches,
 )
+from espnet2_spear.teachers.base import TeacherError
 from espnet2_spear.teachers.weights import sha256_of
 
 AGREEMENT_UTTERANCES = 16  # compared with float32 before a run in lower precision

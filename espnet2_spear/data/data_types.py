@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from espnet2.train.dataset import DATA_TYPES
 
-from espnet2_spear.mvq.store import CodeStore
+from espnet2_spear.codes.store import CodeStore
 
 CODES_STORE = "codes_store"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from espnet2_spear.spear.targets import IGNORE, TeacherCodes
+from espnet2_spear.codes.targets import IGNORE, TeacherCodes
 
 SAMPLE_RATE = 16000
 # Rows by which codes may fall short of their audio: a teacher's receptive field.

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espnet2_spear.mvq.abs_quantizer import AbsQuantizer, QuantizerError
+from espnet2_spear.fileio.utterances import Utterance
 from espnet2_spear.mvq.files import load_quantizer
+from espnet2_spear.mvq.quantizer import AbsQuantizer, QuantizerError
 from espnet2_spear.teachers import build_teacher
 from espnet2_spear.teachers.base import Teacher, TeacherError, difference
 from espnet2_spear.teachers.extract import Audio, embed_audio, read_batch
-from espnet2_spear.teachers.utterances import Utterance
 
 
 @dataclass(frozen=True)

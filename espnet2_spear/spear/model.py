@@ -11,14 +11,18 @@ from espnet2.torch_utils.device_funcs import force_gatherable
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from torch import Tensor, nn
 
-from espnet2_spear.spear.encoder import SpearEncoder, SpearOutput
-from espnet2_spear.spear.heads import CodebookHead
-from espnet2_spear.spear.loss_tables import LossWeights, resolve_loss_weights
+from espnet2_spear.codes.targets import IGNORE, TeacherCodes, match_frame_rate
 from espnet2_spear.spear.masking import SpanMasker, pool_time_mask
 from espnet2_spear.spear.mixing import Mixer
+from espnet2_spear.spear.objective import (
+    CodebookHead,
+    LossWeights,
+    StatSums,
+    code_statistics,
+    resolve_loss_weights,
+)
 from espnet2_spear.spear.predictions import Prediction, TeacherTokens
-from espnet2_spear.spear.stats import StatSums, code_statistics
-from espnet2_spear.spear.targets import IGNORE, TeacherCodes, match_frame_rate
+from espnet2_spear.spear.student import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.encoder import FRAME_RATE as HIDDEN_RATE
 
 FBANK_RATE = 100.0
@@ -57,7 +61,7 @@ class SpearPretrainModel(AbsESPnetModel):
         teachers: teacher name -> shape of its codes. Inputs are ``codes_<name>``.
         domains: domain names; the input ``domain`` holds their indexes.
         loss_weights: domain -> teacher -> weight, or the name of a preset; see
-            :func:`~espnet2_spear.spear.loss_tables.resolve_loss_weights`.
+            :func:`~espnet2_spear.spear.objective.resolve_loss_weights`.
         masker: masks of the fbank.
         masked_weight: weight of masked frames.
         unmasked_weight: weight of the others.

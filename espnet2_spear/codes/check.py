@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from espnet2_spear.codes.ark import MISSING, ArkError, read_matrix
+from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.fileio.datadir_stream import Entry
-from espnet2_spear.fileio.kaldi_ark import MISSING, ArkError, read_matrix
 from espnet2_spear.fileio.spool import c_order
-from espnet2_spear.mvq.measure import code_entropy_bits
-from espnet2_spear.spear.targets import TeacherCodes
+from espnet2_spear.mvq.report import code_entropy_bits
 
 SAMPLE_RATE = 16000
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from espnet2_spear.iterators.lists import ListError, ListFile, blocks, lines_of
+from espnet2_spear.data.lists import ListError, ListFile, blocks, lines_of
 
 INDEX = "manifest.json"
 FORMAT = "espnet2_spear.iterators.Manifest 1"

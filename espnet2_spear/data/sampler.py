@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from espnet2_spear.iterators.lists import ListError
-from espnet2_spear.iterators.manifest import OTHERS, Group, Manifest
-from espnet2_spear.iterators.permutation import hash64, permuted
+from espnet2_spear.codes.permutation import hash64, permuted
+from espnet2_spear.data.lists import ListError
+from espnet2_spear.data.manifest import OTHERS, Group, Manifest
 
 SAMPLE_RATE = 16000
 BLOCK = 1024  # steps whose buckets are drawn at once

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from espnet2_spear.fileio.part import WHOLE, Part
-from espnet2_spear.teachers.utterances import Batched, Utterance
+from espnet2_spear.fileio.utterances import Batched, Utterance
 
 Batches = list[list[Utterance]]
 

@@ -1,12 +1,150 @@
-"""The joint search of all vectors at once, by operations on tensors of any device."""
+"""Joint search of the codes of vectors: compiled on a CPU, by tensors on a GPU.
+
+Both forms take the same candidates and prune them alike, so they find the same codes
+but for ties within rounding (:mod:`.search_cpu`, :func:`refine_tensors`).
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from espnet2_spear.mvq.gram import GramTables, kept_per_level
+# ------------------------------------------------------------
+# Inner products of centres, which are all that a joint search of codes needs.
+#
+# A vector x is approximated by a sum of one centre per codebook. The squared error of
+# any choice depends on x only through the products x.c with every centre c, and on the
+# centres only through their products with each other. With both tables at hand a search
+# never touches the vectors themselves, whose dimension is large.
+
+
+MAX_KEPT = 128
+
+
+class GramTables:
+    """Inner products of the centres of all codebooks.
+
+    Args:
+        centers: (N, K, D) of N codebooks with K centres each.
+        centred: move the mean centre of every codebook into ``shift``: a joint search
+            finds the same codes, and float32 rounding acts on smaller numbers.
+    """
+
+    def __init__(self, centers: Tensor, centred: bool = True) -> None:
+        self.num_codebooks, self.codebook_size, dim = centers.shape
+        means = centers.mean(dim=1, keepdim=True) * centred
+        self.shift = means.sum(dim=(0, 1))  # (D,)
+        self.centers = (centers - means).reshape(-1, dim)  # (N*K, D)
+        self.norms = self.centers.square().sum(dim=1)  # (N*K,)
+        # Products within a codebook never occur: one of its centres is in use.
+        products = self.centers @ self.centers.T
+        blocks = products.view(self.num_codebooks, self.codebook_size, -1)
+        for n, block in enumerate(blocks.split(1)):
+            start = n * self.codebook_size
+            block[..., start : start + self.codebook_size] = 0
+        self.products = products  # (N*K, N*K)
+
+    def linear_terms(self, x: Tensor) -> Tensor:
+        """Part of the squared error that is a sum over the codebooks' choices.
+
+        Args:
+            x: (B, D).
+
+        Returns:
+            (B, N*K): c.c - 2 x.c for every centre c.
+        """
+        return torch.addmm(
+            self.norms.unsqueeze(0), x - self.shift, self.centers.T, alpha=-2
+        )
+
+
+def num_kept(num_joined: int, codebook_size: int) -> int:
+    """Candidates kept for a group of codebooks that is searched jointly.
+
+    Args:
+        num_joined: codebooks in the group.
+        codebook_size: centres per codebook.
+
+    Returns:
+        16 (8 for codebooks of at most 16), doubled for every factor 4 in
+        ``num_joined``, at most 128.
+    """
+    kept = 16 if codebook_size > 16 else 8
+    while num_joined >= 4:
+        num_joined //= 4
+        kept *= 2
+    return min(kept, MAX_KEPT)
+
+
+def kept_per_level(num_codebooks: int, codebook_size: int) -> list[int]:
+    """Candidates kept for groups of 1, 2, 4... codebooks, up to the only one."""
+    kept: list[int] = []
+    joined = 1
+    while joined <= num_codebooks:
+        possible = kept[-1] ** 2 if kept else codebook_size
+        wanted = num_kept(joined, codebook_size) if joined < num_codebooks else 1
+        kept.append(min(wanted, possible))
+        joined *= 2
+    return kept
+
+
+def refine(
+    tables: GramTables,
+    linear: Tensor,
+    codes: Tensor,
+    iters: int,
+    order: Tensor | None = None,
+) -> Tensor:
+    """Run refinement passes.
+
+    Args:
+        tables: inner products of the centres.
+        linear: (B, N*K) from :meth:`GramTables.linear_terms`.
+        codes: (B, N) int64 to start from.
+        iters: number of passes.
+        order: (N,) codebooks in the order in which they are paired; their own for
+            None.
+
+    Returns:
+        (B, N) int64.
+    """
+    if iters == 0:
+        return codes
+    if order is None:
+        order = torch.arange(tables.num_codebooks, device=codes.device)
+    first = order * tables.codebook_size
+    rows = codes[:, order] + first  # of the tables
+    search = _refine_compiled if codes.device.type == "cpu" else refine_tensors
+    rows = search(tables, linear, rows, iters, order)
+    result = torch.empty_like(codes)
+    result[:, order] = rows - first
+    return result
+
+
+def _refine_compiled(
+    tables: GramTables, linear: Tensor, rows: Tensor, iters: int, order: Tensor
+) -> Tensor:
+    """As :func:`refine_tensors`, on the CPU."""
+    from espnet2_spear.mvq.search_cpu import run_passes  # numba: slow to import
+
+    kept = kept_per_level(tables.num_codebooks, tables.codebook_size)
+    rows = rows.contiguous()
+    run_passes(
+        tables.products.detach().numpy(),
+        linear.detach().numpy(),
+        rows.numpy(),
+        order.numpy(),
+        np.array(kept),
+        iters,
+        torch.get_num_threads(),
+    )
+    return rows
+
+
+# ------------------------------------------------------------
+# The joint search of all vectors at once, by operations on tensors of any device.
 
 
 def refine_tensors(
@@ -201,3 +339,49 @@ def _drop_unused(centers: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.where(used > 0, place - 1, width)
     kept = centers.new_zeros(*centers.shape[:2], width + 1)
     return kept.scatter_(2, place, centers)[..., :width].contiguous(), members
+
+
+# ------------------------------------------------------------
+# Further passes of the joint search, which can only make the error smaller.
+#
+# A pass of :func:`refine` joins fixed pairs of codebooks, so it ends where no change of
+# such a pair, and of pairs of pairs, helps. Here every pass pairs the codebooks anew,
+# and a vector takes new codes only if they are better. The codes are no longer those of
+# the multi-quantization library.
+
+
+# Share of the explained energy by which the error must fall: what lies below may be
+# rounding.
+MARGIN = 1e-6
+
+
+def improve(tables: GramTables, linear: Tensor, codes: Tensor, passes: int) -> Tensor:
+    """Look for better codes.
+
+    Args:
+        tables: inner products of the centres.
+        linear: (B, N*K) from :meth:`GramTables.linear_terms`.
+        codes: (B, N) int64 to start from.
+        passes: their number. The pairings of each are the same in every call.
+
+    Returns:
+        (B, N) int64, of squared errors that are nowhere larger.
+    """
+    error = _error(tables, linear, codes)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(passes):
+        order = torch.randperm(tables.num_codebooks, generator=generator)
+        new = refine(tables, linear, codes, 1, order.to(codes.device))
+        new_error = _error(tables, linear, new)
+        better = new_error < error - MARGIN * error.abs()
+        codes = torch.where(better.unsqueeze(1), new, codes)
+        error = torch.where(better, new_error, error)
+    return codes
+
+
+def _error(tables: GramTables, linear: Tensor, codes: Tensor) -> Tensor:
+    """Squared error (B,) of chosen centres, less that of choosing none, float64."""
+    first = torch.arange(tables.num_codebooks, device=codes.device)
+    rows = codes + first * tables.codebook_size
+    products = tables.products[rows.unsqueeze(2), rows.unsqueeze(1)]
+    return linear.gather(1, rows).double().sum(1) + products.double().sum((1, 2))

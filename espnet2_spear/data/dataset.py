@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from espnet2.train.dataset import AbsDataset
 
+from espnet2_spear.codes.ark import ArkError, read_matrix
+from espnet2_spear.codes.store import CodeStore, CodeStoreError
+from espnet2_spear.codes.targets import IGNORE
+from espnet2_spear.data.manifest import Manifest
+from espnet2_spear.data.preprocessor import SAMPLE_RATE
+from espnet2_spear.data.skipping import BadUtterance
 from espnet2_spear.fileio.audio import AudioError, read_audio
-from espnet2_spear.fileio.kaldi_ark import ArkError, read_matrix
-from espnet2_spear.iterators.manifest import Manifest
-from espnet2_spear.mvq.store import CodeStore, CodeStoreError
-from espnet2_spear.spear.targets import IGNORE
-from espnet2_spear.train.preprocessor import SAMPLE_RATE
-from espnet2_spear.train.skipping import BadUtterance
 
 # Samples by which audio may differ from what its list says.
 MAX_LENGTH_ERROR = SAMPLE_RATE // 10
