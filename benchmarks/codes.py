@@ -15,8 +15,8 @@ import numpy as np
 from process_memory import memory
 from tqdm import tqdm
 
-from espnet2_spear.codes.ark import CodesWriter, read_matrix, read_scp
 from espnet2_spear.codes.store import CodeStore, CodeStoreWriter
+from espnet2_spear.fileio.ark import CodesWriter, read_matrix, read_scp
 
 MEGABYTE = 2**20
 
@@ -41,7 +41,7 @@ def write_both(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     rng = np.random.default_rng(args.seed)
     seconds = {"ark": 0.0, "store": 0.0}
     with (
-        CodesWriter(folder / "codes.ark", folder / "codes.scp") as ark,
+        CodesWriter(folder / "fileio.ark", folder / "codes.scp") as ark,
         CodeStoreWriter(folder / "store", args.num_codebooks) as store,
     ):
         for i in tqdm(range(args.utterances), unit=" utterances", disable=None):

@@ -19,15 +19,16 @@ from espnet2.samplers.build_batch_sampler import build_batch_sampler
 from process_memory import memory
 from tqdm import tqdm
 
-from espnet2_spear.codes.ark import CodesWriter
 from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.data.collate import SpearCollateFn
 from espnet2_spear.data.dataset import ManifestDataset
 from espnet2_spear.data.iter_factory import SpearIterFactory, StepBatches
 from espnet2_spear.data.manifest import Lists, Manifest, open_manifest
 from espnet2_spear.data.preprocessor import SpearPreprocessor
-from espnet2_spear.data.sampler import SAMPLE_RATE, SamplerConfig, StepSampler
+from espnet2_spear.data.sampler import SamplerConfig, StepSampler
 from espnet2_spear.data.skipping import SkipLimits, SkipLog, SkippingDataset
+from espnet2_spear.fileio.ark import CodesWriter
 
 MEGABYTE = 2**20
 DOMAINS = ["speech", "audio"]

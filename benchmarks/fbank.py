@@ -15,7 +15,8 @@ import torch
 from roofline import timed
 from torchaudio.compliance import kaldi
 
-from espnet2_spear.zipformer.fbank import SAMPLE_RATE, Fbank
+from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.zipformer.fbank import Fbank
 
 
 def get_parser() -> argparse.ArgumentParser:

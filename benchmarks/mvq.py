@@ -13,7 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peer import load_peer, peer_codes, peer_quantizer
+from peer import (
+    load_peer,
+    noisy_vectors,
+    peer_codes,
+    peer_quantizer,
+    random_quantizer,
+    squared_errors,
+)
 from roofline import frame_cost, measure_activity, report, timed
 from torch import Tensor
 
@@ -89,27 +96,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def random_quantizer(dim: int, size: int, num: int, seed: int) -> Quantizer:
-    """A quantizer whose start is related to its centres, as training makes it."""
-    torch.manual_seed(seed)
-    quantizer = Quantizer(dim, size, num)
-    with torch.no_grad():
-        centers = quantizer.centers
-        centers += 0.5 * centers.std() * torch.randn(centers.shape)
-    quantizer.stamp()
-    return quantizer.eval()
-
-
 @torch.no_grad()
-def noisy_vectors(quantizer: Quantizer, count: int, seed: int) -> Tensor:
-    """Sums of centres with as much noise added, (count, D)."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (count, quantizer.num_codebooks)
-    codes = torch.randint(quantizer.codebook_size, shape, generator=generator)
-    x = quantizer.decode(codes)
-    return x + x.std() * torch.randn(x.shape, generator=generator)
-
-
 def peak_of_long_utterance(
     file: str, quantizer_file: str, frames: int, options: dict, threads: int
 ) -> tuple[float, float]:
@@ -159,12 +146,6 @@ def measure_memory(quantizer: Quantizer, x: Tensor, args, options: dict) -> str:
 
 
 @torch.no_grad()
-def squared_errors(quantizer: Quantizer, x: Tensor, codes: Tensor) -> Tensor:
-    """Squared error (B,) of every frame, float64, in the standardised space."""
-    approximation = quantizer.sum_centers(codes).double()
-    return (approximation - quantizer.standardise(x).double()).square().sum(dim=1)
-
-
 def compare_codes(quantizer: Quantizer, x: Tensor, ours: Tensor, peer: Tensor) -> str:
     """Line on how far two results agree."""
     mine, theirs = (

@@ -10,8 +10,14 @@ import argparse
 import itertools
 
 import torch
-from mvq import noisy_vectors, random_quantizer, squared_errors
-from peer import load_peer, peer_codes, peer_quantizer
+from peer import (
+    load_peer,
+    noisy_vectors,
+    peer_codes,
+    peer_quantizer,
+    random_quantizer,
+    squared_errors,
+)
 from torch import Tensor
 
 from espnet2_spear.mvq.quantizer import Quantizer

@@ -7,7 +7,7 @@ import statistics
 import time
 
 import torch
-from mvq import squared_errors
+from peer import squared_errors
 from torch import Tensor
 
 from espnet2_spear.mvq.quantizer import Quantizer

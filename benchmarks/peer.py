@@ -67,3 +67,29 @@ def peer_codes(other, x: Tensor, passes: int, chunk: int) -> Tensor:
             for part in x.split(chunk)
         ]
     return torch.cat(parts)
+
+
+def random_quantizer(dim: int, size: int, num: int, seed: int) -> Quantizer:
+    """A quantizer whose start is related to its centres, as training makes it."""
+    torch.manual_seed(seed)
+    quantizer = Quantizer(dim, size, num)
+    with torch.no_grad():
+        centers = quantizer.centers
+        centers += 0.5 * centers.std() * torch.randn(centers.shape)
+    quantizer.stamp()
+    return quantizer.eval()
+
+
+def noisy_vectors(quantizer: Quantizer, count: int, seed: int) -> Tensor:
+    """Sums of centres with as much noise added, (count, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, quantizer.num_codebooks)
+    codes = torch.randint(quantizer.codebook_size, shape, generator=generator)
+    x = quantizer.decode(codes)
+    return x + x.std() * torch.randn(x.shape, generator=generator)
+
+
+def squared_errors(quantizer: Quantizer, x: Tensor, codes: Tensor) -> Tensor:
+    """Squared error (B,) of every frame, float64, in the standardised space."""
+    approximation = quantizer.sum_centers(codes).double()
+    return (approximation - quantizer.standardise(x).double()).square().sum(dim=1)

@@ -9,6 +9,7 @@ import statistics
 import torch
 from roofline import timed
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.utterances import (
     make_batches,
     read_utterances,
@@ -16,7 +17,6 @@ from espnet2_spear.fileio.utterances import (
 )
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.teachers import build_teacher, load_teacher_config
-from espnet2_spear.teachers.base import SAMPLE_RATE
 from espnet2_spear.teachers.extract import embed_batch
 
 

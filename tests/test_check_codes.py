@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from espnet2_spear.bin import spear_check_codes
-from espnet2_spear.codes.ark import CodesWriter, write_missing_codes
+from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
 
 LENGTHS = {"utt0": 16000, "utt1": 24000, "utt2": 31000, "music": 48000}
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from espnet2_spear.bin import spear_store_codes
-from espnet2_spear.codes.ark import (
+from espnet2_spear.codes.store import CodeStore, CodeStoreError, CodeStoreWriter
+from espnet2_spear.fileio.ark import (
     ArkError,
     CodesWriter,
     read_matrix,
     write_missing_codes,
 )
-from espnet2_spear.codes.store import CodeStore, CodeStoreError, CodeStoreWriter
 
 
 @pytest.fixture

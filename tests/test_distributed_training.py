@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from espnet2_spear.codes.ark import CodesWriter, write_missing_codes
+from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
 
 pytestmark = pytest.mark.second_env
 

@@ -14,7 +14,7 @@ from torchaudio.models import wav2vec2_base
 from espnet2_spear.bin.mvq_train import main as train_quantizer
 from espnet2_spear.bin.spear_embed import main as embed
 from espnet2_spear.bin.spear_tokenize import main as tokenize
-from espnet2_spear.codes.ark import read_scp
+from espnet2_spear.fileio.ark import read_scp
 from espnet2_spear.teachers import (
     TeacherError,
     build_teacher,

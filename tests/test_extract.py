@@ -16,7 +16,7 @@ from student_files import write_packed, write_released, write_student
 
 from espnet2_spear import load_model
 from espnet2_spear.bin import spear_extract
-from espnet2_spear.codes.ark import read_matrix
+from espnet2_spear.fileio.ark import read_matrix
 from espnet2_spear.fileio.audio import read_audio, resample
 from espnet2_spear.fileio.datadir import DataDirError, read_table
 from espnet2_spear.hub.extract import ExtractError, Extractor, parse_layers

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from espnet2_spear.codes import ark as kaldi_ark
-from espnet2_spear.codes.ark import (
+from espnet2_spear.fileio.ark import (
     ArkError,
     CodesWriter,
     read_matrix,

@@ -10,7 +10,6 @@ import soundfile
 import torch
 from espnet2.train.collate_fn import CommonCollateFn
 
-from espnet2_spear.codes.ark import CodesWriter
 from espnet2_spear.codes.store import CodeStore, CodeStoreWriter
 from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.data.dataset import SILENCE, ManifestDataset
@@ -28,6 +27,7 @@ from espnet2_spear.data.skipping import (
     SkippingDataset,
     TooManyBadUtterances,
 )
+from espnet2_spear.fileio.ark import CodesWriter
 
 RATE = 16000
 COUNT = 24
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
     lengths = {f"u-{i:02d}": RATE // 2 + 640 * i for i in range(COUNT)}
     wavs = {u: audio(tmp_path, i) for i, u in enumerate(lengths)}
     with (
-        CodesWriter(tmp_path / "codes.ark", tmp_path / "codes") as ark,
+        CodesWriter(tmp_path / "fileio.ark", tmp_path / "codes") as ark,
         CodeStoreWriter(tmp_path / "store", 2) as store,
     ):
         for i, (utt, samples) in enumerate(lengths.items()):

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from espnet2_spear.bin.spear_mix import TABLE, main
-from espnet2_spear.codes.ark import CodesWriter
+from espnet2_spear.fileio.ark import CodesWriter
 
 RATE = 16000
 

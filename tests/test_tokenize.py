@@ -18,9 +18,9 @@ from teacher_files import whisper_tensors, write_ctranslate2
 
 from espnet2_spear.bin import spear_embed, spear_tokenize
 from espnet2_spear.codes import tokenize_run
-from espnet2_spear.codes.ark import read_matrix, read_scp
 from espnet2_spear.codes.tokenize_run import TokenizeRun
 from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer
+from espnet2_spear.fileio.ark import read_matrix, read_scp
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.shards import deal
 from espnet2_spear.fileio.utterances import (

@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 import espnet2_spear
-from espnet2_spear.codes.ark import CodesWriter, write_missing_codes
+from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
 
 pytestmark = pytest.mark.second_env
 

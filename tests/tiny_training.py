@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 import torch
 
-from espnet2_spear.codes.ark import CodesWriter
+from espnet2_spear.fileio.ark import CodesWriter
 
 RATE = 16000
 CODEBOOKS = {"speech": 4, "audio": 2}  # at 50 and 25 Hz

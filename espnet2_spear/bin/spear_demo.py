@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.look import (
@@ -28,7 +29,6 @@ from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.zipformer.checks import InputError
-from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 TITLE = "SPEAR: what a student makes of a recording"
 

@@ -14,17 +14,17 @@ import soundfile
 import torch
 import yaml
 
-from espnet2_spear.codes.ark import ArkError, read_matrix, read_scp
 from espnet2_spear.codes.facts import codes_facts
 from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.data.collate import SpearCollateFn
 from espnet2_spear.data.noise import NoiseError, NoiseList
 from espnet2_spear.data.preprocessor import SpearPreprocessor
+from espnet2_spear.fileio.ark import ArkError, read_matrix, read_scp
 from espnet2_spear.fileio.audio import AudioError, Span, read_pieces, resample
 from espnet2_spear.fileio.datadir import DOMAINS, DataDir
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.spear.mixing import PRESETS, Mixer, MixerConfig, Mixture
-from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 TABLE = "mixtures.tsv"
 LEVEL = 0.9  # loudest sample of a written file, at most

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from espnet2_spear.codes.ark import MISSING, ArkError, read_matrix, scp_lines
 from espnet2_spear.codes.store import CodeStoreError, CodeStoreWriter
+from espnet2_spear.constants import MISSING
+from espnet2_spear.fileio.ark import ArkError, read_matrix, scp_lines
 from espnet2_spear.fileio.explain import run_command
 
 

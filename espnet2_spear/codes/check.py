@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from espnet2_spear.codes.ark import MISSING, ArkError, read_matrix
 from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.constants import MISSING, SAMPLE_RATE
+from espnet2_spear.fileio.ark import ArkError, read_matrix
 from espnet2_spear.fileio.datadir_stream import Entry
 from espnet2_spear.fileio.spool import c_order
 from espnet2_spear.mvq.report import code_entropy_bits
-
-SAMPLE_RATE = 16000
 
 
 @dataclass

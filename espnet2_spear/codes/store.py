@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from espnet2_spear.constants import MISSING
+
 INDEX = "store.json"
 FORMAT = "espnet2_spear.mvq.CodeStore 1"
-MISSING = -1
 
 
 class CodeStoreError(ValueError):

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -1
+from espnet2_spear.constants import MISSING
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def match_frame_rate(
     teacher's are repeated. Trailing codes are cut, missing ones are ignored.
 
     Args:
-        codes: (B, T, N) int, ``IGNORE`` in the padding.
+        codes: (B, T, N) int, ``MISSING`` in the padding.
         teacher_rate: frames per second of the codes.
         student_rate: frames per second of the student's output.
         frames: student frames T'.
@@ -80,5 +80,5 @@ def match_frame_rate(
         codes = codes.repeat_interleave(round(student_rate / teacher_rate), dim=1)
     stack = max(1, round(teacher_rate / student_rate))
     codes = codes[:, : frames * stack]
-    codes = F.pad(codes, (0, 0, 0, frames * stack - codes.size(1)), value=IGNORE)
+    codes = F.pad(codes, (0, 0, 0, frames * stack - codes.size(1)), value=MISSING)
     return codes.reshape(codes.size(0), frames, stack * codes.size(2))

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from espnet2_spear.codes.ark import crc32_of, scp_lines, write_missing_codes
 from espnet2_spear.codes.tokenize_worker import start_worker, tokenize_shard, work
 from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer
+from espnet2_spear.fileio.ark import crc32_of, scp_lines, write_missing_codes
 from espnet2_spear.fileio.part import WHOLE, Part
 from espnet2_spear.fileio.shards import (
     Batches,

@@ -10,8 +10,8 @@ from multiprocessing import current_process, parent_process
 
 import torch
 
-from espnet2_spear.codes.ark import CodesWriter
 from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer
+from espnet2_spear.fileio.ark import CodesWriter
 from espnet2_spear.fileio.shards import Batches
 from espnet2_spear.fileio.utterances import Utterance
 from espnet2_spear.teachers.extract import read_batch

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from espnet2.train.collate_fn import CommonCollateFn
 
-from espnet2_spear.codes.targets import IGNORE
+from espnet2_spear.constants import MISSING
 from espnet2_spear.data.noise import NoiseList
 
 Utterance = tuple[str, dict[str, np.ndarray]]
@@ -31,7 +31,7 @@ class SpearCollateFn(CommonCollateFn):
         self, noise: NoiseList | None = None, clips: int = 8, seed: int = 0
     ) -> None:
         super().__init__(
-            float_pad_value=0.0, int_pad_value=IGNORE, not_sequence=["domain"]
+            float_pad_value=0.0, int_pad_value=MISSING, not_sequence=["domain"]
         )
         if clips < 1:
             raise ValueError(f"{clips} noise clips a batch: at least 1 is needed")

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from espnet2.train.dataset import AbsDataset
 
-from espnet2_spear.codes.ark import ArkError, read_matrix
 from espnet2_spear.codes.store import CodeStore, CodeStoreError
-from espnet2_spear.codes.targets import IGNORE
+from espnet2_spear.constants import MISSING, SAMPLE_RATE
 from espnet2_spear.data.manifest import Manifest
-from espnet2_spear.data.preprocessor import SAMPLE_RATE
 from espnet2_spear.data.skipping import BadUtterance
+from espnet2_spear.fileio.ark import ArkError, read_matrix
 from espnet2_spear.fileio.audio import AudioError, read_audio
 
 # Samples by which audio may differ from what its list says.
@@ -123,5 +122,5 @@ class ManifestDataset(AbsDataset):
         data: dict = {"domain": self.manifest.groups[0].domain}
         data["speech"] = np.zeros(SAMPLE_RATE, self.dtype)
         for name, width in num_codebooks.items():
-            data[name] = np.full((1, width), IGNORE, np.float32)
+            data[name] = np.full((1, width), MISSING, np.float32)
         return SILENCE, self._prepare(SILENCE, data)

@@ -12,7 +12,8 @@ from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from espnet2_spear.data.sampler import SAMPLE_RATE, StepSampler
+from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.data.sampler import StepSampler
 from espnet2_spear.data.skipping import (
     SkipLog,
     SkippingCollate,

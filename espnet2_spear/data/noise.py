@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
 from espnet2_spear.fileio.tables import Lookup, rows
-from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 
 class NoiseError(ValueError):

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from espnet2_spear.codes.targets import IGNORE, TeacherCodes
+from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.constants import MISSING, SAMPLE_RATE
 
-SAMPLE_RATE = 16000
 # Rows by which codes may fall short of their audio: a teacher's receptive field.
 MAX_MISSING_ROWS = 5
 
@@ -75,13 +75,13 @@ class SpearPreprocessor:
             raise ValueError(
                 f"utterance '{uid}': codes of teacher '{name}' {what}; {remedy}"
             )
-        if codes.min() < IGNORE or codes.max() >= teacher.codebook_size:
+        if codes.min() < MISSING or codes.max() >= teacher.codebook_size:
             raise ValueError(
                 f"utterance '{uid}': codes of teacher '{name}' are in "
                 f"{codes.min()}..{codes.max()}, expected 0.."
                 f"{teacher.codebook_size - 1}; {remedy}"
             )
-        absent = len(codes) == 1 and (codes == IGNORE).all()
+        absent = len(codes) == 1 and (codes == MISSING).all()
         expected = samples * teacher.frame_rate / SAMPLE_RATE
         if not absent and abs(expected - len(codes)) > MAX_MISSING_ROWS:
             raise ValueError(

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from espnet2_spear.codes.permutation import hash64, permuted
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.data.lists import ListError
 from espnet2_spear.data.manifest import OTHERS, Group, Manifest
 
-SAMPLE_RATE = 16000
 BLOCK = 1024  # steps whose buckets are drawn at once
 CHUNK = 16  # steps whose rows are looked up at once
 GOLDEN = 0.6180339887498949

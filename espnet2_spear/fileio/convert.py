@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from espnet2_spear.codes.ark import crc32_of
+from espnet2_spear.fileio.ark import crc32_of
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.audio import (
     AudioError,

@@ -10,9 +10,9 @@ from typing import overload
 
 import numpy as np
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.spool import c_order
 from espnet2_spear.fileio.tables import DataDirError, Lookup, sorted_rows
-from espnet2_spear.teachers.base import SAMPLE_RATE
 
 
 @dataclass(frozen=True)

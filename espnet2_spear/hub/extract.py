@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import AudioError, read_pieces, resample
 from espnet2_spear.hub.recordings import Recording
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
-from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 OUTPUT = "output"  # the final output, in place of a layer's number
 # Cuts lie on multiples of it: whole samples at any rate, and a multiple of what all

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import AudioError
 from espnet2_spear.fileio.datadir import write_table
 from espnet2_spear.fileio.feature_files import (
@@ -25,7 +26,6 @@ from espnet2_spear.fileio.utterances import make_batches
 from espnet2_spear.hub.extract import ExtractError, Extractor
 from espnet2_spear.hub.recordings import Recording, read_ahead
 from espnet2_spear.hub.teacher import sha256_of_tensors
-from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 Failures = dict[str, tuple[str, str]]
 

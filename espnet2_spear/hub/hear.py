@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.hub.load import load_model as load_student
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.fbank import FRAME_SHIFT
 
-SAMPLE_RATE = 16000
 # A frame is made of 7 fbank frames, of which the fourth is its middle.
 HALF_FIELD = 3.5 * FRAME_SHIFT
 HOP = 2 * FRAME_SHIFT

@@ -10,10 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import AudioError, Span, audio_info
 from espnet2_spear.fileio.datadir import DataDir, DataDirError, read_table
 from espnet2_spear.fileio.utterances import Utterance
-from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 WHOLE = Span(None, None)
 X, Y = TypeVar("X"), TypeVar("Y")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import MAX_RATE, MIN_RATE, resample
 from espnet2_spear.zipformer.checks import InputError
-from espnet2_spear.zipformer.fbank import SAMPLE_RATE
 
 OTHER_RATE = ("refuse", "resample")
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from espnet2_spear.codes.targets import IGNORE, TeacherCodes
-from espnet2_spear.zipformer.fbank import SAMPLE_RATE
+from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.constants import MISSING, SAMPLE_RATE
 
 # ------------------------------------------------------------
 # How often and how loudly noise and other utterances are mixed in.
@@ -544,7 +544,7 @@ def _mix_codes(
         (B, T + extension in frames, N).
     """
     size = codes.size(0)
-    codes = F.pad(codes, (0, 0, 0, -(-extension // hop)), value=IGNORE)
+    codes = F.pad(codes, (0, 0, 0, -(-extension // hop)), value=MISSING)
     frame = torch.arange(codes.size(1), device=codes.device)
     since = frame - (plan.begin // hop)[:, None]
     inside = (since >= 0) & (since * hop < plan.length[:, None])

@@ -11,7 +11,8 @@ from espnet2.torch_utils.device_funcs import force_gatherable
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from torch import Tensor, nn
 
-from espnet2_spear.codes.targets import IGNORE, TeacherCodes, match_frame_rate
+from espnet2_spear.codes.targets import TeacherCodes, match_frame_rate
+from espnet2_spear.constants import MISSING
 from espnet2_spear.spear.masking import SpanMasker, pool_time_mask
 from espnet2_spear.spear.mixing import Mixer
 from espnet2_spear.spear.objective import (
@@ -297,7 +298,7 @@ class SpearPretrainModel(AbsESPnetModel):
         )
         utt_weight = self.loss_weights[domain, list(self.teachers).index(name)]
         selected = predictor.valid & (utt_weight > 0)[:, None]
-        targets = targets.masked_fill(~selected[..., None], IGNORE).flatten(0, 1)
+        targets = targets.masked_fill(~selected[..., None], MISSING).flatten(0, 1)
         duration = self.student.config.frame_rate / predictor.rate
         frame_weight = (
             torch.where(predictor.masked, self.masked_weight, self.unmasked_weight)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.zipformer.checks import (
     InputError,
     check_batch,
@@ -19,7 +20,7 @@ from espnet2_spear.zipformer.checks import (
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.embed import ConvEmbed
 from espnet2_spear.zipformer.encoder import Zipformer
-from espnet2_spear.zipformer.fbank import FRAME_SHIFT, SAMPLE_RATE, Fbank, num_frames
+from espnet2_spear.zipformer.fbank import FRAME_SHIFT, Fbank, num_frames
 from espnet2_spear.zipformer.schedule import SCHEDULES_END, BatchCountState
 from espnet2_spear.zipformer.streaming import (
     StreamState,

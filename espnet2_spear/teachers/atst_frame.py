@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet2_spear.teachers.base import SAMPLE_RATE, Teacher, TeacherError, padding_mask
+from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.teachers.base import Teacher, TeacherError, padding_mask
 from espnet2_spear.teachers.weights import check_sha256, find_weights
 
 HOP = 160  # samples of a mel frame

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SAMPLE_RATE = 16000
+from espnet2_spear.constants import SAMPLE_RATE
 
 # Options that say where weights lie, not what they are: two teachers that differ
 # only here are the same teacher (their hashes are compared instead).

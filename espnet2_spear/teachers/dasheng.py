@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espnet2_spear.teachers.base import SAMPLE_RATE, Teacher, TeacherError, padding_mask
+from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.teachers.base import Teacher, TeacherError, padding_mask
 from espnet2_spear.teachers.weights import check_sha256, find_weights, tensors_only
 
 # Attention heads of the released sizes (base, 0.6B, 1.2B) by width; their checkpoints

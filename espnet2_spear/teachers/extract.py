@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import AudioError, read_audio
 from espnet2_spear.fileio.utterances import Utterance
-from espnet2_spear.teachers.base import SAMPLE_RATE, Teacher, TeacherError
+from espnet2_spear.teachers.base import Teacher, TeacherError
 
 
 @dataclass(frozen=True)

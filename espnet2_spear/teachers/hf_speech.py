@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.teachers.base import (
-    SAMPLE_RATE,
     Teacher,
     TeacherError,
     padding_mask,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.teachers.base import (
-    SAMPLE_RATE,
     Teacher,
     TeacherError,
     without_padding,

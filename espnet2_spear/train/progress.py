@@ -13,10 +13,11 @@ import torch
 from espnet2.train.reporter import SubReporter
 from humanfriendly import format_timespan
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.side_output import side_output
 from espnet2_spear.train.reporter import recent
 from espnet2_spear.train.run_state import RunState
-from espnet2_spear.train.step import SAMPLE_RATE, StepFigures
+from espnet2_spear.train.step import StepFigures
 from espnet2_spear.train.trainer_options import SpearTrainerOptions
 
 PERCENTILES = (50, 90, 99)

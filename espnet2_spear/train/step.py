@@ -16,6 +16,7 @@ from espnet2.torch_utils.add_gradient_noise import add_gradient_noise
 from espnet2.torch_utils.device_funcs import to_device
 from espnet2.train.reporter import SubReporter
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.side_output import append_lines, side_output
 from espnet2_spear.schedulers.eden import Eden
 from espnet2_spear.train.batches import Window, count_audio, seed_all
@@ -23,7 +24,6 @@ from espnet2_spear.train.gradients import StepResult, accumulate_gradients
 from espnet2_spear.train.run_state import RunState
 from espnet2_spear.train.trainer_options import SpearTrainerOptions
 
-SAMPLE_RATE = 16000
 SKIPPED = "skipped_steps.jsonl"
 # A float16 training whose loss scale falls below this has other faults than overflow.
 MIN_LOSS_SCALE = 2.0**-10

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.config import ZipformerConfig
-from espnet2_spear.zipformer.fbank import SAMPLE_RATE, Fbank
+from espnet2_spear.zipformer.fbank import Fbank
 
 from .configuration_spear import SpearConfig
 

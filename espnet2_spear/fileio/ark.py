@@ -17,6 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from espnet2_spear.constants import MISSING
+
 try:
     from omniio import kaldi
 except ImportError:  # ESPnet 202511 and older bring kaldiio instead
@@ -27,7 +29,6 @@ except ImportError:  # ESPnet 202511 and older bring kaldiio instead
             "Kaldi ark files need the package omniio (or kaldiio): pip install omniio"
         ) from None
 
-MISSING = -1
 _UNSIGNED_BYTE = 6  # Kaldi's kOneByteUnsignedInteger
 
 

@@ -1,0 +1,4 @@
+"""Numbers that all rooms share."""
+
+SAMPLE_RATE = 16000  # Hz, of every waveform that a teacher or a student hears
+MISSING = -1  # stands where a frame has no code: such an entry is no target
