@@ -1,4 +1,4 @@
-"""Imports run one way: from a room to those below it, and never in a circle of files."""
+"""Imports run one way, from a room to those below it, and never in a circle."""
 
 from __future__ import annotations
 
