@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from espnet2_spear.codes import ark as kaldi_ark
+from espnet2_spear.fileio import ark as kaldi_ark
 from espnet2_spear.fileio.ark import (
     ArkError,
     CodesWriter,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from teacher_files import whisper_tensors, write_ctranslate2
 
+from espnet2_spear.fileio.hashes import sha256_of
 from espnet2_spear.teachers import (
     TEACHERS,
     TeacherError,
@@ -16,7 +17,6 @@ from espnet2_spear.teachers import (
     teacher_class,
 )
 from espnet2_spear.teachers.base import difference
-from espnet2_spear.teachers.weights import sha256_of
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "teachers"
 has_whisper = pytest.mark.skipif(

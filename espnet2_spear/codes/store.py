@@ -14,7 +14,6 @@ of utterances, and what the system caches is shared by all processes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from espnet2_spear.constants import MISSING
+from espnet2_spear.fileio.hashes import name_hash
 
 INDEX = "store.json"
 FORMAT = "espnet2_spear.mvq.CodeStore 1"
@@ -157,7 +157,7 @@ class CodeStore(Mapping[str, np.ndarray]):
 
     def _find(self, utt: str) -> int | None:
         # A plain integer would make NumPy search a copy, converted to float64.
-        value = np.uint64(_hash(utt))
+        value = np.uint64(name_hash(utt))
         place = int(np.searchsorted(self._hashes, value))
         while place < len(self._hashes) and self._hashes[place] == value:
             number = int(self._order[place])
@@ -236,7 +236,7 @@ class CodeStoreWriter:
             self._file.write(as_bytes.tobytes())
             frames = len(codes)
         self._rows.append(self._rows[-1] + frames)
-        self._hashes.append(_hash(utt))
+        self._hashes.append(name_hash(utt))
         self._names.write(utt.encode())
         self._name_starts.append(self._names.tell())
 
@@ -292,11 +292,6 @@ class CodeStoreWriter:
 
 def _file(number: int) -> str:
     return f"codes.{number}.bin"
-
-
-def _hash(utt: str) -> int:
-    digest = hashlib.blake2b(utt.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _map(path: Path, size: int) -> mmap.mmap | bytes:

@@ -25,7 +25,8 @@ import torch
 
 from espnet2_spear.codes.tokenize_worker import start_worker, tokenize_shard, work
 from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer
-from espnet2_spear.fileio.ark import crc32_of, scp_lines, write_missing_codes
+from espnet2_spear.fileio.ark import scp_lines, write_missing_codes
+from espnet2_spear.fileio.hashes import crc32_of, sha256_of
 from espnet2_spear.fileio.part import WHOLE, Part
 from espnet2_spear.fileio.shards import (
     Batches,
@@ -44,7 +45,6 @@ from espnet2_spear.fileio.utterances import (
     make_batches,
 )
 from espnet2_spear.teachers.base import TeacherError
-from espnet2_spear.teachers.weights import sha256_of
 
 AGREEMENT_UTTERANCES = 16  # compared with float32 before a run in lower precision
 LOW_AGREEMENT = 0.8  # share of float32's codes below which there is a warning
@@ -210,7 +210,7 @@ class TokenizeRun:
         for tokenizer, chosen in zip(tokenizers, utterances, strict=True):
             options = {
                 **asdict(tokenizer.options),
-                "quantizer": sha256_of(Path(tokenizer.options.quantizer)),
+                "quantizer": sha256_of(tokenizer.options.quantizer),
                 "folder": str(self.folder),
                 "seconds": [self.batch_seconds, self.shard_seconds],
             }

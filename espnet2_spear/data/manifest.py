@@ -14,7 +14,6 @@ the lists, which are mapped as well.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import mmap
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from espnet2_spear.data.lists import ListError, ListFile, blocks, lines_of
+from espnet2_spear.fileio.hashes import digest_of
 
 INDEX = "manifest.json"
 FORMAT = "espnet2_spear.iterators.Manifest 1"
@@ -197,7 +197,7 @@ def open_manifest(
         "domains": list(domains),
         "corpora": sorted(corpora),
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    digest = digest_of(identity)
     target = folder / digest[:16]
     if not (target / INDEX).exists():
         folder.mkdir(parents=True, exist_ok=True)

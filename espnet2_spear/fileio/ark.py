@@ -196,18 +196,6 @@ def write_missing_codes(ark: str | os.PathLike[str], num_codebooks: int) -> str:
         return _append(file, path, "missing", _record("missing", row, None))
 
 
-def crc32_of(path: str | os.PathLike[str]) -> int | None:
-    """CRC-32 of a file's content, None if it cannot be read."""
-    crc32 = 0
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                crc32 = zlib.crc32(block, crc32)
-    except OSError:
-        return None
-    return crc32
-
-
 def _record(key: str, matrix: np.ndarray, method: int | None) -> bytes:
     buffer = io.BytesIO()
     kaldi.save_ark(buffer, {key: matrix}, compression_method=method)

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from espnet2_spear.fileio.ark import crc32_of
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.audio import (
     AudioError,
@@ -27,6 +26,7 @@ from espnet2_spear.fileio.audio import (
     to_int16,
 )
 from espnet2_spear.fileio.datadir_stream import Entry
+from espnet2_spear.fileio.hashes import crc32_of, digest_of
 from espnet2_spear.fileio.spool import Spool
 
 SHARD_UTTERANCES = 100
@@ -109,8 +109,7 @@ def shard_mark(shard: list[Recording], options: Options) -> Path:
             stamps.append((stat.st_size, stat.st_mtime_ns))
         except OSError:
             stamps.append((-1, -1))
-    content = json.dumps([[asdict(r) for r in shard], stamps, asdict(options)])
-    digest = hashlib.sha256(content.encode()).hexdigest()[:32]
+    digest = digest_of([[asdict(r) for r in shard], stamps, asdict(options)])[:32]
     return Path(options.out_dir) / ".shards" / f"{digest}.jsonl"
 
 

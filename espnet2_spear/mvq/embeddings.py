@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from espnet2_spear.fileio.hashes import digest_of
 
 INDEX = "embeddings.json"
 SEGMENT = 500  # neighbouring frames are alike: they are held out together
@@ -121,8 +122,7 @@ class EmbeddingSet:
 
     def fingerprint(self) -> str:
         """Hash of the index: which teacher, which files, how many frames."""
-        text = json.dumps(self.index, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of(self.index)
 
     def train_frames(self, which: np.ndarray) -> Tensor:
         """Frames float32 (len(which), dim) of the training part by number."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from espnet2_spear.fileio.hashes import sha256_of
 from espnet2_spear.teachers.base import TeacherError
 
 _PACKAGE = "package:"
@@ -45,15 +45,6 @@ def find_weights(weights: str | Path) -> Path:
     if not path.exists():
         raise TeacherError(f"{path}: package {package} has no such file; reinstall it")
     return path
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_sha256(path: Path, expected: str | None) -> str:

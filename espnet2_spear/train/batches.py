@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
 import random
@@ -16,6 +15,7 @@ import torch
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from torch.utils.data import DataLoader
 
+from espnet2_spear.fileio.hashes import name_hash
 from espnet2_spear.train.interruption import PatientWorker
 
 
@@ -25,8 +25,7 @@ def seed_all(*what: int | str) -> None:
     Random numbers of a step then depend on which step it is, and not on what ran
     before it in the same process.
     """
-    digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
-    seed = int.from_bytes(digest, "little") >> 1
+    seed = name_hash(repr(what)) >> 1
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import hashlib
 import logging
 import os
 from array import array
@@ -16,6 +15,7 @@ from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
 from espnet2_spear.fileio.datadir import Segment
 from espnet2_spear.fileio.datadir_stream import Entry, write_entries
 from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.hashes import name_hash
 from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import DataDirError, open_text
 
@@ -92,7 +92,7 @@ class FileIndex:
         self.folder = folder
         hashes, ends, paths = array("Q"), array("Q"), bytearray()
         for path in audio_files(folder):
-            hashes.append(_hash(path.stem))
+            hashes.append(name_hash(path.stem))
             paths += os.fsencode(path.relative_to(folder))
             ends.append(len(paths))
         self._paths = bytes(paths)
@@ -105,7 +105,7 @@ class FileIndex:
 
     def find(self, stem: str) -> Path | None:
         """The file of a name; the last one in sorted order, if there are several."""
-        key = np.uint64(_hash(stem))
+        key = np.uint64(name_hash(stem))
         last = int(np.searchsorted(self._hashes, key, side="right"))
         found = []
         while last and self._hashes[last - 1] == key:
@@ -115,11 +115,6 @@ class FileIndex:
             if path.stem == stem:
                 found.append(path)
         return max(found, default=None)
-
-
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(os.fsencode(text), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ path with spaces, and optionally with a label that starts the utterance ids:
 """
 
 import argparse
-import hashlib
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
 from espnet2_spear.fileio.datadir import DOMAINS
 from espnet2_spear.fileio.datadir_stream import Entry, check, entries, write_entries
 from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.hashes import name_hash
 from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import DataDirError
 
@@ -54,9 +54,8 @@ def from_audio_files(folder: Path, label: str, domain: str) -> Spool[Entry]:
     seen: set[int] = set()
 
     def is_new(utt: str) -> bool:
-        digest = hashlib.blake2b(utt.encode(), digest_size=8).digest()
-        number, before = int.from_bytes(digest, "big"), len(seen)
-        seen.add(number)
+        before = len(seen)
+        seen.add(name_hash(utt))
         return len(seen) > before
 
     for parent, folders, names in os.walk(folder):
