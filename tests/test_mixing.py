@@ -201,7 +201,7 @@ def test_entries_are_replaced_one_by_one(snr: int, share: float) -> None:
 
 
 def test_what_is_mixed_how_often() -> None:
-    """The published values: 40 % noise, 10 % another utterance [spear.md 5.8]."""
+    """The published values: 40 % noise, 10 % another utterance [5.8]."""
     mix = mixer({"preset": "token_mixing"})
     data = batch([4000, 34000] * 20)
     torch.manual_seed(0)

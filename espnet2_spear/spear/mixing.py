@@ -88,7 +88,7 @@ class MixingRule:
         return self.max_offset if whole else 0.0
 
 
-# What the published training scripts do: sections of spear.md in brackets.
+# What the published training scripts do; [brackets] are sections of docs/method.md.
 _SPEECH_V1 = MixingRule(  # of the first version's Large on speech [5.7]
     prob=0.3,
     noise_prob=0.5,
@@ -434,7 +434,7 @@ class Mixer:
         audible = (p_own > MIN_POWER) & (p_other > MIN_POWER)
         mixed = (augment < prob) & exists & audible
         row = torch.where(mixed, row, own)
-        # g = sqrt(P_A 10^(-SNR/10) / P_B) [spear.md 5.8]
+        # g = sqrt(P_A 10^(-SNR/10) / P_B) [5.8]
         gain = (p_own * 10 ** (-snr / 10) / p_other.clamp(min=MIN_POWER)).sqrt() * mixed
 
         mixes_targets = mixed & ~is_noise & (mix_targets > 0)
@@ -460,7 +460,7 @@ class Mixer:
             begin=begin,
             source_begin=source_begin,
             length=length * mixed,
-            # = g^2 P_B / (P_A + g^2 P_B) [spear.md 5.8]
+            # = g^2 P_B / (P_A + g^2 P_B) [5.8]
             replace_prob=mixes_targets / (1 + 10 ** (snr / 10)),
             mixes_targets=mixes_targets,
         )
