@@ -11,13 +11,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.fileio.explain import run_command
 
 _HEADER = "|dataset|Snt|Wrd|Corr|Sub|Del|Ins|Err|S.Err|\n" + "|---" * 9 + "|"
 
 
-class ScoreError(ValueError):
+class ScoreError(UserError):
     """References and hypotheses do not belong together."""
 
 

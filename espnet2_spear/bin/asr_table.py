@@ -10,10 +10,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.explain import run_command
 
 
-class TableError(ValueError):
+class TableError(UserError):
     """Scores that cannot be put into one table; names the file and the remedy."""
 
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.look import (
@@ -33,7 +34,7 @@ from espnet2_spear.zipformer.checks import InputError
 TITLE = "SPEAR: what a student makes of a recording"
 
 
-class DemoError(ValueError):
+class DemoError(UserError):
     """Something that the page, or its start, cannot do; says what to do."""
 
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.hub.files import CheckpointError, read_config, read_tensors
 from espnet2_spear.hub.packed import is_packed, read_meta, unpack_model
 from espnet2_spear.zipformer.config import ZipformerConfig
@@ -21,7 +22,7 @@ from espnet2_spear.zipformer.config import ZipformerConfig
 KEY = "featurizer.weights"
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A model without learned layer weights; names the file and the reason."""
 
 

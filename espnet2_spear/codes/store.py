@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 
 from espnet2_spear.constants import MISSING
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.hashes import name_hash
 
 INDEX = "store.json"
 FORMAT = "espnet2_spear.mvq.CodeStore 1"
 
 
-class CodeStoreError(ValueError):
+class CodeStoreError(UserError):
     """A store of codes is missing, damaged, or does not fit together."""
 
 

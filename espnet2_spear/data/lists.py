@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from espnet2_spear.errors import UserError
+
 BLOCK = 1 << 17  # lines
 _CHUNK = 1 << 26  # bytes
 _NEWLINE, _SPACE, _TAB, _RETURN = 10, 32, 9, 13
 
 
-class ListError(ValueError):
+class ListError(UserError):
     """A list is missing, malformed, or does not fit to another one."""
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
 from espnet2_spear.fileio.tables import Lookup, rows
 
 
-class NoiseError(ValueError):
+class NoiseError(UserError):
     """A noise list that cannot be used."""
 
 

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from espnet2_spear.constants import MISSING
+from espnet2_spear.errors import UserError
 
 try:
     from omniio import kaldi
@@ -32,7 +33,7 @@ except ImportError:  # ESPnet 202511 and older bring kaldiio instead
 _UNSIGNED_BYTE = 6  # Kaldi's kOneByteUnsignedInteger
 
 
-class ArkError(ValueError):
+class ArkError(UserError):
     """An ark or scp file is missing, malformed or truncated."""
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.riff import missing_bytes
 
 # Formats without a header, known by their name only (the rate comes from the codec).
@@ -40,7 +41,7 @@ class Span(NamedTuple):
     channel: int | None = None
 
 
-class AudioError(ValueError):
+class AudioError(UserError):
     """An audio file cannot be used; the message names the file and the remedy.
 
     Attributes:

@@ -1,32 +1,70 @@
-"""Errors of a command's input and of the file system, told in a line."""
+"""How a command begins and ends: options, logging, errors told in one line."""
 
 from __future__ import annotations
 
+import argparse
 import errno
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from espnet2_spear.fileio.tables import DataDirError
+from espnet2_spear.errors import UserError
 
+LOG_FORMAT = "%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s"
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+T = TypeVar("T")
 
 
-def run_command(main: Callable[[], None], *errors: type[Exception]) -> None:
-    """Run the main function of a command; what users can mend ends it with a line.
+def main_with_one_line_errors(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], T],
+    cmd: list[str] | None = None,
+) -> T:
+    """Parse a command line, set up logging and run: the ``main`` of every command.
 
     Args:
-        main: to run.
-        errors: of its own whose messages say what to do.
+        parser: of the command; gets the option ``--log_level``.
+        run: takes the options.
+        cmd: the words of a command line, from a caller in Python, to whom errors are
+            raised as they are; None: those of this process, which then ends with one
+            line where users can mend the error.
+
+    Returns:
+        what ``run`` returns.
 
     Raises:
-        SystemExit: the data contradict each other, or the file system refused
+        SystemExit: of a process: a :class:`UserError`, or the file system refused
             something.
+    """
+    parser.add_argument(
+        "--log_level", type=str.upper, choices=LOG_LEVELS, default="INFO"
+    )
+    args = parser.parse_args(cmd)
+    logging.basicConfig(level=args.log_level, format=LOG_FORMAT)
+    if cmd is not None:
+        return run(args)
+    with one_line_errors():
+        return run(args)
+
+
+@contextmanager
+def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
+    """End the process with one line where users can mend the error.
+
+    Args:
+        errors: further classes whose messages say what to do.
+
+    Raises:
+        SystemExit: in place of such an error.
     """
     program = Path(sys.argv[0]).name
     try:
-        main()
-    except (DataDirError, *errors) as error:
+        yield
+    except (UserError, *errors) as error:
         raise SystemExit(f"ERROR ({program}): {error}") from None
     except OSError as error:
         remedy = ""
@@ -34,3 +72,9 @@ def run_command(main: Callable[[], None], *errors: type[Exception]) -> None:
             remedy = "; make room for its outputs (and temporary files beside them), "
             remedy += "and run it again: what is finished is kept"
         raise SystemExit(f"ERROR ({program}): {error}{remedy}") from error
+
+
+def run_command(main: Callable[[], None], *errors: type[Exception]) -> None:
+    """Run a main function that parses its own options; see :func:`one_line_errors`."""
+    with one_line_errors(*errors):
+        main()

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TextIO
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.spool import Spool, c_order
 
 # Paths and ids need not be valid UTF-8: undecodable bytes survive a round trip.
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
-class DataDirError(ValueError):
+class DataDirError(UserError):
     """A data directory is inconsistent; the message names file, line and remedy."""
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.audio import AudioError, read_pieces, resample
 from espnet2_spear.hub.recordings import Recording
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
@@ -22,7 +23,7 @@ _SAMPLES_PER_FRAME = 320
 Layer = int | str
 
 
-class ExtractError(ValueError):
+class ExtractError(UserError):
     """Features cannot be computed at all; the message says what to do."""
 
 

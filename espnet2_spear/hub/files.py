@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 # In this order: safetensors before pickles, what was published before what we wrote.
@@ -47,7 +48,7 @@ _SAFE = [
 ]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be opened; the message names the file and remedy."""
 
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.hub.packed import STAMP, write_stamp
 
 
-class PackError(ValueError):
+class PackError(UserError):
     """A model that cannot be packed; names the file and the remedy."""
 
 

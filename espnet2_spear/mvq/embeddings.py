@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.hashes import digest_of
 
 INDEX = "embeddings.json"
@@ -20,7 +21,7 @@ MAX_HELD_OUT = 10000
 HELD_OUT_SHARE = 0.05
 
 
-class EmbeddingError(ValueError):
+class EmbeddingError(UserError):
     """Embeddings on disk are missing, malformed or of no use for training."""
 
 

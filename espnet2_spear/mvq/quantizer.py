@@ -15,13 +15,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.mvq.search import GramTables, improve, refine
 
 FORMAT = "espnet2_spear.mvq.Quantizer"
 
 
-class QuantizerError(ValueError):
+class QuantizerError(UserError):
     """A quantizer file or an input to a quantizer is not what it must be."""
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.mvq.embeddings import EmbeddingError, TrainingFrames
 from espnet2_spear.mvq.quantizer import Quantizer
@@ -36,7 +37,7 @@ PHASE_ONE_SIZE = 16
 STEPS_PER_TABLES = 4
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError):
     """Training cannot start or go on."""
 
 

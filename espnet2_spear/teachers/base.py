@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.errors import UserError
 
 # Options that say where weights lie, not what they are: two teachers that differ
 # only here are the same teacher (their hashes are compared instead).
 _PLACE_OPTIONS = ("weights", "sha256")
 
 
-class TeacherError(ValueError):
+class TeacherError(UserError):
     """A teacher that cannot be built or used; the message says what to do."""
 
 

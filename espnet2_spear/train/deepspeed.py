@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from espnet2_spear.errors import UserError
+
 LOW_PRECISION = ("bf16", "fp16", "amp")
 
 
-class DeepSpeedConfigError(ValueError):
+class DeepSpeedConfigError(UserError):
     """A configuration that this task cannot train with; the message says why."""
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.train.checkpoint import atomic_save
 
 FOLDER = "running_average"
 
 
-class AverageError(ValueError):
+class AverageError(UserError):
     """Running averages that are not there or do not fit together."""
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from espnet2_spear.errors import UserError
 
-class InputError(ValueError):
+
+class InputError(UserError):
     """A batch that cannot be encoded; the message names the utterances."""
 
 

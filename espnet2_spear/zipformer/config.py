@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from espnet2_spear.errors import UserError
+
 PADDING_MODES = ("compatible", "exact")
 STACK_FIELDS = (
     "downsampling_factor",
@@ -39,7 +41,7 @@ _SWITCHES = {
 MIN_MEL_BINS = 7  # of which the embedding's two strides in frequency leave one
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be built; the message names the field."""
 
 
