@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
+
+import espnet2_spear
 
 TRACKED = [
     ROOT / name
@@ -51,6 +54,20 @@ def test_cited_sections_exist() -> None:
     assert not {p: numbers for p, numbers in missing.items() if numbers}
     published = (ROOT / "conf").glob("train_spear_[blx]*.yaml")
     assert all(len(cited(p)) >= 10 for p in published)
+
+
+def test_index_of_pages_is_complete() -> None:
+    text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\((\w+\.md)\)", text))
+    pages = {p.name for p in PAGES if p.parent == ROOT / "docs"}
+    assert linked == pages - {"README.md"}
+
+
+def test_version_is_the_same_everywhere() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    latest = re.search(r"^## (\d+\.\d+\.\d+),", changes, re.MULTILINE)
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert latest and latest[1] == cited["version"] == espnet2_spear.__version__
 
 
 @functools.cache
