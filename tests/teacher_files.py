@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import struct
+import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+from conftest import ROOT
+
+from espnet2_spear.teachers import teacher_class
+
+# The teachers of the recipe, through the door of one's own teacher.
+_FOLDER = ROOT / "egs2/spear/ssl1/local/teachers"
+ATST = f"{_FOLDER}/atst_frame.py:AtstFrameTeacher"
+WHISPER = f"{_FOLDER}/whisper.py:WhisperTeacher"
+YAMNET = f"{_FOLDER}/yamnet.py:YamnetTeacher"
+
+
+def module_of(teacher: str) -> ModuleType:
+    """The module of one of these teachers."""
+    return sys.modules[teacher_class(teacher).__module__]
+
 
 # CTranslate2's numbers of data types.
 CT2_DTYPES = {"float32": 0, "int8": 1, "int16": 2, "float16": 4}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import soundfile
 from embedding_files import structured_vectors, write_embeddings
-from teacher_files import whisper_tensors, write_ctranslate2
+from teacher_files import WHISPER, whisper_tensors, write_ctranslate2
 from test_local_data import noise, run_sh
 
 from espnet2_spear.fileio.datadir import DataDir
@@ -263,7 +263,7 @@ def test_commands_end_with_a_line(
         weights = write_ctranslate2(tmp_path / "model.bin", whisper_tensors())
         paths["TEACHER"], paths["DATA"] = str(tmp_path / "t.yaml"), str(tmp_path)
         (tmp_path / "t.yaml").write_text(
-            f"teacher: whisper\nteacher_conf: {{weights: {weights}, layer: 2}}\n"
+            f"teacher: {WHISPER}\nteacher_conf: {{weights: {weights}, layer: 2}}\n"
         )
         (tmp_path / "wav.scp").write_text(f"a {tmp_path}/a.wav\n")
         (tmp_path / "utt2num_samples").write_text("a 16000\n")

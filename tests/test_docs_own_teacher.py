@@ -38,7 +38,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_teacher.yaml").write_text(block("yaml"), encoding="utf-8")
     torch.manual_seed(0)
     torch.save(wav2vec2_base().state_dict(), tmp_path / "my_wav2vec2.pth")
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     tables = {"wav.scp": "", "utt2num_samples": "", "utt2domain": ""}
@@ -106,8 +105,8 @@ def test_options_of_the_page_are_a_plan(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_module:MyTeacher", "must lie in a folder of PYTHONPATH"),
-        ("my_teacher:Nobody", "has no attribute 'Nobody'"),
+        ("no_module:MyTeacher", "put its folder into PYTHONPATH"),
+        ("my_teacher.py:Nobody", "has no attribute 'Nobody'"),
         ("pathlib:Path", "is no subclass of"),
     ],
 )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from teacher_files import whisper_tensors, write_ctranslate2
+from teacher_files import WHISPER, whisper_tensors, write_ctranslate2
 from test_tokenize import write_data
 
 from espnet2_spear.bin import mvq_train
@@ -33,7 +33,7 @@ def utterances(tmp_path):
 @pytest.fixture
 def stream(weights, utterances):
     def make(**options):
-        teacher = build_teacher("whisper", {"weights": str(weights), "layer": 2})
+        teacher = build_teacher(WHISPER, {"weights": str(weights), "layer": 2})
         options = {"block_frames": 100, "steps_per_block": 5, **options}
         return TeacherFrames(teacher, utterances, "wav.scp", **options)
 
@@ -107,7 +107,7 @@ def test_bad_audio_is_left_out_and_listed(stream, utterances, caplog):
 def test_command(weights, utterances, tmp_path):
     config = tmp_path / "teacher.yaml"
     config.write_text(
-        f"teacher: whisper\nteacher_conf: {{weights: {weights}, layer: 2}}\n"
+        f"teacher: {WHISPER}\nteacher_conf: {{weights: {weights}, layer: 2}}\n"
     )
     command = (
         f"--wav_scp {tmp_path}/data/wav.scp --domains speech "

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from teacher_files import whisper_tensors, write_ctranslate2
+from teacher_files import WHISPER, module_of, whisper_tensors, write_ctranslate2
 
 from espnet2_spear.fileio.hashes import sha256_of
 from espnet2_spear.teachers import (
     TEACHERS,
+    Teacher,
     TeacherError,
     build_teacher,
     load_teacher_config,
@@ -56,7 +57,7 @@ def whisper_file(tmp_path_factory):
 
 def whisper(path, **conf):
     """Build a Whisper teacher."""
-    return build_teacher("whisper", {"weights": str(path), **conf})
+    return build_teacher(WHISPER, {"weights": str(path), **conf})
 
 
 def reference_encoder(tensors):
@@ -222,11 +223,10 @@ def test_foreign_model_files(tmp_path):
 
 @has_whisper
 def test_whisper_tiny_en_is_that_of_transformers():
-    from espnet2_spear.teachers.ctranslate2 import read_ctranslate2
     from espnet2_spear.teachers.weights import find_weights
-    from espnet2_spear.teachers.whisper import TINY_EN
 
-    _, tensors = read_ctranslate2(find_weights(TINY_EN))
+    recipe = module_of(WHISPER)
+    _, tensors = recipe.read_ctranslate2(find_weights(recipe.TINY_EN))
     encoder = reference_encoder({k: v.numpy() for k, v in tensors.items()})
     teacher = build_teacher(*load_teacher_config(CONF / "whisper_tiny_en.yaml"))
     assert (teacher.dim, teacher.frame_rate, len(teacher.layers)) == (384, 50.0, 3)
@@ -249,13 +249,13 @@ def test_registry(name):
 
 
 def test_unknown_teacher_lists_the_known():
-    with pytest.raises(TeacherError, match="unknown teacher 'wavml'.*whisper, yamnet"):
+    with pytest.raises(TeacherError, match="unknown teacher 'wavml'.*hf_speech, s3prl"):
         build_teacher("wavml")
 
 
 def test_unknown_and_missing_options_list_the_known():
     with pytest.raises(TeacherError, match="unknown option 'layers'.*weights, layer"):
-        build_teacher("whisper", {"layers": 3})
+        build_teacher(WHISPER, {"layers": 3})
     with pytest.raises(TeacherError, match="option 'weights' is missing"):
         build_teacher("hf_speech", {"layer": 3})
 
@@ -263,16 +263,18 @@ def test_unknown_and_missing_options_list_the_known():
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_are_valid(path):
     name, conf = load_teacher_config(path)
-    assert name in TEACHERS and isinstance(conf, dict)
+    assert issubclass(teacher_class(name), Teacher) and isinstance(conf, dict)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("teacher: whisper", "PATH leads .* to egs2/spear/ssl1/local/teachers/whisper"),
+        ("teacher: gone.py:Mine", "No such file.*name it by its path"),
         ("teacher: nobody", "unknown teacher 'nobody'; choose one of"),
-        ("teacher: whisper\nteacher_config: {}", "unknown keys teacher_config"),
-        ("teacher: whisper\nteacher_conf: {lyaer: 3}", "unknown option 'lyaer'"),
-        ("teacher: whisper\nteacher_conf: 3", "must be a table"),
+        ("teacher: hf_speech\nteacher_config: {}", "unknown keys teacher_config"),
+        (f"teacher: {WHISPER}\nteacher_conf: {{lyaer: 3}}", "unknown option 'lyaer'"),
+        ("teacher: hf_speech\nteacher_conf: 3", "must be a table"),
         ("layer: 3", "needs a line"),
         ("teacher: [", "is not YAML"),
     ],

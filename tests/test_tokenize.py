@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from teacher_files import whisper_tensors, write_ctranslate2
+from teacher_files import WHISPER, whisper_tensors, write_ctranslate2
 
 from espnet2_spear.bin import spear_embed, spear_tokenize
 from espnet2_spear.codes import tokenize_run
@@ -44,9 +44,9 @@ def setup(tmp_path_factory):
     weights = write_ctranslate2(folder / "model.bin", whisper_tensors())
     config = folder / "teacher.yaml"
     config.write_text(
-        f"teacher: whisper\nteacher_conf: {{weights: {weights}, layer: 2}}\n"
+        f"teacher: {WHISPER}\nteacher_conf: {{weights: {weights}, layer: 2}}\n"
     )
-    teacher = build_teacher("whisper", {"weights": str(weights), "layer": 2})
+    teacher = build_teacher(WHISPER, {"weights": str(weights), "layer": 2})
     torch.manual_seed(0)
     quantizer = Quantizer(32, 256, 4)
     quantizer.save(folder / "quantizer.pt", {"teacher": teacher.describe()})
@@ -372,7 +372,7 @@ def test_lower_precision_is_compared_on_the_workers_device(
     monkeypatch.setattr(Tokenizer, "to", lambda self, device: devices.append(device))
     monkeypatch.setattr(Tokenizer, "agreement", watched)
     conf = {"weights": setup["weights"], "layer": 2}
-    options = TokenizeOptions("speech", "whisper", conf, setup["quantizer"])
+    options = TokenizeOptions("speech", WHISPER, conf, setup["quantizer"])
     options = replace(options, dtype="bfloat16")
     everyone = read_utterances(data_dir / "wav.scp", data_dir / "utt2num_samples")
     run = TokenizeRun([options], tmp_path, shard_seconds=2.0, min_agreement=1.0)
@@ -419,7 +419,7 @@ def test_nothing_to_compare_is_a_warning(setup, tmp_path, caplog):
 
 def test_utterances_lost_by_lower_precision_do_not_agree(setup, data_dir, monkeypatch):
     conf = {"weights": setup["weights"], "layer": 2}
-    options = TokenizeOptions("speech", "whisper", conf, setup["quantizer"])
+    options = TokenizeOptions("speech", WHISPER, conf, setup["quantizer"])
     tokenizer = Tokenizer(replace(options, dtype="bfloat16"))
     everyone = read_utterances(data_dir / "wav.scp", data_dir / "utt2num_samples")
     before = tokenizer.agreement(everyone[:2])
@@ -661,7 +661,7 @@ def test_quantizer_of_another_teacher(setup, data_dir, tmp_path, caplog):
     out, path = tmp_path / "codes", tmp_path / "q.pt"
     other = {**setup, "quantizer": str(path)}
     weights = {"weights": setup["weights"]}
-    description = build_teacher("whisper", {**weights, "layer": 1}).describe()
+    description = build_teacher(WHISPER, {**weights, "layer": 1}).describe()
     Quantizer(32, 256, 4).save(path, {"teacher": description})
     with pytest.raises(
         TeacherError, match="another teacher .layer 1 against 2.*stage 4"

@@ -1,15 +1,19 @@
-"""Frozen teachers, by name: waveform in, embeddings out."""
+"""Frozen teachers, by name or by file: waveform in, embeddings out."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
 
+from espnet2_spear.fileio.hashes import digest_of
 from espnet2_spear.teachers.base import Teacher, TeacherError
 
 __all__ = [
@@ -31,15 +35,19 @@ QUANTIZER_OPTIONS = (
     "lr",
 )
 
-# Name of a teacher -> module and class; imported when first asked for.
+# Name of a teacher -> module and class; imported when first asked for, because each
+# needs a library that the others do without.
 TEACHERS = {
-    "atst_frame": "espnet2_spear.teachers.atst_frame:AtstFrameTeacher",
     "dasheng": "espnet2_spear.teachers.dasheng:DashengTeacher",
     "hf_speech": "espnet2_spear.teachers.hf_speech:HFSpeechTeacher",
     "s3prl": "espnet2_spear.teachers.s3prl:S3PRLTeacher",
     "spear": "espnet2_spear.hub.teacher:SpearTeacher",
-    "whisper": "espnet2_spear.teachers.whisper:WhisperTeacher",
-    "yamnet": "espnet2_spear.teachers.yamnet:YamnetTeacher",
+}
+# Names of earlier versions -> where their classes are now, from the repository's root.
+MOVED = {
+    "atst_frame": "egs2/spear/ssl1/local/teachers/atst_frame.py:AtstFrameTeacher",
+    "whisper": "egs2/spear/ssl1/local/teachers/whisper.py:WhisperTeacher",
+    "yamnet": "egs2/spear/ssl1/local/teachers/yamnet.py:YamnetTeacher",
 }
 
 
@@ -47,31 +55,56 @@ def teacher_class(name: str) -> type[Teacher]:
     """Return the class of a teacher.
 
     Args:
-        name: one of :data:`TEACHERS`, or ``module:Class`` of one's own.
+        name: one of :data:`TEACHERS`; or one's own, as ``module:Class`` or
+            ``path/of/file.py:Class``.
 
     Raises:
         TeacherError: no such teacher; the message lists the known ones.
     """
+    if name in MOVED:
+        raise TeacherError(
+            f"teacher {name!r} is now a file of the recipe: write `teacher: "
+            f"PATH:{MOVED[name].rpartition(':')[2]}`, where PATH leads from the "
+            f"folder of your YAML to {MOVED[name].rpartition(':')[0]}, as the files "
+            "in conf/teachers do"
+        )
     if ":" not in name and name not in TEACHERS:
         known = ", ".join(sorted(TEACHERS))
         raise TeacherError(
             f"unknown teacher {name!r}; choose one of: {known}; or one of your own, "
-            "as module:Class"
+            "as module:Class or file.py:Class"
         )
-    module, _, attribute = TEACHERS.get(name, name).partition(":")
+    module, _, attribute = TEACHERS.get(name, name).rpartition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(_import(module), attribute)
+    except (ImportError, OSError, AttributeError) as error:
         if name in TEACHERS:
             raise
-        raise TeacherError(
-            f"teacher {name}: {error}; its module must lie in a folder of PYTHONPATH"
-        ) from error
+        remedy = "name it by its path, or put its folder into PYTHONPATH"
+        raise TeacherError(f"teacher {name}: {error}; {remedy}") from error
     if not (isinstance(found, type) and issubclass(found, Teacher)):
         raise TeacherError(
             f"teacher {name}: is no subclass of espnet2_spear.teachers.Teacher"
         )
     return found
+
+
+def _import(module: str) -> ModuleType:
+    """Import a module by its name, or by the path of its file."""
+    if not module.endswith(".py"):
+        return importlib.import_module(module)
+    path = Path(module).expanduser().resolve()
+    name = f"{path.stem}_{digest_of(str(path))[:8]}"  # files of two folders may agree
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None  # it ends with .py
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def _check_options(name: str, conf: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +126,7 @@ def build_teacher(name: str, conf: Mapping[str, Any] | None = None) -> Teacher:
     """Build a frozen teacher, on the CPU.
 
     Args:
-        name: one of :data:`TEACHERS`.
+        name: as for :func:`teacher_class`.
         conf: options of the teacher's class.
 
     Raises:
@@ -102,13 +135,19 @@ def build_teacher(name: str, conf: Mapping[str, Any] | None = None) -> Teacher:
     conf = dict(conf or {})
     defaults = _check_options(name, conf)
     teacher = teacher_class(name)(**conf)
-    teacher.name = name
+    if not teacher.name:
+        # Where a file lies is no part of what its teacher is.
+        module, _, attribute = name.rpartition(":")
+        is_file = module.endswith(".py")
+        teacher.name = f"{Path(module).stem}:{attribute}" if is_file else name
     teacher.conf = {**defaults, **conf}
     return teacher.freeze()
 
 
 def load_teacher_config(path: str | Path) -> tuple[str, dict[str, Any]]:
     """Read and check a teacher's YAML: ``teacher: NAME`` and ``teacher_conf: {}``.
+
+    A class given by its file is searched from the folder of the YAML.
 
     Returns:
         the arguments of :func:`build_teacher`.
@@ -145,6 +184,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise TeacherError(f"{path}: is not YAML: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("teacher"), str):
         raise TeacherError(f"{path}: needs a line `teacher: NAME`")
+    file, colon, attribute = config["teacher"].rpartition(":")
+    if file.endswith(".py"):
+        # Of the YAML itself, which recipes reach by a link.
+        file = str((path.resolve().parent / Path(file).expanduser()).resolve())
+        config["teacher"] = file + colon + attribute
     tables = ("teacher_conf", "quantizer_conf")
     unknown = sorted(set(map(str, config)) - {"teacher", *tables})
     if unknown:

@@ -118,8 +118,8 @@ class HFSpeechTeacher(Teacher):
         ):
             raise TeacherError(
                 f"{folder}: {kind} is not a model from waveforms to frames like "
-                "WavLM, HuBERT, wav2vec 2.0 or UniSpeech-SAT (for Whisper use "
-                "teacher whisper)"
+                "WavLM, HuBERT, wav2vec 2.0 or UniSpeech-SAT (for Whisper see "
+                "conf/teachers/whisper_tiny_en.yaml)"
             )
 
     def output_lengths(self, lengths: Tensor) -> Tensor:

@@ -212,6 +212,7 @@ class YamnetTeacher(Teacher):
             and none for others.
     """
 
+    name = "yamnet"
     frame_rate = 16000 / _STRIDE
     min_samples = _STRIDE
 

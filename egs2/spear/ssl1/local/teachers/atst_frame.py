@@ -86,6 +86,8 @@ class AtstFrameTeacher(Teacher):
         sha256: expected hash of the file, if it is to be checked.
     """
 
+    name = "atst_frame"
+
     def __init__(
         self,
         weights: str,
