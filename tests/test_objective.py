@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from espnet2_spear.codes.targets import TeacherCodes, match_frame_rate
 from espnet2_spear.spear import objective as codebook_loss
 from espnet2_spear.spear.masking import SpanMasker, pool_time_mask
-from espnet2_spear.spear.model import SpearPretrainModel, loss_weight_table
-from espnet2_spear.spear.objective import preset_table
+from espnet2_spear.spear.model import SpearPretrainModel
+from espnet2_spear.spear.objective import resolve_loss_weights
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
@@ -63,9 +63,12 @@ def by_loops(model: SpearPretrainModel, data: dict[str, torch.Tensor]):
             lengths = out.hidden_states_lens
         frames = hidden.size(1)
         masked = pool_time_mask(mask, round(100 / hidden_rate), frames)
+        delay = model.distillation_delta * round(hidden_rate / rate)
+        masked = F.pad(masked, (delay, 0))[:, :frames]
         targets = match_frame_rate(
-            data[f"codes_{name}"], teacher.frame_rate, hidden_rate, frames
+            data[f"codes_{name}"], teacher.frame_rate, hidden_rate, frames - delay
         )
+        targets = F.pad(targets, (0, 0, delay, 0), value=-1)
         logits = model.heads[name].logits(hidden)
         for i, domain in enumerate(data["domain"].flatten().tolist()):
             weight = model.loss_weights[domain, list(model.teachers).index(name)].item()
@@ -107,8 +110,9 @@ INNER = {
         (TEACHERS, 2, {"masked_weight": 0.7, "unmasked_weight": 0.2}),
         (INNER, 1, {"normalize": "frames"}),
         (INNER, 2, {"loss_weights": "joint"}),
+        (INNER, 2, {"distillation_delta": 3, "masked_weight": 0.5}),
     ],
-    ids=["50 Hz", "25 Hz", "inner", "inner at twice the rate"],
+    ids=["50 Hz", "25 Hz", "inner", "inner at twice the rate", "delayed"],
 )
 def test_equals_loops(teachers, factor, options, monkeypatch) -> None:
     model = build(teachers, factor, **({"normalize": "sum"} | options)).eval()
@@ -204,45 +208,81 @@ def test_weight_gives_the_exact_mean_over_parts_of_a_batch() -> None:
     assert weights == (1, 1, 1)
 
 
-def test_layers_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"teachers.audio.layer 9: .* 1 to 3"):
-        build({**TEACHERS, "audio": TeacherCodes(2, 8, 25.0, layer=9)})
-    with pytest.raises(ValueError, match="every teacher has a layer"):
-        build({"speech": TeacherCodes(2, 8, 25.0, layer=3)}, loss_weights="joint")
-
-
-def test_presets() -> None:
-    speech = {"speech": 1.0}
-    assert preset_table("asymmetric", DOMAINS, ["speech", "audio"]) == {
-        "speech": speech,
-        "audio": {"speech": 1.0, "audio": 0.1},
-    }
-    assert preset_table("disjoint", DOMAINS, ["speech", "audio"]) == {
-        "speech": speech,
-        "audio": {"audio": 0.1},
-    }
-    both = {"speech": 1.0, "audio": 0.1}
-    assert preset_table("joint", DOMAINS, ["speech", "audio"]) == {
-        "speech": both,
-        "audio": both,
-    }
-    names = ["speech", "audio", "music"]
-    conf = {"preset": "asymmetric", "main": "audio", "weights": {"music": 0.5}}
-    table = loss_weight_table(conf, names, names)
-    expected = [[0.1, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.5]]
-    torch.testing.assert_close(table, torch.tensor(expected))
-    # A table is taken as it is, even of a domain called preset.
-    assert loss_weight_table({"preset": {"t": 2.0}}, ["preset"], ["t"]).item() == 2.0
+INNER_ONLY = {"speech": TeacherCodes(2, 8, 25.0, layer=3)}
 
 
 @pytest.mark.parametrize(
-    "conf, message",
+    "teachers, options, message",
+    [
+        (
+            {**TEACHERS, "audio": TeacherCodes(2, 8, 25.0, layer=9)},
+            {},
+            r"teachers.audio.layer 9: .* 1 to 3",
+        ),
+        (INNER_ONLY, {"loss_weights": "joint"}, "every teacher has a layer"),
+        (TEACHERS, {"masked_weight": -1.0}, "masked_weight -1.0: expected a number"),
+        (TEACHERS, {"unmasked_weight": "1"}, "unmasked_weight '1': expected a number"),
+        (TEACHERS, {"masked_weight": float("nan")}, "masked_weight nan: expected"),
+        (TEACHERS, {"masked_weight": 0, "unmasked_weight": 0.0}, "nothing is learned"),
+        (TEACHERS, {"distillation_delta": -1}, "distillation_delta -1: expected"),
+        (TEACHERS, {"distillation_delta": 0.5}, "distillation_delta 0.5: expected"),
+        (TEACHERS, {"normalize": "mean"}, "'frames' or 'sum'"),
+    ],
+)
+def test_bad_options_are_refused(teachers, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(teachers, **options)
+
+
+THREE = ["speech", "audio", "music"]
+BOTH = {"speech": 1.0, "audio": 0.1}
+
+
+@pytest.mark.parametrize(
+    "option, domains, teachers, table",
+    [
+        ("asymmetric", DOMAINS, DOMAINS, {"speech": {"speech": 1.0}, "audio": BOTH}),
+        (
+            "disjoint",
+            DOMAINS,
+            DOMAINS,
+            {"speech": {"speech": 1.0}, "audio": {"audio": 0.1}},
+        ),
+        ("joint", DOMAINS, DOMAINS, {"speech": BOTH, "audio": BOTH}),
+        (
+            {"preset": "asymmetric", "main": "audio", "weights": {"music": 0.5}},
+            THREE,
+            THREE,
+            {
+                "speech": {"speech": 0.1, "audio": 1.0},
+                "audio": {"audio": 1.0},
+                "music": {"audio": 1.0, "music": 0.5},
+            },
+        ),
+        (
+            "asymmetric",
+            ["speech", "noise"],
+            ["wavlm"],
+            {"speech": {"wavlm": 1.0}, "noise": {"wavlm": 1.0}},
+        ),
+        # A table is taken as it is, even of a domain called preset.
+        ({"preset": {"t": 2}}, ["preset"], ["t"], {"preset": {"t": 2.0}}),
+    ],
+)
+def test_tables(option, domains, teachers, table) -> None:
+    assert resolve_loss_weights(option, domains, teachers) == table
+
+
+@pytest.mark.parametrize(
+    "option, message",
     [
         ("symmetric", "one of joint, disjoint, asymmetric"),
         ({"preset": "joint", "main": "x"}, "unknown teacher 'x'"),
+        ({"preset": "joint", "weights": {"x": 1}}, "unknown teacher 'x'"),
         ({"preset": "joint", "weight": {}}, "loss_weights: .*weight"),
         ({"speech": {"speech": 1.0}}, "no domain uses the teacher 'audio'"),
         ({"music": {"speech": 1.0}}, "unknown domain 'music'"),
+        ({"speech": {"x": 1.0}}, "unknown teacher 'x'"),
         ({"speech": {"speech": -1.0}}, "speech.speech -1.0: expected a number"),
         ({"speech": {"speech": float("nan")}}, "speech.speech nan: expected a number"),
         ({"speech": {"speech": "one"}}, "speech.speech 'one': expected a number"),
@@ -252,30 +292,19 @@ def test_presets() -> None:
         ({"preset": "joint", "speech": {}}, "'speech'. beside preset"),
     ],
 )
-def test_bad_tables_are_refused(conf, message) -> None:
+def test_bad_tables_are_refused(option, message) -> None:
     with pytest.raises(ValueError, match=message):
-        loss_weight_table(conf, DOMAINS, list(TEACHERS))
+        resolve_loss_weights(option, DOMAINS, list(TEACHERS))
 
 
 @pytest.mark.parametrize(
-    "weights, message",
+    "preset, teachers, message",
     [
-        ({"masked_weight": -1.0}, "masked_weight -1.0: expected a number"),
-        ({"unmasked_weight": "1"}, "unmasked_weight '1': expected a number"),
-        ({"masked_weight": float("nan")}, "masked_weight nan: expected a number"),
-        ({"masked_weight": 0, "unmasked_weight": 0.0}, "nothing is learned"),
+        ("disjoint", ["speech", "dasheng"], "'dasheng' needs a domain of its name"),
+        ("asymmetric", ["speech", "dasheng"], "'dasheng' needs a domain of its name"),
+        ("disjoint", ["speech"], "no teacher for domain 'audio'"),
     ],
 )
-def test_weights_of_frames_that_are_none(weights: dict, message: str) -> None:
+def test_presets_that_need_domains_and_teachers(preset, teachers, message) -> None:
     with pytest.raises(ValueError, match=message):
-        build(**weights)
-
-
-def test_presets_that_need_a_domain_of_the_teachers_name() -> None:
-    for preset in ("disjoint", "asymmetric"):
-        with pytest.raises(ValueError, match="'dasheng' needs a domain of its name"):
-            preset_table(preset, DOMAINS, ["speech", "dasheng"])
-    with pytest.raises(ValueError, match="no teacher for domain 'audio'"):
-        preset_table("disjoint", DOMAINS, ["speech"])
-    table = preset_table("asymmetric", ["speech", "noise"], ["wavlm"])
-    assert table == {"speech": {"wavlm": 1.0}, "noise": {"wavlm": 1.0}}
+        resolve_loss_weights(preset, DOMAINS, teachers)

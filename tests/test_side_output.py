@@ -10,7 +10,7 @@ import torch
 from espnet2.train.reporter import Reporter
 
 from espnet2_spear.fileio.side_output import append_lines, read_lines, side_output
-from espnet2_spear.spear.predictions import Prediction, TeacherTokens
+from espnet2_spear.spear.predictions import PredictedTokens, Prediction
 from espnet2_spear.train.pictures import show_prediction
 from espnet2_spear.train.reporter import SpearReporter
 
@@ -76,7 +76,7 @@ def test_pictures_and_curves(blocked: Path, caplog: pytest.LogCaptureFixture) ->
     prediction = Prediction(
         torch.zeros(10, 8),
         torch.zeros(10, dtype=torch.bool),
-        {"speech": TeacherTokens(codes, codes, codes[:, 0] > 0, 50.0, 16)},
+        {"speech": PredictedTokens(codes, codes, codes[:, 0] > 0, 50.0, 16)},
     )
 
     class FullWriter:

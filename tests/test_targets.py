@@ -8,22 +8,32 @@ from espnet2_spear.codes.targets import TeacherCodes, match_frame_rate
 from espnet2_spear.data.preprocessor import SpearPreprocessor
 
 
-def test_faster_teacher_is_stacked_frame_major() -> None:
-    codes = torch.arange(12).view(1, 6, 2)
-    got = match_frame_rate(codes, 50.0, 25.0, 2)
-    assert got.tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
-
-
-def test_slower_teacher_is_repeated() -> None:
-    codes = torch.tensor([[[1], [2]]])
-    got = match_frame_rate(codes, 25.0, 50.0, 5)
-    assert got[..., 0].tolist() == [[1, 1, 2, 2, -1]]
-
-
-def test_equal_rates_are_trimmed_or_ignored_at_the_end() -> None:
-    codes = torch.tensor([[[1], [2], [3]]])
-    assert match_frame_rate(codes, 50.0, 50.0, 2)[..., 0].tolist() == [[1, 2]]
-    assert match_frame_rate(codes, 50.0, 50.0, 4)[..., 0].tolist() == [[1, 2, 3, -1]]
+@pytest.mark.parametrize(
+    "codes, rates, frames, delay, expected",
+    [
+        # a faster teacher's frames are stacked, frame-major
+        (
+            [[0, 1], [2, 3], [4, 5], [6, 7]],
+            (50, 25),
+            2,
+            0,
+            [[0, 1, 2, 3], [4, 5, 6, 7]],
+        ),
+        # a slower teacher's are repeated
+        ([[1], [2]], (25, 50), 5, 0, [[1], [1], [2], [2], [-1]]),
+        # equal rates: trimmed, or ignored at the end
+        ([[1], [2], [3]], (50, 50), 2, 0, [[1], [2]]),
+        ([[1], [2], [3]], (50, 50), 4, 0, [[1], [2], [3], [-1]]),
+        # delayed, in student frames
+        ([[1], [2], [3]], (50, 50), 3, 1, [[-1], [1], [2]]),
+        ([[1], [2], [3], [4]], (50, 25), 3, 1, [[-1, -1], [1, 2], [3, 4]]),
+        ([[1], [2]], (25, 50), 5, 2, [[-1], [-1], [1], [1], [2]]),
+        ([[1], [2]], (50, 50), 2, 9, [[-1], [-1]]),
+    ],
+)
+def test_rates_are_matched(codes, rates, frames, delay, expected) -> None:
+    got = match_frame_rate(torch.tensor([codes]), *rates, frames, delay)
+    assert got[0].tolist() == expected
 
 
 def test_rates_that_do_not_divide_are_refused() -> None:

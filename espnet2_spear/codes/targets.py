@@ -60,9 +60,13 @@ class TeacherCodes:
 
 
 def match_frame_rate(
-    codes: Tensor, teacher_rate: float, student_rate: float, frames: int
+    codes: Tensor,
+    teacher_rate: float,
+    student_rate: float,
+    frames: int,
+    delay: int = 0,
 ) -> Tensor:
-    """Bring codes to the student's rate, left aligned, without any shift.
+    """Bring codes to the student's rate, left aligned, without any shift but ``delay``.
 
     A faster teacher's frames are stacked (frame-major, then codebook); a slower
     teacher's are repeated. Trailing codes are cut, missing ones are ignored.
@@ -72,6 +76,7 @@ def match_frame_rate(
         teacher_rate: frames per second of the codes.
         student_rate: frames per second of the student's output.
         frames: student frames T'.
+        delay: student frame t gets the codes of frame t - delay.
 
     Returns:
         (B, T', N r) with r = teacher_rate / student_rate, at least 1.
@@ -79,6 +84,8 @@ def match_frame_rate(
     if teacher_rate < student_rate:
         codes = codes.repeat_interleave(round(student_rate / teacher_rate), dim=1)
     stack = max(1, round(teacher_rate / student_rate))
-    codes = codes[:, : frames * stack]
-    codes = F.pad(codes, (0, 0, 0, frames * stack - codes.size(1)), value=MISSING)
+    front = min(delay, frames) * stack
+    codes = codes[:, : frames * stack - front]
+    behind = frames * stack - front - codes.size(1)
+    codes = F.pad(codes, (0, 0, front, behind), value=MISSING)
     return codes.reshape(codes.size(0), frames, stack * codes.size(2))

@@ -1,11 +1,29 @@
-"""Mixing of noise and of other utterances into a batch, together with their codes."""
+"""Token mixing: noise and other utterances mixed into a batch, codes along with them.
+
+The augmentation of arXiv 2510.25955, second version [5.8]. Noise never
+changes the targets. Where another utterance B of the batch is mixed into A at a
+signal-to-noise ratio of SNR dB,
+
+    x = a + g b,                g = sqrt(P_A 10^(-SNR/10) / P_B)
+    p = g^2 P_B / (P_A + g^2 P_B) = 1 / (1 + 10^(SNR/10))
+
+with P the mean squares of the complete clips: b begins up to 2 s after a and may
+outlast it. Every entry (frame, codebook) of the overlap becomes B's code with
+probability p, the share of B in the power, so that the targets are mixed as the
+waveforms are; frames behind the end of A have B's codes. Only the speech teacher's
+codes are mixed.
+
+In the order of this file: how often and how loudly (``MixingRule``, ``PRESETS``,
+``MixerConfig``), what is mixed into which utterance (``MixPlan``), and the mixing
+itself (``Mixer``).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +32,11 @@ from torch import Tensor
 from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.constants import MISSING, SAMPLE_RATE
 
-# ------------------------------------------------------------
-# How often and how loudly noise and other utterances are mixed in.
-
-
 Range = tuple[float, float]
 MAX_OFFSET = 2.0  # seconds, of the published trainings [5.8]
-# Ranges of a MixingRule; a share must lie in (0, 1].
+# Mean square below which a clip counts as silent (-100 dB of full scale): no gain can
+# bring it to a wanted ratio.
+MIN_POWER = 1e-10
 _RANGES = ("noise_snr", "noise_share", "utterance_snr", "utterance_share")
 
 
@@ -36,8 +52,8 @@ class MixingRule:
         noise_prob: probability that an augmented one gets noise; else another
             utterance of the batch and of the same domain.
         noise_snr: dB.
-        noise_share: length of the noise as a share of the utterance; None is all of
-            it. Short noise is repeated.
+        noise_share: length of the noise as a share of the utterance, in (0, 1]; None
+            is all of it. Short noise is repeated.
         utterance_snr: dB of the utterance against the one that is mixed in.
         utterance_share: length of the piece that is mixed in, as a share of the
             utterance, within which it lies; None mixes the complete other utterance
@@ -46,6 +62,9 @@ class MixingRule:
         max_offset: seconds.
         mix_targets: whether the codes of the other utterance become targets too; else
             the targets stay those of the utterance. Noise never changes targets.
+
+    Raises:
+        ValueError: a value out of its range, or an option without effect.
     """
 
     prob: float
@@ -62,15 +81,14 @@ class MixingRule:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} {getattr(self, name)}: not in 0..1")
         for name in _RANGES:
-            value = getattr(self, name)
-            if value is None and name.endswith("_share"):
+            value, is_share = getattr(self, name), name.endswith("_share")
+            if value is None and is_share:
                 continue
             if not isinstance(value, Sequence) or len(value) != 2:
                 raise ValueError(f"{name} {value}: expected [lowest, highest]")
             low, high = (float(x) for x in value)
-            if not -math.inf < low <= high < math.inf or (
-                name.endswith("_share") and not 0 < low <= high <= 1
-            ):
+            finite = -math.inf < low <= high < math.inf
+            if not finite or (is_share and not 0 < low <= high <= 1):
                 raise ValueError(f"{name} {list(value)}: not a range that makes sense")
             object.__setattr__(self, name, (low, high))
         if not 0 <= self.max_offset < math.inf:
@@ -89,7 +107,7 @@ class MixingRule:
 
 
 # What the published training scripts do; [brackets] are sections of docs/method.md.
-_SPEECH_V1 = MixingRule(  # of the first version's Large on speech [5.7]
+_SPEECH_V1 = MixingRule(  # first version, Large on speech [5.7]
     prob=0.3,
     noise_prob=0.5,
     noise_snr=(5.0, 20.0),
@@ -98,6 +116,7 @@ _SPEECH_V1 = MixingRule(  # of the first version's Large on speech [5.7]
     utterance_share=(0.2, 0.5),
 )
 _NOISE = MixingRule(prob=0.5, noise_prob=1.0, noise_snr=(10.0, 20.0))  # [5.7]
+# name -> domain -> rule
 PRESETS: Mapping[str, Mapping[str, MixingRule]] = {
     # second version, speech with speech [5.8]
     "token_mixing": {
@@ -176,13 +195,9 @@ class MixerConfig:
                     f"mixer_conf.rules.{name} {values!r}: expected fields of "
                     "MixingRule, such as {prob: 0.5, noise_prob: 0.8}"
                 )
-            base = {}
-            if name in rules:
-                base = {
-                    f.name: getattr(rules[name], f.name) for f in fields(MixingRule)
-                }
             try:
-                rules[name] = MixingRule(**base | values)
+                base = rules.get(name)
+                rules[name] = replace(base, **values) if base else MixingRule(**values)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"mixer_conf.rules.{name}: {error}") from None
         if not any(rule.prob > 0 for rule in rules.values()):
@@ -190,17 +205,18 @@ class MixerConfig:
                 f"mixer_conf: no domain of {list(domains)} would be augmented; give "
                 "rules for one, or leave mixer_conf empty"
             )
-        mixed: tuple[str, ...] = ()
-        if any(rule.mix_targets and rule.prob > 0 for rule in rules.values()):
-            mixed = tuple(conf.get("mixed_teachers", ["speech"]))
-            if not mixed or set(mixed) - set(teachers):
+        if not any(rule.mix_targets and rule.prob > 0 for rule in rules.values()):
+            if conf.get("mixed_teachers"):
                 raise ValueError(
-                    f"mixer_conf.mixed_teachers {list(mixed)}: the teachers are "
-                    f"{list(teachers)}; name those whose codes are to be mixed"
+                    "mixer_conf.mixed_teachers has no effect: no rule has "
+                    "mix_targets: true"
                 )
-        elif conf.get("mixed_teachers"):
+            return cls(rules)
+        mixed = tuple(conf.get("mixed_teachers", ["speech"]))
+        if not mixed or set(mixed) - set(teachers):
             raise ValueError(
-                "mixer_conf.mixed_teachers has no effect: no rule has mix_targets: true"
+                f"mixer_conf.mixed_teachers {list(mixed)}: the teachers are "
+                f"{list(teachers)}; name those whose codes are to be mixed"
             )
         return cls(rules, mixed)
 
@@ -216,12 +232,6 @@ class MixerConfig:
         Samplers that bound the seconds of a batch have to reckon with it.
         """
         return max((rule.max_extension for rule in self.rules.values()), default=0.0)
-
-
-# Mean square below which a clip counts as silent (-100 dB of full scale): no gain can
-# bring it to a wanted ratio.
-MIN_POWER = 1e-10
-_NEVER = MixingRule(prob=0.0, noise_prob=0.0)
 
 
 @dataclass
@@ -267,27 +277,6 @@ class MixPlan:
 
 
 @dataclass
-class _Sources:
-    """B utterances and K noise clips, each as long as it is, one behind the other.
-
-    Noise may be many times as long as the utterances: clips that are padded to one
-    width, or taken whole for every utterance, would need far more memory than the
-    batch does.
-
-    Attributes:
-        samples: of all, (total,), with the padding that they came with.
-        starts: (B + K,) int64, where each begins.
-        lengths: (B + K,) int64, samples.
-        power: (B + K,) mean squares.
-    """
-
-    samples: Tensor
-    starts: Tensor
-    lengths: Tensor
-    power: Tensor
-
-
-@dataclass
 class Mixture:
     """A batch after mixing.
 
@@ -302,6 +291,39 @@ class Mixture:
     lengths: Tensor
     codes: dict[str, Tensor]
     plan: MixPlan
+
+
+class _Sources(NamedTuple):
+    """All that may be mixed in: B utterances and K noise clips, one behind the other.
+
+    Noise may be many times as long as the utterances: clips that are padded to one
+    width, or taken whole for every utterance, would need far more memory than the
+    batch does.
+    """
+
+    samples: Tensor  # (total,), with the padding that they came with
+    starts: Tensor  # (B + K,) int64, where each begins
+    lengths: Tensor  # (B + K,) int64, samples
+    power: Tensor  # (B + K,) mean squares
+
+    @classmethod
+    def join(cls, *parts: tuple[Tensor, Tensor]) -> _Sources:
+        """Join groups of clips, each (clips, samples) with its (clips,) lengths."""
+        device = parts[0][0].device
+        starts, power, offset = [], [], 0
+        for clips, lengths in parts:
+            width = clips.size(1)
+            starts.append(torch.arange(len(clips), device=device) * width + offset)
+            offset += clips.numel()
+            padding = torch.arange(width, device=device) >= lengths[:, None]
+            squares = clips.masked_fill(padding, 0.0).square_()
+            power.append(squares.sum(dim=1) / lengths)
+        return cls(
+            torch.cat([clips.flatten() for clips, _ in parts]),
+            torch.cat(starts),
+            torch.cat([lengths for _, lengths in parts]).long(),
+            torch.cat(power),
+        )
 
 
 class Mixer:
@@ -338,7 +360,9 @@ class Mixer:
             self.hops[name] = int(hop)
         # Sources begin at whole frames of all mixed teachers.
         self.hop = math.lcm(1, *self.hops.values())
-        self._rules = [config.rules.get(name, _NEVER) for name in domains]
+        nothing = MixingRule(prob=0.0, noise_prob=0.0)
+        self._rules = [config.rules.get(name, nothing) for name in domains]
+        # Rules as numbers, so that each utterance's is one row: no branch by value.
         self._table = torch.tensor([_row(rule) for rule in self._rules], device="cpu")
 
     def __call__(
@@ -368,16 +392,17 @@ class Mixer:
             raise ValueError(
                 "mixer_conf mixes noise in, but the batch has none: give --noise_scp"
             )
-        sources = _sources(speech, lengths, noise, noise_lengths)
-        draws = self._draw(speech.size(0))
+        clips = [(speech, lengths.to(speech.device))]
+        if noise is not None and noise_lengths is not None:
+            clips.append((noise.to(speech.dtype), noise_lengths.to(speech.device)))
+        sources = _Sources.join(*clips)
+        size = speech.size(0)
+        draws = torch.rand(size, 7 + size, device="cpu")  # see _plan for their use
         extension = self._extension(draws)
         plan = self._plan(draws.to(speech.device, non_blocking=True), sources, domain)
-        mixed = _mix_speech(speech, sources, plan, extension)
-        ends = torch.maximum(
-            sources.lengths[: speech.size(0)], plan.begin + plan.length
-        )
+        ends = torch.maximum(sources.lengths[:size], plan.begin + plan.length)
         return Mixture(
-            mixed,
+            _mix_speech(speech, sources, plan, extension),
             ends.to(lengths.dtype),
             {
                 name: _mix_codes(codes[name], sources.lengths, plan, hop, extension)
@@ -385,10 +410,6 @@ class Mixer:
             },
             plan,
         )
-
-    def _draw(self, size: int) -> Tensor:
-        """(B, 7 + B) uniform numbers on the CPU: see ``_plan`` for their use."""
-        return torch.rand(size, 7 + size, device="cpu")
 
     def _extension(self, draws: Tensor) -> int:
         """Samples by which the batch may grow, known without a look at the device.
@@ -401,11 +422,16 @@ class Mixer:
                 other = (draws[:, 0] < rule.prob) & (draws[:, 1] >= rule.noise_prob)
                 offset = draws[:, 4] * (rule.max_offset * SAMPLE_RATE) * other
                 longest = torch.maximum(longest, offset)
-        return math.ceil(float(longest.max()))
+        return math.ceil(float(longest.max()))  # on the CPU
 
     def _plan(self, draws: Tensor, sources: _Sources, domain: Tensor) -> MixPlan:
-        """Turn uniform numbers into a plan; columns of ``draws``: augment at all,
-        noise, ratio, share, begin, begin in the source, clip, order of partners.
+        """Turn uniform numbers into a plan.
+
+        Args:
+            draws: (B, 7 + B); columns: augment at all, noise, ratio, share, begin,
+                begin in the source, clip, order of partners.
+            sources: all that may be mixed in.
+            domain: (B,) int.
         """
         b = draws.size(0)
         clips = len(sources.lengths) - b
@@ -416,25 +442,18 @@ class Mixer:
         kind = torch.where(is_noise[:, None], table[:, 4:8], table[:, 8:12])
         low_snr, high_snr, low_share, high_share = kind.T
         snr = low_snr + (high_snr - low_snr) * ratio
-        # Negative shares stand for complete sources.
-        whole = low_share < 0
+        whole = low_share < 0  # complete sources, see _row
         share = low_share + (high_share - low_share) * share
 
         own = torch.arange(b, device=draws.device)
         partner = (domain[:, None] == domain) & (own[:, None] != own)
-        order = draws[:, 7:].masked_fill(~partner, -1.0)
-        row = order.argmax(dim=1)
-        exists = partner.any(dim=1)
-        if clips:
-            row = torch.where(is_noise, b + (clip * clips).long(), row)
-            exists = exists | is_noise
-        else:
-            exists = exists & ~is_noise
+        row = draws[:, 7:].masked_fill(~partner, -1.0).argmax(dim=1)
+        exists = torch.where(is_noise, clips > 0, partner.any(dim=1))
+        row = torch.where(is_noise & exists, b + (clip * clips).long(), row)
         p_own, p_other = sources.power[:b], sources.power[row]
         audible = (p_own > MIN_POWER) & (p_other > MIN_POWER)
         mixed = (augment < prob) & exists & audible
         row = torch.where(mixed, row, own)
-        # g = sqrt(P_A 10^(-SNR/10) / P_B) [5.8]
         gain = (p_own * 10 ** (-snr / 10) / p_other.clamp(min=MIN_POWER)).sqrt() * mixed
 
         mixes_targets = mixed & ~is_noise & (mix_targets > 0)
@@ -460,14 +479,13 @@ class Mixer:
             begin=begin,
             source_begin=source_begin,
             length=length * mixed,
-            # = g^2 P_B / (P_A + g^2 P_B) [5.8]
             replace_prob=mixes_targets / (1 + 10 ** (snr / 10)),
             mixes_targets=mixes_targets,
         )
 
 
 def _row(rule: MixingRule) -> list[float]:
-    """A rule as numbers; see ``Mixer._plan``."""
+    """A rule as numbers; a negative share stands for a complete source."""
     return [
         rule.prob,
         rule.noise_prob,
@@ -478,36 +496,6 @@ def _row(rule: MixingRule) -> list[float]:
         *rule.utterance_snr,
         *(rule.utterance_share or (-1.0, -1.0)),
     ]
-
-
-def _sources(
-    speech: Tensor,
-    lengths: Tensor,
-    noise: Tensor | None,
-    noise_lengths: Tensor | None,
-) -> _Sources:
-    """All that may be mixed in; see ``Mixer.__call__``."""
-    parts = [(speech, lengths.to(speech.device))]
-    if noise is not None and noise_lengths is not None:
-        parts.append((noise.to(speech.dtype), noise_lengths.to(speech.device)))
-    starts, offset = [], 0
-    for clips, _ in parts:
-        first = torch.arange(clips.size(0), device=speech.device) * clips.size(1)
-        starts.append(first + offset)
-        offset += clips.numel()
-    return _Sources(
-        torch.cat([clips.flatten() for clips, _ in parts]),
-        torch.cat(starts),
-        torch.cat([n for _, n in parts]).long(),
-        torch.cat([_power(clips, n) for clips, n in parts]),
-    )
-
-
-def _power(clips: Tensor, lengths: Tensor) -> Tensor:
-    """Mean squares, (N,), of clips (N, samples) without their padding."""
-    position = torch.arange(clips.size(1), device=clips.device)
-    clips = clips.masked_fill(position >= lengths[:, None], 0.0)
-    return clips.square_().sum(dim=1) / lengths
 
 
 def _mix_speech(
@@ -529,9 +517,8 @@ def _mix_codes(
 ) -> Tensor:
     """Replace codes by those of the utterance that was mixed in.
 
-    In the overlap every entry (frame and codebook) by itself, with the plan's
-    probability; behind the utterance's end all. An entry for which the source has no
-    code is kept.
+    In the overlap every entry by itself, with the plan's probability; behind the
+    utterance's end all. An entry for which the source has no code is kept.
 
     Args:
         codes: (B, T, N).

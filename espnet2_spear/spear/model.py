@@ -1,4 +1,11 @@
-"""Masked prediction of multi-codebook tokens, as an ESPnet model."""
+"""Masked prediction of multi-codebook tokens, as an ESPnet model.
+
+One step of arXiv 2510.25955: mix (``mixing.py``), compute and mask the fbank
+(``masking.py``), encode (``student.py``), bring each teacher's codes to the student's
+frame rate (``codes/targets.py``), and predict them (``objective.py``).
+
+Nothing in a step waits for the device: shapes do not depend on the targets.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from espnet2.torch_utils.device_funcs import force_gatherable
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from torch import Tensor, nn
@@ -22,7 +30,7 @@ from espnet2_spear.spear.objective import (
     code_statistics,
     resolve_loss_weights,
 )
-from espnet2_spear.spear.predictions import Prediction, TeacherTokens
+from espnet2_spear.spear.predictions import PredictedTokens, Prediction
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.encoder import FRAME_RATE as HIDDEN_RATE
 
@@ -30,32 +38,37 @@ FBANK_RATE = 100.0
 
 
 @dataclass
-class Predictor:
+class StudentFrames:
     """Frames of the student from which teachers' codes are predicted.
 
     Attributes:
         hidden: (B, T, C).
         rate: frames per second.
+        delay: frames by which their targets are delayed.
         valid: (B, T) bool, False in the padding.
-        masked: (B, T) bool.
+        masked: (B, T) bool, whether what each predicts was masked.
     """
 
     hidden: Tensor
     rate: float
+    delay: int
     valid: Tensor
     masked: Tensor
+
+    def targets(self, teacher: TeacherCodes, codes: Tensor) -> Tensor:
+        """Codes (B, T', N') at this rate: see ``match_frame_rate``."""
+        frames = self.hidden.size(1)
+        return match_frame_rate(
+            codes, teacher.frame_rate, self.rate, frames, self.delay
+        )
 
 
 class SpearPretrainModel(AbsESPnetModel):
     """A student with one prediction head per teacher.
 
-    The loss of a frame for a teacher is the mean over its N codebooks of the
-    cross-entropy (ignored entries count in N); frames are weighted by whether they
-    were masked, utterances by ``loss_weights[domain][teacher]``. Frames count by
-    their duration: a teacher that is predicted at twice the rate of the student's
-    output (from an inner layer of a 25 Hz student) has half the weight a frame.
-
-    Nothing in a step waits for the device: shapes do not depend on the targets.
+    The loss is that of ``objective.py``. Frames count by their duration: a teacher
+    that is predicted at twice the rate of the student's output (from an inner layer of
+    a 25 Hz student) has half the weight a frame.
 
     Args:
         student: the encoder that is trained.
@@ -69,13 +82,18 @@ class SpearPretrainModel(AbsESPnetModel):
         normalize: ``frames`` divides the loss by the student frames of the batch
             (over all ranks, through ESPnet's weight); ``sum`` adds up as the
             reference does, which only scale-invariant optimizers (ScaledAdam) bear.
+        distillation_delta: frames of the student's output by which targets are
+            delayed: frame t predicts the codes of frame t - distillation_delta, so
+            that a streaming student hears a little of the future first. Whether a
+            frame counts as masked is delayed alike.
         codebook_groups: accuracy is also reported for so many groups of codebooks.
         mixer: augmentation in training; None: none.
 
     Raises:
         ValueError: a table that names an unknown domain or teacher, a teacher that
             no domain uses, frame rates that do not divide each other, a layer that
-            does not exist, or no teacher that is predicted from the output.
+            does not exist, no teacher that is predicted from the output, or an option
+            out of its range.
     """
 
     def __init__(
@@ -88,12 +106,18 @@ class SpearPretrainModel(AbsESPnetModel):
         masked_weight: float = 1.0,
         unmasked_weight: float = 1.0,
         normalize: str = "frames",
+        distillation_delta: int = 0,
         codebook_groups: int = 4,
         mixer: Mixer | None = None,
     ) -> None:
         super().__init__()
         if normalize not in ("frames", "sum"):
             raise ValueError(f"normalize '{normalize}': 'frames' or 'sum'")
+        if not isinstance(distillation_delta, int) or distillation_delta < 0:
+            raise ValueError(
+                f"distillation_delta {distillation_delta!r}: expected a number of "
+                "frames, 0 or more"
+            )
         _check_weights(masked_weight, unmasked_weight)
         self.student = student
         self.teachers = dict(teachers)
@@ -102,21 +126,31 @@ class SpearPretrainModel(AbsESPnetModel):
         self.masked_weight = masked_weight
         self.unmasked_weight = unmasked_weight
         self.normalize = normalize
+        self.distillation_delta = distillation_delta
         self.codebook_groups = codebook_groups
         self.mixer = mixer
-        table = loss_weight_table(loss_weights, self.domains, list(self.teachers))
-        self.register_buffer("loss_weights", table, persistent=False)
+        rows = resolve_loss_weights(loss_weights, self.domains, list(self.teachers))
         # Domains that each teacher's loss sees, on the host.
         self._domains_of = {
-            name: [d for d, used in enumerate(column) if used]
-            for name, column in zip(self.teachers, (table > 0).T.tolist(), strict=True)
+            name: [
+                index
+                for index, domain in enumerate(self.domains)
+                if rows.get(domain, {}).get(name, 0.0) > 0
+            ]
+            for name in self.teachers
         }
+        table = [
+            [rows.get(domain, {}).get(name, 0.0) for name in self.teachers]
+            for domain in self.domains
+        ]
+        table = torch.tensor(table, device="cpu")  # whatever device models are built on
+        self.register_buffer("loss_weights", table, persistent=False)
         self._check_layers()
         self.heads = nn.ModuleDict(
             {
                 name: CodebookHead(
                     student.output_size(),
-                    t.num_codebooks * t.per_student_frame(self._rate(t)),
+                    t.num_codebooks * t.per_student_frame(self._rate(t.layer)),
                     t.codebook_size,
                 )
                 for name, t in self.teachers.items()
@@ -137,11 +171,9 @@ class SpearPretrainModel(AbsESPnetModel):
                 "never be trained; leave the layer of one teacher out"
             )
 
-    def _rate(self, teacher: TeacherCodes) -> float:
-        """Frames per second of what predicts a teacher's codes."""
-        if teacher.layer is None:
-            return self.student.config.frame_rate
-        return HIDDEN_RATE
+    def _rate(self, layer: int | None) -> float:
+        """Frames per second of a layer (of the output: None)."""
+        return self.student.config.frame_rate if layer is None else HIDDEN_RATE
 
     def forward(
         self,
@@ -176,19 +208,17 @@ class SpearPretrainModel(AbsESPnetModel):
             speech, speech_lengths = mixture.speech, mixture.lengths
             codes |= mixture.codes
             stats.add(*mixture.plan.statistics())
-        fbank, fbank_lens, mask = self._masked_fbank(speech, speech_lengths)
+        fbank, fbank_lens, mask = self.masked_fbank(speech, speech_lengths)
         with_hidden = any(t.layer is not None for t in self.teachers.values())
         out = self.student.encode(fbank, fbank_lens, with_hidden)
-        output = self._predictor(out, None, mask)
+        output = self.frames_of(out, None, mask)
 
         loss = out.encoder_out.new_zeros((), dtype=torch.float32)
         for name, teacher in self.teachers.items():
-            predictor = output
+            frames = output
             if teacher.layer is not None:
-                predictor = self._predictor(out, teacher.layer, mask)
-            loss = loss + self._teacher_loss(
-                name, predictor, codes[name], domain, stats
-            )
+                frames = self.frames_of(out, teacher.layer, mask)
+            loss = loss + self._teacher_loss(name, frames, codes[name], domain, stats)
         num_frames = output.valid.sum()
         masked = (output.masked & output.valid).sum()
         stats.add(["mask_ratio"], masked[None], num_frames[None])
@@ -200,10 +230,10 @@ class SpearPretrainModel(AbsESPnetModel):
         # With one axis, as ESPnet's exchange between ranks wants them.
         return loss, *force_gatherable((reported, weight.to(loss.dtype)), loss.device)
 
-    def _masked_fbank(
+    def masked_fbank(
         self, speech: Tensor, speech_lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Masked fbank, its lengths, and its time mask (B, T)."""
+        """Masked fbank (B, T, mels), its lengths (B,), and its time mask (B, T)."""
         fbank, fbank_lens = self.student.fbank(speech, speech_lengths)
         # Validation masks too, or its masked accuracy would not exist; the same
         # masks every time make epochs comparable.
@@ -212,6 +242,62 @@ class SpearPretrainModel(AbsESPnetModel):
             generator = torch.Generator(fbank.device).manual_seed(0)
         fbank, mask = self.masker(fbank, fbank_lens, self.student.mask_emb, generator)
         return fbank, fbank_lens, mask
+
+    def frames_of(
+        self, out: SpearOutput, layer: int | None, mask: Tensor
+    ) -> StudentFrames:
+        """Frames of a layer (of the output: None), with the fbank's time mask."""
+        hidden, lengths = out.encoder_out, out.encoder_out_lens
+        if layer is not None:
+            hidden, lengths = out.hidden_states[layer - 1], out.hidden_states_lens
+        rate = self._rate(layer)
+        frames = hidden.size(1)
+        position = torch.arange(frames, device=hidden.device)
+        valid = position < lengths[:, None].to(hidden.device)
+        delay = self.distillation_delta * round(rate / self._rate(None))
+        masked = pool_time_mask(mask, round(FBANK_RATE / rate), frames)
+        masked = F.pad(masked, (delay, 0))[:, :frames]
+        return StudentFrames(hidden, rate, delay, valid, masked)
+
+    def _teacher_loss(
+        self,
+        name: str,
+        frames: StudentFrames,
+        codes: Tensor,
+        domain: Tensor,
+        stats: StatSums,
+    ) -> Tensor:
+        """Weighted sum over all frames of the loss for a teacher.
+
+        A head without any target takes part in the graph with zero gradients, so that
+        DDP never waits for it.
+        """
+        utt_weight = self.loss_weights[domain, list(self.teachers).index(name)]
+        selected = frames.valid & (utt_weight > 0)[:, None]
+        targets = frames.targets(self.teachers[name], codes)
+        targets = targets.masked_fill(~selected[..., None], MISSING).flatten(0, 1)
+        duration = self._rate(None) / frames.rate
+        frame_weight = (
+            torch.where(frames.masked, self.masked_weight, self.unmasked_weight)
+            * (utt_weight * duration)[:, None]
+        )
+        hidden = frames.hidden.flatten(0, 1)
+        result = self.heads[name](hidden, targets, frame_weight.flatten())
+
+        domains = self._domains_of[name]
+        member = torch.stack([domain == d for d in domains], dim=1)
+        member = member[:, None] & selected[..., None]
+        names, totals, counts = code_statistics(
+            result,
+            targets >= 0,
+            frames.masked.flatten(),
+            member.flatten(0, 1),
+            self.codebook_groups,
+        )
+        for row, d in enumerate(domains):
+            prefix = f"{self.domains[d]}_{name}_"
+            stats.add([prefix + n for n in names], totals[row], counts[row])
+        return result.loss
 
     @torch.no_grad()
     def predict(
@@ -229,31 +315,27 @@ class SpearPretrainModel(AbsESPnetModel):
         Returns:
             of each utterance, on the CPU.
         """
-        fbank, fbank_lens, mask = self._masked_fbank(speech, speech_lengths)
+        fbank, fbank_lens, mask = self.masked_fbank(speech, speech_lengths)
         out = self.student.encode(fbank, fbank_lens)
-        tokens: list[dict[str, TeacherTokens]] = [{} for _ in speech]
+        tokens: list[dict[str, PredictedTokens]] = [{} for _ in speech]
+        used = self.loss_weights[domain.reshape(-1)] > 0
         for index, (name, teacher) in enumerate(self.teachers.items()):
-            predictor = self._predictor(out, teacher.layer, mask)
-            frames = predictor.hidden.size(1)
-            codes = kwargs[f"codes_{name}"]
-            targets = match_frame_rate(
-                codes, teacher.frame_rate, predictor.rate, frames
-            )
-            best = self.heads[name].logits(predictor.hidden).argmax(-1)
+            frames = self.frames_of(out, teacher.layer, mask)
+            targets = frames.targets(teacher, kwargs[f"codes_{name}"])
+            best = self.heads[name].logits(frames.hidden).argmax(-1)
             # Frames of the teacher that a frame of the student predicts.
             ratio = targets.size(-1) // teacher.num_codebooks
             for utt, found in enumerate(tokens):
-                if not self.loss_weights[domain.reshape(-1)[utt], index] > 0:
+                if not used[utt, index]:
                     continue
-                valid = predictor.valid[utt]
-                found[name] = TeacherTokens(
-                    *(
-                        x[utt, valid].unflatten(-1, (ratio, -1)).flatten(0, 1).cpu()
-                        for x in (targets, best)
-                    ),
-                    predictor.masked[utt, valid].repeat_interleave(ratio).cpu(),
-                    predictor.rate * ratio,
-                    teacher.codebook_size,
+                valid = frames.valid[utt]
+                codes = (
+                    x[utt, valid].unflatten(-1, (ratio, -1)).flatten(0, 1).cpu()
+                    for x in (targets, best)
+                )
+                masked = frames.masked[utt, valid].repeat_interleave(ratio).cpu()
+                found[name] = PredictedTokens(
+                    *codes, masked, frames.rate * ratio, teacher.codebook_size
                 )
         return [
             Prediction(
@@ -263,64 +345,6 @@ class SpearPretrainModel(AbsESPnetModel):
                 zip(fbank_lens.tolist(), tokens, strict=True)
             )
         ]
-
-    def _predictor(
-        self, out: SpearOutput, layer: int | None, mask: Tensor
-    ) -> Predictor:
-        """Frames of a layer (of the output: None), with the fbank's time mask."""
-        hidden, lengths = out.encoder_out, out.encoder_out_lens
-        rate = self.student.config.frame_rate
-        if layer is not None:
-            hidden, lengths = out.hidden_states[layer - 1], out.hidden_states_lens
-            rate = HIDDEN_RATE
-        frames = hidden.size(1)
-        position = torch.arange(frames, device=hidden.device)
-        valid = position < lengths[:, None].to(hidden.device)
-        masked = pool_time_mask(mask, round(FBANK_RATE / rate), frames)
-        return Predictor(hidden, rate, valid, masked)
-
-    def _teacher_loss(
-        self,
-        name: str,
-        predictor: Predictor,
-        codes: Tensor,
-        domain: Tensor,
-        stats: StatSums,
-    ) -> Tensor:
-        """Weighted sum over all frames of the loss for a teacher.
-
-        A head without any target takes part in the graph with zero gradients, so that
-        DDP never waits for it.
-        """
-        teacher = self.teachers[name]
-        targets = match_frame_rate(
-            codes, teacher.frame_rate, predictor.rate, predictor.hidden.size(1)
-        )
-        utt_weight = self.loss_weights[domain, list(self.teachers).index(name)]
-        selected = predictor.valid & (utt_weight > 0)[:, None]
-        targets = targets.masked_fill(~selected[..., None], MISSING).flatten(0, 1)
-        duration = self.student.config.frame_rate / predictor.rate
-        frame_weight = (
-            torch.where(predictor.masked, self.masked_weight, self.unmasked_weight)
-            * (utt_weight * duration)[:, None]
-        )
-        hidden = predictor.hidden.flatten(0, 1)
-        result = self.heads[name](hidden, targets, frame_weight.flatten())
-
-        domains = self._domains_of[name]
-        member = torch.stack([domain == d for d in domains], dim=1)
-        member = member[:, None] & selected[..., None]
-        names, totals, counts = code_statistics(
-            result,
-            targets >= 0,
-            predictor.masked.flatten(),
-            member.flatten(0, 1),
-            self.codebook_groups,
-        )
-        for row, d in enumerate(domains):
-            prefix = f"{self.domains[d]}_{name}_"
-            stats.add([prefix + n for n in names], totals[row], counts[row])
-        return result.loss
 
     def collect_feats(
         self, speech: Tensor, speech_lengths: Tensor, **kwargs: Tensor
@@ -336,31 +360,3 @@ def _check_weights(masked: float, unmasked: float) -> None:
             raise ValueError(f"{name} {weight!r}: expected a number, 0 or more")
     if masked == unmasked == 0:
         raise ValueError("masked_weight and unmasked_weight are 0: nothing is learned")
-
-
-def loss_weight_table(
-    loss_weights: LossWeights, domains: Sequence[str], teachers: Sequence[str]
-) -> Tensor:
-    """As :func:`resolve_loss_weights`, as a (domains, teachers) tensor.
-
-    Absent pairs weigh 0.
-
-    Raises:
-        ValueError: unknown names, weights that are none, or a teacher nobody uses.
-    """
-    loss_weights = resolve_loss_weights(loss_weights, domains, teachers)
-    # On the CPU even where models are built on the meta device: it is looked at.
-    table = torch.zeros(len(domains), len(teachers), device="cpu")
-    for domain, row in loss_weights.items():
-        if domain not in domains:
-            raise ValueError(f"loss_weights: unknown domain '{domain}' of {domains}")
-        for teacher, weight in row.items():
-            if teacher not in teachers:
-                raise ValueError(
-                    f"loss_weights[{domain}]: unknown teacher '{teacher}' of {teachers}"
-                )
-            table[domains.index(domain), teachers.index(teacher)] = weight
-    for index, teacher in enumerate(teachers):
-        if not bool((table[:, index] > 0).any()):
-            raise ValueError(f"no domain uses the teacher '{teacher}': remove it")
-    return table

@@ -1,10 +1,27 @@
-"""Linear classifiers of many codebooks and their cross-entropy, a chunk at a time."""
+"""The objective of pre-training: asymmetric masked prediction of multi-codebook tokens.
+
+Equation of arXiv 2510.25955 [5.2, 5.3] for an utterance of domain d with student frames
+h_t:
+
+    L = sum over teachers k of  w[d, k]  sum over frames t of  m_t / N_k
+            sum over codebooks n of  -log softmax(W_{k,n} h_t + b_{k,n}) [c_{k,t,n}]
+
+c are the teacher's N_k codes of the frame; entries without a code add 0 but count in
+N_k. m_t is the weight of masked or of unmasked frames (both 1 in the authors' scripts:
+the loss is taken on all frames). w is the asymmetric table: the speech teacher's codes
+are targets on speech and on audio, with weight 1; the audio teacher's on audio alone,
+with lambda = 0.1.
+
+In the order of this file: the tables w (``PRESETS``), the heads W, b and their loss
+(``CodebookHead``, ``codebook_loss``), and the statistics of a step (``StatSums``). The
+sum over teachers is in ``model.py``.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,131 +29,117 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# ------------------------------------------------------------
-# Which teacher's codes are predicted on which domain, and with what weight.
-
-
 LossWeights = str | Mapping[str, Any]
 
-PRESETS = ("joint", "disjoint", "asymmetric")
+# The tables that the paper compares: does (teacher, domain, main teacher) have a loss?
+# A teacher's own domain is the one of its name.
+PRESETS: Mapping[str, Callable[[str, str, str], bool]] = {
+    "joint": lambda teacher, domain, main: True,
+    "disjoint": lambda teacher, domain, main: teacher == domain,
+    "asymmetric": lambda teacher, domain, main: teacher in (domain, main),
+}
 DEFAULT_PRESET = "asymmetric"  # of the published models
 MAIN_WEIGHT, OTHER_WEIGHT = 1.0, 0.1  # lambda of the published models
 
 
-def preset_table(
-    preset: str,
-    domains: Sequence[str],
-    teachers: Sequence[str],
-    main: str | None = None,
-    weights: Mapping[str, float] | None = None,
+def resolve_loss_weights(
+    option: LossWeights, domains: Sequence[str], teachers: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Write out one of the three tables that the paper compares.
-
-    A teacher's own domain is the one of its name.
+    """Turn the option ``--loss_weights`` into a table.
 
     Args:
-        preset: ``joint``: every teacher on every domain; ``disjoint``: every teacher
-            on its own domain only; ``asymmetric``: the main teacher on every domain,
-            the others on their own.
+        option: the name of a preset; or ``{preset: NAME, main: TEACHER, weights:
+            {TEACHER: WEIGHT}}``, by default with the first teacher as the main one, of
+            weight 1, and 0.1 for the others; or a table as it is.
         domains: names of the domains.
         teachers: names of the teachers.
-        main: the main teacher; by default the first.
-        weights: teacher -> weight wherever it is used; by default 1 for the main one
-            and 0.1 for the others.
 
     Returns:
-        domain -> teacher -> weight.
+        domain -> teacher -> weight; absent pairs have no loss.
 
     Raises:
-        ValueError: an unknown preset or teacher, a teacher without a domain of its
-            name where one is needed, or a domain that no teacher would serve.
+        ValueError: no such option, unknown names, weights that are not numbers of at
+            least 0, a teacher that no domain uses, or, for a preset, a domain without
+            teacher or a teacher without the domain of its name where it needs one.
     """
+    if isinstance(option, str):
+        option = {"preset": option}
+    if not isinstance(option, Mapping):
+        raise ValueError(
+            f"loss_weights {option!r}: expected domain -> teacher -> weight, or one of "
+            f"{', '.join(PRESETS)}"
+        )
+    if isinstance(option.get("preset"), str):
+        table = _preset_table(option, domains, teachers)
+    else:
+        table = {
+            name: _checked_row(name, row, teachers) for name, row in option.items()
+        }
+    for name in set(table) - set(domains):
+        raise ValueError(f"loss_weights: unknown domain '{name}' of {list(domains)}")
+    for name in teachers:
+        if not any(row.get(name, 0.0) > 0 for row in table.values()):
+            raise ValueError(f"no domain uses the teacher '{name}': remove it")
+    return table
+
+
+def _preset_table(
+    option: Mapping[str, Any], domains: Sequence[str], teachers: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Write a preset out; see :func:`resolve_loss_weights`."""
+    if unknown := [k for k in option if k not in ("preset", "main", "weights")]:
+        raise ValueError(
+            f"loss_weights: {unknown} beside preset, which takes main and weights; "
+            "options of a command line are added to the table of a YAML file: name "
+            "the preset there"
+        )
+    preset, main = option["preset"], option.get("main", teachers[0])
     if preset not in PRESETS:
         raise ValueError(f"loss_weights '{preset}': one of {', '.join(PRESETS)}")
-    main = teachers[0] if main is None else main
-    weights = dict(weights or {})
-    for name in {main, *weights} - set(teachers):
-        raise ValueError(f"loss_weights: unknown teacher '{name}' of {list(teachers)}")
+    if main not in teachers:
+        raise ValueError(f"loss_weights: unknown teacher '{main}' of {list(teachers)}")
+    weights = dict.fromkeys(teachers, OTHER_WEIGHT) | {main: MAIN_WEIGHT}
+    weights |= _checked_row("weights", option.get("weights") or {}, teachers)
+    uses = PRESETS[preset]
     for name in teachers:
-        alone = preset == "disjoint" or (preset == "asymmetric" and name != main)
-        if alone and name not in domains:
+        if not any(uses(name, domain, main) for domain in domains):
             raise ValueError(
                 f"loss_weights '{preset}': teacher '{name}' needs a domain of its "
                 f"name, the domains are {list(domains)}; rename it or write a table"
             )
-    table = {}
-    for domain in domains:
-        table[domain] = {
-            name: float(
-                weights.get(name, MAIN_WEIGHT if name == main else OTHER_WEIGHT)
-            )
-            for name in teachers
-            if preset == "joint"
-            or name == domain
-            or (preset == "asymmetric" and name == main)
-        }
-        if not table[domain]:
+    table = {
+        domain: {name: weights[name] for name in teachers if uses(name, domain, main)}
+        for domain in domains
+    }
+    for domain, row in table.items():
+        if not row:
             raise ValueError(
                 f"loss_weights '{preset}': no teacher for domain '{domain}'"
             )
     return table
 
 
-def resolve_loss_weights(
-    loss_weights: LossWeights, domains: Sequence[str], teachers: Sequence[str]
-) -> Mapping[str, Mapping[str, float]]:
-    """Turn the option into a table, domain -> teacher -> weight.
-
-    Args:
-        loss_weights: the name of a preset; or ``{preset: NAME, main: TEACHER,
-            weights: {TEACHER: WEIGHT}}``, see :func:`preset_table`; or a table.
-        domains: names of the domains.
-        teachers: names of the teachers.
-
-    Raises:
-        ValueError: see :func:`preset_table`; or no such option.
-    """
-    if isinstance(loss_weights, str):
-        loss_weights = {"preset": loss_weights}
-    if not isinstance(loss_weights, Mapping):
-        raise ValueError(
-            f"loss_weights {loss_weights!r}: expected domain -> teacher -> weight, or "
-            f"one of {', '.join(PRESETS)}"
-        )
-    if not isinstance(loss_weights.get("preset"), str):
-        return _checked_table(loss_weights)
-    if unknown := [k for k in loss_weights if k not in ("preset", "main", "weights")]:
-        raise ValueError(
-            f"loss_weights: {unknown} beside preset, which takes main and weights; "
-            "options of a command line are added to the table of a YAML file: name "
-            "the preset there"
-        )
-    weights = loss_weights.get("weights") or {}
-    loss_weights = {**loss_weights, "weights": _checked_row("weights", weights)}
-    return preset_table(domains=domains, teachers=teachers, **loss_weights)
-
-
-def _checked_table(table: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    return {domain: _checked_row(domain, row) for domain, row in table.items()}
-
-
-def _checked_row(name: str, row: Any) -> dict[str, float]:
+def _checked_row(name: str, row: Any, teachers: Sequence[str]) -> dict[str, float]:
     if not isinstance(row, Mapping):
         raise ValueError(f"loss_weights.{name} {row!r}: expected teacher -> weight")
     for teacher, weight in row.items():
+        if teacher not in teachers:
+            raise ValueError(
+                f"loss_weights.{name}: unknown teacher '{teacher}' of {list(teachers)}"
+            )
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not (number and math.isfinite(weight) and weight >= 0):
             raise ValueError(
                 f"loss_weights.{name}.{teacher} {weight!r}: expected a number, 0 or "
                 "more"
             )
-    return dict(row)
+    return {teacher: float(weight) for teacher, weight in row.items()}
 
 
 # Logits that exist at once (float32: 4 bytes each). A CPU's caches prefer few; a GPU
 # wants matrix products that are large enough to be fast.
 CHUNK_LOGITS = {"cpu": 2**20, "other": 2**25}
-# Where shapes may depend on values: the host need not wait for the device there.
+# Devices on which shapes that depend on values cost no synchronisation.
 HOST = ("cpu",)
 
 
@@ -153,194 +156,6 @@ class CodebookLoss(NamedTuple):
     loss: Tensor
     entropy: Tensor
     correct: Tensor
-
-
-def codebook_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    targets: Tensor,
-    frame_weight: Tensor,
-    chunk_rows: int | None = None,
-) -> CodebookLoss:
-    """Cross-entropy of N codebooks of K codes predicted by one linear layer.
-
-    The logits of a few frames at a time are computed, turned into their own gradient
-    in place, multiplied out and forgotten, all in the forward pass, because the
-    gradient of the loss with respect to them is known there up to a factor. Of M N K
-    logits nothing is kept; the backward pass multiplies the kept gradients (M D and
-    N K D numbers) by that factor. The matrix products are those of the plain version:
-    one forward, two backward.
-
-    Products are computed in autocast's type where autocast is on, everything else in
-    float32 (float64 for a float64 ``hidden``), sums over chunks included. Frames
-    without a target cost nothing on a CPU; elsewhere they are computed as well, since
-    to leave them out the host would have to wait for the device.
-
-    ``torch.compile`` does not look into this function.
-
-    Args:
-        hidden: (M, D) float, frames.
-        weight: (N K, D) of the linear layer, codebook-major.
-        bias: (N K,).
-        targets: (M, N) int in 0..K-1; negative entries are ignored: they add 0, but
-            count in the mean over codebooks.
-        frame_weight: (M,) float, at least 0; has no gradient.
-        chunk_rows: frames at a time; by default as ``CHUNK_LOGITS`` says.
-
-    Raises:
-        ValueError: sizes that do not fit together.
-    """
-    if weight.size(0) % targets.size(1) or targets.size(0) != hidden.size(0):
-        raise ValueError(
-            f"{tuple(hidden.shape)} frames, {tuple(targets.shape)} targets and a layer "
-            f"of {weight.size(0)} outputs do not fit together"
-        )
-    if chunk_rows is None:
-        logits = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["other"])
-        chunk_rows = max(1, logits // weight.size(0))
-    outputs = _eager()(
-        hidden,
-        weight,
-        bias,
-        targets,
-        frame_weight,
-        chunk_rows,
-        torch.is_grad_enabled(),  # inside the function it never is
-    )
-    return CodebookLoss(*outputs)
-
-
-@functools.cache
-def _eager() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The function behind a graph break; made at its first use, for it is slow to."""
-    return torch.compiler.disable(_CodebookLoss.apply)
-
-
-class _CodebookLoss(torch.autograd.Function):
-    """See :func:`codebook_loss`."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        targets: Tensor,
-        frame_weight: Tensor,
-        chunk_rows: int,
-        with_gradient: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        kind = hidden.device.type
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(kind, enabled=False):
-            # Relative to the largest, so that 16-bit gradients do not underflow.
-            largest = frame_weight.max().clamp(min=torch.finfo(exact).tiny)
-            chunks = _Chunks(
-                hidden, weight.to(dtype), bias.to(dtype), targets, dtype, exact
-            )
-            entropy, correct, gradients = chunks.run(
-                (frame_weight / largest).to(exact), chunk_rows, with_gradient
-            )
-            num_codebooks = targets.size(1)
-            loss = torch.dot(entropy.sum(dim=1), frame_weight.to(exact)) / num_codebooks
-        if with_gradient:
-            ctx.save_for_backward(largest / num_codebooks, *gradients)
-            ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
-        ctx.mark_non_differentiable(entropy, correct)
-        return loss, entropy, correct
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        factor, *gradients = ctx.saved_tensors
-        factor = factor * grad_loss
-        gradients = [
-            (gradient * factor).to(dtype) if needed else None
-            for gradient, dtype, needed in zip(
-                gradients, ctx.dtypes, ctx.needs_input_grad, strict=False
-            )
-        ]
-        return (*gradients, None, None, None, None)
-
-
-class _Chunks:
-    """The loop over chunks of frames."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        targets: Tensor,
-        dtype: torch.dtype,
-        exact: torch.dtype,
-    ) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.targets = targets
-        self.dtype, self.exact = dtype, exact
-        self.size = weight.size(0) // targets.size(1)
-
-    def run(
-        self, frame_weight: Tensor, chunk_rows: int, with_gradient: bool
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Return entropy, correctness and the gradients of hidden, weight and bias.
-
-        The gradients are those of the sum over codebooks, not of the mean.
-        """
-        hidden, weight, exact = self.hidden, self.weight, self.exact
-        entropy = hidden.new_zeros(self.targets.shape, dtype=exact)
-        correct = torch.zeros_like(self.targets, dtype=torch.bool)
-        gradients: tuple[Tensor, ...] = ()
-        if with_gradient:
-            gradients = (
-                torch.zeros_like(hidden),
-                torch.zeros_like(weight, dtype=exact),
-                torch.zeros_like(self.bias, dtype=exact),
-            )
-        for rows in self._rows(chunk_rows):
-            x, target = hidden[rows].to(self.dtype), self.targets[rows]
-            logits = F.linear(x, weight, self.bias).to(exact)
-            logits = logits.unflatten(1, (-1, self.size))
-            known = target >= 0
-            index = target.clamp(min=0).long()[..., None]
-            top, best = logits.max(dim=-1)
-            own = logits.gather(-1, index)[..., 0]
-            exps = logits.sub_(top[..., None]).exp_()
-            total = exps.sum(dim=-1)
-            entropy[rows] = (total.log() + top - own).masked_fill(~known, 0.0)
-            correct[rows] = best == target
-            if not with_gradient:
-                continue
-            # softmax - 1 at the target, times the frame's weight; 0 where ignored
-            scale = frame_weight[rows, None] * known
-            grad = exps.mul_((scale / total)[..., None])
-            grad = grad.scatter_add_(-1, index, -scale[..., None]).flatten(1)
-            grad_hidden, grad_weight, grad_bias = gradients
-            grad_bias += grad.sum(dim=0)
-            grad = grad.to(self.dtype)
-            grad_hidden[rows] = (grad @ weight).to(hidden.dtype)
-            if self.dtype == exact:
-                grad_weight.addmm_(grad.T, x)
-            else:
-                grad_weight += grad.T @ x
-        return entropy, correct, gradients
-
-    def _rows(self, chunk_rows: int) -> list[slice] | tuple[Tensor, ...]:
-        """Indexes of the frames of each chunk."""
-        frames = self.hidden.size(0)
-        if self.hidden.device.type in HOST:
-            with_target = (self.targets >= 0).any(dim=1)
-            if not bool(with_target.all()):
-                return with_target.nonzero()[:, 0].split(chunk_rows)
-        return [slice(i, i + chunk_rows) for i in range(0, frames, chunk_rows)]
-
-
-# ------------------------------------------------------------
-# Prediction heads: one linear classifier per codebook.
 
 
 class CodebookHead(nn.Linear):
@@ -376,12 +191,133 @@ class CodebookHead(nn.Linear):
         return super().forward(hidden).unflatten(-1, (-1, self.codebook_size))
 
 
-# ------------------------------------------------------------
-# Sums and counts behind the statistics of a step.
+def codebook_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    frame_weight: Tensor,
+    chunk_rows: int | None = None,
+) -> CodebookLoss:
+    """Cross-entropy of N codebooks of K codes predicted by one linear layer.
+
+    All M N K logits of a batch would need much memory (16 codebooks of 256: 16 KB a
+    frame). The gradient of the loss with respect to them is known in the forward pass,
+    up to the factor that the backward pass brings. So the logits of a few frames at a
+    time are computed, turned into their own gradient in place, multiplied out and
+    forgotten; M D and N K D numbers of gradient are kept. The matrix products are
+    those of the plain version: one forward, two backward.
+
+    All of it is in float32 (float64 for a float64 ``hidden``) whatever autocast says:
+    bfloat16 would round a logit of 16 by up to 0.06. Frames without a target cost
+    nothing on a CPU; elsewhere they are computed as well, since to leave them out the
+    host would have to wait for the device. ``torch.compile`` does not look into this.
+
+    Args:
+        hidden: (M, D) float, frames.
+        weight: (N K, D) of the linear layer, codebook-major.
+        bias: (N K,).
+        targets: (M, N) int in 0..K-1; negative entries are ignored: they add 0, but
+            count in the mean over codebooks.
+        frame_weight: (M,) float, at least 0; has no gradient.
+        chunk_rows: frames at a time; by default as ``CHUNK_LOGITS`` says.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+    if weight.size(0) % targets.size(1) or targets.size(0) != hidden.size(0):
+        raise ValueError(
+            f"{tuple(hidden.shape)} frames, {tuple(targets.shape)} targets and a layer "
+            f"of {weight.size(0)} outputs do not fit together"
+        )
+    if chunk_rows is None:
+        logits = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["other"])
+        chunk_rows = max(1, logits // weight.size(0))
+    with_gradient = torch.is_grad_enabled()  # inside the function it never is
+    inputs = hidden, weight, bias, targets, frame_weight
+    return CodebookLoss(*_eager()(*inputs, chunk_rows, with_gradient))
+
+
+@functools.cache
+def _eager() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The function behind a graph break; made at its first use, for it is slow to."""
+    return torch.compiler.disable(_CodebookLoss.apply)
+
+
+class _CodebookLoss(torch.autograd.Function):
+    """See :func:`codebook_loss`."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        frame_weight: Tensor,
+        chunk_rows: int,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        frame_weight = frame_weight.to(dtype) / targets.size(1)
+        entropy = hidden.new_zeros(targets.shape, dtype=dtype)
+        correct = torch.zeros_like(targets, dtype=torch.bool)
+        if with_gradient:
+            grad_hidden = torch.zeros_like(hidden, dtype=dtype)
+            grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _chunks(targets, chunk_rows):
+                x, target = hidden[rows].to(dtype), targets[rows]
+                known = target >= 0
+                index = target.clamp(min=0).long()[..., None]
+                logits = F.linear(x, weight, bias).unflatten(1, (targets.size(1), -1))
+                top, best = logits.max(dim=-1)
+                own = logits.gather(-1, index)[..., 0]
+                exps = logits.sub_(top[..., None]).exp_()
+                total = exps.sum(dim=-1)
+                entropy[rows] = (total.log() + top - own).masked_fill(~known, 0.0)
+                correct[rows] = best == target
+                if not with_gradient:
+                    continue
+                # softmax - 1 at the target, times the frame's weight; 0 where ignored
+                scale = frame_weight[rows, None] * known
+                grad = exps.mul_((scale / total)[..., None])
+                grad = grad.scatter_add_(-1, index, -scale[..., None]).flatten(1)
+                grad_hidden[rows] = grad @ weight
+                grad_weight.addmm_(grad.T, x)
+                grad_bias += grad.sum(dim=0)
+            loss = torch.dot(entropy.sum(dim=1), frame_weight)
+        if with_gradient:
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(entropy, correct)
+        return loss, entropy, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [
+            (gradient * grad_loss).to(dtype) if needed else None
+            for gradient, dtype, needed in zip(
+                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False
+            )
+        ]
+        return (*gradients, None, None, None, None)
+
+
+def _chunks(targets: Tensor, chunk_rows: int) -> Iterable[slice | Tensor]:
+    """Indexes of the frames (M,) of each chunk, of those with a target on a CPU."""
+    if targets.device.type in HOST:
+        with_target = (targets >= 0).any(dim=1)
+        if not bool(with_target.all()):
+            return with_target.nonzero()[:, 0].split(chunk_rows)
+    frames = targets.size(0)
+    return [slice(i, i + chunk_rows) for i in range(0, frames, chunk_rows)]
 
 
 class StatSums:
-    """Collects numerators and denominators, averaged over all ranks at once.
+    """Sums and counts behind the statistics of a step, over all ranks at once.
 
     ESPnet averages statistics over ranks with the batch's weight and needs the
     same keys everywhere; a rank without an utterance of a domain would spoil or

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TeacherTokens:
+class PredictedTokens:
     """Codes of one teacher and their prediction, of T frames and N codebooks.
 
     Attributes:
@@ -49,4 +49,4 @@ class Prediction:
 
     fbank: Tensor
     masked: Tensor
-    teachers: Mapping[str, TeacherTokens]
+    teachers: Mapping[str, PredictedTokens]

@@ -27,9 +27,11 @@ from espnet2_spear.data.iter_factory import SpearIterFactory
 from espnet2_spear.data.noise import NoiseList
 from espnet2_spear.data.preprocessor import SpearPreprocessor
 from espnet2_spear.spear.masking import SpanMasker
+from espnet2_spear.spear.mixing import PRESETS as MIXING_PRESETS
 from espnet2_spear.spear.mixing import Mixer, MixerConfig
 from espnet2_spear.spear.model import SpearPretrainModel
 from espnet2_spear.spear.objective import DEFAULT_PRESET, resolve_loss_weights
+from espnet2_spear.spear.objective import PRESETS as LOSS_PRESETS
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.train.deepspeed import check_deepspeed_config, weigh_loss
 from espnet2_spear.train.interruption import ranks_are_told
@@ -101,8 +103,8 @@ class SpearTask(AbsTask):
             action=NestedDictAction,
             default=None,
             help="Domain -> teacher -> weight of its loss; absent pairs weigh 0. Or "
-            "{preset: joint, disjoint or asymmetric}, in YAML also the bare name; by "
-            f"default {DEFAULT_PRESET}",
+            f"{{preset: one of {', '.join(LOSS_PRESETS)}}}, in YAML also the bare "
+            f"name; by default {DEFAULT_PRESET}",
         )
         group.add_argument(
             "--masker_conf",
@@ -114,9 +116,9 @@ class SpearTask(AbsTask):
             "--mixer_conf",
             action=NestedDictAction,
             default=dict(),
-            help="Augmentation: {preset: token_mixing, batch_mixing, noise or "
-            "task_aware, rules: {domain: fields of MixingRule}, mixed_teachers: "
-            "names}; by default none",
+            help=f"Augmentation: {{preset: one of {', '.join(MIXING_PRESETS)}, "
+            "rules: {domain: fields of MixingRule}, mixed_teachers: names}; by default "
+            "none",
         )
         group.add_argument(
             "--noise_scp",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from espnet2_spear.fileio.side_output import side_output
 from espnet2_spear.spear.model import FBANK_RATE
-from espnet2_spear.spear.predictions import Prediction, TeacherTokens
+from espnet2_spear.spear.predictions import PredictedTokens, Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +97,7 @@ def draw_prediction(prediction: Prediction, title: str) -> Figure:
 
 
 def _draw_tokens(
-    axes: Axes, tokens: TeacherTokens, codes: Tensor, strong: Tensor
+    axes: Axes, tokens: PredictedTokens, codes: Tensor, strong: Tensor
 ) -> None:
     from matplotlib import colormaps
 
@@ -113,7 +113,7 @@ def _draw_tokens(
     )
 
 
-def _draw_accuracy(axes: Axes, tokens: TeacherTokens) -> None:
+def _draw_accuracy(axes: Axes, tokens: PredictedTokens) -> None:
     codebooks = torch.arange(tokens.true.size(1)).numpy()
     for masked, offset, label in ((True, -0.2, "masked"), (False, 0.2, "not masked")):
         share = 100 * tokens.accuracy(masked).nan_to_num(0).numpy()
