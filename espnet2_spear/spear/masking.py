@@ -1,7 +1,7 @@
 """Masks of pre-training: spans of time and of mel channels of the fbank.
 
-The masked prediction of arXiv 2510.25955 [5.1] hides spans of the 100 Hz fbank (not of the
-embedding, as HuBERT does) in the order of the authors' code:
+The masked prediction of arXiv 2510.25955 [5.1] hides spans of the 100 Hz fbank
+(not of the embedding, as HuBERT does), in this order:
 
 1. channels: spans of mel bins become 0, the same bins in all frames of an utterance
    (0 is a loud log-mel value, not silence);

@@ -1,8 +1,8 @@
 """Token mixing: noise and other utterances mixed into a batch, codes along with them.
 
-The augmentation of arXiv 2510.25955, second version [5.8]. Noise never
-changes the targets. Where another utterance B of the batch is mixed into A at a
-signal-to-noise ratio of SNR dB,
+The augmentation of arXiv 2510.25955, second version [5.8]. Noise never changes the
+targets. Where another utterance B of the batch is mixed into A at a signal-to-noise
+ratio of SNR dB,
 
     x = a + g b,                g = sqrt(P_A 10^(-SNR/10) / P_B)
     p = g^2 P_B / (P_A + g^2 P_B) = 1 / (1 + 10^(SNR/10))
