@@ -9,7 +9,7 @@ from test_training_precision import build, make_batch
 from espnet2_spear.train.deepspeed import (
     DeepSpeedConfigError,
     check_deepspeed_config,
-    weigh_loss,
+    scale_loss_by_weight,
 )
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "deepspeed_zero2.json"
@@ -36,7 +36,7 @@ def test_gradients_are_the_mean_over_ranks() -> None:
     total = sum(weight for _, weight in plain)
     assert plain[0][1] > 1.5 * plain[1][1]
     expected = sum(gradient(model, loss * weight / total) for loss, weight in plain)
-    weigh_loss(model)
+    scale_loss_by_weight(model)
     got = sum(gradient(model, run(batch)[0] / total * 2) for batch in batches) / 2
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
 

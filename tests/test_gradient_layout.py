@@ -11,8 +11,8 @@ from test_training_precision import build, make_batch
 from tiny_training import differs
 from torch.nn.parallel import DistributedDataParallel
 
-from espnet2_spear.train.gradient_layout import fix_gradient_layout
-from espnet2_spear.train.run_state import _memory
+from espnet2_spear.train.checkpoint import _memory
+from espnet2_spear.train.gradients import fix_gradient_layout
 
 pytestmark = pytest.mark.second_env
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from espnet2_spear.bin import spear_average
-from espnet2_spear.train.gradients import accumulate_gradients
-from espnet2_spear.train.model_average import (
+from espnet2_spear.train.average import (
     AverageError,
     RunningAverage,
     average_between,
     average_file,
     save_epoch_average,
 )
+from espnet2_spear.train.gradients import accumulate_gradients
 
 
 class MeanSquares(torch.nn.Module):

@@ -1,5 +1,6 @@
-"""Steps whose gradients overflow at the loss scale of float16 training."""
+"""Low precision: which, at which loss scale, and steps whose gradients overflow."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -11,19 +12,17 @@ import pytest
 import torch
 from espnet2.train.reporter import Reporter
 from test_training_precision import build, make_batch
-from tiny_training import differs
+from tiny_training import differs, options, train, write_data
 from torch import nn
 
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
+from espnet2_spear.tasks.spear import SpearTask
+from espnet2_spear.train.average import RunningAverage
 from espnet2_spear.train.batches import Window
-from espnet2_spear.train.model_average import RunningAverage
-from espnet2_spear.train.run_state import RunState
-from espnet2_spear.train.step import (
-    MIN_LOSS_SCALE,
-    SKIPPED,
-    OptimizerStep,
-    TrainingError,
-)
+from espnet2_spear.train.checkpoint import SKIPPED, RunState
+from espnet2_spear.train.step import MIN_LOSS_SCALE, OptimizerStep, TrainingError
+from espnet2_spear.train.trainer import SpearTrainer
+from espnet2_spear.zipformer.schedule import BatchCount, BatchCountState
 
 pytestmark = pytest.mark.second_env
 # Makes of the loss what a test wants; the gradients are real.
@@ -48,11 +47,7 @@ class Training:
     """Optimizer steps with a scaler, as the trainer does them."""
 
     def __init__(
-        self,
-        folder: Path,
-        scale: float,
-        optim: str = "scaledadam",
-        enabled: bool = True,
+        self, folder: Path, scale: float | None, optim: str = "scaledadam"
     ) -> None:
         self.model = Half()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -61,18 +56,19 @@ class Training:
             if optim == "scaledadam"
             else torch.optim.AdamW(parameters, lr=0.002, fused=True)
         )
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=enabled)
+        self.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale)
         self.state = RunState(
             folder,
             self.model,
             [self.optimizer],
             [None],
             RunningAverage(0),
-            accum_grad=1,
+            self.scaler,
         )
         self.options = SimpleNamespace(
             seed=0,
-            use_amp=False,  # Half has it on
+            device=torch.device("cpu"),
+            autocast=contextlib.nullcontext,  # Half has it on
             grad_noise=False,
             grad_clip=1e9,
             grad_clip_type=2.0,
@@ -86,20 +82,11 @@ class Training:
         window = Window(
             [([f"u{i}", f"v{i}"], make_batch(i)) for i in range(batches)],
             [0.0] * batches,
-            False,
+            stop=False,
         )
         with reporter.observe("train") as sub:
-            step = OptimizerStep(
-                self.model,
-                [self.optimizer],
-                [None],
-                self.scaler,
-                sub,
-                self.options,
-                torch.device("cpu"),
-                self.state,
-            )
-            return step(window, 0.0).grad_norm
+            step = OptimizerStep(self.model, self.state, sub, self.options)
+            return step(window).grad_norm
 
     def content(self) -> dict:
         """Parameters and what the optimizer remembers of them."""
@@ -132,7 +119,7 @@ def test_overflow_lowers_the_scale_until_steps_are_done(
     assert training.state.any_valid
     # The gradients are those without a scaler.
     torch.manual_seed(0)
-    other = Training(tmp_path, 1.0, optim, enabled=False)
+    other = Training(tmp_path, None, optim)
     other.model.load_state_dict(before["model"])
     other.optimizer.load_state_dict(before["optim"])
     assert other.step(batches) == pytest.approx(norms[-1], rel=0.05)
@@ -158,22 +145,22 @@ def test_gradients_that_no_scale_makes_finite_are_a_fault(tmp_path: Path) -> Non
     assert differs(before, training.content()) == "" and not training.state.any_valid
 
 
-@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("scale", [16.0, None])
 def test_a_bad_loss_is_a_fault_of_the_data_not_of_the_scale(
-    tmp_path: Path, enabled: bool
+    tmp_path: Path, scale: float | None
 ) -> None:
-    """Whatever its gradients are, and although a disabled scaler is one, too."""
+    """Whatever its gradients are."""
     changes = [
         lambda loss, model: loss * float("nan"),
         lambda loss, model: loss + float("inf"),  # whose gradients are finite
     ]
-    training = Training(tmp_path, 16.0, enabled=enabled)
+    training = Training(tmp_path, scale)
     before = training.content()
     for count, change in enumerate(changes, 1):
         training.model.change = change
         training.step()
         assert training.state.skipped == count
-        assert training.scaler.get_scale() == (16.0 if enabled else 1.0)
+        assert scale is None or training.scaler.get_scale() == scale
     assert differs(before, training.content()) == ""
     training.model.change = lambda loss, model: loss
     training.step()
@@ -191,3 +178,80 @@ def test_a_norm_that_overflows_is_no_step(tmp_path: Path) -> None:
     assert training.step() == float("inf")
     assert differs(before, training.content()) == ""
     assert training.state.skipped == 1 and training.scaler.get_scale() == 1.0
+
+
+# --- Which precision, and which scale -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "gpu", "dtype"),
+    [  # gpu: None for a CPU, else whether it computes in bfloat16
+        ("--use_amp false", True, None),
+        ("--use_amp true", None, None),
+        ("--use_amp true", True, torch.bfloat16),
+        ("--use_amp true", False, torch.float16),
+        ("--use_amp true --amp_dtype float16", True, torch.float16),
+        ("--use_amp true --amp_dtype bfloat16", None, torch.bfloat16),
+        (
+            "--use_amp true --amp_dtype bfloat16",
+            False,
+            "Old GPU does not compute",
+        ),
+        ("--amp_dtype bfloat16", True, "needs --use_amp true"),
+        ("--use_amp true --train_dtype float64", True, "--train_dtype float64"),
+    ],
+)
+def test_precision_and_scaler(
+    words: str,
+    gpu: bool | None,
+    dtype: torch.dtype | str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Only float16 has a scale; ESPnet's own trainer gives bfloat16 65 536 as well."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    cmd = [*words.split(), "--output_dir", "exp", "--ngpu", str(int(gpu is not None))]
+    args = SpearTask.get_parser().parse_args(cmd)
+    if isinstance(dtype, str):
+        with pytest.raises(ValueError, match=dtype):
+            SpearTrainer.build_options(args)
+        return
+    options = SpearTrainer.build_options(args)
+    assert options.product_dtype == dtype
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    scaler = options.grad_scaler()
+    assert (scaler is not None) == (dtype == torch.float16)
+    assert scaler is None or scaler.state_dict()["scale"] == 1.0
+    ineffective = gpu is None and dtype is None
+    assert ("no effect on a CPU" in caplog.text) == ineffective
+
+
+@pytest.mark.parametrize("scale", [None, 4.0])
+def test_penalties_of_the_network_know_the_scale(
+    tmp_path: Path, scale: float | None
+) -> None:
+    """They are added to gradients that the scale has multiplied already."""
+    training = Training(tmp_path, scale)
+    count = BatchCount()
+    training.model.schedule = BatchCountState(count)  # as the task makes it
+    training.step()
+    assert count.loss_scale == (scale or 1.0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_training_in_low_precision(tmp_path: Path, dtype: str) -> None:
+    """Through ESPnet's task, on a CPU."""
+    cmd = options(write_data(tmp_path / "data", utts=4), tmp_path / "exp")
+    cmd += ["--use_amp", "true", "--amp_dtype", dtype, "--max_epoch", "1"]
+    log = tmp_path / "log"
+    assert train(cmd, log) == 0, log.read_text()
+    state = torch.load(tmp_path / "exp/checkpoint.pth", weights_only=True)
+    assert state["reporter"]["stats"][1]["train"]["loss_scale"] == 1.0
+    if dtype == "float16":
+        assert state["scaler"]["scale"] == 1.0
+    else:
+        assert state["scaler"] is None
+    for value in state["model"].values():
+        assert value.dtype == torch.float32 and value.isfinite().all()

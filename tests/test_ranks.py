@@ -14,8 +14,9 @@ from tiny_training import RATE, difference, options, start, write_data
 
 from espnet2_spear.tasks import spear
 from espnet2_spear.train import step
+from espnet2_spear.train.checkpoint import SKIPPED
 from espnet2_spear.train.interruption import EXIT_INTERRUPTED
-from espnet2_spear.train.rank_monitor import EXIT_RANK_LOST
+from espnet2_spear.train.ranks import EXIT_RANK_LOST
 
 pytestmark = pytest.mark.second_env
 
@@ -137,7 +138,7 @@ def test_skipped_by_all_ranks(data, tmp_path):
         f"{tmp_path}/wav.scp,speech,sound"
     )
     assert end(launch(cmd, tmp_path)) == [0] * RANKS
-    skipped = (tmp_path / "exp" / step.SKIPPED).read_text().splitlines()
+    skipped = (tmp_path / "exp" / SKIPPED).read_text().splitlines()
     assert len(skipped) == 1 and utt in skipped[0] and '"u0000"' not in skipped[0]
     for value in torch.load(tmp_path / "exp/1epoch.pth", weights_only=True).values():
         assert value.isfinite().all()

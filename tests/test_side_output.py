@@ -9,7 +9,7 @@ import pytest
 import torch
 from espnet2.train.reporter import Reporter
 
-from espnet2_spear.fileio.side_output import append_lines, read_lines, side_output
+from espnet2_spear.fileio.side_output import append_lines, read_lines, warn_on_oserror
 from espnet2_spear.spear.predictions import PredictedTokens, Prediction
 from espnet2_spear.train.pictures import show_prediction
 from espnet2_spear.train.reporter import SpearReporter
@@ -23,10 +23,10 @@ def blocked(tmp_path: Path) -> Path:
 
 
 def test_only_errors_of_files_become_warnings(caplog: pytest.LogCaptureFixture) -> None:
-    with side_output("a list"):
+    with warn_on_oserror("a list"):
         raise OSError(28, "No space left on device")
     assert "a list: cannot be written ([Errno 28] No space" in caplog.text
-    with pytest.raises(ValueError), side_output("a list"):
+    with pytest.raises(ValueError), warn_on_oserror("a list"):
         raise ValueError("a mistake in a program")
 
 

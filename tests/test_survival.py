@@ -13,7 +13,8 @@ import soundfile
 import torch
 from tiny_training import RATE, difference, options, start, train, write_data
 
-from espnet2_spear.train import checkpoint, step
+from espnet2_spear.train import step
+from espnet2_spear.train.checkpoint import SKIPPED, read_last_good
 from espnet2_spear.train.interruption import EXIT_INTERRUPTED
 
 pytestmark = pytest.mark.second_env
@@ -68,9 +69,10 @@ def test_killed_anywhere_and_resumed(data, whole, tmp_path):
         ("step", 4, signal.SIGKILL, -signal.SIGKILL),  # resumes after 2 steps
         ("step", 2, signal.SIGTERM, EXIT_INTERRUPTED),  # after 4
         ("written", 1, signal.SIGKILL, -signal.SIGKILL),  # mid-checkpoint: after 4
-        # Renamed are: previous and checkpoint of step 6, running average, previous and
-        # checkpoint of the epoch. Dies before 1epoch.pth.
-        ("renamed", 6, signal.SIGKILL, -signal.SIGKILL),
+        # Renamed are: previous and checkpoint of step 6, running average, 1epoch.pth,
+        # links to it (latest, best), previous and checkpoint. Dies before each in turn.
+        ("renamed", 3, signal.SIGKILL, -signal.SIGKILL),
+        *[("renamed", n, signal.SIGKILL, -signal.SIGKILL) for n in (2, 3, 4, 6)],
         ("step", 1, signal.SIGTERM, EXIT_INTERRUPTED),  # in the second epoch
         ("step", 4, signal.SIGKILL, -signal.SIGKILL),
     ):
@@ -80,7 +82,6 @@ def test_killed_anywhere_and_resumed(data, whole, tmp_path):
     log = (tmp_path / "log").read_text()
     for position in ("after 2 batches of epoch 1", "after 4 batches of epoch 1"):
         assert f"the training goes on {position}" in log
-    assert "1epoch.pth: was not written before the interruption" in log
     # Statistics of the interrupted epochs are those of whole ones.
     states = [
         torch.load(p / "checkpoint.pth", weights_only=True)["reporter"]["stats"]
@@ -148,7 +149,7 @@ def test_full_disk(data, whole, tmp_path):
     assert "CheckpointWriteError" in log and "MiB are free on that disk" in log
     assert "TensorBoard's curves: cannot be written" in log
     assert not list((tmp_path / "exp").glob("*.tmp"))
-    content, _ = checkpoint.read_last_good(tmp_path / "exp")[::-1]
+    content, _ = read_last_good(tmp_path / "exp")[::-1]
     assert content["spear"]["position"] == 4
 
     # One in the middle of an epoch is left out: step 8, in the second epoch.
@@ -195,7 +196,7 @@ def test_steps_with_nan_are_skipped(data, tmp_path):
     at = cmd.index(f"{data['speech']},speech,sound")
     cmd[at] = f"{table},speech,sound"
     assert train(cmd, tmp_path / "log") == 0
-    skipped = (tmp_path / "exp" / step.SKIPPED).read_text().splitlines()
+    skipped = (tmp_path / "exp" / SKIPPED).read_text().splitlines()
     assert len(skipped) == 2 and utt in skipped[0] and '"loss"' in skipped[0]
     assert (
         f"is not finite. Utterances (all in {tmp_path}"
@@ -210,5 +211,5 @@ def test_steps_with_nan_are_skipped(data, tmp_path):
     # A training that begins anew does not go on with the lists of another.
     (tmp_path / "exp" / "skipped_train.rank3.txt").write_text("u audio_empty x\n")
     assert train([*cmd, "--resume", "false"], tmp_path / "log3") == 1
-    assert len((tmp_path / "exp" / step.SKIPPED).read_text().splitlines()) == 1
+    assert len((tmp_path / "exp" / SKIPPED).read_text().splitlines()) == 1
     assert not (tmp_path / "exp" / "skipped_train.rank3.txt").exists()

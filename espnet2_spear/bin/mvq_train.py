@@ -21,7 +21,7 @@ from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingEr
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.teachers.base import TeacherError
 from espnet2_spear.teachers.stream import TeacherFrames
-from espnet2_spear.train.process_group import process_group_that_ends
+from espnet2_spear.train.ranks import destroy_process_group_on_exit
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -159,7 +159,7 @@ def main(cmd=None):
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     config = _configuration(args)
-    with process_group_that_ends():
+    with destroy_process_group_on_exit():
         _join_processes(args)
         _train(args, config)
 

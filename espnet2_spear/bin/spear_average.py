@@ -10,8 +10,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from espnet2_spear.train.checkpoint import atomic_save
-from espnet2_spear.train.model_average import AverageError, average_between
+from espnet2_spear.train.average import AverageError, average_between
+from espnet2_spear.train.writing import save_whole
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -53,7 +53,7 @@ def main(cmd=None) -> None:
     output = args.output
     if output is None:
         output = args.exp / f"average_{args.from_epoch}_{args.to_epoch}.pth"
-    atomic_save(state, output)
+    save_whole(state, output)
     logging.info(f"{output}: mean of epochs {args.from_epoch} to {args.to_epoch}")
 
 

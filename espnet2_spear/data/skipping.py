@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from espnet2_spear.fileio.side_output import append_lines, read_lines, side_output
+from espnet2_spear.fileio.side_output import append_lines, read_lines, warn_on_oserror
 
 TRIES = 4  # rows tried in place of a bad one
 MIN_FAILURES = 20  # different utterances, before a share of failures means something
@@ -163,7 +163,7 @@ class SkipLog:
         """Cause of each utterance of the list."""
         if self.path is None:
             return {}
-        with side_output(self.path):
+        with warn_on_oserror(self.path):
             lines = [line.split(maxsplit=2) for line in read_lines(self.path)]
             return {words[0]: words[1] for words in lines if len(words) > 1}
         return {}
@@ -195,7 +195,7 @@ class SkipLog:
             logging.warning(f"skipped utterance '{utt}' ({cause}): {detail}")
             self._unwritten.append(f"{utt} {cause} {' '.join(detail.split())}")
         if self._unwritten and self.path is not None:
-            with side_output(self.path):
+            with warn_on_oserror(self.path):
                 append_lines(self.path, self._unwritten)
                 self._unwritten = []
         self._check()

@@ -13,7 +13,7 @@ LONGEST_LINE = 1 << 20  # bytes
 
 
 @contextmanager
-def side_output(what: str | Path) -> Iterator[None]:
+def warn_on_oserror(what: str | Path) -> Iterator[None]:
     """Turn an OSError, such as of a full disk, into a warning that names ``what``."""
     try:
         yield

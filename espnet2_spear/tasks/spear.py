@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import copy
 from collections.abc import Callable, Collection, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
-from espnet2.tasks.abs_task import AbsTask
+from espnet2.tasks.abs_task import AbsTask, scheduler_classes
 from espnet2.train.class_choices import ClassChoices
 from espnet2.train.trainer import Trainer
 from espnet2.utils.nested_dict_action import NestedDictAction
@@ -33,10 +35,9 @@ from espnet2_spear.spear.model import SpearPretrainModel
 from espnet2_spear.spear.objective import DEFAULT_PRESET, resolve_loss_weights
 from espnet2_spear.spear.objective import PRESETS as LOSS_PRESETS
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.train.deepspeed import check_deepspeed_config, weigh_loss
-from espnet2_spear.train.interruption import ranks_are_told
-from espnet2_spear.train.process_group import process_group_that_ends
-from espnet2_spear.train.rank_monitor import watch_ranks
+from espnet2_spear.train.deepspeed import check_deepspeed_config, scale_loss_by_weight
+from espnet2_spear.train.interruption import forward_signals_to_ranks
+from espnet2_spear.train.ranks import destroy_process_group_on_exit, watch_ranks
 from espnet2_spear.train.trainer import SpearTrainer
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.fusion import fuse_chains
@@ -62,8 +63,6 @@ class SpearTask(AbsTask):
     num_optimizers: int = 1
     class_choices_list = [model_choices]
     trainer = SpearTrainer
-    # What ends with main_worker, while it runs.
-    _running: contextlib.ExitStack | None = None
 
     @classmethod
     def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -248,7 +247,7 @@ class SpearTask(AbsTask):
         cmd: Sequence[str] | None = None,
     ) -> None:
         """As of every task; signals reach the ranks that it starts."""
-        with ranks_are_told():
+        with forward_signals_to_ranks():
             super().main(args=args, cmd=cmd)
 
     @classmethod
@@ -260,10 +259,47 @@ class SpearTask(AbsTask):
             check_deepspeed_config(args.deepspeed_config)
             # ESPnet exchanges its own trainer only.
             cls.trainer = Trainer
-        with process_group_that_ends(), contextlib.ExitStack() as running:
-            cls._running = running
-            running.callback(setattr, cls, "_running", None)
+        with destroy_process_group_on_exit(), watch_ranks(args):
             super().main_worker(args)
+
+    @classmethod
+    def check_options(cls, args: argparse.Namespace) -> None:
+        """Build all that a training builds of its options, but for data and numbers.
+
+        So a recipe finds out what the training would refuse before it makes data and
+        codes for days: options that do not fit together, and files that are missing.
+
+        Args:
+            args: of the command line; not changed.
+
+        Raises:
+            ValueError: the training would refuse them; says why.
+        """
+        args = copy.deepcopy(args)
+        args.compile = False
+        try:
+            check_sampling_options(args)
+            if args.use_deepspeed:
+                check_deepspeed_config(args.deepspeed_config)
+            cls.trainer.build_options(args)
+            for train in (True, False):
+                cls.build_preprocess_fn(args, train)
+                cls.build_collate_fn(args, train)
+            for package in ("wandb", "deepspeed"):
+                if getattr(args, f"use_{package}") and not find_spec(package):
+                    raise ValueError(f"--use_{package} true: install {package}")
+            for word in args.init_param:
+                path = Path(word.partition(":")[0])
+                if not path.is_file():
+                    raise ValueError(f"--init_param {word}: {path} is no file")
+            with torch.device("meta"):  # no memory, whatever the size
+                model = cls.build_model(args)
+            for optimizer in cls.build_optimizers(args, model):
+                if args.scheduler is not None:
+                    scheduler_classes[args.scheduler](optimizer, **args.scheduler_conf)
+        # What classes make of options that they do not know.
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> SpearPretrainModel:
@@ -272,10 +308,6 @@ class SpearTask(AbsTask):
         Raises:
             ValueError: the configuration does not fit together.
         """
-        if cls._running is not None:
-            # The first of this task's methods that ESPnet calls when the ranks have
-            # found each other: models and indexes take minutes, in which one may die.
-            cls._running.enter_context(watch_ranks(args))
         # Trained attention weights and their gradients reach denormal numbers, which
         # slow a CPU down; threads that start later inherit the setting.
         torch.set_flush_denormal(True)
@@ -307,7 +339,7 @@ class SpearTask(AbsTask):
         model.schedule = student.batch_count_state()
         options = vars(args)
         if options.get("use_deepspeed") and options.get("distributed"):
-            weigh_loss(model)
+            scale_loss_by_weight(model)
         return model
 
 

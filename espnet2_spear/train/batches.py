@@ -1,4 +1,4 @@
-"""Batches of an epoch: from its middle on, in step over ranks, reproducibly."""
+"""Iterate over an epoch: resumable, ranks in lockstep, seeded per step."""
 
 from __future__ import annotations
 
@@ -31,30 +31,23 @@ def seed_all(*what: int | str) -> None:
     torch.manual_seed(seed)
 
 
-class ResumableIterFactory(AbsIterFactory):
-    """An iterator factory whose epochs can begin where they were interrupted.
+def open_epoch(factory: AbsIterFactory, epoch: int, start: int = 0) -> Iterable:
+    """Batches of an epoch from its ``start``-th on.
 
     Args:
         factory: ESPnet's or this package's. If its ``build_iter`` has an argument
             ``start``, it gets the number of batches to skip; batches of a torch
             DataLoader are skipped unread, those of anything else are read.
-        start_of: epoch -> batches of it that are done.
+        epoch: from 1.
+        start: batches that are done.
     """
-
-    def __init__(self, factory: AbsIterFactory, start_of: Callable[[int], int]) -> None:
-        self.factory = factory
-        self.start_of = start_of
-
-    def build_iter(self, epoch: int, shuffle: bool | None = None) -> Iterable:
-        """Return what is left of an epoch."""
-        start = self.start_of(epoch)
-        if "start" in inspect.signature(self.factory.build_iter).parameters:
-            iterator = self.factory.build_iter(epoch, shuffle, start=start)
-        else:
-            iterator = skip_batches(self.factory.build_iter(epoch, shuffle), start)
-        if isinstance(iterator, DataLoader):
-            iterator.worker_init_fn = PatientWorker(iterator.worker_init_fn)
-        return iterator
+    if "start" in inspect.signature(factory.build_iter).parameters:
+        iterator = factory.build_iter(epoch, start=start)
+    else:
+        iterator = skip_batches(factory.build_iter(epoch), start)
+    if isinstance(iterator, DataLoader):
+        iterator.worker_init_fn = PatientWorker(iterator.worker_init_fn)
+    return iterator
 
 
 def skip_batches(iterator: Iterable, start: int) -> Iterable:

@@ -1,22 +1,44 @@
-"""Checkpoints that are whole or not there, and the last good one of them."""
+"""Checkpoints: what they hold, how they are written, and how a training goes on.
+
+``checkpoint.pth`` holds what ESPnet's trainer puts there (model, reporter, optimizers,
+schedulers, scaler: either trainer resumes from the other's file) and, under ``spear``,
+what a run needs to go on as if nothing had happened: the batches of the epoch that are
+done, the running average, the statistics so far and what modules of each rank remember
+in plain numbers. Random numbers are not in it: every step seeds them anew.
+
+A checkpoint is whole or not there. The one before it stays as ``checkpoint.prev.pth``
+for the case that the newest is damaged. The files of an epoch (``Nepoch.pth``, links,
+the running average) are written before its checkpoint: a run that is killed in between
+comes back to the steps before, and writes them again.
+"""
 
 from __future__ import annotations
 
 import datetime
 import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from espnet2.train.reporter import SubReporter
+from torch import nn
+
+from espnet2_spear.train.average import RunningAverage
+from espnet2_spear.train.reporter import SpearReporter, statistics_state
+from espnet2_spear.train.writing import save_whole
+from espnet2_spear.zipformer.regularizers import Whiten
+from espnet2_spear.zipformer.schedule import BatchCountState
 
 CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint.prev.pth"
+SKIPPED = "skipped_steps.jsonl"
+LISTS = (SKIPPED, "skipped_*.rank*.txt")  # of steps, and of utterances by rank
+VERSION = 1
 _PARTS = ("model", "reporter", "optimizers", "schedulers")
+_COUNTERS = ("epoch", "position", "steps", "samples", "skipped", "any_valid")
 # What reporters of ESPnet 202511 put into checkpoints; none of it runs code.
 _SCALARS = [
     np.dtype,
@@ -29,139 +51,182 @@ _SCALARS = [
 ]
 
 
-class CheckpointWriteError(RuntimeError):
-    """A checkpoint could not be written; what was there before still is."""
-
-
 class ResumeError(RuntimeError):
     """No checkpoint of an experiment can be read."""
 
 
-def atomic_save(
-    content: Any,
-    path: Path,
-    keep_as: Path | None = None,
-    save: Callable[[Any, Any], None] | None = None,
-) -> None:
-    """Write a file that is complete under its name, or leave the old one.
+@dataclass
+class RunState:
+    """A training between two of its steps.
 
-    Args:
-        content: for torch.save.
-        path: replaced at once when all bytes are on the disk.
-        keep_as: name that the file so far gets, where the file system has hard links.
-        save: writes the content to an open file; torch.save by default.
+    Attributes:
+        output_dir: the experiment.
+        model: not wrapped.
+        optimizers: as ESPnet built them.
+        schedulers: one or None for each optimizer.
+        average: running average of the model.
+        scaler: of float16 training, or None.
+        accum_grad: batches per step.
+        reporter: statistics of the epochs.
+        rank: of this process.
+        world_size: number of ranks.
+        epoch: that is being trained, from 1.
+        position: batches of the epoch that are done.
+        steps: optimizer steps of the whole training, skipped ones included.
+        samples: of audio (16 kHz) seen so far, by all ranks, without padding.
+        skipped: steps of the epoch that were skipped for numbers that are not finite.
+        any_valid: whether any step of the epoch was not.
+    """
+
+    output_dir: Path
+    model: nn.Module
+    optimizers: Sequence[torch.optim.Optimizer]
+    schedulers: Sequence[Any]
+    average: RunningAverage
+    scaler: torch.amp.GradScaler | None = None
+    accum_grad: int = 1
+    reporter: SpearReporter = field(default_factory=SpearReporter)
+    rank: int = 0
+    world_size: int = 1
+    epoch: int = 1
+    position: int = 0
+    steps: int = 0
+    samples: float = 0.0
+    skipped: int = 0
+    any_valid: bool = False
+
+    def begin_next_epoch(self) -> None:
+        """Count batches and skipped steps anew."""
+        self.epoch += 1
+        self.position, self.skipped, self.any_valid = 0, 0, False
+
+    def save(self, statistics: SubReporter | None = None) -> None:
+        """Write a checkpoint; call it on all ranks.
+
+        Args:
+            statistics: of the epoch that is being trained, in the middle of one.
+
+        Raises:
+            CheckpointWriteError: such as on a full disk.
+        """
+        ranks = [memory := _memory(self.model)]
+        if self.world_size > 1:
+            ranks = [{} for _ in range(self.world_size)]
+            torch.distributed.all_gather_object(ranks, memory)
+        if self.rank != 0:
+            return
+        own = {
+            "version": VERSION,
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "accum_grad": self.accum_grad,
+            "ranks": ranks,
+            "average": self.average.state_dict(),
+            "interrupted": statistics and statistics_state(statistics),
+        }
+        content = {
+            "model": self.model.state_dict(),
+            "reporter": self.reporter.state_before(self.epoch),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "schedulers": [s and s.state_dict() for s in self.schedulers],
+            "scaler": self.scaler and self.scaler.state_dict(),
+            "spear": own,
+        }
+        path = self.output_dir / CHECKPOINT
+        save_whole(content, path, keep_as=path.with_name(PREVIOUS))
+        logging.info(
+            f"{path}: written after {self.position} batches of epoch {self.epoch}"
+        )
+
+    def load(self, content: dict[str, Any], path: Path) -> None:
+        """Go on from a checkpoint, also from one of ESPnet's own trainer.
+
+        Args:
+            content: what was read.
+            path: the file's name, for messages.
+
+        Raises:
+            ResumeError: of a newer version of this package.
+        """
+        self.model.load_state_dict(content["model"])
+        self.reporter.load_state_dict(content["reporter"])
+        for part in ("optimizers", "schedulers"):
+            for one, saved in zip(getattr(self, part), content[part], strict=True):
+                if one is not None:
+                    one.load_state_dict(saved)
+        if self.scaler is not None and content.get("scaler") is not None:
+            self.scaler.load_state_dict(content["scaler"])
+        self.epoch = self.reporter.get_epoch() + 1
+        if "spear" in content:
+            self._load_own(content["spear"], path)
+        else:
+            logging.warning(
+                f"{path}: of ESPnet's own trainer, without running average and "
+                "count of steps, which begin anew"
+            )
+        logging.info(
+            f"{path}: the training goes on after {self.position} batches of "
+            f"epoch {self.epoch}"
+        )
+
+    def _load_own(self, own: dict[str, Any], path: Path) -> None:
+        if own["version"] > VERSION:
+            raise ResumeError(
+                f"{path}: the checkpoint is of a newer espnet2-spear "
+                f"(state {own['version']}, known is {VERSION}); update the package"
+            )
+        for name in _COUNTERS:
+            setattr(self, name, own[name])
+        self.average.load_state_dict(own["average"])
+        self.reporter.interrupted = own.get("interrupted")
+        for what, then, now in (
+            ("processes", len(own["ranks"]), self.world_size),
+            ("batches per step (accum_grad)", own["accum_grad"], self.accum_grad),
+        ):
+            if then != now:
+                logging.warning(
+                    f"the interrupted run had {then} {what}, this one has {now}: it "
+                    "goes on from there, but not with the same numbers as without "
+                    "the interruption"
+                )
+        if own["ranks"]:
+            _remember(self.model, own["ranks"][self.rank % len(own["ranks"])])
+
+
+def prepare_folder(state: RunState, resume: bool) -> bool:
+    """Rank 0 removes what an earlier training left, or finds what it can resume.
+
+    Returns:
+        whether there is a checkpoint to go on from.
+    """
+    checkpoint, previous = (state.output_dir / n for n in (CHECKPOINT, PREVIOUS))
+    if state.rank == 0:
+        if not resume:
+            previous.unlink(missing_ok=True)
+            for pattern in LISTS:
+                for left in state.output_dir.glob(pattern):
+                    left.unlink()
+        for left in state.output_dir.glob("*.pth.tmp"):
+            left.unlink()
+    if state.world_size > 1:
+        torch.distributed.barrier()
+    return resume and (checkpoint.exists() or previous.exists())
+
+
+def resume_from_folder(state: RunState) -> None:
+    """Go on from the last checkpoint that is whole; rank 0 decides which that is.
 
     Raises:
-        CheckpointWriteError: the disk is full, or the folder is not writable.
+        ResumeError: none is.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            (save or torch.save)(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_as is not None and path.exists():
-            _link(path, keep_as)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    # torch's writer turns errors of the file into RuntimeErrors.
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 2**20
-        raise CheckpointWriteError(
-            f"{path}: cannot be written ({error}); {free:.0f} MiB are free on that "
-            "disk. The previous file is as it was: make room and start again with "
-            "--resume true"
-        ) from error
-
-
-def _link(path: Path, name: Path) -> None:
-    """Give a file a second name, replacing what had it."""
-    temporary = name.with_name(name.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-        os.replace(temporary, name)
-    except OSError as error:
-        logging.warning(f"{name}: not kept as a second checkpoint ({error})")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def atomic_symlink(target: str, path: Path) -> None:
-    """Point a symbolic link somewhere else without a moment in which it is absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, path)
-
-
-@contextmanager
-def atomic_saves(complete: Callable[[Path, Any], Any]) -> Iterator[None]:
-    """Let every torch.save to a path be atomic, those inside ESPnet's loop too.
-
-    Args:
-        complete: gets the path and the content, returns what is written.
-    """
-    plain = torch.save
-
-    def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(f, (str, os.PathLike)):
-            return plain(obj, f, *args, **kwargs)
-        path = Path(f)
-        keep_as = path.with_name(PREVIOUS) if path.name == CHECKPOINT else None
-        atomic_save(complete(path, obj), path, keep_as, plain)
-
-    torch.save = save
-    try:
-        yield
-    finally:
-        torch.save = plain
-
-
-def primitive(value: Any) -> Any:
-    """Replace NumPy scalars and time spans by what ``weights_only`` loading accepts."""
-    if isinstance(value, Mapping):
-        return {k: primitive(v) for k, v in value.items()}
-    if isinstance(value, datetime.timedelta):
-        return {"__timedelta_seconds__": value.total_seconds()}
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
-
-
-def from_primitive(value: Any) -> Any:
-    """Undo :func:`primitive`; NumPy scalars stay Python's."""
-    if isinstance(value, Mapping):
-        if set(value) == {"__timedelta_seconds__"}:
-            return datetime.timedelta(seconds=value["__timedelta_seconds__"])
-        return {k: from_primitive(v) for k, v in value.items()}
-    return value
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read one file to the CPU, without executing anything that it holds.
-
-    Raises:
-        ResumeError: not there, damaged, or something else than a checkpoint.
-    """
-    try:
-        with torch.serialization.safe_globals(_SCALARS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever damaged bytes make of the reader
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ResumeError(f"{path}: cannot be read ({reason[0]})") from error
-    missing = [k for k in _PARTS if not isinstance(content, dict) or k not in content]
-    if missing:
-        raise ResumeError(f"{path}: no checkpoint of a training, lacks {missing}")
-    return content
+    path, content = None, None
+    if state.rank == 0:
+        path, content = read_last_good(state.output_dir)
+    if state.world_size > 1:
+        chosen = [path]
+        torch.distributed.broadcast_object_list(chosen, src=0)
+        path = chosen[0]
+    assert path is not None
+    state.load(content or read_checkpoint(path), path)
 
 
 def read_last_good(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -186,25 +251,40 @@ def read_last_good(folder: Path) -> tuple[Path, dict[str, Any]]:
     )
 
 
-def repair_epoch_files(
-    folder: Path, epoch: int, model: Mapping[str, torch.Tensor], best: list[str]
-) -> None:
-    """Write what an epoch's end was about to write when the process died.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one file to the CPU, without executing anything that it holds.
 
-    ESPnet writes checkpoint.pth, then Nepoch.pth, then the links; a run that resumes
-    from the first never comes back to the others.
-
-    Args:
-        folder: the experiment.
-        epoch: the last complete epoch.
-        model: its tensors.
-        best: criteria (``valid.loss``) of which this epoch is the best.
+    Raises:
+        ResumeError: not there, damaged, or something else than a checkpoint.
     """
-    file = folder / f"{epoch}epoch.pth"
-    if not file.exists():
-        logging.warning(f"{file}: was not written before the interruption; written now")
-        atomic_save(dict(model), file)
-    for name in ["latest.pth", *(f"{criterion}.best.pth" for criterion in best)]:
-        link = folder / name
-        if not link.is_symlink() or os.readlink(link) != file.name:
-            atomic_symlink(file.name, link)
+    try:
+        with torch.serialization.safe_globals(_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever damaged bytes make of the reader
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ResumeError(f"{path}: cannot be read ({reason[0]})") from error
+    missing = [k for k in _PARTS if not isinstance(content, dict) or k not in content]
+    if missing:
+        raise ResumeError(f"{path}: no checkpoint of a training, lacks {missing}")
+    return content
+
+
+def _memory(model: nn.Module) -> dict[str, float]:
+    """What modules carry from step to step in plain numbers, by module name."""
+    memory = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BatchCountState) and module.count is not None:
+            # As a tensor it is float32, and that of rank 0.
+            memory[name] = module.count.value
+        elif isinstance(module, Whiten):
+            memory[name] = module.prob
+    return memory
+
+
+def _remember(model: nn.Module, memory: dict[str, float]) -> None:
+    for name, module in model.named_modules():
+        if name in memory:
+            if isinstance(module, BatchCountState):
+                module.count.value = memory[name]
+            elif isinstance(module, Whiten):
+                module.prob = memory[name]

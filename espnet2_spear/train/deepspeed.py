@@ -45,12 +45,12 @@ def check_deepspeed_config(path: str | Path | None) -> None:
         )
 
 
-def weigh_loss(model: nn.Module) -> None:
+def scale_loss_by_weight(model: nn.Module) -> None:
     """Let the model return its loss times the batch's weight.
 
-    That trainer divides the loss by the sum of all ranks' weights without multiplying
-    by the own one first: it expects a sum. With this the gradients are the exact mean
-    over ranks, as with ESPnet's usual trainer.
+    DeepSpeed's trainer expects a summed loss, ours is a mean: that trainer divides by
+    the sum of all ranks' weights without multiplying by the own one first. With this
+    the gradients are the exact mean over ranks, as with ESPnet's usual trainer.
     """
 
     def times_weight(

@@ -49,8 +49,8 @@ class StopRequest:
 
 
 @contextmanager
-def ranks_are_told() -> Iterator[None]:
-    """Within it, a process that waits for ranks that it spawned passes signals on.
+def forward_signals_to_ranks() -> Iterator[None]:
+    """Pass signals on to the ranks that this process has spawned and waits for.
 
     ESPnet starts the ranks of one machine so (``--multiprocessing_distributed``). The
     process would else die at once, and its ranks would train on without it.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from espnet2_spear.fileio.side_output import side_output
+from espnet2_spear.fileio.side_output import warn_on_oserror
 from espnet2_spear.spear.model import FBANK_RATE
 from espnet2_spear.spear.predictions import PredictedTokens, Prediction
 
@@ -39,11 +39,11 @@ def show_prediction(
     """
     figure = draw_prediction(prediction, f"{utt}, epoch {epoch}")
     path = folder / utt.replace("/", "_") / f"{epoch}ep.png"
-    with side_output(path):
+    with warn_on_oserror(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     if summary_writer is not None:
-        with side_output("TensorBoard's pictures"):
+        with warn_on_oserror("TensorBoard's pictures"):
             summary_writer.add_figure(f"predictions/{utt}", figure, epoch)
     if use_wandb and path.exists():
         import wandb

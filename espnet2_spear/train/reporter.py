@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,7 @@ import numpy as np
 import torch
 from espnet2.train.reporter import Average, Reporter, SubReporter, WeightedAverage
 
-from espnet2_spear.fileio.side_output import side_output
-from espnet2_spear.train.checkpoint import from_primitive, primitive
+from espnet2_spear.fileio.side_output import warn_on_oserror
 
 
 class SpearReporter(Reporter):
@@ -26,17 +27,13 @@ class SpearReporter(Reporter):
         super().__init__(epoch)
         self.interrupted: dict[str, Any] | None = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Statistics of complete epochs."""
-        return primitive({"stats": self.stats, "epoch": self.epoch})
-
     def state_before(self, epoch: int) -> dict[str, Any]:
-        """State as it was when an epoch began."""
+        """Statistics of the epochs before this one."""
         stats = {e: s for e, s in self.stats.items() if e < epoch}
         return primitive({"stats": stats, "epoch": epoch - 1})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore from :meth:`state_dict`."""
+        """Restore from :meth:`state_before`, or from the state of ESPnet's reporter."""
         self.epoch = state_dict["epoch"]
         self.stats = from_primitive(state_dict["stats"])
 
@@ -51,12 +48,12 @@ class SpearReporter(Reporter):
 
     def matplotlib_plot(self, output_dir: str | Path) -> None:
         """Draw the statistics, if there is room."""
-        with side_output(output_dir):
+        with warn_on_oserror(output_dir):
             super().matplotlib_plot(output_dir)
 
     def tensorboard_add_scalar(self, *args: Any, **kwargs: Any) -> None:
         """Pass the statistics to TensorBoard, if there is room."""
-        with side_output("TensorBoard's curves"):
+        with warn_on_oserror("TensorBoard's curves"):
             super().tensorboard_add_scalar(*args, **kwargs)
 
 
@@ -107,3 +104,26 @@ def recent(reporter: SubReporter, name: str, count: int) -> float:
     pairs = [(v, w) for v, w in pairs if np.isfinite(v) and np.isfinite(w)]
     total = sum(w for _, w in pairs)
     return sum(v * w for v, w in pairs) / total if total > 0 else float("nan")
+
+
+def primitive(value: Any) -> Any:
+    """Replace NumPy scalars and time spans by what ``weights_only`` loading accepts.
+
+    As ESPnet 202611 does it; 202511 writes them as they are.
+    """
+    if isinstance(value, Mapping):
+        return {k: primitive(v) for k, v in value.items()}
+    if isinstance(value, datetime.timedelta):
+        return {"__timedelta_seconds__": value.total_seconds()}
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def from_primitive(value: Any) -> Any:
+    """Undo :func:`primitive`; NumPy scalars stay Python's."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__timedelta_seconds__"}:
+            return datetime.timedelta(seconds=value["__timedelta_seconds__"])
+        return {k: from_primitive(v) for k, v in value.items()}
+    return value

@@ -6,25 +6,24 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
 
-import espnet2.train.trainer as espnet_trainer
 import torch
+from espnet2.schedulers.abs_scheduler import AbsBatchStepScheduler
 from espnet2.torch_utils.add_gradient_noise import add_gradient_noise
 from espnet2.torch_utils.device_funcs import to_device
 from espnet2.train.reporter import SubReporter
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.fileio.side_output import append_lines, side_output
+from espnet2_spear.fileio.side_output import append_lines, warn_on_oserror
 from espnet2_spear.schedulers.eden import Eden
 from espnet2_spear.train.batches import Window, count_audio, seed_all
+from espnet2_spear.train.checkpoint import SKIPPED, RunState
 from espnet2_spear.train.gradients import StepResult, accumulate_gradients
-from espnet2_spear.train.run_state import RunState
-from espnet2_spear.train.trainer_options import SpearTrainerOptions
+from espnet2_spear.train.options import SpearTrainerOptions
+from espnet2_spear.zipformer.schedule import BatchCountState
 
-SKIPPED = "skipped_steps.jsonl"
 # A float16 training whose loss scale falls below this has other faults than overflow.
 MIN_LOSS_SCALE = 2.0**-10
 
@@ -59,58 +58,54 @@ class OptimizerStep:
 
     Args:
         model: wrapped for several ranks, or not.
-        optimizers: all of them step.
-        schedulers: one or None for each.
-        scaler: of float16 training; None without ``--use_amp true``.
-        reporter: of the epoch.
-        options: of the trainer.
-        device: of the model.
-        state: of the run; ``steps``, ``samples``, ``skipped`` and ``any_valid`` and
+        state: of the run, whose optimizers and schedulers all step; its counters and
             its running average are kept up to date.
+        statistics: of the epoch.
+        options: of the trainer.
+        skips: utterances that this rank could not read so far.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer],
-        schedulers: Sequence[Any],
-        scaler: Any,
-        reporter: SubReporter,
-        options: SpearTrainerOptions,
-        device: torch.device,
         state: RunState,
+        statistics: SubReporter,
+        options: SpearTrainerOptions,
+        skips: Sized = (),
     ) -> None:
         self.model = model
-        self.optimizers = optimizers
-        self.schedulers = schedulers
-        self.scaler = scaler
-        self.reporter = reporter
-        self.options = options
-        self.device = device
         self.state = state
+        self.statistics = statistics
+        self.options = options
+        self.skips = skips
+        # Penalties of the network are added to gradients that the scale multiplies.
+        self.counts = [
+            module.count
+            for module in state.model.modules()
+            if isinstance(module, BatchCountState) and module.count is not None
+        ]
 
-    def __call__(self, window: Window, start: float) -> StepFigures:
+    def __call__(self, window: Window) -> StepFigures:
         """Do one step; the host waits for the device once.
 
         Args:
             window: at least one batch.
-            start: when loading of the batches began (time.perf_counter).
 
         Raises:
             TrainingError: one skipped step too many.
         """
+        state, options, scaler = self.state, self.options, self.state.scaler
+        start = time.perf_counter() - sum(window.load_seconds)
         result = self._gradients(window)
-        options = self.options
-        if self.scaler is not None:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
+        if scaler is not None:
+            for optimizer in state.optimizers:
+                scaler.unscale_(optimizer)
         if options.grad_noise:
             # The same noise on every rank, or their parameters would part.
-            state = self.state
             seed_all("noise", options.seed, state.epoch, state.position)
             add_gradient_noise(
                 self.model,
-                self.reporter.get_total_count(),
+                self.statistics.get_total_count(),
                 duration=100,
                 eta=1.0,
                 scale_factor=0.55,
@@ -119,28 +114,26 @@ class OptimizerStep:
             self.model.parameters(), options.grad_clip, options.grad_clip_type
         )
         audio = [count_audio(batch) for _, batch in window.batches]
-        fetched = _fetch(
-            result, grad_norm, audio, len(self.state.skips), self.state.world_size
+        stats, weights, bad, bad_here, figures = _fetch(
+            result, grad_norm, audio, len(self.skips), state.world_size
         )
-        stats, weights, bad, bad_here, figures = fetched
-        own = {}
+        shown = {}
         if any(bad) or not math.isfinite(figures.grad_norm):
             self._skip(window, bad, bad_here)
         else:
-            own = self._update(figures)
-        for optimizer in self.optimizers:
+            shown = self._update(figures)
+        for optimizer in state.optimizers:
             optimizer.zero_grad()
-        state = self.state
         state.steps += 1
         state.samples += figures.samples
         if state.rank == 0:
             state.average.after_step(state.model, state.steps)
-        own["skipped_utts"] = figures.skipped_utts
-        own["padding_waste"] = 1 - figures.samples / figures.padded
-        own["train_time"] = time.perf_counter() - start
-        for i, optimizer in enumerate(self.optimizers):
+        shown["skipped_utts"] = figures.skipped_utts
+        shown["padding_waste"] = 1 - figures.samples / figures.padded
+        shown["train_time"] = time.perf_counter() - start
+        for i, optimizer in enumerate(state.optimizers):
             for j, group in enumerate(optimizer.param_groups):
-                own[f"optim{i}_lr{j}"] = group["lr"]
+                shown[f"optim{i}_lr{j}"] = group["lr"]
         for index, values in enumerate(stats):
             times = {
                 "iter_time": window.load_seconds[index],
@@ -148,47 +141,51 @@ class OptimizerStep:
                 "backward_time": result.backward_seconds[index],
             }
             last = index == len(stats) - 1
-            self.reporter.register(values, weights[index])
-            self.reporter.register({**times, **own} if last else times)
-            self.reporter.next()
+            self.statistics.register(values, weights[index])
+            self.statistics.register({**times, **shown} if last else times)
+            self.statistics.next()
         return figures
 
     def _gradients(self, window: Window) -> StepResult:
         """Leave the gradients of all batches in the parameters."""
-        state, scaler = self.state, self.scaler
+        state, options, scaler = self.state, self.options, self.state.scaler
+        for count in self.counts:
+            count.loss_scale = 1.0 if scaler is None else scaler.get_scale()
         batches = [
-            {**to_device(batch, self.device, non_blocking=True), "utt_id": ids}
+            {**to_device(batch, options.device, non_blocking=True), "utt_id": ids}
             for ids, batch in window.batches
         ]
-        seed = (self.options.seed, state.epoch, state.rank)
+        seed = (options.seed, state.epoch, state.rank)
         return accumulate_gradients(
             self.model,
             batches,
-            lambda: autocast(self.options),
+            options.autocast,
             lambda loss: (loss if scaler is None else scaler.scale(loss)).backward(),
             lambda index: seed_all("step", *seed, state.position + index),
         )
 
     def _update(self, figures: StepFigures) -> dict[str, float]:
         """Step optimizers and schedulers; returns what there is to report."""
-        seconds = figures.samples / SAMPLE_RATE
+        state, scaler = self.state, self.state.scaler
         start = time.perf_counter()
-        self.state.any_valid = True
-        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
-            if self.scaler is None:
+        state.any_valid = True
+        for optimizer, scheduler in zip(
+            state.optimizers, state.schedulers, strict=True
+        ):
+            if scaler is None:
                 optimizer.step()
             else:
-                self.scaler.step(optimizer)
+                scaler.step(optimizer)
             if isinstance(scheduler, Eden):
-                scheduler.count_audio(seconds)
-            if isinstance(scheduler, espnet_trainer.AbsBatchStepScheduler):
+                scheduler.count_audio(figures.samples / SAMPLE_RATE)
+            if isinstance(scheduler, AbsBatchStepScheduler):
                 scheduler.step()
-        if self.scaler is not None:
-            self.scaler.update()  # forgets which gradients it has unscaled
+        if scaler is not None:
+            scaler.update()  # forgets which gradients it has unscaled
         return {
             "grad_norm": figures.grad_norm,
             "clip": 100.0 if figures.grad_norm > self.options.grad_clip else 0.0,
-            "loss_scale": 1.0 if self.scaler is None else self.scaler.get_scale(),
+            "loss_scale": 1.0 if scaler is None else scaler.get_scale(),
             "optim_step_time": time.perf_counter() - start,
         }
 
@@ -196,14 +193,14 @@ class OptimizerStep:
         self, window: Window, bad: Sequence[float], bad_here: Sequence[float]
     ) -> None:
         """Skip the step, which all ranks do together: they see the same sums."""
-        state = self.state
-        if self.scaler is not None:
+        state, scaler = self.state, self.state.scaler
+        if scaler is not None:
             # Without scaler.step: it would step where gradients are finite and loss or
-            # norm are not, and always if the scaler is disabled (a CPU).
-            scale = self.scaler.get_scale()
+            # norm are not.
+            scale = scaler.get_scale()
             # A bad batch says nothing about the scale; an overflow lowers it.
-            self.scaler.update(scale if any(bad) else None)
-            if self.scaler.get_scale() < scale and scale > MIN_LOSS_SCALE:
+            scaler.update(scale if any(bad) else None)
+            if scaler.get_scale() < scale and scale > MIN_LOSS_SCALE:
                 logging.info(f"gradients overflow at loss scale {scale:g}: lowered")
                 return
         state.skipped += 1
@@ -227,7 +224,7 @@ class OptimizerStep:
                 "not_finite": "loss" if any(bad) else "gradient",
                 "utterances": [utt for ids in everyone for utt in ids],
             }
-            with side_output(path):
+            with warn_on_oserror(path):
                 append_lines(path, [json.dumps(record)])
             utts = record["utterances"]
             shown = ", ".join(utts[:8]) + (", ..." if utts[8:] else "")
@@ -244,13 +241,6 @@ class OptimizerStep:
                 "rate, or train in bfloat16 or float32. Then start again with "
                 "--resume true"
             )
-
-
-def autocast(options: SpearTrainerOptions) -> torch.autocast:
-    """Precision of forward passes, as ESPnet chooses it."""
-    return torch.autocast(
-        "cuda", enabled=options.use_amp, **espnet_trainer.autocast_args
-    )
 
 
 def _fetch(

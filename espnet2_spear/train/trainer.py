@@ -1,57 +1,65 @@
-"""ESPnet's trainer, for trainings that last weeks."""
+"""The training loop, for trainings that last weeks.
+
+ESPnet's task builds model, optimizers and data and hands them to ``SpearTrainer.run``;
+:class:`Training` is what happens then, from top to bottom. Beyond ESPnet's trainer it
+can be killed at any moment and go on as if nothing had happened (checkpoint.py), with
+random numbers that depend on the step only and the exact mean over accumulated batches
+and ranks (gradients.py); it skips, lists and limits steps with numbers that are not
+finite (step.py), keeps a running average of the model (average.py), and says in one
+line how it is doing (progress.py).
+
+It relies on these parts of ESPnet's: the arguments of ``Trainer.run``, the options of
+``TrainerOptions``, ``Reporter`` and ``SubReporter`` (which it extends, reporter.py) and
+``average_nbest_models``; nothing of ESPnet's is changed or replaced.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import logging
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import espnet2.train.trainer as espnet_trainer
 import torch
+from espnet2.iterators.abs_iter_factory import AbsIterFactory
+from espnet2.main_funcs.average_nbest_models import average_nbest_models
+from espnet2.schedulers.abs_scheduler import (
+    AbsEpochStepScheduler,
+    AbsValEpochStepScheduler,
+)
 from espnet2.torch_utils.device_funcs import to_device
+from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
 from espnet2.train.distributed_utils import DistributedOption
 from espnet2.train.reporter import SubReporter
 from espnet2.train.trainer import Trainer
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 
-from espnet2_spear.train.batches import ResumableIterFactory, windows
-from espnet2_spear.train.checkpoint import atomic_saves
-from espnet2_spear.train.gradient_layout import fix_gradient_layout
-from espnet2_spear.train.gradients import evaluate
-from espnet2_spear.train.interruption import Interrupted
-from espnet2_spear.train.model_average import RunningAverage, save_epoch_average
-from espnet2_spear.train.pictures import show_prediction
-from espnet2_spear.train.progress import Progress, report_progress
-from espnet2_spear.train.reporter import SpearReporter
-from espnet2_spear.train.resume import prepare_folder, read_on_all_ranks, restore
-from espnet2_spear.train.run_state import RunState
-from espnet2_spear.train.step import OptimizerStep, autocast
-from espnet2_spear.train.trainer_options import (
+from espnet2_spear.train.average import RunningAverage, save_epoch_average
+from espnet2_spear.train.batches import Window, open_epoch, windows
+from espnet2_spear.train.checkpoint import (
+    RunState,
+    prepare_folder,
+    resume_from_folder,
+)
+from espnet2_spear.train.gradients import evaluate, fix_gradient_layout
+from espnet2_spear.train.interruption import Interrupted, StopRequest
+from espnet2_spear.train.options import (
     SpearTrainerOptions,
     add_trainer_arguments,
     build_trainer_options,
-    leave_out_missing_packages,
+    disable_missing_backends,
 )
+from espnet2_spear.train.pictures import show_prediction
+from espnet2_spear.train.progress import Curves, Progress
+from espnet2_spear.train.step import OptimizerStep
+from espnet2_spear.train.writing import CheckpointWriteError, point_link, save_whole
 
 
 class SpearTrainer(Trainer):
-    """Trainer whose runs can be killed at any moment and go on as if nothing happened.
-
-    Beyond ESPnet's: checkpoints in the middle of an epoch, each whole or not there;
-    random numbers that depend on the step only; the exact mean over accumulated
-    batches and ranks; a running average of the model; steps with numbers that are not
-    finite are skipped, listed and limited; ranks that die end the others; a line of
-    progress. ESPnet's loop over epochs is used as it is.
-
-    Class attributes:
-        state: of the training that this process runs.
-    """
-
-    state: RunState
+    """The door through which ESPnet's tasks come to :class:`Training`."""
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -73,9 +81,9 @@ class SpearTrainer(Trainer):
         model: torch.nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         schedulers: Sequence[Any],
-        train_iter_factory: Any,
-        valid_iter_factory: Any,
-        plot_attention_iter_factory: Any,
+        train_iter_factory: AbsIterFactory,
+        valid_iter_factory: AbsIterFactory,
+        plot_attention_iter_factory: AbsIterFactory | None,
         trainer_options: SpearTrainerOptions,
         distributed_option: DistributedOption,
     ) -> None:
@@ -89,239 +97,261 @@ class SpearTrainer(Trainer):
         options, distributed = trainer_options, distributed_option.distributed
         if distributed_option.ngpu > 1 and not distributed:
             raise ValueError("several GPUs need --multiprocessing_distributed true")
-        output_dir = Path(options.output_dir)
-        state = cls.state = RunState(
-            output_dir,
+        state = RunState(
+            Path(options.output_dir),
             model,
             optimizers,
             schedulers,
             RunningAverage(options.average_period),
+            options.grad_scaler(),
             options.accum_grad,
-            best_model_criterion=options.best_model_criterion,
         )
         if distributed:
             state.rank = torch.distributed.get_rank()
             state.world_size = torch.distributed.get_world_size()
-        leave_out_missing_packages(options)
-        prepare_folder(state, options.resume)
-        with (
-            state.stop.listen(),
-            atomic_saves(state.complete),
-            _own_reporter(state),
-        ):
-            super().run(
-                model=model,
-                optimizers=optimizers,
-                schedulers=schedulers,
-                train_iter_factory=ResumableIterFactory(
-                    train_iter_factory, state.start_of
-                ),
-                valid_iter_factory=ResumableIterFactory(
-                    valid_iter_factory, lambda epoch: 0
-                ),
-                plot_attention_iter_factory=(
-                    plot_attention_iter_factory if options.use_matplotlib else None
-                ),
-                trainer_options=options,
-                distributed_option=distributed_option,
-            )
-
-    @classmethod
-    def resume(
-        cls,
-        checkpoint: str | Path,
-        model: torch.nn.Module,
-        reporter: SpearReporter,
-        optimizers: Sequence[torch.optim.Optimizer],
-        schedulers: Sequence[Any],
-        scaler: Any,
-        ngpu: int = 0,
-        strict: bool = True,
-    ) -> None:
-        """Go on from the last checkpoint that is whole.
-
-        Raises:
-            ResumeError: there is none.
-        """
-        state = cls.state
-        path, content = read_on_all_ranks(Path(checkpoint).parent, state)
-        restore(
-            path,
-            content,
+        disable_missing_backends(options)
+        Training(
             state,
-            model,
-            reporter,
-            optimizers,
-            schedulers,
-            scaler,
-            strict,
-        )
+            options,
+            train_iter_factory,
+            valid_iter_factory,
+            plot_attention_iter_factory if options.use_matplotlib else None,
+        ).run()
 
-    @classmethod
-    def train_one_epoch(
-        cls,
-        model: torch.nn.Module,
-        iterator: Iterable,
-        optimizers: Sequence[torch.optim.Optimizer],
-        schedulers: Sequence[Any],
-        scaler: Any,
-        reporter: SubReporter,
-        summary_writer: Any,
+
+class Training:
+    """One training, from its first step or its last checkpoint to its end.
+
+    Args:
+        state: of the run.
+        options: of the trainer.
+        train_data: makes the batches of an epoch.
+        valid_data: makes those of its validation.
+        plot_data: makes those of which predictions are drawn; None: draw nothing.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
         options: SpearTrainerOptions,
-        distributed_option: DistributedOption,
-    ) -> bool:
-        """Train what is left of an epoch.
-
-        Returns:
-            whether every step had to be skipped.
-        """
-        state = cls.state
-        state.begin_epoch(reporter.get_epoch())
-        state.scaler, state.train_reporter = scaler, reporter
-        state.summary_writer = summary_writer
-        state.skips = getattr(iterator, "skips", ())
-        device = torch.device("cuda" if options.ngpu > 0 else "cpu")
-        if distributed_option.distributed and not state.laid_out:
-            fix_gradient_layout(model, device, partial(autocast, options))
-            state.laid_out = True
-        model.train()
-        batches = _length(iterator)
-        progress = Progress(options.max_epoch, batches and state.position + batches)
-        log_interval = options.log_interval or max((batches or 2000) // 20, 10)
-        step = OptimizerStep(
-            model, optimizers, schedulers, scaler, reporter, options, device, state
-        )
-        groups = windows(
-            iterator,
-            options.accum_grad,
-            state.position,
-            (options.seed, state.epoch, state.rank),
-            lambda: state.stop.requested,
-            device if distributed_option.distributed else None,
-        )
-        with contextlib.closing(groups):
-            start = time.perf_counter()
-            for window in groups:
-                if window.stop:
-                    cls._stop()
-                if options.no_forward_run:
-                    state.any_valid = True
-                    continue
-                figures = step(window, start)
-                start = time.perf_counter()
-                progress.count(figures)
-                done = state.position // log_interval
-                state.position += figures.batches
-                if state.position // log_interval != done:
-                    report_progress(progress, state, optimizers, reporter, options)
-                if options.save_interval and state.steps % options.save_interval == 0:
-                    state.save()
-        return not state.any_valid
-
-    @classmethod
-    def validate_one_epoch(
-        cls,
-        model: torch.nn.Module,
-        iterator: Iterable,
-        reporter: SubReporter,
-        options: SpearTrainerOptions,
-        distributed_option: DistributedOption,
+        train_data: AbsIterFactory,
+        valid_data: AbsIterFactory,
+        plot_data: AbsIterFactory | None,
     ) -> None:
-        """Validate; then what belongs to the end of an epoch."""
-        state = cls.state
-        device = torch.device("cuda" if options.ngpu > 0 else "cpu")
-        model.eval()
-        groups = windows(
-            iterator,
-            1,
-            0,
-            (options.seed, "valid"),
-            lambda: state.stop.requested,
-            device if distributed_option.distributed else None,
-        )
-        with contextlib.closing(groups):
-            for window in groups:
-                if window.stop:
-                    cls._stop()
-                if options.no_forward_run:
-                    continue
-                ids, batch = window.batches[0]
-                batch = {**to_device(batch, device, non_blocking=True), "utt_id": ids}
-                stats, weight = evaluate(model, batch, partial(autocast, options))
-                reporter.register(stats, weight)
-                reporter.next()
-        state.gather_ranks()
+        self.state, self.options = state, options
+        self.train_data, self.valid_data = train_data, valid_data
+        self.plot_data = plot_data
+        self.stop = StopRequest()
+        self.curves = Curves(options, state.rank == 0)
+        self.model: torch.nn.Module = state.model  # wrapped, if there are several ranks
+        self.statistics: SubReporter | None = None  # of the epoch's training
+
+    def run(self) -> None:
+        """Train all epochs that are left."""
+        state, options = self.state, self.options
+        if prepare_folder(state, options.resume):
+            resume_from_folder(state)
+        if state.world_size > 1:
+            self.model = self._wrap_for_ranks()
+        observe = state.reporter.observe
+        with self.stop.listen():
+            while state.epoch <= options.max_epoch and not self._stops_early():
+                logging.info(f"{state.epoch}/{options.max_epoch}epoch started")
+                set_all_random_seed(options.seed + state.epoch)
+                state.reporter.set_epoch(state.epoch)
+                with observe("train") as statistics:
+                    self.train_epoch(statistics)
+                with observe("valid") as statistics:
+                    self.validate(statistics)
+                if self.plot_data is not None and state.rank == 0:
+                    with observe("att_plot") as statistics:
+                        self.draw_predictions(statistics)
+                self._step_schedulers()
+                any_valid = state.any_valid
+                self._finish_epoch()
+                if not any_valid:
+                    logging.warning("no step of the epoch was valid: training ends")
+                    break
         if state.rank == 0:
-            save_epoch_average(
-                state.average,
-                state.model,
-                state.output_dir,
-                state.epoch,
-                options.keep_averages,
-            )
+            self._average_best()
 
-    @classmethod
+    def train_epoch(self, statistics: SubReporter) -> None:
+        """Train what is left of the epoch."""
+        state, options = self.state, self.options
+        self.statistics = statistics
+        iterator = open_epoch(self.train_data, state.epoch, state.position)
+        try:
+            left = len(iterator)  # type: ignore[arg-type]
+        except TypeError:
+            left = None
+        progress = Progress(options.max_epoch, left and state.position + left)
+        log_interval = options.log_interval or max((left or 2000) // 20, 10)
+        skips = getattr(iterator, "skips", ())
+        step = OptimizerStep(self.model, state, statistics, options, skips)
+        seed = (options.seed, state.epoch, state.rank)
+        self.model.train()
+        for window in self._windows(iterator, options.accum_grad, state.position, seed):
+            if options.no_forward_run:
+                state.any_valid = True
+                continue
+            figures = step(window)
+            progress.count(figures)
+            lines = state.position // log_interval
+            state.position += figures.batches
+            if state.position // log_interval != lines and state.rank == 0:
+                self.curves.show(progress, state, statistics)
+            if options.save_interval and state.steps % options.save_interval == 0:
+                self._save_within_epoch()
+
+    def validate(self, statistics: SubReporter) -> None:
+        """Register the figures of every batch of the validation."""
+        options = self.options
+        iterator = open_epoch(self.valid_data, self.state.epoch)
+        self.model.eval()
+        for window in self._windows(iterator, 1, 0, (options.seed, "valid")):
+            if options.no_forward_run:
+                continue
+            ids, batch = window.batches[0]
+            batch = to_device(batch, options.device, non_blocking=True)
+            figures, weight = evaluate(
+                self.model, {**batch, "utt_id": ids}, options.autocast
+            )
+            statistics.register(figures, weight)
+            statistics.next()
+
     @torch.no_grad()
-    def plot_attention(
-        cls,
-        model: torch.nn.Module,
-        output_dir: Path | None,
-        summary_writer: Any,
-        iterator: Iterable,
-        reporter: SubReporter,
-        options: SpearTrainerOptions,
-    ) -> None:
+    def draw_predictions(self, statistics: SubReporter) -> None:
         """Draw what is predicted of ``num_att_plot`` utterances.
 
         Where other models draw their attention; into ``predictions/<utterance>/``. With
         ``iterator_type: task`` they are spread over the data, else they are the first.
         """
-        assert output_dir is not None  # ESPnet's loop always names one
-        device = torch.device("cuda" if options.ngpu > 0 else "cpu")
-        student = cls.state.model.eval()
-        for ids, batch in iterator:
-            with autocast(options):
-                predictions = student.predict(**to_device(batch, device))
+        state, options = self.state, self.options
+        assert self.plot_data is not None
+        student = state.model.eval()
+        for ids, batch in open_epoch(self.plot_data, state.epoch):
+            with options.autocast():
+                predictions = student.predict(**to_device(batch, options.device))
             for utt, prediction in zip(ids, predictions, strict=True):
                 show_prediction(
                     prediction,
                     utt,
-                    reporter.get_epoch(),
-                    output_dir.with_name("predictions"),
-                    summary_writer,
+                    state.epoch,
+                    state.output_dir / "predictions",
+                    self.curves.train_writer,
                     options.use_wandb,
                 )
-            reporter.next()
+            statistics.next()
 
-    @classmethod
-    def _stop(cls) -> None:
-        """Write a checkpoint and end, on all ranks."""
-        cls.state.save()
-        logging.warning(
-            "the training was asked to stop and ends; the same command with --resume "
-            "true goes on"
+    def _windows(
+        self, iterator: Iterable, size: int, position: int, seed: tuple
+    ) -> Iterator[Window]:
+        """Batches of one step each; ends the training when a signal asked for it."""
+        groups = windows(
+            iterator,
+            size,
+            position,
+            seed,
+            lambda: self.stop.requested,
+            self.options.device if self.state.world_size > 1 else None,
         )
-        raise Interrupted
+        with contextlib.closing(groups):
+            for window in groups:
+                if window.stop:
+                    self._save_within_epoch()
+                    logging.warning(
+                        "the training was asked to stop and ends; the same command "
+                        "with --resume true goes on"
+                    )
+                    raise Interrupted
+                yield window
 
+    def _save_within_epoch(self) -> None:
+        """Write a checkpoint; a full disk costs this one, not the training."""
+        try:
+            self.state.save(self.statistics)
+        except CheckpointWriteError as error:
+            logging.error(f"the training goes on without this checkpoint: {error}")
 
-def _length(iterator: Iterable) -> int | None:
-    try:
-        return len(iterator)  # type: ignore[arg-type]
-    except TypeError:
-        return None
+    def _finish_epoch(self) -> None:
+        """Write the epoch's files and, when they are whole, its checkpoint."""
+        state, options = self.state, self.options
+        folder, epoch = state.output_dir, state.epoch
+        if state.rank == 0:
+            self.curves.show_epoch(state.reporter)
+            save_epoch_average(
+                state.average, state.model, folder, epoch, options.keep_averages
+            )
+            file = folder / f"{epoch}epoch.pth"
+            save_whole(state.model.state_dict(), file)
+            best = [k for k, epochs in self._ranking().items() if epochs[0] == epoch]
+            for name in ["latest", *(f"{criterion}.best" for criterion in best)]:
+                point_link(folder / f"{name}.pth", file.name)
+            self.curves.log_model(file, epoch, best)
+        state.begin_next_epoch()
+        state.save()
+        if state.rank == 0:
+            kept = max(self._nbest())
+            good = {e for epochs in self._ranking().values() for e in epochs[:kept]}
+            for e in set(range(1, epoch)) - good:
+                (folder / f"{e}epoch.pth").unlink(missing_ok=True)
+            interval = options.nbest_averaging_interval
+            if interval > 0 and epoch % interval == 0:
+                self._average_best(f"till{epoch}epoch")
 
+    def _ranking(self) -> dict[str, list[int]]:
+        """Criterion such as ``valid.loss`` -> epochs, the best one first."""
+        reporter = self.state.reporter
+        return {
+            f"{phase}.{name}": reporter.sort_epochs(phase, name, mode)
+            for phase, name, mode in self.options.best_model_criterion
+            if reporter.has(phase, name)
+        }
 
-@contextlib.contextmanager
-def _own_reporter(state: RunState) -> Iterator[None]:
-    """Let ESPnet's loop, which makes its reporter itself, make one of ours."""
+    def _nbest(self) -> list[int]:
+        """How many of the best epochs are averaged, and so kept."""
+        nbest = self.options.keep_nbest_models
+        return [nbest] if isinstance(nbest, int) else list(nbest) or [1]
 
-    def make() -> SpearReporter:
-        state.reporter = SpearReporter()
-        return state.reporter
+    def _average_best(self, suffix: str | None = None) -> None:
+        average_nbest_models(
+            output_dir=self.state.output_dir,
+            reporter=self.state.reporter,
+            best_model_criterion=self.options.best_model_criterion,
+            nbest=self._nbest(),
+            suffix=suffix,
+        )
 
-    plain = espnet_trainer.Reporter
-    espnet_trainer.Reporter = make
-    try:
-        yield
-    finally:
-        espnet_trainer.Reporter = plain
+    def _step_schedulers(self) -> None:
+        """Schedulers that step once an epoch; the others do in every step."""
+        for scheduler in self.state.schedulers:
+            if isinstance(scheduler, AbsValEpochStepScheduler):
+                criterion = self.options.val_scheduler_criterion
+                scheduler.step(self.state.reporter.get_value(*criterion))
+            elif isinstance(scheduler, AbsEpochStepScheduler):
+                scheduler.step()
+
+    def _stops_early(self) -> bool:
+        """Whether ``patience`` epochs brought nothing."""
+        reporter, criterion = self.state.reporter, self.options.early_stopping_criterion
+        return (
+            self.options.patience is not None
+            and reporter.has(*criterion[:2])
+            and reporter.check_early_stopping(self.options.patience, *criterion)
+        )
+
+    def _wrap_for_ranks(self) -> DistributedDataParallel:
+        """Let the gradients of all ranks meet, in the same places from step 1 on."""
+        options = self.options
+        devices = [torch.cuda.current_device()] if options.ngpu > 0 else None
+        model = DistributedDataParallel(
+            self.state.model,
+            device_ids=devices,
+            find_unused_parameters=options.unused_parameters,
+            gradient_as_bucket_view=options.gradient_as_bucket_view,
+        )
+        if options.ddp_comm_hook is not None:
+            hook = getattr(default_hooks, options.ddp_comm_hook)
+            model.register_comm_hook(None, hook)
+        fix_gradient_layout(model, options.device, options.autocast)
+        return model

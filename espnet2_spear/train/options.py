@@ -1,0 +1,164 @@
+"""Options of the trainer, and the precision that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import logging
+
+import torch
+from espnet2.train.trainer import TrainerOptions
+from espnet2.utils.build_dataclass import build_dataclass
+
+AMP_DTYPES = ("auto", "bfloat16", "float16")
+
+
+@dataclasses.dataclass
+class SpearTrainerOptions(TrainerOptions):
+    """ESPnet's options and those of :func:`add_trainer_arguments`."""
+
+    amp_dtype: str
+    save_interval: int
+    average_period: int
+    keep_averages: int
+    max_skipped_steps: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device("cuda" if self.ngpu > 0 else "cpu")
+
+    @property
+    def product_dtype(self) -> torch.dtype | None:
+        """Type of matrix products under autocast; None: that of the weights.
+
+        ``auto`` is bfloat16 on a GPU that computes in it, else float16 on a GPU; a CPU
+        computes in a lower precision only if one is named, since most are slower then.
+        """
+        if not self.use_amp:
+            return None
+        if self.amp_dtype != "auto":
+            return getattr(torch, self.amp_dtype)
+        if self.ngpu == 0:
+            return None
+        return torch.bfloat16 if _computes_in_bfloat16() else torch.float16
+
+    def autocast(self) -> torch.autocast:
+        """Context of forward passes."""
+        dtype = self.product_dtype
+        return torch.autocast(
+            self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None
+        )
+
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """Loss scale for float16; bfloat16 has the range of float32 and needs none.
+
+        ESPnet scales by 65 536 and more in both cases. It begins at 1, as in the
+        published training, and doubles after 500 finite steps, so that overflow costs
+        one step in 500.
+        """
+        if self.product_dtype != torch.float16:
+            return None
+        return torch.amp.GradScaler(
+            self.device.type, init_scale=1.0, growth_interval=500
+        )
+
+
+def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this trainer."""
+    group = parser.add_argument_group("SpearTrainer related")
+    group.add_argument(
+        "--amp_dtype",
+        choices=AMP_DTYPES,
+        default="auto",
+        help="Precision of --use_amp true; auto: bfloat16 where the GPU computes in "
+        "it, else float16, and none on a CPU",
+    )
+    group.add_argument(
+        "--save_interval",
+        type=int,
+        default=1000,
+        help="Steps between checkpoints within an epoch; 0: at its end only",
+    )
+    group.add_argument(
+        "--average_period",
+        type=int,
+        default=200,
+        help="Steps between samples of the running average of the model; 0: none",
+    )
+    group.add_argument(
+        "--keep_averages",
+        type=int,
+        default=10,
+        help="Epochs whose running average is kept, for spear_average; each takes "
+        "4 bytes a parameter on the disk",
+    )
+    group.add_argument(
+        "--max_skipped_steps",
+        type=int,
+        default=50,
+        help="Steps of an epoch that may be skipped because loss or gradients "
+        "are not finite; one more ends the training",
+    )
+    group.add_argument(
+        "--rank_timeout",
+        type=float,
+        default=40.0,
+        help="Seconds of silence after which a rank of a distributed training "
+        "counts as dead, which ends the others; 0: leave it to the backend",
+    )
+
+
+def build_trainer_options(args: argparse.Namespace) -> SpearTrainerOptions:
+    """Collect the options.
+
+    Raises:
+        ValueError: an option that this trainer does not support, or a precision that
+            the device does not compute in.
+    """
+    for name in ("sharded_ddp", "create_graph_in_tensorboard", "use_adapter"):
+        if getattr(args, name, False):
+            raise ValueError(f"--{name} true is not supported in pre-training")
+    options = build_dataclass(SpearTrainerOptions, args)
+    if not options.use_amp:
+        if options.amp_dtype != "auto":
+            raise ValueError(
+                f"--amp_dtype {options.amp_dtype} needs --use_amp true; without it the "
+                f"training computes in {options.train_dtype}"
+            )
+        return options
+    if options.train_dtype != "float32":
+        raise ValueError(
+            f"--use_amp true keeps weights in float32; --train_dtype "
+            f"{options.train_dtype} does not go with it"
+        )
+    if options.product_dtype is None:
+        logging.warning(
+            "--use_amp true has no effect on a CPU: the training computes in float32; "
+            "--amp_dtype bfloat16 is for a CPU that multiplies faster in it"
+        )
+    gpu = options.ngpu > 0 and torch.cuda.is_available()
+    if gpu and options.product_dtype == torch.bfloat16 and not _computes_in_bfloat16():
+        raise ValueError(
+            f"--amp_dtype bfloat16: {torch.cuda.get_device_name()} does not compute in "
+            "it; use --amp_dtype float16, or auto"
+        )
+    return options
+
+
+def disable_missing_backends(options: SpearTrainerOptions) -> None:
+    """Curves and pictures are optional, and so are the packages that draw them."""
+    for option, package in (
+        ("use_matplotlib", "matplotlib"),
+        ("use_tensorboard", "tensorboard"),
+    ):
+        if getattr(options, option) and importlib.util.find_spec(package) is None:
+            logging.warning(f"{package} is not installed: as with --{option} false")
+            setattr(options, option, False)
+
+
+def _computes_in_bfloat16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )

@@ -1,0 +1,72 @@
+"""Files of tensors that are whole under their name, or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from espnet2_spear.fileio.side_output import warn_on_oserror
+
+
+class CheckpointWriteError(RuntimeError):
+    """A checkpoint could not be written; what was there before still is."""
+
+
+def save_whole(content: Any, path: Path, keep_as: Path | None = None) -> None:
+    """Write a file by torch.save that replaces the old one when it is on the disk.
+
+    Args:
+        content: for torch.save.
+        path: of the file.
+        keep_as: second name that the old file gets, where the file system has hard
+            links.
+
+    Raises:
+        CheckpointWriteError: the disk is full, or the folder is not writable.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            with warn_on_oserror(keep_as):
+                _rename_into(keep_as, lambda name: os.link(path, name))
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    # torch's writer turns errors of the file into RuntimeErrors.
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise CheckpointWriteError(
+            f"{path}: cannot be written ({error}); {free:.0f} MiB are free on that "
+            "disk. The previous file is as it was: make room and start again with "
+            "--resume true"
+        ) from error
+
+
+def point_link(path: Path, target: str) -> None:
+    """Point a symbolic link somewhere else without a moment in which it is absent."""
+    _rename_into(path, lambda name: name.symlink_to(target))
+
+
+def _rename_into(path: Path, make: Callable[[Path], object]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    make(temporary)
+    os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a rename survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
