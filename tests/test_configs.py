@@ -12,6 +12,8 @@ from espnet2_spear.bin.spear_train import main as train
 from espnet2_spear.data.sampler import SamplerConfig
 from espnet2_spear.mvq.training import MVQTrainingConfig
 from espnet2_spear.schedulers.eden import Eden
+from espnet2_spear.spear.mixing import PRESETS as MIXING_PRESETS
+from espnet2_spear.spear.mixing import MixerConfig
 from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.teachers import load_teacher_config, quantizer_options
 from espnet2_spear.zipformer.config import NAMED_CONFIGS
@@ -23,6 +25,7 @@ PUBLISHED = [p for p in CONFIGS if not p.stem.startswith("train_spear_mini")]
 TEACHERS = sorted((CONF / "teachers").glob("*.yaml"))
 # The published students at 50 Hz; a 25 Hz output adds 2 parameters.
 PARAMETERS = {"base": 93_289_489, "large": 326_951_472, "xlarge": 596_973_362}
+SECOND_VERSION = ("base_speech", "xlarge_speech_audio_v2")
 # Size and domains -> seconds of audio a GPU and step, lr_hours, steps (in thousands).
 PAPER = {
     ("base", "speech"): (600, 30_000, 400),
@@ -41,6 +44,7 @@ def name(path: Path) -> str:
 def test_all_sizes_and_domains_are_there() -> None:
     domains = ("speech", "audio", "speech_audio")
     wanted = {f"{s}_{d}" for s in ("mini", *PARAMETERS) for d in domains}
+    wanted |= {*SECOND_VERSION}
     assert {name(path) for path in CONFIGS} == wanted
     for path in CONFIGS:  # and the recipe sees them
         assert (RECIPE_CONF / path.name).resolve() == path
@@ -73,11 +77,14 @@ def test_builds_in_full_on_the_meta_device(path: Path) -> None:
 @pytest.mark.parametrize("path", PUBLISHED, ids=name)
 def test_values_are_the_published_ones(path: Path) -> None:
     conf = yaml.safe_load(path.read_text(encoding="utf-8"))
-    size, _, domains = name(path).partition("_")
+    second = name(path) in SECOND_VERSION
+    size, _, domains = name(path).removesuffix("_v2").partition("_")
     assert conf["student"] == size and size in NAMED_CONFIGS
     speech_only = domains == "speech"
     assert set(conf["loss_weights"]) == set(domains.split("_"))
-    assert conf["student_conf"]["output_downsampling_factor"] == 2 - speech_only
+    assert conf["student_conf"]["output_downsampling_factor"] == 2 - (
+        speech_only or second
+    )
     masks = conf["masker_conf"]
     expected = (0.5, 10, 0.25, 15) if speech_only else (0.65, 10, 0.25, 20)
     keys = ("time_prob", "time_span", "channel_prob", "channel_span")
@@ -85,9 +92,14 @@ def test_values_are_the_published_ones(path: Path) -> None:
     if domains == "speech_audio":
         assert conf["loss_weights"]["audio"] == {"speech": 1.0, "audio": 0.1}
         assert conf["loss_weights"]["speech"] == {"speech": 1.0}
-    mixing = {"base_speech": "token_mixing", "large_speech": "batch_mixing"}
-    mixing["xlarge_speech"] = "batch_mixing"
-    assert conf["mixer_conf"] == {"preset": mixing.get(name(path), "noise")}
+    mixing = dict.fromkeys(SECOND_VERSION, "token_mixing")
+    mixing |= {"large_speech": "batch_mixing", "xlarge_speech": "batch_mixing"}
+    assert conf["mixer_conf"]["preset"] == mixing.get(name(path), "noise")
+    rules = MixerConfig.from_dict(conf["mixer_conf"], domains.split("_"), ["speech"])
+    if "audio" in rules.rules:
+        assert rules.rules["audio"] == MIXING_PRESETS["noise"]["audio"]
+    assert conf["optim_conf"]["lr"] == (0.04 if second else 0.045)
+    assert conf["use_amp"] and conf.get("amp_dtype") == ("bfloat16" if second else None)
     assert conf["iterator_type"] == "task"
     sampler = SamplerConfig(**conf["sampler_conf"])
     # Mixtures outlast utterances by the largest offset; by default room is left.
@@ -105,6 +117,17 @@ def test_values_are_the_published_ones(path: Path) -> None:
         assert conf["scheduler_conf"]["lr_hours"] == lr_hours
         steps = conf["max_epoch"] * conf["num_iters_per_epoch"]
         assert steps == thousands * 1000
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=name)
+def test_disk_is_told(path: Path) -> None:
+    """Two checkpoints: weights, two tensors of the optimizer, a float64 average."""
+    args = get_parser().parse_args(["--config", str(path), "--output_dir", "unused"])
+    last_and_mean = 2
+    models = args.keep_averages + args.keep_nbest_models + last_and_mean
+    size = PARAMETERS[args.student] * (2 * (4 + 8 + 8) + 4 * models)
+    told = re.search(r"Disk while it trains: (\d+) GB", path.read_text())
+    assert told and int(told[1]) == round(size / 1e9)
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=name)

@@ -1,9 +1,11 @@
 """What the task does for DeepSpeed by ESPnet; the engine itself is not needed."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
+from espnet2.tasks.abs_task import AbsTask
 from test_training_precision import build, make_batch
 
 from espnet2_spear.train.deepspeed import (
@@ -55,3 +57,10 @@ def test_configurations(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DeepSpeedConfigError, match=message):
             check_deepspeed_config(path)
+
+
+def test_espnet_exchanges_its_own_trainer_only() -> None:
+    """Why the task gives up its trainer for DeepSpeed, on the class, as ESPnet does."""
+    source = inspect.getsource(AbsTask.main_worker)
+    assert "elif cls.trainer != Trainer:" in source
+    assert "cls.trainer = DeepSpeedTrainer" in source

@@ -238,9 +238,18 @@ def test_plan_says_that_noise_will_be_needed(
 
 @pytest.mark.parametrize("student", ["mini", "xlarge"])
 @pytest.mark.parametrize("teachers", ["", "speech=wavlm_large"])
-def test_plan_takes_what_can_be_trained(planned, student: str, teachers: str) -> None:
+def test_plan_takes_what_can_be_trained(
+    planned, tmp_path: Path, student: str, teachers: str
+) -> None:
     """Without the memory that a student of 600 M parameters needs."""
-    planned(student=student, teachers=teachers, check_training="--max_epoch 5")
+    (tmp_path / "noise.scp").write_text(f"n {tmp_path}/noise.wav\n")
+    override = f"noise_scp={tmp_path}/noise.scp" if student == "xlarge" else ""
+    planned(
+        student=student,
+        teachers=teachers,
+        config_override=override,
+        check_training="--max_epoch 5",
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,6 +268,11 @@ def test_plan_takes_what_can_be_trained(planned, student: str, teachers: str) ->
         ("scheduler_conf.hours=3", "", "hours"),
         ("teachers.speech.layer=99", "", "layer 99"),
         ("", "--use_amp perhaps", "perhaps"),
+        ("amp_dtype=bfloat16", "", "needs --use_amp true"),
+        ("mixer_conf.preset=noise noise_scp=no.scp", "", "no.scp: no such list"),
+        ("mixer_conf.preset=noise", "", "give --noise_scp"),
+        ("", "--init_param no.pth", "no.pth is no file"),
+        ("", "--use_deepspeed true", "--deepspeed_config"),
     ],
 )
 def test_plan_refuses_what_cannot_be_trained(

@@ -5,19 +5,43 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from espnet2.train.reporter import Reporter
+from espnet2.train.trainer import Trainer, TrainerOptions
 from tiny_training import RATE, difference, options, start, train, write_data
 
+from espnet2_spear.schedulers.eden import Eden
+from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.train import step
-from espnet2_spear.train.checkpoint import SKIPPED, read_last_good
+from espnet2_spear.train.average import RunningAverage
+from espnet2_spear.train.checkpoint import (
+    SKIPPED,
+    ResumeError,
+    RunState,
+    read_last_good,
+)
 from espnet2_spear.train.interruption import EXIT_INTERRUPTED
+from espnet2_spear.train.trainer import SpearTrainer
 
 pytestmark = pytest.mark.second_env
+# Of ESPnet's trainer; all of them have an effect here or are refused.
+ESPNET_OPTIONS = {
+    *("accum_grad", "adapter", "best_model_criterion", "create_graph_in_tensorboard"),
+    *("ddp_comm_hook", "early_stopping_criterion", "gradient_as_bucket_view"),
+    *("grad_clip", "grad_clip_type", "grad_noise", "keep_nbest_models"),
+    *("log_interval", "max_epoch", "nbest_averaging_interval", "ngpu"),
+    *("no_forward_run", "output_dir", "patience", "resume", "save_strategy", "seed"),
+    *("sharded_ddp", "train_dtype", "unused_parameters", "use_adapter", "use_amp"),
+    *("use_matplotlib", "use_tensorboard", "use_wandb", "val_scheduler_criterion"),
+    "wandb_model_log_interval",
+}
 RESULTS = ("1epoch.pth", "2epoch.pth", "running_average/2epoch.pth")
 
 
@@ -95,6 +119,33 @@ def test_killed_anywhere_and_resumed(data, whole, tmp_path):
     for key in ("mixed_noise", "mixed_utterance"):
         shares = [[s[epoch]["train"][key] for epoch in (1, 2)] for s in states]
         assert max(shares[0]) > 0.1 and shares[0] == pytest.approx(shares[1], rel=1e-12)
+
+
+def test_checkpoints_are_espnets_as_well(whole, tmp_path):
+    """Its own trainer goes on from ours, and ours from its."""
+    path = whole / "checkpoint.pth"
+    model, args = SpearTask.build_model_from_file(whole / "config.yaml")
+    (optimizer,) = SpearTask.build_optimizers(args, model)
+    parts = [optimizer], [Eden(optimizer, **args.scheduler_conf)]
+    reporter = Reporter()
+    Trainer.resume(path, model, reporter, *parts, scaler=None)
+    assert reporter.get_epoch() == 2 and reporter.has("valid", "loss")
+    content = torch.load(path, weights_only=True)
+    own = content.pop("spear")
+    state = RunState(tmp_path, model, *parts, RunningAverage(0))
+    state.load(content, path)
+    assert (state.epoch, state.position, state.steps) == (3, 0, 0)
+    state.load({**content, "spear": own}, path)
+    assert (state.epoch, state.position, state.steps) == (3, 0, 12)
+    with pytest.raises(ResumeError, match="newer espnet2-spear"):
+        state.load({**content, "spear": {**own, "version": 99}}, path)
+
+
+def test_espnet_calls_trainers_as_ours_is_called():
+    """The loop is ours: what ESPnet's may get besides, it has to learn."""
+    one, other = (list(signature(t.run).parameters) for t in (Trainer, SpearTrainer))
+    assert one == other
+    assert {f.name for f in fields(TrainerOptions)} == ESPNET_OPTIONS
 
 
 def test_signal_to_all_processes_of_a_job(data, whole, tmp_path):
