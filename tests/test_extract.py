@@ -19,7 +19,7 @@ from espnet2_spear.bin import spear_extract
 from espnet2_spear.fileio.ark import read_matrix
 from espnet2_spear.fileio.audio import read_audio, resample
 from espnet2_spear.fileio.datadir import DataDirError, read_table
-from espnet2_spear.hub.extract import ExtractError, Extractor, parse_layers
+from espnet2_spear.hub.extraction import ExtractError, Extractor, parse_layers
 from espnet2_spear.hub.recordings import Recording
 
 

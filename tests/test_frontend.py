@@ -9,7 +9,8 @@ from student_files import write_student
 
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
-from espnet2_spear.hub.load import CheckpointError, load_model
+from espnet2_spear.errors import CheckpointError
+from espnet2_spear.hub.load import load_model
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub import hear
-from espnet2_spear.hub.load import CheckpointError
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 

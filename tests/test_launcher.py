@@ -7,8 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-
-from espnet2_spear.launcher import split_args
+from conftest import ROOT
 
 LAUNCHER = [sys.executable, "-m", "espnet2_spear.launcher"]
 SHOW = """
@@ -112,19 +111,18 @@ def test_wrong_command_line(folder: Path, args: list[str], message: str) -> None
     assert message in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("args", "options", "command"),
-    [
-        ([], [], []),
-        (["x.py", "-u"], [], ["x.py", "-u"]),
-        (["-uBm", "x", "-c"], ["-u", "-B"], ["-m", "x", "-c"]),
-        (["-X", "dev", "-cpass", "y"], ["-X", "dev"], ["-c", "pass", "y"]),
-        (["-u", "--", "-x"], ["-u"], ["-x"]),
-        (["-V"], ["-V"], []),
-    ],
-)
-def test_split_args(args: list[str], options: list[str], command: list[str]) -> None:
-    assert split_args(args) == (options, command)
+def test_paths_are_as_without_it(folder: Path) -> None:
+    """Its own folder is gone, and a sitecustomize of the user's has run."""
+    (folder / "sitecustomize.py").write_text("import os; os.environ['HERS'] = '1'")
+    show = (
+        "import os, sys; print(sys.path, os.environ['HERS'], os.environ['PYTHONPATH'])"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    runs = [
+        subprocess.run([*start, "-c", show], env=env, capture_output=True, text=True)
+        for start in ([sys.executable], LAUNCHER)
+    ]
+    assert runs[0].stdout and runs[1].stdout == runs[0].stdout, runs[1].stderr
 
 
 @pytest.mark.second_env

@@ -8,7 +8,10 @@ import yaml
 from espnet2.main_funcs.pack_funcs import pack
 
 from espnet2_spear.bin import spear_layer_weights
-from espnet2_spear.bin.spear_layer_weights import main, read_layers
+from espnet2_spear.bin.spear_layer_weights import WeightsError, main, read_layers
+from espnet2_spear.errors import CheckpointError
+from espnet2_spear.hub.load import Checkpoint
+from espnet2_spear.hub.tensors import read_settings
 
 WEIGHTS = torch.tensor([0.0, 2.0, 1.0])
 
@@ -22,8 +25,14 @@ def write_model(folder: Path, state=None, **conf) -> tuple[Path, Path]:
     return folder / "config.yaml", folder / "model.pth"
 
 
+def read(folder: Path, **conf) -> Checkpoint:
+    config, model = write_model(folder, **conf)
+    tensors = torch.load(model, weights_only=True)
+    return Checkpoint(model, tensors, config, read_settings(config))
+
+
 def test_shares_stacks_and_rates(tmp_path: Path) -> None:
-    layers, normed = read_layers(*write_model(tmp_path))
+    layers, normed = read_layers(read(tmp_path))
     assert normed
     weights = torch.tensor([layer.weight for layer in layers])
     torch.testing.assert_close(weights, WEIGHTS.softmax(0))
@@ -33,7 +42,7 @@ def test_shares_stacks_and_rates(tmp_path: Path) -> None:
 
 def test_table_and_picture(tmp_path: Path, capsys) -> None:
     files = write_model(tmp_path, layer_norm=False)
-    assert main([str(f) for f in files]) == 0
+    main([str(f) for f in files])
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()[1:4]]
     assert [row[:4] for row in rows] == [
@@ -55,24 +64,25 @@ def test_packed_model(tmp_path: Path, capsys, monkeypatch) -> None:
         option=[],
         outpath="exp/packed.zip",
     )
-    assert main(["exp/packed.zip", "--png", "pictures/x.png"]) == 0
+    main(["exp/packed.zip", "--png", "pictures/x.png"])
     assert "66.5 %" in capsys.readouterr().out
     assert Path("pictures/x.png").exists()
 
 
-def test_without_matplotlib_the_table_remains(tmp_path, capsys, monkeypatch) -> None:
+def test_without_matplotlib_the_table_remains(
+    tmp_path, capsys, caplog, monkeypatch
+) -> None:
     def missing(*args):
         raise ImportError("matplotlib")
 
     monkeypatch.setattr(spear_layer_weights, "plot", missing)
-    assert main([str(f) for f in write_model(tmp_path)]) == 0
-    out, err = capsys.readouterr()
-    assert "66.5 %" in out and "pip install matplotlib" in err
+    main([str(f) for f in write_model(tmp_path)])
+    assert "66.5 %" in capsys.readouterr().out
+    assert "pip install matplotlib" in caplog.text
 
 
 def test_a_lost_checkpoint_leaves_the_weights(tmp_path: Path) -> None:
-    files = write_model(tmp_path, arch=None, ckpt="gone/x.pth")
-    layers, _ = read_layers(*files)
+    layers, _ = read_layers(read(tmp_path, arch=None, ckpt="gone/x.pth"))
     assert [layer.stack for layer in layers] == [None] * 3
     spear_layer_weights.plot(layers, tmp_path / "x.png", "")
     assert "-" in spear_layer_weights.table(layers)
@@ -85,20 +95,20 @@ def test_a_lost_checkpoint_leaves_the_weights(tmp_path: Path) -> None:
         ({"encoder.weight": torch.zeros(3)}, {}, "model.pth: holds 0 tensors"),
     ],
 )
-def test_models_without_weights(tmp_path, capsys, state, conf, message) -> None:
+def test_models_without_weights(tmp_path, state, conf, message) -> None:
     files = write_model(tmp_path, state, **conf)
-    assert main([str(f) for f in files]) == 1
-    assert message in capsys.readouterr().err
+    with pytest.raises(WeightsError, match=message):
+        main([str(f) for f in files])
 
 
-def test_other_files(tmp_path: Path, capsys) -> None:
+def test_other_files(tmp_path: Path) -> None:
     config, model = write_model(tmp_path)
     config.write_text("frontend: default\n", encoding="utf-8")
-    assert main([str(config), str(model)]) == 1
-    assert "no configuration with frontend: spear" in capsys.readouterr().err
-    assert main([str(model)]) == 1
-    assert "is no packed model" in capsys.readouterr().err
-    assert main([str(tmp_path / "gone.zip")]) == 1
-    assert "no such file" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["a", "b", "c"])
+    for words, message in (
+        ([config, model], "no configuration with frontend: spear"),
+        ([model], "is no packed model"),
+        ([tmp_path / "gone.zip"], "no such file"),
+        (["a", "b", "c"], "name one packed model, or config.yaml and weights"),
+    ):
+        with pytest.raises((WeightsError, CheckpointError), match=message):
+            main([str(word) for word in words])

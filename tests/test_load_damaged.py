@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from espnet2_spear.hub.files import CheckpointError, read_tensors
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.load import load_model
+from espnet2_spear.hub.tensors import read_tensors
 
 
 @pytest.mark.parametrize(

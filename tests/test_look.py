@@ -9,8 +9,13 @@ from student_files import write_packed, write_student
 
 from espnet2_spear import load_model
 from espnet2_spear.bin import spear_demo
-from espnet2_spear.hub.files import CheckpointError
-from espnet2_spear.hub.look import TeacherTokens, look, open_heads, similarity
+from espnet2_spear.errors import CheckpointError
+from espnet2_spear.hub.inspection import (
+    TeacherTokens,
+    inspect_recording,
+    open_heads,
+    similarity,
+)
 from espnet2_spear.hub.teacher import SpearTeacher
 from espnet2_spear.mvq.quantizer import Quantizer
 
@@ -71,7 +76,7 @@ def test_predicted_tokens(tmp_path: Path, rate: float, layer: int | None) -> Non
     model = load_model(folder, padding="exact")
     (heads,) = open_heads(folder).items()
     assert heads[0] == "speech (predicted)"
-    seen = look(model, noise(), dict([heads]))
+    seen = inspect_recording(model, noise(), dict([heads]))
     codes = seen.tokens["speech (predicted)"]
     frames = len(seen.layers[0])
     assert codes.size(1) == 3 and abs(len(codes) - frames) <= 1
@@ -86,7 +91,8 @@ def test_predicted_tokens(tmp_path: Path, rate: float, layer: int | None) -> Non
     torch.testing.assert_close(codes, wanted)
     packed = write_packed(tmp_path / "x.zip", folder)
     torch.testing.assert_close(
-        look(model, noise(), open_heads(packed)).tokens["speech (predicted)"], codes
+        inspect_recording(model, noise(), open_heads(packed)).tokens[heads[0]],
+        codes,
     )
 
 
@@ -137,7 +143,7 @@ def test_tokens_of_a_teacher(tmp_path: Path) -> None:
     teacher = SpearTeacher(str(weights), layer=2)
     quantizer = Quantizer(teacher.dim, 2, 16).eval()
     model = load_model(weights)
-    seen = look(model, noise(), {"t": TeacherTokens(teacher, quantizer)})
+    seen = inspect_recording(model, noise(), {"t": TeacherTokens(teacher, quantizer)})
     wanted = quantizer.encode(seen.layers[1])
     torch.testing.assert_close(seen.tokens["t"], wanted)
     assert seen.fbank.shape == (100, 128)

@@ -16,10 +16,10 @@ from test_zipformer import GOLDEN_CONFIG, fill_by_rule
 
 from espnet2_spear.bin.spear_export import main as spear_export
 from espnet2_spear.bin.spear_import import main as spear_import
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub import bundle as bundling
 from espnet2_spear.hub.bundle import BundleError, bundle
 from espnet2_spear.hub.export import export_student
-from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig

@@ -12,22 +12,23 @@ from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
 from safetensors.torch import save_file
 
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
+from espnet2_spear.bin.spear_export import main as spear_export
 from espnet2_spear.bin.spear_import import main as spear_import
 from espnet2_spear.bin.task_pack import self_contained
-from espnet2_spear.hub.fetch import _icefall
-from espnet2_spear.hub.files import CheckpointError, read_config
+from espnet2_spear.errors import CheckpointError, UserError
+from espnet2_spear.hub.fetch import choose_icefall
 from espnet2_spear.hub.infer import compact, infer_config, named_size
-from espnet2_spear.hub.load import load_model
-from espnet2_spear.hub.look import open_heads
+from espnet2_spear.hub.inspection import open_heads
+from espnet2_spear.hub.load import load_model, open_checkpoint
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 
@@ -189,7 +190,10 @@ def damaged(state: State, damage: str) -> State:
         ("extra", "encoder.encoders.[0-9]+"),
         ("misshapen", r"encoder_embed.out.bias has shape \(31,\), expected \(32,\)"),
         ("integers", "mask_emb holds torch.int32"),
-        ("no anchor", "not a SPEAR checkpoint: copy the file again, or name that"),
+        (
+            "no anchor",
+            "not a SPEAR checkpoint: download the file again, or pass a SPEAR",
+        ),
         ("no stack", r"missing encoder\.encoders"),
     ],
 )
@@ -274,19 +278,99 @@ def test_which_file_is_meant(tmp_path, state) -> None:
 
 def test_what_does_not_fit_has_a_remedy(tmp_path, state) -> None:
     path = write(tmp_path, "safetensors", damaged(state, "misshapen"))
-    with pytest.raises(CheckpointError, match="shape.*; copy the file again, or name"):
+    with pytest.raises(
+        CheckpointError, match="shape.*; download the file again, or pass"
+    ):
         load_model(path)
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict()))
     with pytest.raises(CheckpointError, match="take the config.json that belongs"):
         load_model(path)
 
 
-def test_more_than_a_student_is_refused(tmp_path, state) -> None:
-    other = prefixed(state, "encoder.") | {"decoder.weight": torch.zeros(1)}
-    torch.save(other, tmp_path / "asr.pth")
-    with pytest.raises(
-        CheckpointError, match="extra tensors.*decoder.weight.*student: copy"
-    ):
+# --- A student with more or less around it --------------------------------------------
+
+DECODER = {"decoder.embedding.weight": torch.zeros(3, 4), "joiner.bias": torch.zeros(3)}
+
+
+def write_finetuned(folder: Path, kind: str, student: SpearEncoder) -> Path:
+    """Write a model that was fine-tuned, as its toolkit would; returns what to name."""
+    state = student.state_dict()
+    bare = {k: v for k, v in state.items() if k != "mask_emb"}
+    ctc = {"ctc_output.1.weight": torch.zeros(3, 32)}
+    arch = SMALL.to_dict()
+    if kind == "icefall":
+        old = {k: v + 1 for k, v in bare.items()}
+        content = {"model": {**old, **DECODER, **ctc}, "model_avg": bare | DECODER}
+        torch.save(content, folder / "epoch-30.pt")
+    elif kind == "encoder only":
+        torch.save(bare, folder / "model.pt")
+    elif kind == "transformers":
+        head = {"classifier.weight": torch.zeros(3, 32)}
+        save_file({**prefixed(state, "spear.model.model."), **head}, folder / HF_FILE)
+        conf = {"architectures": ["SpearForSequenceClassification"], "id2label": {0: 1}}
+        (folder / "config.json").write_text(json.dumps({**arch, **conf}))
+    else:
+        model, conf = {"ctc.ctc_lo.weight": torch.zeros(3, 32)}, {}
+        if "encoder" in kind:
+            model |= prefixed(state, "encoder.")
+            model["encoder.schedule.batches"] = torch.zeros(1)
+            conf |= {"encoder": "zipformer", "encoder_conf": {"arch": arch}}
+        if "frontend" in kind:
+            frontend = SpearFrontend(arch=arch, layer=1 if "layer" in kind else None)
+            frontend.upstream.load_state_dict(state)
+            model |= prefixed(frontend.state_dict(), "frontend.")
+            conf |= {"frontend": "spear", "frontend_conf": {"padding": "exact"}}
+            conf["frontend_conf"] |= {} if "ckpt" in kind else {"arch": arch}
+        torch.save(model, folder / "valid.acc.best.pth")
+        (folder / "config.yaml").write_text(yaml.safe_dump(conf))
+    return folder
+
+
+HF_FILE = "model.safetensors"
+FINETUNED = ["icefall", "encoder only", "transformers", "espnet encoder"]
+FINETUNED += ["espnet frontend", "espnet frontend from ckpt", "espnet frontend, layer"]
+
+
+@pytest.mark.parametrize("kind", FINETUNED)
+def test_students_in_finetuned_models(tmp_path, student, kind, caplog) -> None:
+    caplog.set_level("INFO")
+    opened = open_checkpoint(write_finetuned(tmp_path, kind, student))
+    state, config = student.state_dict(), opened.model.config
+    layers = (1, 1) if "layer" in kind else SMALL.num_encoder_layers
+    assert config.num_encoder_layers == layers
+    for name, value in opened.model.state_dict().items():
+        wanted = state[name] if name != "mask_emb" or "espnet" in kind else value
+        assert torch.equal(value, wanted), name
+    assert opened.finetuned == (kind != "encoder only")
+    log = caplog.text
+    assert ("left out" in log) == (kind != "encoder only")
+    assert ("model_avg is taken" in log) == (kind == "icefall")
+    assert ("without mask_emb" in log) == (kind in ("icefall", "encoder only"))
+    assert ("holds the first 2 of 4 layers" in log) == ("layer" in kind)
+    out = ["--out", str(tmp_path / "hf"), "--name", "me/x"]
+    if opened.finetuned:
+        with pytest.raises(UserError, match="--from_finetuned true"):
+            spear_export([str(tmp_path), *out])
+        out += ["--from_finetuned", "true"]
+    spear_export([str(tmp_path), *out])
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert ("fine-tuned" in card) == opened.finetuned
+    spear_import([str(tmp_path), "--out", str(tmp_path / "ours")])
+    assert load_model(tmp_path / "ours").config.encoder_dim == config.encoder_dim
+
+
+def test_several_students_in_a_model(tmp_path, student) -> None:
+    write_finetuned(tmp_path, "espnet encoder and frontend", student)
+    with pytest.raises(CheckpointError, match="several students.*--part"):
+        load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="no student called 'decoder'"):
+        load_model(tmp_path, part="decoder")
+    assert load_model(tmp_path, part="frontend").config.padding == "exact"
+    assert load_model(tmp_path, part="encoder").config.padding == "compatible"
+    weights = tmp_path / "valid.acc.best.pth"
+    state = torch.load(weights, weights_only=True)
+    torch.save({k: v for k, v in state.items() if "encoder_embed" not in k}, weights)
+    with pytest.raises(CheckpointError, match="found 0 tensors named .encoder_embed"):
         load_model(tmp_path)
 
 
@@ -316,7 +400,6 @@ def test_import_keeps_every_bit(imported: Path, state: State) -> None:
     model = load_model(imported)
     assert model.config == SMALL
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert read_config(imported / "config.yaml") == SMALL
     flat = torch.load(imported / "student.pth", weights_only=True)
     assert {k.split(".")[0] for k in flat} == {"student"}
     with pytest.raises(CheckpointError, match="exists; choose another folder"):
@@ -410,7 +493,7 @@ def test_released_layout(golden_dir: Path, tmp_path: Path, name: str) -> None:
     assert model.config == source.config
     for key, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[key], value)
-    config = read_config(golden_dir / name / "config.json")
+    config = load_model(golden_dir / name).config
     alone = load_model(golden_dir / name / "model.safetensors").config
     assert alone == config
 
@@ -420,16 +503,16 @@ def test_released_layout(golden_dir: Path, tmp_path: Path, name: str) -> None:
 REVISION = "0123456789" * 4
 HUB = """
 import sys
-from espnet2_spear import load_model
+from espnet2_spear.hub.fetch import fetch
 for name in sys.argv[1:]:
     try:
-        print("ok", load_model(name).num_layers)
+        print("ok" if fetch(name).exists() else "no")
     except ValueError as error:
         print(type(error).__name__, error)
 """
 
 
-def load_from_hub(names: list[str], home: Path, **more: str) -> list[str]:
+def fetch_in_process(names: list[str], home: Path, **more: str) -> list[str]:
     env = os.environ | {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **more}
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN"):
         env.pop(name, None)
@@ -457,8 +540,8 @@ def test_the_cache_serves_where_there_is_no_network(tmp_path: Path, state) -> No
     fill_cache(tmp_path, "one", "icefall", state)
     names = ["hf:one/student", "hf:one/student:epoch-30.pt", "hf:two/student"]
     away = {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "*"}
-    lines = load_from_hub(names, tmp_path, **away)
-    assert lines[:2] == ["ok 4"] * 2
+    lines = fetch_in_process(names, tmp_path, **away)
+    assert lines[:2] == ["ok"] * 2
     assert "two/student: cannot be fetched" in lines[2]
 
 
@@ -477,12 +560,10 @@ def test_the_cache_serves_where_there_is_no_network(tmp_path: Path, state) -> No
         (" ".join(f"exp/{i:02d}.pt" for i in range(22)), "exp/19.pt and 2 more: name"),
     ],
 )
-def test_which_file_of_icefall_is_taken(monkeypatch, there: str, chosen: str) -> None:
-    siblings = [SimpleNamespace(rfilename=name) for name in there.split()]
-    info = SimpleNamespace(siblings=siblings)
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
+def test_which_file_of_icefall_is_taken(there: str, chosen: str) -> None:
+    weights = [name for name in there.split() if name.endswith(".pt")]
     try:
-        found = _icefall("hf:a/b", "a/b", None)
+        found = choose_icefall("hf:a/b", weights)
     except CheckpointError as error:
         assert chosen in str(error) and str(error).startswith("hf:a/b: ")
     else:
@@ -493,13 +574,14 @@ def test_hub_ids_offline(tmp_path: Path, state: State) -> None:
     fill_cache(tmp_path, "one", "safetensors in parts", state)
     fill_cache(tmp_path, "two", "bin", state)
     names = ["hf:one/student", "hf:two/student", f"hf:one/student@{REVISION}"]
-    names += ["hf:one/student@other", "hf:three/student", "hf:nonsense", "one/student"]
-    lines = load_from_hub(names, tmp_path, HF_HUB_OFFLINE="1")
-    assert lines[:3] == ["ok 4"] * 3
+    names += ["hf:one/student@other", "hf:three/student", "hf:nonsense"]
+    lines = fetch_in_process(names, tmp_path, HF_HUB_OFFLINE="1")
+    assert lines[:3] == ["ok"] * 3
     for line in lines[3:5]:
         assert "HF_HUB_OFFLINE is set, and it is not in the local cache" in line
     assert "hf:USER/NAME" in lines[5]
-    assert "no such file or folder" in lines[6]
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        load_model("one/student")
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -543,16 +625,16 @@ class Hub(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def load_online(
+def fetch_online(
     names: list[str], folder: Path, home: Path
 ) -> tuple[list[str], set[str]]:
-    """Load from a hub that has the folder; returns lines and what was downloaded."""
+    """Fetch from a hub that has the folder; returns lines and what was downloaded."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.folder, server.asked = folder, set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        lines = load_from_hub(names, home, HF_ENDPOINT=endpoint, NO_PROXY="*")
+        lines = fetch_in_process(names, home, HF_ENDPOINT=endpoint, NO_PROXY="*")
     finally:
         server.shutdown()
         server.server_close()
@@ -569,13 +651,13 @@ def test_only_what_is_needed_is_downloaded(tmp_path: Path, state: State) -> None
     for name in ("modeling_spear.py", "README.md", "optimizer.pt", "events.out"):
         (source / name).write_text("raise SystemExit")
     names = ["hf:one/student", "hf:one/student@v9", "hf:nobody/student"]
-    lines, asked = load_online(names, source, tmp_path)
-    assert lines[0] == "ok 4"
+    lines, asked = fetch_online(names, source, tmp_path)
+    assert lines[0] == "ok"
     assert asked == {"config.json", "model.safetensors"}
     assert "no such revision" in lines[1]
     assert "no such repository" in lines[2]
     # And from then on without a network.
-    assert load_from_hub(names[:1], tmp_path, HF_HUB_OFFLINE="1") == ["ok 4"]
+    assert fetch_in_process(names[:1], tmp_path, HF_HUB_OFFLINE="1") == ["ok"]
 
 
 def test_repositories_of_icefall(tmp_path: Path, state: State) -> None:
@@ -589,24 +671,24 @@ def test_repositories_of_icefall(tmp_path: Path, state: State) -> None:
     torch.save(icefall(state), exp / "epoch-30.pt")
 
     def load(*names: str, home: str) -> tuple[list[str], set[str]]:
-        return load_online([*names], tmp_path / "source", tmp_path / home)
+        return fetch_online([*names], tmp_path / "source", tmp_path / home)
 
-    assert load("hf:one/student", home="a") == (["ok 4"], {"exp/epoch-30.pt"})
+    assert load("hf:one/student", home="a") == (["ok"], {"exp/epoch-30.pt"})
     offline = ["hf:one/student", "hf:one/student:exp/epoch-30.pt"]
     offline += ["hf:one/student:exp/epoch-31.pt"]
-    lines = load_from_hub(offline, tmp_path / "a", HF_HUB_OFFLINE="1")
-    assert lines[:2] == ["ok 4"] * 2
+    lines = fetch_in_process(offline, tmp_path / "a", HF_HUB_OFFLINE="1")
+    assert lines[:2] == ["ok"] * 2
     assert "no such file; files of weights there: exp/epoch-30.pt" in lines[2]
     torch.save(icefall(state), exp / "epoch-31.pt")
     bad = ["hf:one/student:exp/e.pt", "hf:one/student:../x.pt"]
     bad += ["hf:one/student:/x.pt", "hf:one/student:README.md", "hf:one/student"]
     lines, asked = load(f"hf:one/student@{REVISION}:exp/epoch-31.pt", *bad, home="b")
-    assert lines[0] == "ok 4" and asked == {"exp/epoch-31.pt"}
+    assert lines[0] == "ok" and asked == {"exp/epoch-31.pt"}
     assert "files of weights there: exp/epoch-30.pt, exp/epoch-31.pt" in lines[1]
     assert all("is no file of weights in the repository" in x for x in lines[2:5])
     assert "it has exp/epoch-30.pt, exp/epoch-31.pt: name one, as hf:" in lines[5]
     (exp / "epoch-30.pt").rename(exp / "pretrained.pt")
-    assert load("hf:one/student", home="c") == (["ok 4"], {"exp/pretrained.pt"})
+    assert load("hf:one/student", home="c") == (["ok"], {"exp/pretrained.pt"})
     for path in exp.iterdir():
         path.unlink()
     lines, asked = load("hf:one/student", home="d")

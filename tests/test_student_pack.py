@@ -19,8 +19,7 @@ from student_files import write_student
 from espnet2_spear import load_model
 from espnet2_spear.bin import spear_pack, spear_upload
 from espnet2_spear.hub.pack import PackError
-from espnet2_spear.hub.packed import FORMAT, STAMP
-from espnet2_spear.hub.unpack import UnpackError
+from espnet2_spear.hub.packed import FORMAT, STAMP, UnpackError
 
 
 @pytest.fixture

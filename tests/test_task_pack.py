@@ -7,8 +7,7 @@ import yaml
 
 from espnet2_spear import load_model
 from espnet2_spear.bin import spear_demo, task_pack
-from espnet2_spear.hub.files import CheckpointError
-from espnet2_spear.hub.packed import unpack_model
+from espnet2_spear.hub.packed import describe, unpack_model
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
@@ -66,6 +65,91 @@ def test_not_trained_yet(tmp_path):
     cmd = ["--train_config", str(tmp_path / "c.yaml"), "--model_file", "m.pth"]
     with pytest.raises(task_pack.PackError, match="c.yaml: no such file; train"):
         task_pack.main([*cmd, "--outpath", str(tmp_path / "x.zip")])
+
+
+def write_recipe(folder, data):
+    """A recipe whose token list is a link, with files outside of it, and an LM."""
+    (data / "token_list").mkdir(parents=True)
+    for name in ("token_list/bpe.model", "stats.npz", "more.txt"):
+        (data / name).write_bytes(name.encode())
+    exp, lm = folder / "exp/asr_x", folder / "exp/lm_x"
+    for path in (exp / "images", lm, folder / "data"):
+        path.mkdir(parents=True)
+    (folder / "data/token_list").symlink_to(data / "token_list")
+    (exp / "images/loss.png").write_bytes(b"png")
+    config = {
+        "frontend": "spear",
+        "frontend_conf": {"arch": "tiny", "ckpt": "gone.pth"},
+        "bpemodel": "data/token_list/bpe.model",
+        "token_list": ["a", "b"],
+        "normalize_conf": {"stats_file": str(data / "stats.npz")},
+        "train_shape_file": ["exp/stats/speech_shape"],
+    }
+    (exp / "train.yaml").write_text(yaml.safe_dump(config))
+    torch.save({"frontend.upstream.x": torch.zeros(1)}, exp / "valid.acc.ave.pth")
+    (lm / "config.yaml").write_text(yaml.safe_dump({"lm": "seq_rnn"}))
+    torch.save({"lm.x": torch.zeros(1)}, lm / "valid.loss.ave.pth")
+    return config
+
+
+@pytest.mark.second_env
+@pytest.mark.parametrize("suffix", [".zip", ".tgz"])
+def test_everything_opens_elsewhere(tmp_path, monkeypatch, suffix):
+    """Links, files outside, relative names, folders, a language model."""
+    from espnet2.main_funcs import pack_funcs
+
+    recipe, data = tmp_path / "recipe", tmp_path / "data"
+    write_recipe(recipe, data)
+    before = sorted(recipe.rglob("*"))
+    monkeypatch.chdir(recipe)
+    cmd = ["--train_config", "exp/asr_x/train.yaml", "--outpath", f"../p{suffix}"]
+    cmd += ["--model_file", "exp/asr_x/valid.acc.ave.pth", "--lm_file"]
+    cmd += ["exp/lm_x/valid.loss.ave.pth", "--lm_train_config", "exp/lm_x/config.yaml"]
+    task_pack.main([*cmd, "--option", "exp/asr_x/images", "../data/more.txt"])
+    assert sorted(recipe.rglob("*")) == before, "packing leaves nothing else behind"
+    monkeypatch.chdir(tmp_path)
+    recipe.rename(tmp_path / "gone")
+    data.rename(tmp_path / "gone_too")
+    theirs = pack_funcs.unpack(f"p{suffix}", "theirs")
+    ours = unpack_model(f"p{suffix}", "ours")
+    for files, root in ((theirs, "theirs"), (ours, "ours")):
+        assert sorted(files) == sorted(
+            ["asr_train_config", "asr_model_file", "lm_train_config", "lm_file"]
+        )
+        assert all((tmp_path / path).is_file() for path in files.values())
+        # asr.sh --download_model looks for these names.
+        assert files["asr_train_config"].endswith("exp/asr_x/config.yaml")
+        assert files["lm_train_config"].endswith("exp/lm_x/config.yaml")
+        config = yaml.safe_load((tmp_path / files["asr_train_config"]).read_text())
+        stats = config["normalize_conf"]["stats_file"]
+        for path, content in ((config["bpemodel"], "bpe.model"), (stats, "stats.npz")):
+            assert path.startswith(root) and content in (tmp_path / path).read_text()
+        assert config["frontend_conf"] == {"arch": "tiny", "spear_format": 1}
+        found = {p.name for p in (tmp_path / root).rglob("*") if p.is_file()}
+        assert {"loss.png", "more.txt", "README.md", "spear_plugin.yaml"} <= found
+    facts, lacking = describe("ours")
+    assert facts["asr_train_config.frontend"] == "spear" and not lacking
+
+
+@pytest.mark.parametrize(
+    "change, words, message",
+    [
+        ({"bpemodel": "data/x.model"}, [], r"data/x.model: no such file, .*bpemodel"),
+        ({}, ["--lm_file", "exp/lm_x/valid.loss.ave.pth"], "give both, or none"),
+        ({}, ["--option", "gone.txt"], "gone.txt: no such file"),
+        ({}, ["--outpath", "p.rar"], "p.rar: .*name it xxx.zip"),
+    ],
+)
+def test_what_cannot_be_packed(tmp_path, monkeypatch, change, words, message):
+    config = write_recipe(tmp_path / "recipe", tmp_path / "data")
+    monkeypatch.chdir(tmp_path / "recipe")
+    with open("exp/asr_x/train.yaml", "w") as file:
+        yaml.safe_dump(config | change, file)
+    cmd = ["--train_config", "exp/asr_x/train.yaml", "--outpath", "p.zip"]
+    cmd += ["--model_file", "exp/asr_x/valid.acc.ave.pth"]
+    with pytest.raises(task_pack.PackError, match=message):
+        task_pack.main([*cmd, *words])
+    assert not list(tmp_path.glob("recipe/*p.*"))
 
 
 @pytest.fixture
@@ -211,8 +295,8 @@ def test_pack_speaker_embedder(student, tmp_path, monkeypatch, zoo):
     unpack_model("packed.tgz", "ours")
     (card,) = (tmp_path / "ours").rglob("README.md")
     assert "- speaker-recognition" in card.read_text()
-    with pytest.raises(CheckpointError, match="no pre-trained student"):
-        load_model("packed.tgz")
+    # The student is taken out of it.
+    assert load_model("packed.tgz").config.padding == "exact"
 
 
 def test_pack_classifier(student, tmp_path, monkeypatch, zoo):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from student_files import write_student
 
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub import xares as wrapper
-from espnet2_spear.hub.files import CheckpointError
 
 
 def test_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

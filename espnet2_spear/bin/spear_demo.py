@@ -17,14 +17,18 @@ import yaml
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
-from espnet2_spear.hub.load import load_model
-from espnet2_spear.hub.look import (
+from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.hub.inspection import (
     TeacherTokens,
     TokenSource,
-    look,
+    fbank_picture,
+    inspect_recording,
     open_heads,
     similarity,
+    similarity_picture,
+    token_picture,
 )
+from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.packed import unpack_model
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.spear.student import SpearEncoder
@@ -64,7 +68,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: to the network")
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--log_level", default="INFO")
     return parser
 
 
@@ -165,12 +168,6 @@ class Page:
         Raises:
             DemoError: nothing given, or audio that cannot be used.
         """
-        from espnet2_spear.hub.pictures import (
-            fbank_picture,
-            similarity_picture,
-            token_picture,
-        )
-
         if not path:
             raise DemoError("Drop or record some audio first.")
         try:
@@ -182,7 +179,7 @@ class Page:
                 note += f"; only the first {limit:g} s are looked at"
             samples, rate = read_audio(path, 0.0, limit)
             speech = resample(samples, rate)
-            seen = look(self.model, torch.from_numpy(speech), self.sources)
+            seen = inspect_recording(self.model, torch.from_numpy(speech), self.sources)
         except (AudioError, InputError, ValueError) as error:
             # The browser's file has a path that tells the visitor nothing.
             raise DemoError(str(error).replace(f"{path}: ", "")) from error
@@ -264,11 +261,11 @@ def main(cmd: list[str] | None = None) -> None:
     Example:
         % spear-demo --model exp/spear_mini --asr ../asr1/exp/packed.zip
     """
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=args.log_level,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Open all models and serve the page."""
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory(prefix="spear-demo-") as work:
         folder = Path(work)

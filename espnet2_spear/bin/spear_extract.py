@@ -16,10 +16,14 @@ from pathlib import Path
 
 import torch
 
-from espnet2_spear.fileio.explain import run_command
-from espnet2_spear.hub.extract import ExtractError, Extractor, parse_layers
-from espnet2_spear.hub.extract_run import ExtractionRun, RunOptions
-from espnet2_spear.hub.files import CheckpointError
+from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.hub.extraction import (
+    ExtractError,
+    ExtractionRun,
+    Extractor,
+    RunOptions,
+    parse_layers,
+)
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.recordings import find_recordings
 
@@ -29,7 +33,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--log_level", default="INFO")
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -105,11 +108,11 @@ def main(cmd: list[str] | None = None) -> None:
         % python -m espnet2_spear.bin.spear_extract --model exp/spear_mini \\
             --layer all --out exp/features dump/raw/en_test/wav.scp
     """
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=args.log_level,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compute, and say what was skipped."""
     if args.format == "ark" and args.dtype != "float32":
         raise ExtractError("--dtype float16: Kaldi arks hold float32; use --format npy")
     if args.num_threads:
@@ -128,9 +131,9 @@ def main(cmd: list[str] | None = None) -> None:
         args.shard_seconds,
         args.num_workers,
     )
-    run = ExtractionRun(extractor, args.out, options)
-    tables = run(recordings, skipped)
-    skipped = run.skipped
+    extraction = ExtractionRun(extractor, args.out, options)
+    tables = extraction(recordings, skipped)
+    skipped = extraction.skipped
     if skipped:
         reasons = Counter(reason for reason, _ in skipped.values())
         counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
@@ -138,16 +141,16 @@ def main(cmd: list[str] | None = None) -> None:
             f"skipped {len(skipped)} recordings ({counts}), listed in "
             f"{args.out}/skipped.txt"
         )
-    if not run.frames:
+    if not extraction.frames:
         raise ExtractError(
             f"not one of {len(skipped)} recordings could be used; the reasons are in "
             f"{args.out}/skipped.txt"
         )
     logging.info(
-        f"{', '.join(map(str, tables))}: {sum(run.frames.values())} frames of "
-        f"{len(run.frames)} recordings"
+        f"{', '.join(map(str, tables))}: {sum(extraction.frames.values())} frames of "
+        f"{len(extraction.frames)} recordings"
     )
 
 
 if __name__ == "__main__":
-    run_command(main, ExtractError, CheckpointError)
+    main()

@@ -10,9 +10,8 @@ from pathlib import Path
 import yaml
 from espnet2.utils.types import str2bool
 
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.hub.fetch import is_hub_id
-from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.infer import compact, named_size
 from espnet2_spear.hub.load import open_checkpoint
 from espnet2_spear.hub.save import init_param_help, save_student
@@ -25,11 +24,15 @@ def get_parser() -> argparse.ArgumentParser:
         description="Check a checkpoint and write it as config.yaml and student.pth",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--log_level", default="INFO")
     parser.add_argument(
         "source",
         help="folder or file (model.safetensors, pytorch_model.bin, icefall's *.pt, "
-        "*.pth of ours), or hf:USER/NAME[@REVISION][:FILE], which is downloaded",
+        "*.pth of ours or of ESPnet, packed models), or "
+        "hf:USER/NAME[@REVISION][:FILE], which is downloaded",
+    )
+    parser.add_argument(
+        "--part",
+        help="which student, where a model holds several, such as frontend or encoder",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
@@ -77,19 +80,16 @@ def main(cmd: list[str] | None = None) -> None:
     Example:
         % python -m espnet2_spear.bin.spear_import /path/to/spear-base --out exp/base
     """
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=args.log_level,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Open, write, and print how ESPnet loads what was written."""
     conf = parse_conf(args.conf)
     if args.padding:
         conf["padding"] = args.padding
-    model, file, left_out = open_checkpoint(args.source, conf)
-    config = model.config
-    if left_out:
-        heads = sorted({name.rsplit(".", 1)[0] for name in left_out})
-        logging.info(f"left out {len(left_out)} tensors of no student: {heads}")
+    opened = open_checkpoint(args.source, conf, args.part)
+    model, config = opened.model, opened.model.config
     if (
         config.encoder_unmasked_dim == config.encoder_dim
         and named_size(config) is None
@@ -99,7 +99,7 @@ def main(cmd: list[str] | None = None) -> None:
             "of no named size: training with regularize would mask no channels, unless "
             "you say --conf encoder_unmasked_dim=..."
         )
-    source = args.source if is_hub_id(args.source) else str(file.name)
+    source = args.source if is_hub_id(args.source) else opened.file.name
     weights = save_student(model, args.out, source, args.overwrite)
     number = sum(p.numel() for p in model.parameters())
     print(
@@ -112,4 +112,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, CheckpointError, ConfigError)
+    main()

@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import tempfile
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from torch import Tensor
 
-from espnet2_spear.errors import UserError
-from espnet2_spear.hub.files import CheckpointError, read_config, read_tensors
-from espnet2_spear.hub.packed import is_packed, read_meta, unpack_model
+from espnet2_spear.errors import CheckpointError, UserError
+from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.hub.infer import infer_config
+from espnet2_spear.hub.load import PARTS, Checkpoint, read_checkpoint
+from espnet2_spear.hub.packed import is_packed
+from espnet2_spear.hub.tensors import read_settings, read_tensors
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 KEY = "featurizer.weights"
@@ -43,12 +43,8 @@ class Layer:
     weight: float
 
 
-def read_layers(config_file: Path, model_file: Path) -> tuple[list[Layer], bool]:
+def read_layers(model: Checkpoint) -> tuple[list[Layer], bool]:
     """Read the weights of an ESPnet model with frontend ``spear``.
-
-    Args:
-        config_file: its ``config.yaml``.
-        model_file: its weights (``.pth``).
 
     Returns:
         the layers, and whether they are normalised before the sum: only then do the
@@ -56,22 +52,24 @@ def read_layers(config_file: Path, model_file: Path) -> tuple[list[Layer], bool]
 
     Raises:
         WeightsError: another frontend, or a single layer.
-        CheckpointError: a file that cannot be read.
     """
-    try:
-        config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{config_file}: cannot be read ({error})") from error
+    config, name = model.settings, model.settings_file
     conf = config.get("frontend_conf") if isinstance(config, dict) else None
     if conf is None or config.get("frontend") != "spear":
-        raise WeightsError(f"{config_file}: is no configuration with frontend: spear")
+        raise WeightsError(f"{name}: is no configuration with frontend: spear")
     if conf.get("layer") is not None:
         raise WeightsError(
-            f"{config_file}: frontend_conf.layer is {conf['layer']}: there are no "
+            f"{name}: frontend_conf.layer is {conf['layer']}: there are no "
             "weights, all features come from that layer"
         )
-    weights = _find(read_tensors(model_file), model_file).float().softmax(dim=0)
-    places = _places(conf, len(weights))
+    found = [v for k, v in model.tensors.items() if k.endswith(f"frontend.{KEY}")]
+    if len(found) != 1 or found[0].dim() != 1:
+        raise WeightsError(
+            f"{model.file}: holds {len(found)} tensors named *frontend.{KEY}, expected "
+            "one; name the weights of the whole model (such as valid.acc.best.pth)"
+        )
+    weights = found[0].float().softmax(dim=0)
+    places = _places(conf, model, len(weights))
     layers = [
         Layer(i, *place, weight)
         for i, (place, weight) in enumerate(zip(places, weights.tolist(), strict=True))
@@ -79,35 +77,30 @@ def read_layers(config_file: Path, model_file: Path) -> tuple[list[Layer], bool]
     return layers, bool(conf.get("layer_norm", True))
 
 
-def _find(state: dict[str, Tensor], path: Path) -> Tensor:
-    found = [k for k in state if k.endswith(f"frontend.{KEY}")]
-    if len(found) != 1 or state[found[0]].dim() != 1:
-        raise WeightsError(
-            f"{path}: holds {len(found)} tensors named *frontend.{KEY}, expected one; "
-            "name the weights of the whole model (such as valid.acc.best.pth)"
-        )
-    return state[found[0]]
-
-
-def _places(conf: dict[str, Any], layers: int) -> list[tuple[int | None, float | None]]:
+def _places(
+    conf: dict[str, Any], model: Checkpoint, layers: int
+) -> list[tuple[int | None, float | None]]:
     """Stack and frame rate of every layer, as far as they are known."""
-    config = None
-    if conf.get("arch") is not None:
-        config = ZipformerConfig.build(conf["arch"])
-    elif conf.get("ckpt") is not None:
-        ckpt = Path(conf["ckpt"])
-        folder = ckpt if ckpt.is_dir() else ckpt.parent
-        for name in ("config.yaml", "config.json"):
-            if (folder / name).is_file():
-                config = read_config(folder / name)
-                break
-    if config is None or sum(config.num_encoder_layers) != layers:
+    try:
+        config = (
+            ZipformerConfig.build(conf["arch"])
+            if conf.get("arch") is not None
+            else infer_config(_student(model.tensors), model.file)
+        )
+    except CheckpointError:
+        return [(None, None)] * layers
+    if sum(config.num_encoder_layers) != layers:
         return [(None, None)] * layers
     return [
         (stack, 50.0 / config.downsampling_factor[stack])
         for stack, count in enumerate(config.num_encoder_layers)
         for _ in range(count)
     ]
+
+
+def _student(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = next(prefix for prefix, part in PARTS.items() if part == "frontend")
+    return {k.removeprefix(prefix): v for k, v in tensors.items()}
 
 
 def table(layers: list[Layer]) -> str:
@@ -168,59 +161,45 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    parser = get_parser()
-    args = parser.parse_args(cmd)
-    try:
-        with tempfile.TemporaryDirectory(prefix="spear-") as work:
-            if len(args.model) == 1:
-                layers, normed = _read_packed(args.model[0], Path(work) / "model")
-            elif len(args.model) == 2:
-                layers, normed = read_layers(*args.model)
-            else:
-                parser.error("name one packed model, or config.yaml and weights")
-    except (WeightsError, CheckpointError) as error:
-        print(f"spear_layer_weights: {error}", file=sys.stderr)
-        return 1
+def main(cmd: list[str] | None = None) -> None:
+    """Print and plot; see ``--help``.
+
+    Raises:
+        WeightsError: a model without learned layer weights.
+        CheckpointError: a file that cannot be read.
+    """
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table, and draw it where matplotlib is installed."""
+    *configs, file = args.model
+    if len(configs) > 1:
+        raise WeightsError("name one packed model, or config.yaml and weights")
+    if configs:
+        tensors, _ = read_tensors(file)
+        model = Checkpoint(file, tensors, configs[0], read_settings(configs[0]))
+    elif not file.exists():
+        raise CheckpointError(f"{file}: no such file or folder")
+    elif not is_packed(file):
+        raise WeightsError(f"{file}: is no packed model; name config.yaml and weights")
+    else:
+        model = read_checkpoint(file)
+    layers, normed = read_layers(model)
     print(table(layers))
     if not normed:
         print(
             "layer_norm is false: layers differ in scale, so that weights alone do not "
             "say how much a layer counts"
         )
-    png = args.png or _beside(args.model[-1])
+    png = args.png or (file if file.is_dir() else file.parent) / "layer_weights.png"
     try:
-        plot(layers, png, args.model[-1].name)
+        plot(layers, png, file.name)
     except ImportError:
-        print("No picture: pip install matplotlib", file=sys.stderr)
-        return 0
+        logging.warning("no picture: pip install matplotlib")
+        return
     print(f"Drawn in {png}")
-    return 0
-
-
-def _beside(model: Path) -> Path:
-    return (model if model.is_dir() else model.parent) / "layer_weights.png"
-
-
-def _read_packed(path: Path, folder: Path) -> tuple[list[Layer], bool]:
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
-    if not is_packed(path):
-        raise WeightsError(f"{path}: is no packed model; name config.yaml and weights")
-    if path.is_dir():
-        folder = path
-    else:
-        unpack_model(path, folder)
-    configs, weights = read_meta(path, folder)
-    for key, config in configs.items():
-        # asr_train_config and asr_model_file, train_config and model_file, ...
-        model = weights.get(key.removesuffix("train_config") + "model_file")
-        if model is not None and "frontend" in config.read_text(encoding="utf-8"):
-            return read_layers(config, model)
-    raise WeightsError(f"{path}: holds no model with a frontend")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    sys.exit(main())
+    main()

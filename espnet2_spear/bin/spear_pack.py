@@ -6,15 +6,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.hub.card import REPO, Card
-from espnet2_spear.hub.files import CheckpointError
-from espnet2_spear.hub.pack import (
-    PackError,
-    add_pack_arguments,
-    check_files,
-    pack_model,
-)
+from espnet2_spear.hub.load import load_model
+from espnet2_spear.hub.pack import add_pack_arguments, check_files, pack_model
+from espnet2_spear.hub.tensors import read_settings
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 DEMO = """import torch
@@ -78,7 +74,7 @@ def make_card(
             teachers="\n".join(rows),
         ),
         results=args.results,
-        config=args.train_config,
+        config=conf,
     )
 
 
@@ -93,32 +89,30 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(cmd: list[str] | None = None) -> None:
-    """Pack; see ``--help``. Run it where training ran: paths are kept relative.
+    """Pack; see ``--help``.
 
     Raises:
         PackError: a file is missing.
         CheckpointError: weights and configuration that do not belong together.
     """
-    args = get_parser().parse_args(cmd)
-    import yaml
+    main_with_one_line_errors(get_parser(), run, cmd)
 
-    from espnet2_spear.hub.load import load_model
 
+def run(args: argparse.Namespace) -> None:
+    """Pack; run it where training ran: paths are kept relative."""
     check_files(args.train_config, args.model_file, *args.option)
     model = load_model(args.model_file)
-    conf = yaml.safe_load(args.train_config.read_text(encoding="utf-8"))
+    conf = read_settings(args.train_config)
     size = sum(p.numel() for p in model.parameters())
-    card = args.train_config.parent / "README.md"
-    text = str(make_card(args, conf, model.config, size))
-    card.write_text(text, encoding="utf-8")
-    results = [] if args.results is None else [args.results]
     pack_model(
+        args.outpath,
+        args.train_config.parent,
         files={"model_file": args.model_file},
-        yaml_files={"train_config": args.train_config},
-        options=[card, *results, *args.option],
-        outpath=args.outpath,
+        configs={"train_config": (args.train_config, conf)},
+        options=[*args.option, *filter(None, [args.results])],
+        card=str(make_card(args, conf, model.config, size)),
     )
 
 
 if __name__ == "__main__":
-    run_command(main, CheckpointError, PackError)
+    main()

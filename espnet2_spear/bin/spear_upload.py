@@ -11,13 +11,17 @@ from pathlib import Path
 
 from espnet2.utils.types import str2bool
 
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.hub.card import REPO
-from espnet2_spear.hub.files import CheckpointError
-from espnet2_spear.hub.packed import check_stamp, check_weights, read_meta
-from espnet2_spear.hub.unpack import UnpackError, unpack
+from espnet2_spear.hub.pack import CARD
+from espnet2_spear.hub.packed import (
+    UnpackError,
+    check_stamp,
+    check_weights,
+    model_files,
+    unpack,
+)
 
-CARD = "README.md"  # the hub shows it at the top of the repository
 _REPO_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
 
@@ -39,7 +43,7 @@ def prepare(packed: Path, folder: Path, repo_id: str) -> dict[str, bytes | Path]
         UnpackError: unsafe or corrupt, no packed model, or no card in it.
     """
     files = unpack(packed, folder)
-    configs, weights = read_meta(packed, folder)
+    configs, weights = model_files(packed, folder)
     check_stamp(packed, folder)
     for path in weights.values():
         check_weights(packed, path)
@@ -90,7 +94,7 @@ def get_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--packed", type=Path, required=True, help="xxx.zip, xxx.tgz")
-    parser.add_argument("--repo_id", type=str, required=True, help="user/name")
+    parser.add_argument("--repo_id", type=_repo_id, required=True, help="user/name")
     parser.add_argument(
         "--dry_run",
         type=str2bool,
@@ -103,6 +107,12 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _repo_id(text: str) -> str:
+    if not _REPO_ID.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text}: must be user/name")
+    return text
+
+
 def main(cmd: list[str] | None = None) -> None:
     """Upload or list; see ``--help``.
 
@@ -110,10 +120,11 @@ def main(cmd: list[str] | None = None) -> None:
         FileNotFoundError: there is no such packed model.
         UnpackError: see :func:`prepare`.
     """
-    parser = get_parser()
-    args = parser.parse_args(cmd)
-    if not _REPO_ID.fullmatch(args.repo_id):
-        parser.error(f"--repo_id {args.repo_id}: must be user/name")
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """List what would be sent, and send it unless this is a dry run."""
     if not args.packed.is_file():
         raise FileNotFoundError(f"{args.packed}: no packed model; run stage 8 first")
     with tempfile.TemporaryDirectory() as work:
@@ -131,4 +142,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, CheckpointError)
+    main()

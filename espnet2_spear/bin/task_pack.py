@@ -7,20 +7,18 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.hub.card import REPO, Card
-from espnet2_spear.hub.files import CheckpointError
+from espnet2_spear.hub.fetch import is_named
+from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.pack import (
     PackError,
     add_pack_arguments,
-    base_of,
     check_files,
     pack_model,
-    relocate,
 )
-from espnet2_spear.hub.packed import FORMAT
+from espnet2_spear.hub.packed import FORMAT, named_files
+from espnet2_spear.hub.tensors import read_settings, read_tensors
 
 
 class Kind(NamedTuple):
@@ -126,12 +124,8 @@ def self_contained(config: dict[str, Any], source: Path) -> dict[str, Any]:
     conf = dict(config.get("frontend_conf") or {})
     if config.get("frontend") != "spear" or conf.get("ckpt") is None:
         return config
-    from espnet2_spear.hub.fetch import is_named
-
     ckpt = conf.pop("ckpt")
     if is_named(ckpt):
-        from espnet2_spear.hub.load import load_model
-
         conf["arch"] = load_model(ckpt).config.to_dict()
     elif conf.get("arch") is None:
         raise PackError(
@@ -164,9 +158,7 @@ def check_weights(config: dict[str, Any], model_file: Path) -> None:
     """
     if config.get("frontend") != "spear":
         return
-    import torch
-
-    state = torch.load(model_file, map_location="cpu", weights_only=True)
+    state, _ = read_tensors(model_file)
     if not any(key.startswith("frontend.upstream.") for key in state):
         raise PackError(
             f"{model_file}: holds no weights of frontend.upstream; pack a file with "
@@ -174,29 +166,8 @@ def check_weights(config: dict[str, Any], model_file: Path) -> None:
         )
 
 
-def referred_files(config: dict[str, Any]) -> list[Path]:
-    """Files that the configuration names and inference reads."""
-    names = [
-        config.get("bpemodel"),
-        (config.get("normalize_conf") or {}).get("stats_file"),
-    ]
-    token_list = config.get("token_list")
-    if isinstance(token_list, str):  # after training it is a list in the file itself
-        names.append(token_list)
-    return [Path(name) for name in names if name is not None]
-
-
-def make_card(
-    args: argparse.Namespace, config: dict[str, Any], packed: Path, name: str
-) -> Card:
-    """Return the card of the packed model.
-
-    Args:
-        args: options of this command.
-        config: as packed, and
-        packed: the file that holds it.
-        name: of the model.
-    """
+def make_card(args: argparse.Namespace, config: dict[str, Any], name: str) -> Card:
+    """Return the card of the packed model; ``config`` is the one that is packed."""
     ctc_only = args.task == "asr" and config.get("decoder") is None
     kind = TASKS[args.task]
     module, inference = kind.inference.split(".")
@@ -217,7 +188,7 @@ def make_card(
         datasets=args.datasets,
         license=args.license,
         results=args.results,
-        config=packed,
+        config=config,
     )
 
 
@@ -230,40 +201,59 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--task", choices=list(TASKS), default="asr")
     add_pack_arguments(parser)
+    group = parser.add_argument_group("Language model, used in decoding")
+    group.add_argument("--lm_train_config", type=Path, help="its config.yaml")
+    group.add_argument("--lm_file", type=Path, help="its weights, xxx.pth")
     return parser
 
 
 def main(cmd: list[str] | None = None) -> None:
-    """Pack; see ``--help``. Run it where training ran: paths are kept relative.
+    """Pack; see ``--help``.
 
     Raises:
         PackError: a file is missing, or the model needs a checkpoint that is gone.
     """
-    args = get_parser().parse_args(cmd)
-    check_files(args.train_config, args.model_file)
-    config = yaml.safe_load(args.train_config.read_text(encoding="utf-8"))
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Pack; run it where training ran: names in configurations are relative to it."""
+    check_files(args.train_config, args.model_file, *args.option)
+    config = read_settings(args.train_config)
     config = stamped(self_contained(config, args.train_config))
     check_weights(config, args.model_file)
-    folder = args.train_config.parent
-    options = list(args.option)
-    options += [p for p in referred_files(config) if p not in options]
-    if args.results is not None and args.results not in options:
-        options.append(args.results)
-    check_files(*options)
-    packed, card = folder / "config_packed.yaml", folder / "README.md"
-    base = base_of([args.model_file, args.train_config, *options])
-    config = relocate(config, options, base)
-    packed.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
-    card.write_text(str(make_card(args, config, packed, folder.name)), encoding="utf-8")
     prefix = TASKS[args.task].prefix
+    files = {f"{prefix}model_file": args.model_file}
+    configs = {f"{prefix}train_config": (args.train_config, config)}
+    if (args.lm_file is None) != (args.lm_train_config is None):
+        raise PackError("--lm_file, --lm_train_config: give both, or none")
+    if args.lm_file is not None:
+        check_files(args.lm_train_config, args.lm_file)
+        files["lm_file"] = args.lm_file
+        lm = read_settings(args.lm_train_config)
+        configs["lm_train_config"] = (args.lm_train_config, lm)
+    needed = [Path(name) for _, c in configs.values() for name in _needed(c)]
     pack_model(
-        files={f"{prefix}model_file": args.model_file},
-        yaml_files={f"{prefix}train_config": packed},
-        options=[card, *options],
-        outpath=args.outpath,
+        args.outpath,
+        args.train_config.parent,
+        files,
+        configs,
+        options=[*args.option, *needed, *filter(None, [args.results])],
+        card=str(make_card(args, config, args.train_config.parent.resolve().name)),
     )
     print(f"Packed {args.outpath}")
 
 
+def _needed(config: dict[str, Any]) -> list[str]:
+    """Files that inference will read, which must be there."""
+    for key, name in named_files(config).items():
+        if not Path(name).is_file():
+            raise PackError(
+                f"{name}: no such file, which the configuration names ({key}); run "
+                "this in the folder that the model was trained in"
+            )
+    return list(named_files(config).values())
+
+
 if __name__ == "__main__":
-    run_command(main, CheckpointError, PackError)
+    main()

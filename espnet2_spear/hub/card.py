@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -66,7 +67,7 @@ class Card:
         license: of the weights, as the hub abbreviates it.
         tables: further Markdown.
         results: RESULTS.md, if there is one.
-        config: file to quote, if any.
+        config: to quote, if any.
     """
 
     title: str
@@ -79,7 +80,7 @@ class Card:
     license: str = "cc-by-4.0"
     tables: str = ""
     results: Path | None = None
-    config: Path | None = None
+    config: Mapping[str, Any] | None = None
     tags: Sequence[str] = field(default=("spear", "espnet2-spear"))
 
     def __str__(self) -> str:
@@ -103,7 +104,7 @@ class Card:
         if self.results is not None:
             parts.append(self.results.read_text(encoding="utf-8"))
         if self.config is not None:
-            text = self.config.read_text(encoding="utf-8")
+            text = yaml.safe_dump(dict(self.config), allow_unicode=True)
             parts.append(
                 "<details><summary>configuration</summary>\n\n```yaml\n"
                 f"{text.strip()}\n```\n\n</details>"

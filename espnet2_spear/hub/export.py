@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import espnet2_spear
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.bundle import bundle
-from espnet2_spear.hub.files import CheckpointError
 from espnet2_spear.hub.save import refuse_non_finite
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig

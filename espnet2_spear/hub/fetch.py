@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path, PurePosixPath
 
-from espnet2_spear.hub.files import INDEX_SUFFIX, WEIGHT_SUFFIXES, CheckpointError
+from espnet2_spear.errors import CheckpointError
 
+INDEX_SUFFIX = ".index.json"
 HUB_PREFIX = "hf:"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(.+))?")  # repo, revision, file
-_CONFIGS = ["config.json", "config.yaml"]
-_SAFE_FILES = ["model*.safetensors", f"model.safetensors{INDEX_SUFFIX}"]
-# Wanted if there is no safetensors file. Never: code, optimizers, other models.
-_PICKLES = ["pytorch_model*.bin", f"pytorch_model.bin{INDEX_SUFFIX}"]
-_PICKLES += ["student.pth", "valid.loss.*.pth"]
-# What spear_upload sends: a packed model, as it was unpacked.
-_PICKLES += ["meta.yaml", "*/config.yaml", "*/spear_plugin.yaml", "*/packed.pth"]
-# Where repositories of icefall's recipes keep what training left.
-_ICEFALL = re.compile(r"(exp/)?[^/]+\.pt")
-_RELEASED = ("pretrained.pt", "pretrained*.pt", "*.pt")  # the first of which is one
+# What is fetched of a repository: the first line of which it has weights, with the
+# configurations. Never: code, optimizers, other models.
+_WANTED = (
+    ("model*.safetensors", f"model.safetensors{INDEX_SUFFIX}"),
+    ("pytorch_model*.bin", f"pytorch_model.bin{INDEX_SUFFIX}"),
+    ("student.pth", "valid.loss.*.pth"),
+    ("meta.yaml", "*/config.yaml", "*/spear_plugin.yaml", "*/*.pth"),  # a packed model
+)
+_CONFIGS = ("config.json", "config.yaml")
+# Where repositories of icefall's recipes keep what training left; the first that is
+# the only one of its kind is taken.
+_ICEFALL = ("pretrained.pt", "pretrained*.pt", "*.pt")
 
 
 def is_hub_id(name: str | Path) -> bool:
@@ -61,7 +65,7 @@ def fetch(name: str) -> Path:
         CheckpointError: no such repository, revision or file, none in the cache while
             offline, no permission, or no weights in it or several.
     """
-    match = _ID.fullmatch(str(name).removeprefix(HUB_PREFIX))
+    match = _ID.fullmatch(name.removeprefix(HUB_PREFIX))
     if match is None:
         raise CheckpointError(
             f"{name}: a hub id is hf:USER/NAME, hf:USER/NAME@REVISION or either with "
@@ -69,70 +73,71 @@ def fetch(name: str) -> Path:
         )
     repo, revision, file = match.groups()
     with _explained(name, repo):
-        if file is not None:
-            return _fetch_file(name, repo, revision, file)
-        for patterns in (_SAFE_FILES, _PICKLES):
-            folder = _snapshot(repo, revision, [*_CONFIGS, *patterns])
-            if _weights(folder, patterns):
-                return folder
-        return _fetch_file(name, repo, revision, _icefall(name, repo, revision))
+        patterns, file = _choose(name, _listing(repo, revision), file)
+        folder = _snapshot(repo, revision, patterns)
+    return folder if file is None else folder / file
 
 
-def _weights(folder: Path, patterns: list[str]) -> list[str]:
-    """Files of weights that match; earlier calls may have left others there."""
-    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*")]
-    names = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
-    return [name for name in names if any(fnmatch(name, p) for p in patterns)]
-
-
-def _fetch_file(name: str, repo: str, revision: str | None, file: str) -> Path:
+def _choose(
+    name: str, files: Sequence[str], file: str | None
+) -> tuple[list[str], str | None]:
+    """Patterns to fetch, and the file of weights if it is a single one."""
+    weights = [f for f in files if f.endswith(WEIGHT_SUFFIXES)]
+    if file is None:
+        for patterns in _WANTED:
+            if any(fnmatch(f, p) for f in weights for p in patterns):
+                return [*_CONFIGS, *patterns], None
+        file = choose_icefall(name, weights)
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts or path.suffix not in WEIGHT_SUFFIXES:
         raise CheckpointError(
             f"{name}: '{file}' is no file of weights in the repository "
             f"({', '.join(WEIGHT_SUFFIXES)})"
         )
+    if file not in weights:
+        raise CheckpointError(
+            f"{name}: no such file; files of weights there: {_some(weights) or 'none'}"
+        )
     beside = [escape(str(path.with_name(config))) for config in _CONFIGS]
-    found = _snapshot(repo, revision, [escape(str(path)), *beside]) / path
-    if not found.is_file():
-        there = _listed(_all_weights(repo, revision)) or "none"
-        raise CheckpointError(f"{name}: no such file; files of weights there: {there}")
-    return found
+    return [escape(file), *beside], file
 
 
-def _icefall(name: str, repo: str, revision: str | None) -> str:
-    """Choose among the files that icefall's training leaves."""
-    there = _all_weights(repo, revision)
-    files = [file for file in there if _ICEFALL.fullmatch(file)]
-    for pattern in _RELEASED:
-        chosen = [f for f in files if fnmatch(PurePosixPath(f).name, pattern)]
+def choose_icefall(name: str, weights: Sequence[str]) -> str:
+    """Choose among the files that icefall's training leaves.
+
+    Raises:
+        CheckpointError: none, or several that have equal rights.
+    """
+    there = [f for f in weights if re.fullmatch(r"(exp/)?[^/]+\.pt", f)]
+    for pattern in _ICEFALL:
+        chosen = [f for f in there if fnmatch(PurePosixPath(f).name, pattern)]
         if len(chosen) == 1:
             return chosen[0]
-    listed = f"it has {_listed(there)}: name one" if there else "it has none at all"
+    listed = f"it has {_some(weights)}: name one" if weights else "it has none at all"
     raise CheckpointError(
         f"{name}: no weights under a known name; {listed}, as hf:USER/NAME:FILE"
     )
 
 
-def _listed(files: list[str]) -> str:
+def _some(files: Sequence[str]) -> str:
     """Name files in a message; icefall may have left hundreds."""
     more = f" and {len(files) - 20} more" if len(files) > 20 else ""
-    return ", ".join(files[:20]) + more
+    return ", ".join(sorted(files)[:20]) + more
 
 
-def _all_weights(repo: str, revision: str | None) -> list[str]:
-    """All files of weights in a repository; without a network, those in the cache."""
+def _listing(repo: str, revision: str | None) -> list[str]:
+    """Names of all files in a repository; without a network, those in the cache."""
     from huggingface_hub import HfApi, errors
 
     try:
         # list_repo_files would try for half a minute where there is no network.
         siblings = HfApi().model_info(repo, revision=revision).siblings or []
-        files = [sibling.rfilename for sibling in siblings]
+        return [sibling.rfilename for sibling in siblings]
     except errors.HfHubHTTPError:  # what the hub itself says
         raise
     except Exception:  # HF_HUB_OFFLINE among them
-        files = _weights(_snapshot(repo, revision, []), ["*"])
-    return sorted(file for file in files if file.endswith(WEIGHT_SUFFIXES))
+        folder = _snapshot(repo, revision, [])
+        return [p.relative_to(folder).as_posix() for p in folder.rglob("*")]
 
 
 def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:

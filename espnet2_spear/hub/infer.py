@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from espnet2_spear.hub.files import REMEDY, CheckpointError
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.zipformer.config import NAMED_CONFIGS, ConfigError, ZipformerConfig
 
-# Not to be seen in any tensor; everything else of the architecture is.
+# What to do about tensors that make no student.
+REMEDY = "download the file again, or pass a SPEAR student's checkpoint"
+# The only fields that names and shapes of tensors do not determine.
 UNSEEN = ("encoder_unmasked_dim",)
 # Options that distinguish variants of a named size.
 _VARIANT = ("output_downsampling_factor", "causal", "regularize")
@@ -47,7 +49,7 @@ def infer_config(
         "embed_channels": [
             seen.size(f"encoder_embed.conv.{slot}.weight", 0) for slot in (0, 4, 7)
         ],
-        "num_mel_bins": seen.size("mask_emb", 0),
+        "num_mel_bins": _mel_bins(seen),
         "output_downsampling_factor": seen.optional(
             "encoder.downsample_output.bias", default=1
         ),
@@ -71,6 +73,20 @@ def infer_config(
         return ZipformerConfig.from_dict(conf | given)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _mel_bins(seen: _Shapes) -> int:
+    """Width of the fbank, by the mask's vector, or else by the embedding.
+
+    The embedding rounds widths down to multiples of 4; of several that fit, a usual
+    one is taken.
+    """
+    if "mask_emb" in seen.state:
+        return seen.size("mask_emb", 0)
+    channels = seen.size("encoder_embed.conv.7.weight", 0)
+    left = seen.size("encoder_embed.out.weight", 1) // channels
+    fitting = [4 * left + more for more in (3, 4, 5, 6)]
+    return next((bins for bins in (128, 80) if bins in fitting), fitting[1])
 
 
 def _stack(seen: _Shapes, index: int, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,45 +1,109 @@
-"""Open SPEAR checkpoints: ours, or released ones."""
+"""Open a SPEAR student, whatever it was saved by.
+
+One way, from top to bottom: a name becomes a path (:mod:`hub.fetch`), a path becomes
+tensors and settings (``LAYOUTS``, the first layout that finds itself there), the
+student is taken out of the tensors by their names, and built as the settings or its
+shapes say (:mod:`hub.infer`). Nothing that a checkpoint or its folder holds is
+executed.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from espnet2_spear.hub.fetch import local_path
-from espnet2_spear.hub.files import (
-    REMEDY,
-    CheckpointError,
-    find_config,
-    find_weights,
-    read_config,
-    read_tensors,
+from espnet2_spear.errors import CheckpointError
+from espnet2_spear.hub.fetch import INDEX_SUFFIX, WEIGHT_SUFFIXES, local_path
+from espnet2_spear.hub.infer import REMEDY, differences, infer_config
+from espnet2_spear.hub.packed import (
+    META,
+    check_stamp,
+    check_stamp_beside,
+    is_archive,
+    model_files,
+    unpack_model,
 )
-from espnet2_spear.hub.infer import differences, infer_config
-from espnet2_spear.hub.packed import check_stamp_beside, is_packed, opened_student
+from espnet2_spear.hub.tensors import read_settings, read_tensors
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig
 
-__all__ = ["CheckpointError", "load_model", "open_checkpoint"]
+__all__ = ["CheckpointError", "load_model", "open_checkpoint", "read_checkpoint"]
 
+# In this order: safetensors before pickles, what was published before what we wrote.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHTS += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS += ("student.pth", "valid.loss.ave.pth", "valid.loss.best.pth", "latest.pth")
+_PART_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
+
+# Every student has this tensor; what stands before it in its name is the prefix.
 _ANCHOR = "encoder_embed.conv.0.weight"
-_OURS = "student."
-# Of icefall's training: they predict codes and tags, and nothing here uses them.
-_HEADS = re.compile(
-    r"(^|\.)(codebook_loss_net|codebook_loss_heads|audio_tagging_proj)\."
+_NETWORK = ("encoder_embed.", "encoder.", "mask_emb")
+# Prefix -> what a configuration and a user call the part of a model that it is.
+PARTS = {"student.": "student", "frontend.upstream.": "frontend", "encoder.": "encoder"}
+# Trained beside a student in pre-training; everything else is somebody's fine-tuning.
+_PRETRAINING = re.compile(
+    r"(^|\.)(codebook_loss_net|codebook_loss_heads|audio_tagging_proj)\.|"
+    r"^(heads|schedule)\."
 )
+# LoRA as ESPnet saves it: the weights are the sum already, the factors are of no use.
+_LORA = re.compile(r"\.lora_[AB]$")
+
+# Keys of a released config.json that say nothing about the network.
+_HF_ONLY = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype")
+_HF_ONLY += ("transformers_version", "_name_or_path", "_commit_hash", "return_dict")
+_HF_ONLY += ("output_hidden_states", "output_attentions", "hidden_size")
+_HF_ONLY += ("num_hidden_layers",)
+
+
+class Checkpoint(NamedTuple):
+    """What was read.
+
+    Attributes:
+        file: that holds the tensors.
+        tensors: by name.
+        settings_file: the configuration beside them, if there is one.
+        settings: what it holds.
+        students: that it describes, see :func:`_students`.
+    """
+
+    file: Path
+    tensors: dict[str, Tensor]
+    settings_file: Path | None = None
+    settings: Any = None
+    students: Mapping[str, ZipformerConfig | Mapping[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A student, and where it is from.
+
+    Attributes:
+        model: in eval mode.
+        file: that held its tensors.
+        left_out: names of the tensors that are not the student's.
+        finetuned: whether some of them are of a downstream task.
+    """
+
+    model: SpearEncoder
+    file: Path
+    left_out: list[str]
+    finetuned: bool
 
 
 def load_model(
     path: str | Path,
     padding: str | None = None,
     conf: Mapping[str, Any] | None = None,
+    part: str | None = None,
 ) -> SpearEncoder:
     """Open a SPEAR student, in eval mode, on the CPU.
 
@@ -50,12 +114,17 @@ def load_model(
             an experiment of ours. A packed model (``.zip``, ``.tgz``), unpacked safely
             for as long as it is read, or the folder of an unpacked one. Or
             ``hf:user/name[@revision][:file]``, which is fetched; nothing else ever is.
+            The student is also taken out of a model that was fine-tuned: by icefall,
+            by transformers, or by ESPnet with frontend ``spear`` or encoder
+            ``zipformer``. What is left out is logged.
         padding: ``exact`` makes an utterance's output independent of its batch,
             ``compatible`` is as in the published code; None takes what the
             checkpoint's configuration says (``compatible`` if nothing).
         conf: fields of ZipformerConfig that go before the ``config.json`` or
             ``config.yaml`` beside the weights. Without such a file the tensors
             themselves tell the architecture, see ``infer_config``.
+        part: which student, where a model holds several: ``student``, ``frontend``,
+            ``encoder`` or what its names begin with. None: the only one.
 
     Returns:
         the encoder; ``model(speech, lengths)`` gives ``encoder_out``,
@@ -71,126 +140,310 @@ def load_model(
     conf = dict(conf or {})
     if padding is not None:
         conf["padding"] = padding
-    return open_checkpoint(path, conf)[0]
+    return open_checkpoint(path, conf, part).model
 
 
 def open_checkpoint(
-    path: str | Path, conf: Mapping[str, Any] | None = None
-) -> tuple[SpearEncoder, Path, list[str]]:
-    """Open a student, and say what was opened.
+    path: str | Path, conf: Mapping[str, Any] | None = None, part: str | None = None
+) -> Opened:
+    """Open a student, and say what was opened; arguments as of :func:`load_model`."""
+    read = read_checkpoint(path)
+    state, prefix, left_out = _take_student(read, part)
+    config = _choose_config(state, prefix, read, conf or {})
+    _check_tensors(state, config, read)
+    _tell_widened(state, read.file)
+    model = SpearEncoder(config)
+    model.load_state_dict(state)
+    names = [k for k in left_out if not _PRETRAINING.search(k)]
+    finetuned = prefix in ("frontend.upstream.", "encoder.") or bool(names)
+    return Opened(model.eval(), read.file, left_out, finetuned)
+
+
+# --- From a path to tensors -----------------------------------------------------------
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the tensors and settings of any layout, a student's or not.
 
     Args:
         path: as of :func:`load_model`.
-        conf: as of :func:`load_model`.
 
-    Returns:
-        the encoder in eval mode, the file its tensors are from, and the names of the
-        tensors that are not the student's (heads) and were left out.
+    Raises:
+        CheckpointError: nothing there, unreadable, or no way to choose.
     """
-    local = local_path(path)
-    if is_packed(local):
-        with opened_student(local) as file:
-            model, _, left_out = open_checkpoint(file, conf)
-            return model, local, left_out
-    weights = find_weights(local)
-    check_stamp_beside(weights)
-    config_file = find_config(weights)
-    known = None if config_file is None else read_config(config_file)
-    state, left_out = strip_prefix(read_tensors(weights), weights)
-    if known is None:
-        config = infer_config(state, weights, conf)
-    else:
-        config = known.changed(conf or {})
-    with torch.device("meta"):  # no memory for what a damaged configuration asks
-        expected = SpearEncoder(config).state_dict()
-    try:
-        check_tensors(state, expected, weights)
-    except CheckpointError as error:
-        hint = f"; {REMEDY}"
-        if config_file is not None:
-            hint = _contradiction(config, state, config_file)
-            hint += (
-                f"; take the {config_file.name} that belongs to the file, or move it "
-                "away: the tensors tell the sizes"
-            )
-        raise CheckpointError(f"{error}{hint}") from None
-    _tell_widened(state, weights)
-    model = SpearEncoder(config)
-    model.load_state_dict(state)
-    return model.eval(), weights, left_out
+    path = local_path(path)
+    for find, read in LAYOUTS.values():
+        found = find(path)
+        if found is not None:
+            return read(found)
+    raise CheckpointError(
+        f"{path}: no such file or folder; name a local checkpoint (nothing is "
+        "downloaded by itself; hf:USER/NAME fetches one from Hugging Face)"
+    )
 
 
-def _tell_widened(state: Mapping[str, Tensor], path: Path) -> None:
-    """Log that tensors of another precision become float32, which the model is in."""
-    kinds = Counter(value.dtype for value in state.values())
-    others = {k: n for k, n in kinds.items() if k != torch.float32}
-    for kind, number in others.items():
-        logging.warning(
-            f"{path}: {number} of {len(state)} tensors are "
-            f"{str(kind).removeprefix('torch.')} and are turned into float32"
+def _find_archive(path: Path) -> Path | None:
+    return path if path.is_file() and is_archive(path) else None
+
+
+def _read_archive(path: Path) -> Checkpoint:
+    """Unpack safely, read, and leave nothing behind."""
+    with tempfile.TemporaryDirectory(prefix="spear-") as work:
+        unpack_model(path, Path(work) / "model")
+        return _read_packed(path, Path(work) / "model")
+
+
+def _find_unpacked(path: Path) -> Path | None:
+    return path if (path / META).is_file() else None
+
+
+def _read_packed(path: Path, folder: Path | None = None) -> Checkpoint:
+    """Read an unpacked model; messages and ``file`` name what the user named."""
+    configs, weights = model_files(path, folder or path)
+    check_stamp(path, folder or path)
+    pairs = [
+        (configs[key], weights[key.removesuffix("train_config") + "model_file"])
+        for key in configs
+        if key.removesuffix("train_config") + "model_file" in weights
+    ]
+    # A language model beside a recognizer holds no student.
+    pairs = [p for p in pairs if len(pairs) == 1 or _may_hold_student(p[0])]
+    if len(pairs) != 1:
+        raise CheckpointError(
+            f"{path}: holds no model that could be a SPEAR student's but "
+            f"{', '.join([*configs, *weights])}"
         )
+    config, file = pairs[0]
+    try:
+        return _read(path, file, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
-def strip_prefix(
-    state: Mapping[str, Tensor], path: Path
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Keep the student's tensors, under the names of SpearEncoder.
+def _may_hold_student(config: Path) -> bool:
+    conf = read_settings(config)
+    return isinstance(conf, dict) and bool({"frontend", "encoder", "student"} & {*conf})
+
+
+def _find_file(path: Path) -> Path | None:
+    if path.is_file() and _PART_OF_SEVERAL.search(path.name):
+        raise CheckpointError(
+            f"{path}: one part of several; name their folder or *{INDEX_SUFFIX}"
+        )
+    return path if path.is_file() else None
+
+
+def _find_in_folder(path: Path) -> Path | None:
+    """The file of weights in a folder: of a known name, or the only one."""
+    if not path.is_dir():
+        return None
+    for name in WEIGHTS:
+        if (path / name).exists():
+            return path / name
+    others = sorted(p.name for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    if len(others) == 1 and not _PART_OF_SEVERAL.search(others[0]):
+        return path / others[0]
+    found = f"; it has {', '.join(others[:5])}: name one of them" if others else ""
+    raise CheckpointError(f"{path}: holds none of {', '.join(WEIGHTS)}{found}")
+
+
+def _read_file(weights: Path) -> Checkpoint:
+    """Read a file of weights and the configuration beside it."""
+    check_stamp_beside(weights)
+    names = ["config.yaml", "config.json"]
+    if weights.suffix in (".safetensors", ".bin", ".json"):
+        names.reverse()
+    found = [f for f in map(weights.with_name, names) if f.exists()]
+    return _read(weights, weights, found[0] if found else None)
+
+
+def _read(name: Path, weights: Path, config: Path | None) -> Checkpoint:
+    settings = None if config is None else read_settings(config)
+    students = {} if config is None else _students(config, settings)
+    tensors, key = read_tensors(weights)
+    if key == "model_avg":
+        logging.info(f"{name}: model_avg is taken, the average over the training")
+    return Checkpoint(name, tensors, config, settings, students)
+
+
+# Layout -> (finder, reader): the finder returns what the reader takes, or None.
+LAYOUTS: dict[
+    str, tuple[Callable[[Path], Path | None], Callable[[Path], Checkpoint]]
+] = {
+    "packed model": (_find_archive, _read_archive),
+    "unpacked model": (_find_unpacked, _read_packed),
+    "file of weights": (_find_file, _read_file),
+    "folder of weights": (_find_in_folder, _read_file),
+}
+
+
+# --- From tensors to a student --------------------------------------------------------
+
+
+def _students(file: Path, conf: Any) -> dict[str, ZipformerConfig | dict[str, Any]]:
+    """Students that a configuration describes: part -> what it says of it.
+
+    ``config.json`` is a released one (part ""); ``config.yaml`` that of a SpearTask, or
+    of an ESPnet task whose frontend or encoder is ours. A frontend that was built from
+    a checkpoint says options only; the tensors tell its sizes.
+
+    Raises:
+        CheckpointError: of something else, with unknown keys, or with values that do
+            not fit together.
+    """
+    found: dict[str, ZipformerConfig | dict[str, Any]] = {}
+    released = file.suffix == ".json"
+    try:
+        if isinstance(conf, dict) and released:
+            network = {k: v for k, v in conf.items() if k not in _HF_ONLY}
+            if conf.get("architectures", ["SpearModel"]) != ["SpearModel"]:
+                # What remains is of the classifier or whatever stands on the student.
+                known = ZipformerConfig().to_dict()
+                network = {k: v for k, v in network.items() if k in known}
+            found[""] = ZipformerConfig.from_dict(network)
+        elif isinstance(conf, dict):
+            if {"student", "student_conf"} <= conf.keys():
+                named, arch = {"name": conf["student"]}, conf["student_conf"]
+                arch = {**named, **arch} if isinstance(arch, dict) else arch
+                found["student"] = ZipformerConfig.from_dict(arch)
+            for part, name in (("frontend", "spear"), ("encoder", "zipformer")):
+                if conf.get(part) == name:
+                    options = conf.get(f"{part}_conf") or {}
+                    found[part] = _student_in(part, options)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    if not found:
+        wanted = "" if released else " (student, student_conf)"
+        raise CheckpointError(
+            f"{file}: not the configuration of a SPEAR model{wanted}; copy the one "
+            "that belongs to the weights, or move it away: the tensors tell the sizes"
+        )
+    return found
+
+
+def _student_in(
+    part: str, options: Mapping[str, Any]
+) -> ZipformerConfig | dict[str, Any]:
+    """The student that the options of a frontend or encoder describe."""
+    arch = options.get("arch", "base" if part == "encoder" else None)
+    padding = options.get("padding")
+    run = {} if padding is None else {"padding": padding}
+    return run if arch is None else replace(ZipformerConfig.build(arch), **run)
+
+
+def _take_student(
+    read: Checkpoint, part: str | None
+) -> tuple[dict[str, Tensor], str, list[str]]:
+    """Keep a student's tensors, under the names of SpearEncoder.
 
     The prefix (``model.model.`` in released files, ``student.`` in ours, none in
     icefall's) is found by a tensor that every student has.
 
     Returns:
-        the student's tensors, and the names of those that belong to no student: what
-        a SpearTask trains besides, and icefall's heads.
+        the student's tensors, the prefix, and the names of all others, such as heads.
 
     Raises:
-        CheckpointError: no student, several, or tensors of unknown purpose.
+        CheckpointError: no student, or several and no ``part`` that says which.
     """
-    prefixes = [k.removesuffix(_ANCHOR) for k in state if k.endswith(_ANCHOR)]
-    if _OURS in prefixes:
-        prefixes = [_OURS]
-    if len(prefixes) != 1:
+    prefixes = [k.removesuffix(_ANCHOR) for k in read.tensors if k.endswith(_ANCHOR)]
+    names = [PARTS.get(p, p.rstrip(".")) for p in prefixes]
+    if part is None and "student" in names:
+        part = "student"
+    if not prefixes:
         raise CheckpointError(
-            f"{path}: found {len(prefixes)} tensors named *{_ANCHOR}, expected one; "
-            f"this is not a SPEAR checkpoint: {REMEDY}"
+            f"{read.file}: found 0 tensors named *{_ANCHOR}, expected one; this is not "
+            f"a SPEAR checkpoint: {REMEDY}"
         )
-    (prefix,) = prefixes
-    left_out = [k for k in state if _HEADS.search(k) or not k.startswith(prefix)]
-    unknown = [k for k in left_out if prefix != _OURS and not _HEADS.search(k)]
-    if unknown:
+    if part is None and len(prefixes) > 1:
         raise CheckpointError(
-            f"{path}: extra tensors beside {prefix}*: {_some(unknown)}; this is more "
-            f"than a SPEAR student: {REMEDY}"
+            f"{read.file}: holds several students ({_some(names)}); say which: "
+            f"part={names[0]!r} (--part {names[0]})"
         )
-    left_out += [k for k in state if k == f"{prefix}schedule.batches"]
-    dropped = {*left_out}
-    kept = {k[len(prefix) :]: v for k, v in state.items() if k not in dropped}
-    return kept, left_out
+    if part is not None and part not in (*names, *prefixes):
+        raise CheckpointError(
+            f"{read.file}: holds no student called {part!r} but {_some(names)}"
+        )
+    found = zip(prefixes, names, strict=True)
+    prefix = next(p for p, name in found if part in (None, p, name))
+    state, left_out = {}, []
+    for name, value in read.tensors.items():
+        own = name.removeprefix(prefix)
+        if (
+            name.startswith(prefix)
+            and own.startswith(_NETWORK)
+            and not _LORA.search(own)
+        ):
+            state[own] = value
+        else:
+            left_out.append(name)
+    if left_out:
+        kinds = Counter(".".join(k.split(".")[:2]) for k in left_out)
+        logging.info(
+            f"{read.file}: left out {len(left_out)} tensors of no student: "
+            f"{_some(list(kinds))}"
+        )
+    return state, prefix, left_out
 
 
-def check_tensors(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
+def _choose_config(
+    state: Mapping[str, Tensor], prefix: str, read: Checkpoint, conf: Mapping[str, Any]
+) -> ZipformerConfig:
+    """The configuration beside the tensors, or what their shapes tell."""
+    part, students = PARTS.get(prefix, ""), read.students
+    known = students.get(part, {})
+    if part not in students and len(students) == 1:
+        known = next(iter(students.values()))
+    if not isinstance(known, ZipformerConfig):
+        return infer_config(state, read.file, {**known, **conf})
+    if part == "frontend":
+        # A frontend that uses one layer has not kept those behind it.
+        options = {k: v for k, v in known.to_dict().items() if k not in STACK_FIELDS}
+        kept = infer_config(state, read.file, options)
+        if kept.num_encoder_layers != known.num_encoder_layers:
+            logging.warning(
+                f"{read.file}: holds the first {sum(kept.num_encoder_layers)} of "
+                f"{sum(known.num_encoder_layers)} layers (frontend_conf.layer)"
+            )
+            known = kept
+    return known.changed(conf)
+
+
+def _check_tensors(
+    state: dict[str, Tensor], config: ZipformerConfig, read: Checkpoint
 ) -> None:
-    """Compare names, shapes and kinds of numbers.
+    """Compare names, shapes and kinds of numbers; fill in what can be missing.
 
     Raises:
         CheckpointError: lists the first missing, extra and misshapen tensors.
     """
+    if "mask_emb" not in state:  # training with a decoder does without
+        state["mask_emb"] = torch.zeros(config.num_mel_bins)
+        logging.warning(
+            f"{read.file}: is without mask_emb, which stands for masked frames: it is "
+            "zero now, which matters to training with masks only"
+        )
+    with torch.device("meta"):  # no memory for what a damaged configuration asks
+        expected = SpearEncoder(config).state_dict()
     problems = [f"missing {k}" for k in expected if k not in state]
     problems += [f"extra {k}" for k in state if k not in expected]
-    for name, value in expected.items():
-        got = state.get(name)
-        if got is None:
-            continue
-        if got.shape != value.shape:
-            shapes = f"{tuple(got.shape)}, expected {tuple(value.shape)}"
-            problems.append(f"{name} has shape {shapes}")
+    for name in [k for k in expected if k in state]:
+        got, wanted = state[name], tuple(expected[name].shape)
+        if tuple(got.shape) != wanted:
+            problems.append(f"{name} has shape {tuple(got.shape)}, expected {wanted}")
         elif not got.is_floating_point():
             problems.append(f"{name} holds {got.dtype}, expected floats")
-    if problems:
-        raise CheckpointError(
-            f"{path}: does not fit its configuration: {_some(problems, '; ')}"
+    if not problems:
+        return
+    hint = f"; {REMEDY}"
+    if read.settings_file is not None:
+        hint = (
+            f"{_contradiction(config, state, read.settings_file)}; take the "
+            f"{read.settings_file.name} that belongs to the file, or move it away: the "
+            "tensors tell the sizes"
         )
+    raise CheckpointError(
+        f"{read.file}: does not fit its configuration: {_some(problems, '; ')}{hint}"
+    )
 
 
 def _contradiction(
@@ -212,6 +465,17 @@ def _contradiction(
     if not found:
         return ""
     return f". {config_file.name} contradicts the tensors: {_some(found, '; ')}"
+
+
+def _tell_widened(state: Mapping[str, Tensor], path: Path) -> None:
+    """Log that tensors of lower precision become float32, which the model is in."""
+    kinds = Counter(value.dtype for value in state.values())
+    for kind in (torch.float16, torch.bfloat16):
+        if kinds[kind]:
+            logging.warning(
+                f"{path}: {kinds[kind]} of {len(state)} tensors are "
+                f"{str(kind).removeprefix('torch.')} and are turned into float32"
+            )
 
 
 def _plain(value: Any) -> str:

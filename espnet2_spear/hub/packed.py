@@ -1,31 +1,196 @@
-"""Packed models of unknown origin: what is in them, and whether it can be opened.
+"""Packed models of unknown origin: unpacked safely, checked, described.
 
 A packed model is an archive with ``meta.yaml``, as ESPnet's ``pack`` writes it; those
-of the plugin also carry a stamp with the number of their format. The weights are read
-as tensors once, so that a pickle with code in it is refused here and not executed
-later.
+of the plugin also carry a stamp with the number of their format. Every member is judged
+before it is written: plain files and folders inside the target only, within limits on
+number, size and compression (ESPnet unpacks without limits, and before 202611 without
+looking at names). The weights are read as tensors once, so that a pickle with code in
+it is refused here and not executed later.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
+import tarfile
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import yaml
 
 from espnet2_spear import __version__
-from espnet2_spear.hub.files import CheckpointError
-from espnet2_spear.hub.unpack import Limits, UnpackError, is_archive, unpack
+from espnet2_spear.errors import CheckpointError
 
 META = "meta.yaml"
 STAMP = "spear_plugin.yaml"
-NEEDS = "needs the file"  # what a packed model lacks, among the facts of describe()
 FORMAT = 1  # grows when older versions of the plugin could not open a model any more
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tbz2", ".tar.bz2")
+ARCHIVE_SUFFIXES += (".txz", ".tar.xz")
+_BLOCK = 1 << 20  # bytes read at once
+_ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError)
+_ERRORS += (RuntimeError, NotImplementedError)  # encrypted, unknown compression
+_BY_HAND = "if you trust it, unpack it by hand and name the folder"
+
+
+class UnpackError(CheckpointError):
+    """An archive that is corrupt, unsafe or too new; names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an archive may hold.
+
+    Attributes:
+        members: files and folders.
+        total_bytes: of all files, unpacked.
+        ratio: unpacked bytes by packed bytes; counts beyond 64 MiB only, because small
+            files of text may be packed well.
+    """
+
+    members: int = 10_000
+    total_bytes: int = 32 << 30
+    ratio: float = 100.0
+
+
+# --- Archives -------------------------------------------------------------------------
+
+
+def is_archive(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is packed, by its name."""
+    return str(path).lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a packed model, or a folder that one was unpacked into."""
+    path = Path(path)
+    return (path / META).is_file() or (path.is_file() and is_archive(path))
+
+
+def unpack(
+    archive: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    limits: Limits | None = None,
+) -> list[Path]:
+    """Unpack any archive safely.
+
+    Args:
+        archive: zip, tar, or tar packed by gzip, bzip2 or xz.
+        folder: must not exist yet or be empty; it appears whole or not at all.
+        limits: the default ones if None.
+
+    Returns:
+        the files, sorted.
+
+    Raises:
+        UnpackError: no such file, corrupt, a member that is no plain file or folder or
+            that would leave ``folder``, or a limit exceeded. Nothing is left then.
+    """
+    archive, folder = Path(archive), Path(folder)
+    if not archive.is_file():
+        raise UnpackError(f"{archive}: no such file; name a packed model")
+    if folder.exists() and any(folder.iterdir()):
+        raise UnpackError(f"{folder}: is not empty; unpack {archive} into a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _extract(archive, work, limits or Limits())
+        if folder.exists():
+            folder.rmdir()
+        work.rename(folder)
+    except _ERRORS as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise UnpackError(
+            f"{archive}: is corrupt or no {archive.suffix} archive ({error}); fetch it "
+            "again"
+        ) from error
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    folder.chmod(0o755)
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _extract(archive: Path, folder: Path, limits: Limits) -> None:
+    """Write all members below a new, empty folder."""
+    seen: set[str] = set()
+    total, packed = 0, archive.stat().st_size
+
+    def judge_total(size: int) -> None:
+        if size > limits.total_bytes:
+            text = f"it unpacks to more than {limits.total_bytes} bytes"
+            raise _refuse(archive, text, _BY_HAND)
+        if size > max(64 << 20, limits.ratio * packed):
+            text = f"it unpacks to over {limits.ratio:g} times its size, as no weights"
+            raise _refuse(archive, f"{text} do", _BY_HAND)
+
+    for name, kind, size, open_member in _members(archive):
+        path = _checked_name(archive, name)
+        if kind not in ("file", "folder"):
+            raise _refuse(archive, f"{name!r} is a {kind}")
+        if kind == "file" and path in seen:
+            raise _refuse(archive, f"{name!r} is in it twice")
+        seen.add(path)
+        if len(seen) > limits.members:
+            raise _refuse(archive, f"it has more than {limits.members} members")
+        judge_total(total + size)
+        target = folder / path
+        if kind == "folder":
+            target.mkdir(parents=True, exist_ok=True)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # "x": neither overwrites nor follows anything.
+        with open_member() as source, target.open("xb") as sink:
+            while block := source.read(_BLOCK):
+                total += len(block)  # headers may lie about sizes
+                judge_total(total)
+                sink.write(block)
+    if not seen:
+        raise UnpackError(f"{archive}: is empty; fetch it again")
+
+
+def _members(
+    archive: Path,
+) -> Iterator[tuple[str, str, int, Callable[[], IO[bytes]]]]:
+    """Yield name, kind, size and opener of the members, without reading ahead."""
+    if archive.suffix.lower() == ".zip":
+        with zipfile.ZipFile(archive) as file:
+            for info in file.infolist():
+                mode = stat.S_IFMT(info.external_attr >> 16)
+                kind = "folder" if info.is_dir() else "file"
+                if mode not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    kind = "link" if mode == stat.S_IFLNK else "device"
+                yield info.filename, kind, info.file_size, lambda i=info: file.open(i)
+        return
+    with tarfile.open(archive, mode="r:*") as file:
+        for info in file:
+            kind = "file" if info.isreg() else "folder" if info.isdir() else "link"
+            kind = "device" if info.isdev() else kind
+            yield info.name, kind, info.size, lambda i=info: file.extractfile(i)
+        if file.fileobj is not None:
+            file.fileobj.read(_BLOCK)  # to the end, where the check sums are
+
+
+def _checked_name(archive: Path, name: str) -> str:
+    """Return a member's name as a relative path inside the folder."""
+    path = PurePosixPath(name)
+    unsafe = path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name
+    if unsafe or name[1:2] == ":" or len(name) > 1024:
+        raise _refuse(archive, f"{name[:80]!r} would be written outside its folder")
+    return str(path)
+
+
+def _refuse(archive: Path, what: str, remedy: str = "") -> UnpackError:
+    remedy = remedy or "it was not made by ESPnet's pack: do not use it"
+    return UnpackError(f"{archive}: refused, because {what}; {remedy}")
+
+
+# --- Models in them -------------------------------------------------------------------
 
 
 def unpack_model(
@@ -46,7 +211,7 @@ def unpack_model(
     archive, folder = Path(archive), Path(folder)
     files = unpack(archive, folder, limits)
     try:
-        yaml_files, weights = read_meta(archive, folder)
+        yaml_files, weights = model_files(archive, folder)
         check_stamp(archive, folder)
         names = {str(p.relative_to(folder)) for p in files}
         for path in yaml_files.values():
@@ -59,79 +224,13 @@ def unpack_model(
     return {k: str(v) for k, v in {**yaml_files, **weights}.items()}
 
 
-def is_packed(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a packed model, or a folder that one was unpacked into."""
-    path = Path(path)
-    return (path / META).is_file() or (path.is_file() and is_archive(path))
-
-
-@contextmanager
-def opened_student(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the weights file of a packed student, its configuration beside it.
-
-    An archive is unpacked into a folder that is gone when the context ends; a folder
-    of an unpacked model is used as it is.
-
-    Raises:
-        UnpackError: as :func:`unpack_model`, or a model of another kind.
-    """
-    path = Path(path)
-    with tempfile.TemporaryDirectory(prefix="spear-") as work:
-        folder = path if path.is_dir() else Path(work) / "model"
-        if path.is_file():
-            unpack_model(path, folder)
-        configs, weights = read_meta(path, folder)
-        check_stamp(path, folder)
-        ours = set(configs) == {"train_config"} and set(weights) == {"model_file"}
-        if not ours or "student_conf" not in _read_yaml(path, configs["train_config"]):
-            kinds = ", ".join([*configs, *weights])
-            raise UnpackError(
-                f"{path}: is no pre-trained student but a model of ESPnet ({kinds}); "
-                "open it by the inference class of its task, after import espnet2_spear"
-            )
-        config, file = configs["train_config"], weights["model_file"]
-        if config != file.with_name("config.yaml"):
-            raise UnpackError(f"{path}: {config.name} is not beside {file.name}")
-        try:
-            yield file
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-
-
-def describe(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What a packed model, or the folder of an unpacked one, is and needs.
-
-    Raises:
-        UnpackError: as :func:`unpack_model`.
-    """
-    path = Path(path)
-    with tempfile.TemporaryDirectory(prefix="spear-") as work:
-        folder = path if path.is_dir() else Path(work) / "model"
-        if not path.is_dir():
-            unpack_model(path, folder)
-        configs, weights = read_meta(path, folder)
-        stamp = check_stamp(path, folder)
-        facts = {"arguments": ", ".join([*configs, *weights])}
-        made_by = stamp.get("espnet2_spear", "no version of the plugin (no stamp)")
-        facts["packed by"] = f"espnet2-spear {made_by}" if stamp else made_by
-        for name, file in configs.items():
-            config = _read_yaml(path, file)
-            for key in ("frontend", "encoder", "student"):
-                if isinstance(config.get(key), str):
-                    facts[f"{name}.{key}"] = config[key]
-            conf = config.get("frontend_conf") or {}
-            if conf.get("ckpt") and not conf.get("arch"):
-                facts[NEEDS] = str(conf["ckpt"])
-        return facts
-
-
-def read_meta(archive: Path, folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+def model_files(archive: Path, folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """Read ``meta.yaml`` of an unpacked model: configurations, and other files.
 
     Raises:
         UnpackError: it is missing or malformed, or names a file that is not there.
     """
-    meta = _read_yaml(archive, folder / META)
+    meta = read_yaml(archive, folder / META)
     found: list[dict[str, Path]] = []
     for key in ("yaml_files", "files"):
         table = meta.get(key)
@@ -149,6 +248,79 @@ def read_meta(archive: Path, folder: Path) -> tuple[dict[str, Path], dict[str, P
             paths[str(name)] = path
         found.append(paths)
     return found[0], found[1]
+
+
+def check_weights(archive: Path, path: Path) -> None:
+    """Read weights as tensors, which executes nothing; safetensors hold nothing else.
+
+    Raises:
+        UnpackError: it holds something else; ESPnet 202511 would have executed it.
+    """
+    if path.suffix == ".safetensors":
+        return
+    import torch
+
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0][:200]
+        raise UnpackError(
+            f"{archive}: {path.name} is damaged or holds more than tensors ({first}); "
+            "do not load it, and ask who packed it for the weights alone"
+        ) from error
+
+
+def read_yaml(archive: Path, path: Path) -> dict[str, Any]:
+    """Read a table of an unpacked model.
+
+    Raises:
+        UnpackError: it is missing or no table.
+    """
+    if not path.is_file():
+        raise UnpackError(
+            f"{archive}: holds no {path.name}; it is cut off, or no packed model "
+            "(spear_pack and ESPnet's pack write one)"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UnpackError(f"{archive}: {path.name} is no YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise UnpackError(f"{archive}: {path.name} holds no table; pack it again")
+    return content
+
+
+def _relocate(archive: Path, path: Path, folder: Path, names: set[str]) -> None:
+    """Let a configuration name packed files by where they are now."""
+    known: dict[int, Any] = {}  # aliases of YAML are the same object: visited once
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, str) and "/" in value and value.lstrip("/") in names:
+            return str(folder / value.lstrip("/"))
+        if isinstance(value, dict | list) and id(value) not in known:
+            if isinstance(value, dict):
+                known[id(value)] = {k: moved(v) for k, v in value.items()}
+            else:
+                known[id(value)] = [moved(v) for v in value]
+        return known.get(id(value), value)
+
+    try:
+        content = moved(read_yaml(archive, path))
+    except RecursionError as error:  # an alias of YAML may hold itself
+        raise UnpackError(
+            f"{archive}: {path.name} never ends; do not use it"
+        ) from error
+    path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+
+
+# --- The plugin's stamp ---------------------------------------------------------------
+
+
+def write_stamp(path: Path) -> Path:
+    """Write what :func:`check_stamp` reads; returns the path."""
+    content = {"spear_format": FORMAT, "espnet2_spear": __version__}
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
 
 
 def check_stamp(archive: Path, folder: Path) -> dict[str, Any]:
@@ -176,6 +348,13 @@ def check_stamp_beside(weights: Path) -> None:
         _read_stamp(weights, stamp)
 
 
+def _read_stamp(archive: Path, path: Path) -> dict[str, Any]:
+    stamp = read_yaml(archive, path)
+    made_by = stamp.get("espnet2_spear")
+    check_format(stamp.get("spear_format"), f"{archive}: {STAMP}: it", made_by)
+    return stamp
+
+
 def check_format(number: Any, where: str, made_by: Any = None) -> None:
     """Refuse a model of a newer format.
 
@@ -200,74 +379,54 @@ def check_format(number: Any, where: str, made_by: Any = None) -> None:
         )
 
 
-def _read_stamp(archive: Path, path: Path) -> dict[str, Any]:
-    stamp = _read_yaml(archive, path)
-    made_by = stamp.get("espnet2_spear")
-    check_format(stamp.get("spear_format"), f"{archive}: {STAMP}: it", made_by)
-    return stamp
+# --- What a configuration needs -------------------------------------------------------
 
 
-def write_stamp(path: Path) -> Path:
-    """Write what :func:`check_stamp` reads; returns the path."""
-    content = {"spear_format": FORMAT, "espnet2_spear": __version__}
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    return path
+def named_files(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Files that a task's configuration names and inference reads: key -> name.
+
+    The token list is one only before training; afterwards it is in the configuration.
+    A student's checkpoint is needed unless ``arch`` is there, too.
+    """
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_conf"):
+            found |= named_files(value, f"{key}.")
+        elif not isinstance(value, str) or (not prefix and key.endswith("_file")):
+            continue  # at the top level: shapes of training utterances and the like
+        elif key.endswith(("bpemodel", "token_list", "_file")) or (
+            key == "ckpt" and config.get("arch") is None
+        ):
+            found[prefix + key] = value
+    return found
 
 
-def check_weights(archive: Path, path: Path) -> None:
-    """Read weights as tensors, which executes nothing; safetensors hold nothing else.
+def describe(path: str | os.PathLike[str]) -> tuple[dict[str, str], list[str]]:
+    """What a packed model, or the folder of an unpacked one, is.
+
+    Returns:
+        facts, and the files that its configurations name but it does not hold.
 
     Raises:
-        UnpackError: it holds something else; ESPnet 202511 would have executed it.
+        UnpackError: as :func:`unpack_model`.
     """
-    if path.suffix == ".safetensors":
-        return
-    import torch
-
-    try:
-        torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0][:200]
-        raise UnpackError(
-            f"{archive}: {path.name} is damaged or holds more than tensors ({first}); "
-            "do not load it, and ask who packed it for the weights alone"
-        ) from error
-
-
-def _read_yaml(archive: Path, path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UnpackError(
-            f"{archive}: holds no {path.name}; it is cut off, or no packed model "
-            "(spear_pack and ESPnet's pack write one)"
-        )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UnpackError(f"{archive}: {path.name} is no YAML ({error})") from error
-    if not isinstance(content, dict):
-        raise UnpackError(f"{archive}: {path.name} holds no table; pack it again")
-    return content
-
-
-def _relocate(archive: Path, path: Path, folder: Path, names: set[str]) -> None:
-    """Let a configuration name packed files by where they are now."""
-
-    known: dict[int, Any] = {}  # aliases of YAML are the same object: visited once
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, str) and "/" in value and value.lstrip("/") in names:
-            return str(folder / value.lstrip("/"))
-        if isinstance(value, dict | list) and id(value) not in known:
-            if isinstance(value, dict):
-                known[id(value)] = {k: moved(v) for k, v in value.items()}
-            else:
-                known[id(value)] = [moved(v) for v in value]
-        return known.get(id(value), value)
-
-    try:
-        content = moved(_read_yaml(archive, path))
-    except RecursionError as error:  # an alias of YAML may hold itself
-        raise UnpackError(
-            f"{archive}: {path.name} never ends; do not use it"
-        ) from error
-    path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    path = Path(path)
+    with tempfile.TemporaryDirectory(prefix="spear-") as work:
+        folder = path if path.is_dir() else Path(work) / "model"
+        if not path.is_dir():
+            unpack_model(path, folder)
+        configs, weights = model_files(path, folder)
+        stamp = check_stamp(path, folder)
+        facts = {"arguments": ", ".join([*configs, *weights])}
+        made_by = stamp.get("espnet2_spear", "no version of the plugin (no stamp)")
+        facts["packed by"] = f"espnet2-spear {made_by}" if stamp else made_by
+        lacking = []
+        for name, file in configs.items():
+            config = read_yaml(path, file)
+            for key in ("frontend", "encoder", "student"):
+                if isinstance(config.get(key), str):
+                    facts[f"{name}.{key}"] = config[key]
+            for key, value in named_files(config).items():
+                if not Path(value).is_relative_to(folder) or not Path(value).exists():
+                    lacking.append(f"{value} ({name}: {key})")
+        return facts, lacking

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from espnet2_spear.hub.files import CheckpointError
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.infer import compact, named_size
 from espnet2_spear.spear.student import SpearEncoder
 

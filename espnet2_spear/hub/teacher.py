@@ -7,7 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from espnet2_spear.hub.load import CheckpointError, load_model
+from espnet2_spear.errors import CheckpointError
+from espnet2_spear.hub.load import load_model
 from espnet2_spear.teachers.base import Teacher, TeacherError, without_padding
 
 

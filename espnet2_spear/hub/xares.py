@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.hub.files import CheckpointError
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.zipformer.fbank import FRAME_SHIFT
 

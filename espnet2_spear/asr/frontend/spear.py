@@ -18,8 +18,9 @@ from espnet2_spear.asr.frontend.freezing import FreezeSchedule
 from espnet2_spear.asr.frontend.logmel import LogMelFusion
 from espnet2_spear.asr.frontend.student import build_student, keep_layers
 from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named
-from espnet2_spear.hub.load import CheckpointError, load_model
+from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.packed import check_format
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.zipformer.schedule import BatchCountState

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named
-from espnet2_spear.hub.load import CheckpointError, load_model
+from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.encoder import DownsampledStack

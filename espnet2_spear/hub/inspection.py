@@ -1,34 +1,31 @@
-"""What a student makes of one recording: fbank, layers, their likeness, tokens."""
+"""One recording through a student: fbank, layers, tokens, and pictures of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from espnet2_spear.codes.targets import TeacherCodes
-from espnet2_spear.hub.fetch import local_path
-from espnet2_spear.hub.files import (
-    CheckpointError,
-    find_config,
-    find_weights,
-    read_content,
-    read_tensors,
-)
-from espnet2_spear.hub.packed import is_packed, opened_student
+from espnet2_spear.errors import CheckpointError
+from espnet2_spear.hub.load import Checkpoint, read_checkpoint
 from espnet2_spear.mvq.quantizer import AbsQuantizer
 from espnet2_spear.spear.objective import CodebookHead
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.teachers.base import Teacher
 
+if TYPE_CHECKING:  # pictures need matplotlib, nothing else here does
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True)
-class Look:
-    """What there is to see.
+class Inspection:
+    """What a student makes of one recording.
 
     Attributes:
         fbank: (T, num_mel_bins), 100 Hz.
@@ -45,7 +42,7 @@ class TokenSource(Protocol):
     """Something that gives tokens of a recording."""
 
     def tokens(self, speech: Tensor, layers: Sequence[Tensor], out: Tensor) -> Tensor:
-        """Return codes (T, N) of speech (1, samples); see :func:`look`."""
+        """Return codes (T, N) of speech (1, samples); see :func:`inspect_recording`."""
 
 
 class PredictedTokens:
@@ -97,23 +94,13 @@ def open_heads(path: str | Path) -> dict[str, PredictedTokens]:
         CheckpointError: a configuration that cannot be read, or heads that do not fit
             it.
     """
-    path = local_path(path)
-    if is_packed(path):
-        with opened_student(path) as file:
-            return _read_heads(file)
-    weights = find_weights(path)
-    return _read_heads(weights) if weights.suffix == ".pth" else {}
-
-
-def _read_heads(weights: Path) -> dict[str, PredictedTokens]:
-    config = find_config(weights)
-    state = read_tensors(weights)
-    teachers = {}
-    if config is not None and config.suffix == ".yaml":
-        teachers = _read_teachers(config)
+    checkpoint = read_checkpoint(path)
+    config, weights = checkpoint.settings_file, checkpoint.file
     found = {}
-    for name, teacher in teachers.items():
-        weight, bias = (state.get(f"heads.{name}.{x}") for x in ("weight", "bias"))
+    for name, teacher in _teachers(checkpoint).items():
+        weight, bias = (
+            checkpoint.tensors.get(f"heads.{name}.{x}") for x in ("weight", "bias")
+        )
         if weight is None:
             continue
         size, codebooks = teacher.codebook_size, teacher.num_codebooks
@@ -139,13 +126,13 @@ def _fits(weight: Tensor, bias: Tensor | None, size: object, codebooks: object) 
     return whole and bias is not None and bias.shape == weight.shape[:1]
 
 
-def _read_teachers(config: Path) -> dict[str, TeacherCodes]:
+def _teachers(checkpoint: Checkpoint) -> dict[str, TeacherCodes]:
     """Return the teachers in a SpearTask's ``config.yaml``, if it names any.
 
     Raises:
-        CheckpointError: it cannot be read, or what it calls teachers are none.
+        CheckpointError: what it calls teachers are none.
     """
-    conf = read_content(config)
+    conf, config = checkpoint.settings, checkpoint.settings_file
     teachers = (conf.get("teachers") if isinstance(conf, Mapping) else None) or {}
     if not isinstance(teachers, Mapping):
         raise CheckpointError(
@@ -160,7 +147,9 @@ def _read_teachers(config: Path) -> dict[str, TeacherCodes]:
 
 
 @torch.no_grad()
-def look(model: SpearEncoder, speech: Tensor, sources: dict[str, TokenSource]) -> Look:
+def inspect_recording(
+    model: SpearEncoder, speech: Tensor, sources: Mapping[str, TokenSource]
+) -> Inspection:
     """Encode one recording.
 
     Args:
@@ -179,7 +168,7 @@ def look(model: SpearEncoder, speech: Tensor, sources: dict[str, TokenSource]) -
         name: source.tokens(speech, layers, final).cpu()
         for name, source in sources.items()
     }
-    return Look(fbank.cpu(), [layer.cpu() for layer in layers], tokens)
+    return Inspection(fbank.cpu(), [layer.cpu() for layer in layers], tokens)
 
 
 def similarity(layers: Sequence[Tensor], kind: str) -> Tensor:
@@ -206,3 +195,78 @@ def similarity(layers: Sequence[Tensor], kind: str) -> Tensor:
     )
     scale = torch.stack(norms)
     return (values / (scale[:, None] * scale).clamp(min=1e-20)).float()
+
+
+# --- Pictures, for matplotlib ------------------------------------------------------
+
+
+def fbank_picture(fbank: Tensor) -> Figure:
+    """Log-mel energies (T, bins) at 100 Hz over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots()
+    # Bins that no FFT bin falls into stand at the floor: not what the colours are for.
+    low = float(np.quantile(fbank.numpy(), 0.05))
+    image = axes.imshow(
+        fbank.T.numpy(),
+        origin="lower",
+        aspect="auto",
+        extent=(0, len(fbank) / 100, 0, fbank.size(1)),
+        vmin=low,
+        interpolation="nearest",
+    )
+    axes.set(xlabel="seconds", ylabel="mel bin", title="fbank")
+    figure.colorbar(image, label="log energy")
+    return figure
+
+
+def similarity_picture(values: Tensor, kind: str) -> Figure:
+    """How alike layers are, (L, L), with the numbers in it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values.numpy(), vmin=min(0.0, float(values.min())), vmax=1)
+    number = len(values)
+    axes.set_xticks(range(number), range(number))
+    axes.set_yticks(range(number), range(number))
+    axes.set(xlabel="layer", ylabel="layer", title=f"similarity of layers: {kind}")
+    if number <= 16:
+        middle = (image.norm.vmin + image.norm.vmax) / 2
+        for i in range(number):
+            for j in range(number):
+                value = float(values[i, j])
+                axes.text(
+                    j,
+                    i,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if value < middle else "black",
+                )
+    figure.colorbar(image)
+    return figure
+
+
+def token_picture(tokens: Mapping[str, Tensor], seconds: float) -> Figure:
+    """Codes (T, N) of each source over time, a row a codebook, a colour a code."""
+    heights = [max(2, codes.size(1)) for codes in tokens.values()]
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.8 + 0.28 * sum(heights)), layout="constrained")
+    rows = figure.subplots(
+        len(tokens), 1, squeeze=False, sharex=True, height_ratios=heights
+    )
+    for (axes,), (name, codes) in zip(rows, tokens.items(), strict=True):
+        axes.imshow(
+            codes.T.numpy(),
+            aspect="auto",
+            cmap="nipy_spectral",
+            interpolation="nearest",
+            extent=(0, seconds, codes.size(1) - 0.5, -0.5),
+        )
+        axes.set(ylabel="codebook", title=f"tokens: {name}")
+    rows[-1][0].set_xlabel("seconds")
+    return figure

@@ -1,0 +1,1 @@
+"""The folder that ``spear-python`` puts on PYTHONPATH, for its ``sitecustomize``."""
