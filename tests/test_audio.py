@@ -1,6 +1,8 @@
 """Reading of audio files: formats, segments, channels and damaged files."""
 
 import os
+import struct
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -68,9 +70,9 @@ def test_pieces_equal_slices_of_the_whole(tmp_path: Path, suffix: str) -> None:
     whole, _ = read_audio(path)
     pieces = list(read_pieces(path, [Span(0.5, 1.0), Span(None, 0.25), Span(2.0)]))
     expected = [whole[8000:16000], whole[:4000], whole[32000:]]
-    for (piece, info), part in zip(pieces, expected, strict=True):
+    for (piece, _), part in zip(pieces, expected, strict=True):
         np.testing.assert_array_equal(piece, part)
-        assert info.samples == len(whole)
+    assert audio_info(path).samples == pieces[-1][1].samples == len(whole)
 
 
 def test_stereo_is_mixed_by_mean(tmp_path: Path) -> None:
@@ -170,37 +172,279 @@ def test_damaged_files_are_named_with_a_remedy(tmp_path: Path) -> None:
                 audio_info(path)
 
 
-def test_truncated_flac_is_unreadable(tmp_path: Path) -> None:
+def patched(content: bytes, *patches: tuple[int, bytes]) -> bytes:
+    for at, new in patches:
+        content = content[:at] + new + content[at + len(new) :]
+    return content
+
+
+def after(content: bytes, mark: bytes) -> int:
+    return content.index(mark) + len(mark)
+
+
+def size_field(form: str) -> tuple[str, bytes]:
+    """How the size of the samples is written, and the name that it follows."""
+    return {
+        "WAV": ("<I", b"data"),
+        "W64": ("<Q", bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")),
+        "RF64": (
+            "<Q",
+            b"ds64" + (28).to_bytes(4, "little") + (64096).to_bytes(8, "little"),
+        ),
+        "AU": (">I", b".snd" + (24).to_bytes(4, "big")),
+        "CAF": (">Q", b"data"),
+        "AIFF": (">I", b"SSND"),
+    }[form]
+
+
+@pytest.mark.parametrize("form", ["WAV", "W64", "RF64", "AU", "CAF", "AIFF"])
+@pytest.mark.parametrize("said", ["nothing", "all", "more", "less", "little less"])
+def test_sizes_that_headers_get_wrong(tmp_path: Path, form: str, said: str) -> None:
+    """Recorders that were killed, pipes, and writers that count wrongly."""
+    path = tmp_path / "a.x"
+    pcm = np.random.default_rng(0).integers(-9999, 9999, 32000, np.int16)
+    soundfile.write(path, pcm, 16000, "PCM_16", format=form)
+    content = path.read_bytes()
+    field, mark = size_field(form)
+    at, width = after(content, mark), struct.calcsize(field)
+    (size,) = struct.unpack(field, content[at : at + width])
+    wrong = {
+        "nothing": 0,
+        "all": 2 ** (8 * width) - 1,
+        "more": size + 44,
+        "less": size // 2 + 24,
+        "little less": size - 2,
+    }[said]
+    path.write_bytes(patched(content, (at, struct.pack(field, wrong))))
+    info = audio_info(path)
+    read, _ = read_audio(path)
+    assert info.samples == len(read)
+    assert len(read) >= 31999
+    np.testing.assert_array_equal(to_int16(read)[0], pcm[: len(read)])
+    if said == "little less":
+        assert not info.notes
+        return
+    assert info.notes[0].startswith("length its header tells")
+    with pytest.raises(AudioError, match="header tells") as error:
+        read_audio(path, strict=True)
+    assert error.value.reason == "length"
+    with pytest.raises(AudioError, match="header tells"):
+        audio_info(path, strict=True)
+
+
+@pytest.mark.parametrize("form", ["WAV", "W64", "RF64", "AU", "CAF", "AIFF", "NIST"])
+@pytest.mark.parametrize("cut", [2, 20000])
+def test_recordings_without_their_end(tmp_path: Path, form: str, cut: int) -> None:
+    path = tmp_path / "a.x"
+    soundfile.write(path, np.full(16000, 0.25), 16000, "PCM_16", format=form)
+    path.write_bytes(path.read_bytes()[:-cut])
+    read, _ = read_audio(path)
+    assert len(read) == audio_info(path).samples
+    assert abs(len(read) - (16000 - cut // 2)) <= (cut > 2 and form == "CAF") * 4096
+    if form != "NIST":
+        assert bool(audio_info(path).notes) == (cut > 2)
+    with pytest.raises(AudioError) as error:
+        read_audio(path, 0.9, 1.4)
+    assert error.value.reason == "segment_past_end"
+    assert len(read_audio(path, 0.0, 0.25)[0]) == 4000  # before the damage
+
+
+def test_other_chunks_behind_the_samples_are_no_audio(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(), 16000)
+    path.write_bytes(path.read_bytes() + b"LIST\x04\0\0\0abcd")
+    assert audio_info(path).samples == 16000 and not audio_info(path).notes
+
+
+@pytest.mark.parametrize("said", [0, 8000, 64000, 2**36 - 1])
+def test_lengths_that_flac_headers_get_wrong(tmp_path: Path, said: int) -> None:
+    path = tmp_path / "a.flac"
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 32000)
+    soundfile.write(path, noise, 16000)
+    whole, _ = read_audio(path)
+    content = path.read_bytes()
+    length = (content[21] & 0xF0).to_bytes(1, "big") + bytes(4)
+    length = (int.from_bytes(length, "big") + said).to_bytes(5, "big")
+    path.write_bytes(patched(content, (21, length)))
+    info = audio_info(path)
+    assert info.samples == 32000 and info.notes[0].startswith("length its header tells")
+    np.testing.assert_array_equal(read_audio(path)[0], whole)
+    np.testing.assert_array_equal(read_audio(path, 0.5, 1.5)[0], whole[8000:24000])
+    with pytest.raises(AudioError, match="is not inside its 2.000 s"):
+        read_audio(path, 0.5, 2.5)
+    with pytest.raises(AudioError) as error:
+        read_audio(path, strict=True)
+    assert error.value.reason == "length"
+
+
+def test_damaged_flac(tmp_path: Path) -> None:
+    """An end that is missing is noted; damage in the midst loses what is there."""
     path = tmp_path / "a.flac"
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, 160000)
     soundfile.write(path, noise, 16000)
-    content = path.read_bytes()
+    whole, content = read_audio(path)[0], path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
+    read, _ = read_audio(path)
+    assert 70000 < len(read) < 80000 and audio_info(path).samples == len(read)
+    np.testing.assert_array_equal(read, whole[: len(read)])
+    assert "header tells of 160000 samples" in audio_info(path).notes[0]
+    middle = len(content) // 2
+    path.write_bytes(patched(content, (middle, bytes([content[middle] ^ 255]))))
     with pytest.raises(AudioError) as error:
         read_audio(path)
     assert error.value.reason == "unreadable" and str(path) in str(error.value)
-    samples, _ = read_audio(path, 0.0, 1.0)  # before the damage
-    assert len(samples) == 16000
+    np.testing.assert_array_equal(read_audio(path, 0.0, 1.0)[0], whole[:16000])
 
 
-def test_truncated_wav_is_unreadable_at_its_end(tmp_path: Path) -> None:
-    """libsndfile takes what is there for the whole."""
+def write_by_av(path: Path, codec: str, samples: np.ndarray, rate: int = 16000) -> None:
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=rate, layout="mono")
+        to_codec = av.AudioResampler(stream.format, "mono", rate)
+        data = np.ascontiguousarray(samples[None], np.float32)
+        frame = av.AudioFrame.from_ndarray(data, format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+        fifo = av.AudioFifo()
+        for converted in to_codec.resample(frame):
+            fifo.write(converted)
+        for part in fifo.read_many(960 if codec == "libopus" else 1024, partial=True):
+            file.mux(stream.encode(part))
+        file.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("kind", ["vorbis", "opus", "flac", "wav", "flac alone", "mp3"])
+def test_joined_recordings_are_read_to_their_end(tmp_path: Path, kind: str) -> None:
+    """Chained Ogg as radio streams have it, and files that were put together."""
+    parts = tmp_path / "1", tmp_path / "2"
+    low, high = tone(2.0), tone(1.0, freq=1000.0)
+    for part, samples in zip(parts, (low, high), strict=True):
+        if kind == "flac":
+            write_by_av(part.with_suffix(".ogg"), "flac", samples)
+            part.with_suffix(".ogg").rename(part)
+        else:
+            form = {"wav": "WAV", "flac alone": "FLAC", "mp3": "MP3"}.get(kind, "OGG")
+            subtype = {"vorbis": "VORBIS", "opus": "OPUS"}.get(kind)
+            soundfile.write(part, samples, 16000, subtype, format=form)
+    first, second = (part.read_bytes() for part in parts)
+    path = tmp_path / "joined"
+    for joined, seconds in ((first + second, 3), (first + first, 4)):
+        path.write_bytes(joined)
+        info = audio_info(path)
+        samples, rate = read_audio(path)
+        assert rate == 16000 and info.samples == len(samples)
+        assert abs(len(samples) - seconds * 16000) <= (4000 if kind == "mp3" else 0)
+    end = np.abs(np.fft.rfft(read_audio(path, 3.0, 4.0)[0])).argmax()
+    path.write_bytes(first + second)
+    assert np.abs(np.fft.rfft(read_audio(path, 2.2, 2.7)[0])).argmax() == 500
+    assert end == 440
+    (piece, _), (again, _) = read_pieces(path, [Span(2.2, 2.7), Span(0.2, 0.7)])
+    assert len(piece) == len(again) == 8000
+
+
+def test_links_of_another_rate(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "1.ogg", tone(1.0), 16000)
+    soundfile.write(tmp_path / "2.ogg", tone(1.0, 8000), 8000)
+    path = tmp_path / "a.ogg"
+    joined = (tmp_path / "1.ogg").read_bytes() + (tmp_path / "2.ogg").read_bytes()
+    path.write_bytes(joined)
+    samples, rate = read_audio(path)
+    assert rate == 16000 and len(samples) == audio_info(path).samples == 32000
+    assert np.abs(np.fft.rfft(samples[16000:])).argmax() == 440
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "rate"),
+    [("m4a", "aac", 16000), ("aac", "aac", 16000), ("webm", "libopus", 48000)],
+)
+def test_lengths_by_decoding_take_little_memory(
+    tmp_path: Path, suffix: str, codec: str, rate: int
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    write_by_av(path, codec, tone(30.0, rate), rate)
+    audio_info(path)
+    tracemalloc.start()
+    info = audio_info(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert info.rate == rate and abs(info.seconds - 30) < 0.2 and not info.notes
+    assert peak < 1_500_000  # the samples take 2 MB, or 6
+    tracemalloc.start()
+    for piece, _ in read_pieces(path, [Span(t, t + 1.0) for t in range(29)]):
+        assert len(piece) == rate
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_500_000
+    assert len(read_audio(path)[0]) == info.samples
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    if suffix == "webm":
+        assert "tells of 30" in audio_info(path).notes[0]
+        assert 20 < audio_info(path).seconds < 25
+
+
+@pytest.mark.parametrize("scale", [127, 32767, 2.0**23, 2.0**31])
+def test_samples_that_are_not_in_the_scale_of_one(tmp_path: Path, scale: float) -> None:
     path = tmp_path / "a.wav"
-    soundfile.write(path, np.full(16000, 0.25), 16000)
+    quiet = np.concatenate([1e-6 * tone(), tone()])
+    for samples in (quiet, np.stack([quiet, quiet], 1)):
+        soundfile.write(path, samples * scale, 16000, "FLOAT")
+        with pytest.raises(AudioError, match="divide them") as error:
+            read_audio(path)
+        assert error.value.reason == "scale"
+        with pytest.raises(AudioError, match="divide them"):
+            read_audio(path, 0.0, 0.5)  # its scale shows elsewhere only
+    soundfile.write(path, 1.5 * tone(), 16000, "FLOAT")  # louder than full scale
+    assert np.abs(read_audio(path)[0]).max() < 1.5
+
+
+@pytest.mark.parametrize("gain", [-1.0, -0.8])
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+def test_channels_that_cancel_each_other(
+    tmp_path: Path, gain: float, suffix: str
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, np.stack([tone(), gain * tone()], 1), 16000)
+    ((samples, info),) = read_pieces(path, [Span(0.25, 0.75)])
+    np.testing.assert_allclose(samples, tone()[4000:12000], atol=0.05)
+    assert info.notes[0].startswith("one_channel") and "channel 0" in info.notes[0]
+
+
+def test_entries_of_arks(tmp_path: Path) -> None:
+    """As ESPnet's ``--audio_format flac.ark`` and ``wav.ark`` write them."""
+    content = {}
+    for suffix in ("flac", "wav"):
+        soundfile.write(tmp_path / f"a.{suffix}", to_int16(tone())[0], 16000)
+        content[suffix] = (tmp_path / f"a.{suffix}").read_bytes()
+    ark = tmp_path / "data.ark"
+    framed = b"AUDIO\x02" + len(content["flac"]).to_bytes(2, "little")
+    ark.write_bytes(
+        b"u1 " + framed + content["flac"] + b"u2 " + content["wav"] + b"u3 x"
+    )
+    second = 3 + len(framed) + len(content["flac"]) + 3
+    for offset in (3, second):
+        samples, rate = read_audio(f"{ark}:{offset}")
+        assert rate == 16000 and audio_info(f"{ark}:{offset}").samples == 16000
+        np.testing.assert_array_equal(samples, read_audio(tmp_path / "a.flac")[0])
+        assert len(read_audio(f"{ark}:{offset}", 0.25, 0.5)[0]) == 4000
+    for offset in (0, 4, second + len(content["wav"]) + 3, 10**9):
+        with pytest.raises(AudioError, match="no audio begins at byte"):
+            read_audio(f"{ark}:{offset}")
+    ark.write_bytes(ark.read_bytes()[:-1000])  # cut off
+    with pytest.raises(AudioError, match="the ark is cut off"):
+        read_audio(f"{ark}:{second}")
+    with pytest.raises(AudioError, match="no such file"):
+        read_audio(f"{tmp_path}/gone.ark:3")
+
+
+def test_codings_of_telephone_corpora_that_nothing_here_decodes(tmp_path: Path) -> None:
+    path = tmp_path / "a.sph"
+    soundfile.write(path, tone(), 16000, "PCM_16", format="NIST")
     content = path.read_bytes()
-    path.write_bytes(content[:20044])
-    with pytest.raises(AudioError, match="truncated: 12000 bytes are missing") as error:
-        read_audio(path)
-    assert error.value.reason == "unreadable" and str(path) in str(error.value)
-    assert len(read_audio(path, 0.0, 0.5)[0]) == 8000  # before the damage
-    with pytest.raises(AudioError) as error:
-        read_audio(path, 0.5, 0.9)
-    assert error.value.reason == "segment_past_end"
-    # What came through a pipe has no length in its header.
-    for length in (b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"):
-        at = content.index(b"data") + 4
-        path.write_bytes(content[:at] + length + content[at + 4 :])
-        assert len(read_audio(path)[0]) == 16000
+    coding = b"sample_coding -s3 pcm"
+    shorten = b"sample_coding -s26 pcm,embedded-shorten-v2.00"
+    path.write_bytes(content.replace(coding, shorten)[:1024] + b"ajkg\x02" + bytes(999))
+    for look in (audio_info, read_audio):
+        with pytest.raises(AudioError, match="sph2pipe -f wav") as error:
+            look(path)
+        assert error.value.reason == "unreadable"
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
@@ -210,14 +454,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
         path = Path(os.fsdecode(folder + b"/n\xff." + suffix.encode()))
         plain = tmp_path / f"plain.{suffix}"
         if suffix == "m4a":  # read by PyAV
-            with av.open(str(plain), "w") as file:
-                stream = file.add_stream("aac", rate=16000, layout="mono")
-                frame = av.AudioFrame.from_ndarray(
-                    np.zeros((1, 16000), np.float32), format="fltp", layout="mono"
-                )
-                frame.sample_rate = 16000
-                for packet in [*stream.encode(frame), *stream.encode(None)]:
-                    file.mux(packet)
+            write_by_av(plain, "aac", np.zeros(16000))
         else:
             soundfile.write(plain, np.zeros(16000), 16000)
         plain.rename(path)

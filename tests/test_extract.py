@@ -298,8 +298,9 @@ def test_damaged_long_recording(tmp_path: Path, student: Path, audio: Path) -> N
     path = tmp_path / "long.flac"
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, 40 * 16000)
     soundfile.write(path, noise, 16000)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) * 3 // 4])
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 255
+    path.write_bytes(content)
     pieces = ("--max_seconds", 16, "--context_seconds", 4)
     for form in ("ark", "npy"):
         out = tmp_path / form

@@ -17,6 +17,8 @@ import pytest
 import soundfile
 from test_audio import write_g722
 
+from espnet2_spear.bin import spear_format
+from espnet2_spear.fileio.audio import audio_info
 from espnet2_spear.fileio.datadir import DataDir, DataDirError
 
 RECIPE = Path(__file__).resolve().parent.parent / "egs2/spear/ssl1"
@@ -150,6 +152,94 @@ def test_folder_of_audio_files(tmp_path: Path) -> None:
     ]
     assert all(Path(path).is_file() for path in data.wav_scp.values())
     assert set(data.utt2domain.values()) == {"audio"}
+
+
+def prepare(tmp_path: Path, folder: Path) -> DataDir:
+    options = ["--speech_dirs", f"x={folder}", "--out_dir", str(tmp_path / "out")]
+    data_folders.main(options)
+    return DataDir.load(tmp_path / "out/x")
+
+
+def test_links_are_followed_and_files_taken_once(tmp_path: Path) -> None:
+    folder, other = tmp_path / "top", tmp_path / "other"
+    names = ["real/y.wav", "real/deep/z.wav", "../other/x.wav", "../other/sub/w.wav"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / name, noise(0.1), 16000)
+    (folder / "a_link").symlink_to(folder / "real")  # comes first, but is no place
+    (folder / "linked").symlink_to(other)
+    (folder / "again").symlink_to(other / "sub")
+    (folder / "loop").symlink_to(folder)
+    (other / "back").symlink_to(folder)
+    (other / "gone").symlink_to(tmp_path / "nowhere")
+    (folder / "file.wav").symlink_to(folder / "real/y.wav")
+    soundfile.write(tmp_path / "single", noise(0.1), 16000, format="WAV")
+    (folder / "one.wav").symlink_to(tmp_path / "single")
+    (folder / "two.wav").symlink_to(tmp_path / "single")
+    (folder / "broken.wav").symlink_to(tmp_path / "nowhere.wav")
+    data = prepare(tmp_path, folder)
+    found = {Path(path).resolve() for path in data.wav_scp.values()}
+    assert len(found) == len(data.wav_scp) == 5
+    for utt, end in {
+        "x-real-y": "top/real/y.wav",
+        "x-real-deep-z": "top/real/deep/z.wav",
+        "x-linked-x": "top/linked/x.wav",
+        "x-one": "top/one.wav",
+    }.items():
+        assert data.wav_scp[utt].endswith(end)
+
+
+def test_ids_of_long_paths(tmp_path: Path) -> None:
+    long = "a" * 100
+    for name in (f"{long}/{long}/{long}", f"{long}/{long}/{long}b", "short"):
+        path = tmp_path / f"top/{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, noise(0.1), 16000)
+    first = prepare(tmp_path, tmp_path / "top")
+    assert len(first.utterances) == 3
+    assert max(map(len, first.utterances)) <= 200
+    assert prepare(tmp_path, tmp_path / "top").wav_scp == first.wav_scp
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_dumps_of_espnet_in_arks(tmp_path: Path, relative: bool) -> None:
+    dump = tmp_path / "dump"
+    DataDir(
+        wav_scp={f"u{i}": str(tmp_path / f"{i}.wav") for i in range(3)},
+        utt2spk=dict.fromkeys(["u0", "u1", "u2"], "s"),
+    ).write(tmp_path / "data")
+    for i in range(3):
+        soundfile.write(tmp_path / f"{i}.wav", noise(1.0 + i), 16000)
+    options = ["--in_dir", str(tmp_path / "data"), "--out_dir", str(dump)]
+    spear_format.main([*options, "--audio_format", "flac.ark"])
+    if relative:
+        text = (dump / "wav.scp").read_text().replace(f"{dump}/", "")
+        (dump / "wav.scp").write_text(text)
+    data = prepare(tmp_path, dump)
+    assert [audio_info(data.wav_scp[u]).seconds for u in data.utterances] == [1, 2, 3]
+    out = tmp_path / "pooled"
+    out.mkdir()
+    options = ["--out_dir", str(out), "--valid_fraction", "0.4"]
+    pool_data.main([*options, "--max_piece_seconds", "1", str(tmp_path / "out/x")])
+    sets = [DataDir.load(out / name) for name in ("train", "valid")]
+    assert sum(len(part.utterances) for part in sets) == 6
+
+
+def test_lengths_that_headers_do_not_tell(tmp_path: Path) -> None:
+    """They would be cut into pieces without end."""
+    for name in ("a", "b"):
+        soundfile.write(tmp_path / f"{name}.flac", noise(3.0), 16000)
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    (tmp_path / "a.flac").write_bytes(content)
+    out = tmp_path / "pooled"
+    prepare(tmp_path, tmp_path)
+    out.mkdir()
+    options = ["--out_dir", str(out), "--max_piece_seconds", "1"]
+    pool_data.main([*options, str(tmp_path / "out/x")])
+    sets = [DataDir.load(out / name) for name in ("train", "valid")]
+    assert [len(part.utterances) for part in sets] == [3, 3]
 
 
 def test_kaldi_directory_keeps_speakers_text_and_segments(tmp_path: Path) -> None:

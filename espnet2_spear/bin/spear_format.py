@@ -3,6 +3,8 @@
 
 Any format, rate and number of channels goes in; segments are cut. What cannot be used
 is tried once more, then listed in skipped.txt with the reason, and the others go on.
+What is used although something is wrong with it, such as a header that tells another
+length than is there, or channels in opposite phase, is listed in notes.txt.
 Work is done in shards: a killed run continues with the shards that are missing, and a
 shard is done again if its audio files or the options have changed, or what was written
 is not as it was (by its checksums).
@@ -27,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from espnet2_spear.fileio.convert import (
+    AUDIO_FORMATS,
+    SHARD_UTTERANCES,
     Options,
     Result,
     finish_shard,
@@ -84,7 +88,8 @@ def run(
     with ProcessPoolExecutor(max(1, nj)) as pool:
         jobs: set[Future[Finished]] = set()
         try:
-            shards = enumerate(shards_of(recordings_of(entries(in_dir))))
+            recordings = recordings_of(entries(in_dir))
+            shards = enumerate(shards_of(recordings, options.shard_utterances))
             for shard in (shard for i, shard in shards if part.has(i)):
                 mark = shard_mark(shard, options)
                 jobs.add(pool.submit(finish_shard, shard, options, mark))
@@ -116,6 +121,7 @@ class Totals:
     mixed_down: int = 0
     clipped: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
 
     def add(self, result: Result, fs: int) -> None:
         """Count an utterance; ``fs`` is the sampling rate wanted, in Hz."""
@@ -127,12 +133,13 @@ class Totals:
         self.resampled += result.source_rate != fs
         self.mixed_down += result.source_channels > 1
         self.clipped += result.clipped > 0
+        self.notes.update(note.split()[0] for note in result.notes)
 
 
 def write_results(
     in_dir: Path, results: Iterable[Result], out_dir: Path, fs: int
 ) -> Totals:
-    """Write the converted data directory, utt2peak_db and skipped.txt.
+    """Write the converted data directory, utt2peak_db, skipped.txt and notes.txt.
 
     Args:
         in_dir: data directory that was converted.
@@ -144,8 +151,9 @@ def write_results(
         DataDirError: not one utterance could be converted.
     """
     totals = Totals()
-    peaks, skipped = (
-        TableWriter(out_dir / name) for name in ("utt2peak_db", "skipped.txt")
+    peaks, skipped, notes = (
+        TableWriter(out_dir / name)
+        for name in ("utt2peak_db", "skipped.txt", "notes.txt")
     )
     try:
         with EntryWriter(out_dir, RAW) as writer:
@@ -155,12 +163,15 @@ def write_results(
                     skipped.add(entry.utt, f"{result.reason} {result.detail}")
                     continue
                 peaks.add(entry.utt, f"{result.peak_db:.2f}")
+                for note in result.notes:
+                    notes.add(entry.utt, note)
                 writer.add(
                     entry._replace(
                         path=result.file, segment=None, samples=result.samples
                     )
                 )
             skipped.finish()
+            notes.finish()
             if not totals.good:
                 raise DataDirError(
                     f"{in_dir}: none of its {sum(totals.reasons.values())} utterances "
@@ -170,6 +181,7 @@ def write_results(
     finally:
         peaks.discard()
         skipped.discard()
+        notes.discard()
     return totals
 
 
@@ -178,9 +190,25 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--in_dir", type=Path, required=True, help="data directory")
     parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
-    parser.add_argument("--audio_format", choices=["flac", "wav"], default="flac")
+    parser.add_argument(
+        "--audio_format",
+        choices=AUDIO_FORMATS,
+        default="flac",
+        help="one file an utterance, or (.ark) one Kaldi ark a shard",
+    )
     parser.add_argument("--fs", type=int, default=16000, help="sampling rate in Hz")
     parser.add_argument("--nj", type=int, default=1, help="processes")
+    parser.add_argument(
+        "--shard_utts",
+        type=int,
+        default=SHARD_UTTERANCES,
+        help="utterances that are converted at a time, and that an ark holds",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="skip recordings whose headers tell another length than is there",
+    )
     add_part_option(parser)
     return parser
 
@@ -198,7 +226,9 @@ def main(cmd: list[str] | None = None) -> None:
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
     total = check(args.in_dir)
-    options = Options(str(args.out_dir), args.audio_format, args.fs)
+    options = Options(
+        str(args.out_dir), args.audio_format, args.fs, args.shard_utts, args.strict
+    )
     args.out_dir.mkdir(parents=True, exist_ok=True)
     if args.part is not None:
         total //= args.part.count
@@ -220,6 +250,14 @@ def main(cmd: list[str] | None = None) -> None:
         totals.mixed_down,
         totals.clipped,
     )
+    if totals.notes:
+        logging.warning(
+            "%s: %s utterances are used although something is wrong with them, listed "
+            "in %s/notes.txt",
+            args.out_dir,
+            ", ".join(f"{name} {n}" for name, n in sorted(totals.notes.items())),
+            args.out_dir,
+        )
     if totals.reasons:
         logging.warning(
             "skipped %d utterances (%s), listed in %s/skipped.txt",

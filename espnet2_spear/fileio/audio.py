@@ -1,29 +1,34 @@
-"""Audio files in, mono float32 out: soundfile first, PyAV for what it cannot read."""
+"""Recordings of any form in, mono float32 out.
+
+One rule for lengths, here and wherever recordings are read: what is there is read. A
+header that tells more, less or nothing is noted (and, by an option, refused).
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import av
 import numpy as np
-import soundfile
 import soxr
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.riff import missing_bytes
+from espnet2_spear.fileio.decode import DecodeError, Source, Window, split_ark
 
-# Formats without a header, known by their name only (the rate comes from the codec).
-RAW_FORMATS = {".g722": "g722", ".gsm": "gsm"}
 AUDIO_SUFFIXES = frozenset(
     ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .sph .w64 .caf .m4a .aac .mp4 .webm"
     " .wma .amr .g722 .gsm".split()
 )
 MIN_RATE, MAX_RATE = 4000, 384000  # Hz; outside, a header is taken for damaged
-MP3_FRAME = 1152  # samples, at most
+MAX_PEAK = 8.0  # of float samples; beyond, they are not in the scale of [-1, 1]
+CANCELLED = 0.03  # power of the mean of channels, of theirs: they are in opposite phase
+MAX_SAID = 20  # notes of a process that are logged
+_said = 0
 SEGMENT_SLACK = 0.1  # seconds that a segment may reach past its recording
 
 
@@ -46,7 +51,8 @@ class AudioError(UserError):
 
     Attributes:
         reason: One word for lists of skipped utterances: ``unreadable``, ``empty``,
-            ``bad_rate``, ``not_finite``, ``no_channel`` or ``segment_past_end``.
+            ``bad_rate``, ``not_finite``, ``no_channel``, ``scale``, ``length`` or
+            ``segment_past_end``.
     """
 
     def __init__(
@@ -65,11 +71,14 @@ class AudioInfo:
         rate: Sampling rate in Hz.
         channels: Number of channels.
         samples: Samples per channel.
+        notes: What is wrong with it though it is read, each a word (``length`` or
+            ``one_channel``) and an explanation.
     """
 
     rate: int
     channels: int
     samples: int
+    notes: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -77,82 +86,76 @@ class AudioInfo:
         return self.samples / self.rate
 
 
-def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
-    """Return rate, channels and length, from the header where there is one.
+def audio_info(path: str | os.PathLike[str], strict: bool = False) -> AudioInfo:
+    """Return rate, channels and length, from the header where that can be true.
+
+    Otherwise the file is decoded, block by block, to count its samples.
+
+    Args:
+        path: Audio file, or ``file.ark:offset``.
+        strict: Whether a header that differs from what is there is an error.
 
     Raises:
         AudioError: the file is missing, unreadable, empty or of an impossible rate.
     """
-    path = _existing(path)
-    if path.suffix.lower() not in RAW_FORMATS:
-        try:
-            info = soundfile.info(os.fsencode(path))
-        except (soundfile.SoundFileError, RuntimeError, TypeError):
-            pass
-        else:
-            return _checked(
-                path, AudioInfo(info.samplerate, info.channels, info.frames)
-            )
-    data, rate = _decode_av(path)
-    return _checked(path, AudioInfo(rate, data.shape[1], data.shape[0]))
+    with _opened(path) as source:
+        samples = source.samples
+        if samples is None:
+            samples = sum(len(block) for block in source.blocks())
+        return _checked(path, source, samples, strict)
 
 
 def read_pieces(
-    path: str | os.PathLike[str], spans: Sequence[Span]
+    path: str | os.PathLike[str], spans: Sequence[Span], strict: bool = False
 ) -> Iterator[tuple[np.ndarray | AudioError, AudioInfo]]:
     """Read several pieces of one recording, opening and decoding it once.
 
-    Formats that soundfile seeks in are read piece by piece; others are decoded whole.
+    Formats that soundfile seeks in are read piece by piece. Others are decoded from
+    the beginning to the last piece; if pieces come in the order of time, only one of
+    them is in memory.
 
     Args:
-        path: Audio file.
+        path: Audio file, or ``file.ark:offset``.
         spans: The pieces.
+        strict: Whether a header that differs from what is there is an error. Without
+            it, what is there is read, and ``notes`` tell the difference.
 
     Yields:
         For each span mono float32 samples in [-1, 1], or the
-        AudioError that concerns this piece alone; and the recording's shape.
+        AudioError that concerns this piece alone; and the recording's shape, whose
+        ``samples`` are 0 as long as only decoding tells them.
 
     Raises:
         AudioError: the whole file is missing, unreadable, empty or of a bad rate.
     """
-    path = _existing(path)
-    if path.suffix.lower() not in RAW_FORMATS:
-        try:
-            file = soundfile.SoundFile(os.fsencode(path))
-        except (soundfile.SoundFileError, RuntimeError, TypeError):
-            pass
-        else:
-            with file:
-                info = AudioInfo(file.samplerate, file.channels, file.frames)
-                _checked(path, info)
-                cut_off = missing_bytes(path)
-                for span in spans:
-                    try:
-                        first, last = _sample_range(path, info, span)
-                        if cut_off and last == info.samples:
-                            detail = f"truncated: {cut_off} bytes are missing"
-                            raise _unreadable(path, detail)
-                        data = _read_soundfile(path, file, first, last)
-                        piece = _mono(path, data, span.channel)
-                    except AudioError as error:
-                        yield error, info
-                    else:
-                        yield piece, info
-            return
-    data, rate = _decode_av(path)
-    info = _checked(path, AudioInfo(rate, data.shape[1], data.shape[0]))
-    for span in spans:
-        try:
-            first, last = _sample_range(path, info, span)
-            piece = _mono(path, data[first:last], span.channel)
-        except AudioError as error:
-            yield error, info
-        else:
-            yield piece, info
+    with _opened(path) as source:
+        info = _checked(path, source, source.samples, strict)
+        window = Window(source)
+        partly = source.is_float and any(s[:2] != (None, None) for s in spans)
+        peak = _peak(source) if partly else 0.0
+        for span in spans:
+            try:
+                data = _read(path, source, window, span)
+                check_scale(path, max(peak, float(np.abs(data).max())))
+                # Decoding to the end may have shown a wrong header.
+                samples = source.samples or window.length
+                info = _checked(path, source, samples, strict)
+                piece, note = _mono(path, data, span.channel)
+            except DecodeError as error:
+                yield _unreadable(path, error), info
+            except AudioError as error:
+                yield error, info
+            else:
+                info = replace(info, notes=(*info.notes, *note))
+                _say(path, info.notes)
+                yield piece, info
 
 
 def read_audio(
-    path: str | os.PathLike[str], start: float | None = None, end: float | None = None
+    path: str | os.PathLike[str],
+    start: float | None = None,
+    end: float | None = None,
+    strict: bool = False,
 ) -> tuple[np.ndarray, int]:
     """Read a recording, or the part of it from ``start`` to ``end`` seconds.
 
@@ -162,7 +165,7 @@ def read_audio(
     Raises:
         AudioError: see :func:`read_pieces`.
     """
-    ((piece, info),) = read_pieces(path, [Span(start, end)])
+    ((piece, info),) = read_pieces(path, [Span(start, end)], strict)
     if isinstance(piece, AudioError):
         raise piece
     return piece, info.rate
@@ -186,129 +189,168 @@ def to_int16(samples: np.ndarray) -> tuple[np.ndarray, int]:
     return np.clip(scaled, -32768, 32767).astype(np.int16), clipped
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    if not path.is_file():
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Source]:
+    """Open a recording; what a decoder refuses is an AudioError."""
+    file, _ = split_ark(path)
+    if not file.is_file():
         raise AudioError(
             path,
             "unreadable",
             "no such file",
             "restore it or remove its line from wav.scp",
         )
-    if path.stat().st_size == 0:
+    if file.stat().st_size == 0:
         raise AudioError(
             path,
             "empty",
             "the file has 0 bytes",
             "fetch it again or remove its line from wav.scp",
         )
-    return path
+    try:
+        with Source(path) as source:
+            yield source
+    except DecodeError as error:
+        raise _unreadable(path, error) from error
 
 
-def _checked(path: Path, info: AudioInfo) -> AudioInfo:
-    if info.samples == 0:
+def _checked(
+    path: str | os.PathLike[str], source: Source, samples: int | None, strict: bool
+) -> AudioInfo:
+    """The shape of a recording whose length may not be known yet."""
+    if samples == 0:
         raise AudioError(
             path,
             "empty",
             "the file holds no samples",
             "fetch it again or remove its line from wav.scp",
         )
-    if not MIN_RATE <= info.rate <= MAX_RATE:
+    if not MIN_RATE <= source.rate <= MAX_RATE:
         raise AudioError(
             path,
             "bad_rate",
-            f"sampling rate {info.rate} Hz is outside {MIN_RATE}..{MAX_RATE} Hz",
+            f"sampling rate {source.rate} Hz is outside {MIN_RATE}..{MAX_RATE} Hz",
             "the header is damaged: convert the original again",
         )
-    return info
-
-
-def _sample_range(path: Path, info: AudioInfo, span: Span) -> tuple[int, int]:
-    start, end, _ = span
-    first = 0 if start is None else round(start * info.rate)
-    last = info.samples if end is None else round(end * info.rate)
-    slack = round(SEGMENT_SLACK * info.rate)
-    if not 0 <= first < last or first >= info.samples or last > info.samples + slack:
+    if strict and source.note:
         raise AudioError(
             path,
-            "segment_past_end",
-            f"segment {start} to {end} s is not inside its {info.seconds:.3f} s",
-            "correct the line in segments, or restore a truncated recording",
+            "length",
+            source.note,
+            "fetch or convert it again, or accept what is there (without --strict)",
         )
-    return first, min(last, info.samples)
+    notes = (f"length {source.note}",) if source.note else ()
+    return AudioInfo(source.rate, source.channels, samples or 0, notes)
 
 
-def _read_soundfile(
-    path: Path, file: soundfile.SoundFile, first: int, last: int
+def _read(
+    path: str | os.PathLike[str], source: Source, window: Window, span: Span
 ) -> np.ndarray:
-    try:
-        file.seek(first)
-        data = file.read(last - first, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise _unreadable(path, str(error)) from error
-    # The length of an MP3 without a header of its own is an estimate, off by less than
-    # a frame.
-    slack = MP3_FRAME if file.format == "MP3" and last == file.frames else 0
-    if len(data) < max(1, last - first - slack):
-        raise _unreadable(
-            path, f"truncated: {len(data)} of {last - first} samples could be decoded"
-        )
+    """Samples of a piece, (samples, channels).
+
+    Raises:
+        AudioError: the piece is not inside the recording.
+        DecodeError: it cannot be decoded.
+    """
+    start, end, _ = span
+    first = 0 if start is None else round(start * source.rate)
+    last = None if end is None else round(end * source.rate)
+    data, length = None, source.samples
+    if length is None and 0 <= first and (last is None or first < last):
+        data = window.read(first, last)
+        length = window.length
+    if length is not None:
+        slack = round(SEGMENT_SLACK * source.rate)
+        stop = length if last is None else last
+        if not 0 <= first < stop or first >= length or stop > length + slack:
+            raise AudioError(
+                path,
+                "segment_past_end",
+                f"segment {start} to {end} s is not inside its "
+                f"{length / source.rate:.3f} s",
+                "correct the line in segments, or restore a truncated recording",
+            )
+        if data is None:
+            data = source.read(first, min(stop, length))
+    if not len(data):
+        raise DecodeError("no samples could be decoded")
     return data
 
 
-def _mono(path: Path, data: np.ndarray, channel: int | None) -> np.ndarray:
-    channels = data.shape[1]
-    if channel is None:
-        samples = data[:, 0] if channels == 1 else data.mean(axis=1)
-    elif 0 <= channel < channels:
-        samples = data[:, channel]
-    else:
-        raise AudioError(
-            path,
-            "no_channel",
-            f"channel {channel} (from 0) is asked for of {channels}",
-            "correct the last column of segments",
-        )
-    if not np.isfinite(samples).all():
+def _mono(
+    path: str | os.PathLike[str], data: np.ndarray, channel: int | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """One channel or the mean of all, and what there is to say about it."""
+    channels, notes = data.shape[1], ()
+    if not np.isfinite(data).all():
         raise AudioError(
             path,
             "not_finite",
             "the samples include NaN or infinity",
             "convert the original again",
         )
-    return np.ascontiguousarray(samples, dtype=np.float32)
-
-
-def _decode_av(path: Path) -> tuple[np.ndarray, int]:
-    """Decode a whole file with PyAV to (samples, channels) float32 and its rate."""
-    to_float = av.AudioResampler(format="fltp")
-    chunks: list[np.ndarray] = []
-    rate = 0
-    try:
-        container = av.open(
-            os.fspath(path), format=RAW_FORMATS.get(path.suffix.lower())
+    if channel is not None and not 0 <= channel < channels:
+        raise AudioError(
+            path,
+            "no_channel",
+            f"channel {channel} (from 0) is asked for of {channels}",
+            "correct the last column of segments",
         )
-        with container:
-            if not container.streams.audio:
-                raise _unreadable(path, "it holds no audio")
-            for frame in container.decode(audio=0):
-                rate = frame.sample_rate
-                chunks += [out.to_ndarray() for out in to_float.resample(frame)]
-            if chunks:
-                chunks += [out.to_ndarray() for out in to_float.resample(None)]
-    except (av.error.FFmpegError, ValueError) as error:
-        if isinstance(error, AudioError):
-            raise
-        raise _unreadable(path, str(error)) from error
-    if not chunks:
-        raise _unreadable(path, "no samples could be decoded")
-    return np.concatenate(chunks, axis=1).T, rate
+    if channel is None and channels > 1:
+        samples = data.mean(axis=1)
+        powers = np.square(data, dtype=np.float64).mean(axis=0)
+        power = np.square(samples, dtype=np.float64).mean()
+        if power < CANCELLED * powers.mean():
+            channel = int(np.flatnonzero(powers > powers.max() / 2)[0])
+            notes = (
+                f"one_channel its channels cancel each other (opposite phase): channel "
+                f"{channel} is taken, not the mean",
+            )
+    if channel is not None or channels == 1:
+        samples = data[:, channel or 0]
+    return np.ascontiguousarray(samples, dtype=np.float32), notes
 
 
-def _unreadable(path: Path, detail: str) -> AudioError:
-    return AudioError(
-        path,
-        "unreadable",
-        f"cannot be decoded as audio ({detail})",
-        "fetch it again, convert it to wav or flac, or remove its line from wav.scp",
-    )
+def check_scale(name: str | os.PathLike[str], peak: float) -> None:
+    """Refuse samples that are not in the scale of [-1, 1], such as 16-bit integers.
+
+    Args:
+        name: of the recording, for the message.
+        peak: its largest absolute sample; NaN and infinity are not looked at.
+
+    Raises:
+        AudioError: of reason ``scale``.
+    """
+    if MAX_PEAK < peak < math.inf:
+        raise AudioError(
+            name,
+            "scale",
+            f"samples up to {peak:.6g}, where float samples lie in [-1, 1]",
+            "divide them (16-bit samples by 32768) and write the file again",
+        )
+
+
+def _peak(source: Source) -> float:
+    """Largest absolute sample of a recording, or the first that is out of scale."""
+    peak = 0.0
+    for block in source.blocks():
+        peak = max(peak, float(np.abs(block).max(initial=0.0)))
+        if peak > MAX_PEAK:
+            break
+    return peak
+
+
+def _say(path: str | os.PathLike[str], notes: tuple[str, ...]) -> None:
+    """Log the first notes of this process; all are counted by who keeps a list."""
+    global _said
+    for note in notes:
+        _said += 1
+        if _said <= MAX_SAID:
+            logging.warning(f"{path}: {note.partition(' ')[2]}")
+        if _said == MAX_SAID:
+            logging.warning("further notes of this sort are not logged")
+
+
+def _unreadable(path: str | os.PathLike[str], error: DecodeError) -> AudioError:
+    detail = f"cannot be decoded as audio ({error})"
+    return AudioError(path, "unreadable", detail, error.remedy)

@@ -26,10 +26,14 @@ from espnet2_spear.fileio.audio import (
     to_int16,
 )
 from espnet2_spear.fileio.datadir_stream import Entry
-from espnet2_spear.fileio.hashes import crc32_of, digest_of
+from espnet2_spear.fileio.decode import DecodeError, open_bytes, split_ark
+from espnet2_spear.fileio.hashes import digest_of
+from espnet2_spear.fileio.names import file_name
 from espnet2_spear.fileio.spool import Spool
 
 SHARD_UTTERANCES = 100
+AUDIO_FORMATS = ("flac", "wav", "flac.ark", "wav.ark")
+CLIPPED_SHARE = 0.01  # of samples: more are noted
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Result:
     """What became of an utterance; ``reason`` is set where it was skipped.
 
     ``peak_db`` is the largest deviation from the mean in dB of full scale, ``crc32`` of
-    the file's content.
+    the file's content, ``notes`` what is wrong with the recording though it was read.
     """
 
     utt: str
@@ -56,17 +60,76 @@ class Result:
     source_channels: int = 0
     clipped: int = 0
     crc32: int = 0
+    notes: tuple[str, ...] = ()
     reason: str = ""
     detail: str = ""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to write: folder, ``flac`` or ``wav``, sampling rate in Hz."""
+    """How to write.
+
+    Attributes:
+        out_dir: folder.
+        audio_format: ``flac`` or ``wav``, a file an utterance; ``flac.ark`` or
+            ``wav.ark``, an ark a shard, as ESPnet's scripts have them.
+        fs: sampling rate in Hz.
+        shard_utterances: about how many utterances are converted at a time.
+        strict: whether a recording whose header is wrong is skipped.
+    """
 
     out_dir: str
     audio_format: str
     fs: int
+    shard_utterances: int = SHARD_UTTERANCES
+    strict: bool = False
+
+    @property
+    def codec(self) -> str:
+        """``flac`` or ``wav``."""
+        return self.audio_format.removesuffix(".ark")
+
+
+class Files:
+    """Writes audio as one file an utterance."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+
+    def write(self, utt: str, content: bytes) -> str:
+        """Write the content of an audio file; returns what wav.scp says of it."""
+        path = audio_path(utt, self._options)
+        write_atomically(Path(path), content)
+        return path
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
+class Ark:
+    """Writes audio into one Kaldi ark, which appears at the end.
+
+    Args:
+        path: of the ark.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._content = path, bytearray()
+
+    def write(self, utt: str, content: bytes) -> str:
+        """Append the content of an audio file; returns what wav.scp says of it."""
+        self._content += f"{utt} ".encode()
+        offset = len(self._content)
+        if content[:4] != b"RIFF":  # Kaldi's own form of wav, kaldiio's of others
+            size = len(content)
+            self._content += b"AUDIO\x08" + size.to_bytes(8, "little")
+        self._content += content
+        return f"{self._path}:{offset}"
+
+    def finish(self) -> None:
+        """Write the ark, if it has entries."""
+        if self._content:
+            write_atomically(self._path, bytes(self._content))
 
 
 def recordings_of(found: Iterable[Entry]) -> Iterator[Recording]:
@@ -86,14 +149,14 @@ def recordings_of(found: Iterable[Entry]) -> Iterator[Recording]:
             yield Recording(rows[0][1], tuple((utt, span) for _, _, utt, span in rows))
 
 
-def shards_of(recordings: Iterable[Recording]) -> Iterator[list[Recording]]:
-    """Deal recordings into shards of about SHARD_UTTERANCES utterances."""
+def shards_of(recordings: Iterable[Recording], size: int) -> Iterator[list[Recording]]:
+    """Deal recordings into shards of about ``size`` utterances."""
     shard: list[Recording] = []
     count = 0
     for recording in recordings:
         shard.append(recording)
         count += len(recording.pieces)
-        if count >= SHARD_UTTERANCES:
+        if count >= size:
             yield shard
             shard, count = [], 0
     if shard:
@@ -105,12 +168,13 @@ def shard_mark(shard: list[Recording], options: Options) -> Path:
     stamps = []
     for recording in shard:
         try:
-            stat = os.stat(recording.path)
+            stat = os.stat(split_ark(recording.path)[0])
             stamps.append((stat.st_size, stat.st_mtime_ns))
         except OSError:
             stamps.append((-1, -1))
     digest = digest_of([[asdict(r) for r in shard], stamps, asdict(options)])[:32]
-    return Path(options.out_dir) / ".shards" / f"{digest}.jsonl"
+    # 256 folders keep each of them small.
+    return Path(options.out_dir) / ".shards" / digest[:2] / f"{digest}.jsonl"
 
 
 def format_shard(shard: list[Recording], options: Options, mark: Path) -> list[Result]:
@@ -119,9 +183,12 @@ def format_shard(shard: list[Recording], options: Options, mark: Path) -> list[R
     What fails is tried once more at the end: a file server may have been busy for a
     moment.
     """
-    results = {r.utt: r for rec in shard for r in format_recording(rec, options)}
+    ark = Path(options.out_dir) / options.codec / mark.parent.name / f"{mark.stem}.ark"
+    out = Files(options) if options.codec == options.audio_format else Ark(ark)
+    results = {r.utt: r for rec in shard for r in format_recording(rec, options, out)}
     for recording in failed_part(shard, results):
-        results |= {r.utt: r for r in format_recording(recording, options)}
+        results |= {r.utt: r for r in format_recording(recording, options, out)}
+    out.finish()
     lines = "".join(json.dumps(asdict(result)) + "\n" for result in results.values())
     write_atomically(mark, lines.encode())
     return list(results.values())
@@ -145,7 +212,7 @@ def finished_shard(mark: Path) -> list[Result] | None:
     if not mark.exists():
         return None
     results = [Result(**json.loads(line)) for line in mark.read_text().splitlines()]
-    if any(not r.reason and crc32_of(r.file) != r.crc32 for r in results):
+    if any(not r.reason and _crc32(r.file) != r.crc32 for r in results):
         return None
     return results
 
@@ -160,11 +227,22 @@ def finish_shard(
     return format_shard(shard, options, mark), False
 
 
-def format_recording(recording: Recording, options: Options) -> Iterator[Result]:
+def _crc32(file: str) -> int | None:
+    """CRC-32 of an audio file or of an ark's entry, None if it cannot be read."""
+    try:
+        with open_bytes(file) as content:
+            return zlib.crc32(content.read())
+    except (OSError, DecodeError):
+        return None
+
+
+def format_recording(
+    recording: Recording, options: Options, out: Files | Ark
+) -> Iterator[Result]:
     """Convert the pieces of one recording; yield a result for each."""
     done = 0
     try:
-        for samples, info in _read(recording):
+        for samples, info in _read(recording, options.strict):
             utt = recording.pieces[done][0]
             done += 1
             if isinstance(samples, AudioError):
@@ -177,13 +255,14 @@ def format_recording(recording: Recording, options: Options) -> Iterator[Result]
                 )
                 continue
             pcm, clipped = to_int16(samples)
-            file = audio_path(utt, options)
+            notes = info.notes
+            if clipped > CLIPPED_SHARE * len(pcm):
+                share = clipped / len(pcm)
+                notes += (f"clipped {share:.1%} of its samples are over full scale",)
             buffer = io.BytesIO()
-            soundfile.write(
-                buffer, pcm, options.fs, "PCM_16", format=options.audio_format
-            )
+            soundfile.write(buffer, pcm, options.fs, "PCM_16", format=options.codec)
             content = buffer.getvalue()
-            write_atomically(Path(file), content)
+            file = out.write(utt, content)
             yield Result(
                 utt,
                 file,
@@ -193,6 +272,7 @@ def format_recording(recording: Recording, options: Options) -> Iterator[Result]
                 info.channels,
                 clipped,
                 zlib.crc32(content),
+                notes,
             )
     except AudioError as error:
         for utt, _ in recording.pieces[done:]:
@@ -200,14 +280,15 @@ def format_recording(recording: Recording, options: Options) -> Iterator[Result]
 
 
 def _read(
-    recording: Recording,
+    recording: Recording, strict: bool
 ) -> Iterator[tuple[np.ndarray | AudioError, AudioInfo]]:
     """Read the pieces of a recording; errors of the file system are AudioErrors.
 
     So they are told from those of writing, such as no space left.
     """
     try:
-        yield from read_pieces(recording.path, [span for _, span in recording.pieces])
+        spans = [span for _, span in recording.pieces]
+        yield from read_pieces(recording.path, spans, strict)
     except OSError as error:
         remedy = "see that its disk is there and can be read"
         raise AudioError(
@@ -218,8 +299,10 @@ def _read(
 def audio_path(utt: str, options: Options) -> str:
     """Return an utterance's file; 256 folders keep each of them small."""
     key = hashlib.sha256(utt.encode("utf-8", "surrogateescape")).hexdigest()[:2]
-    folder = os.path.join(options.out_dir, options.audio_format, key)
-    return os.path.join(folder, f"{utt}.{options.audio_format}")
+    folder = os.path.join(options.out_dir, options.codec, key)
+    # Another id may differ by case only, and nobody here knows all of them.
+    name = file_name(utt, f".{options.codec}", hashed=utt != utt.casefold())
+    return os.path.join(folder, name)
 
 
 def peak_db(pcm: np.ndarray) -> float:

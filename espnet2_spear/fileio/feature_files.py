@@ -8,11 +8,14 @@ from __future__ import annotations
 import struct
 import zlib
 from abc import abstractmethod
+from collections.abc import Container
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from espnet2_spear.fileio.names import file_name
 
 _MATRIX = b"\0BFM "  # Kaldi's marks of a binary file and of a float matrix
 
@@ -92,12 +95,13 @@ class NpyFeatures(FeatureFiles):
     """One ``.npy`` (rows, columns) an utterance, there whole or not at all.
 
     Args:
-        folder: gets ``<utterance>.npy``.
+        folder: gets ``<utterance>.npy``; a name that is too long is shortened.
         dtype: as stored.
+        alike: utterances that differ from others only by case.
     """
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self.folder, self.dtype = folder, np.dtype(dtype)
+    def __init__(self, folder: Path, dtype: str, alike: Container[str] = ()) -> None:
+        self.folder, self.dtype, self.alike = folder, np.dtype(dtype), alike
         folder.mkdir(parents=True, exist_ok=True)
         self._paths: list[Path] = []
         self._file: BinaryIO | None = None
@@ -107,7 +111,7 @@ class NpyFeatures(FeatureFiles):
             self._file.close()
 
     def begin(self, utt: str) -> None:
-        self._path = self.folder / f"{utt}.npy"
+        self._path = self.folder / file_name(utt, ".npy", utt in self.alike)
         self._shape = (0, 0)
         self._file = self._part().open("wb")
 

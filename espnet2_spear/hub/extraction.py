@@ -25,6 +25,7 @@ from espnet2_spear.fileio.feature_files import (
     NpyFeatures,
     checksum,
 )
+from espnet2_spear.fileio.names import differ_by_case
 from espnet2_spear.fileio.shards import Batches, DoneMarks, deal, fingerprint
 from espnet2_spear.fileio.utterances import make_batches
 from espnet2_spear.hub.recordings import Recording, read_ahead
@@ -236,6 +237,7 @@ class ExtractionRun:
         self.names = names if len(names) > 1 else ["feats"]
         self.frames: dict[str, int] = {}
         self.skipped: Failures = {}
+        self.alike: set[str] = set()
 
     def describe(self) -> dict[str, Any]:
         """What the features depend on besides the recordings."""
@@ -271,6 +273,7 @@ class ExtractionRun:
         """
         if self.options.format == "npy":
             check_names(recordings)
+            self.alike = differ_by_case(recording.utt for recording in recordings)
         self.folder.mkdir(parents=True, exist_ok=True)
         shards = self._shards(recordings)
         marks = DoneMarks(self.folder, "feats", fingerprint(self, recordings, {}))
@@ -344,7 +347,7 @@ class ExtractionRun:
     def _files(self, shard: int, name: str) -> FeatureFiles:
         if self.options.format == "ark":
             return ArkFeatures(self.folder / f"feats.{shard}.{name}.ark")
-        return NpyFeatures(self.folder / name, self.options.dtype)
+        return NpyFeatures(self.folder / name, self.options.dtype, self.alike)
 
     def _encoded(
         self, batches: Batches, failed: Failures

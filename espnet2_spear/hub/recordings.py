@@ -13,6 +13,7 @@ from typing import TypeVar
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import AudioError, Span, audio_info
 from espnet2_spear.fileio.datadir import DataDir, DataDirError, read_table
+from espnet2_spear.fileio.folders import find_audio
 from espnet2_spear.fileio.utterances import Utterance
 
 WHOLE = Span(None, None)
@@ -63,15 +64,15 @@ def find_recordings(
             data = DataDir.load(path)
             for utt in data.utterances:
                 if data.segments is None:
-                    add(utt, _beside(path, data.wav_scp[utt]))
+                    add(utt, find_audio(data.wav_scp[utt], path))
                     continue
                 segment = data.segments[utt]
-                file = _beside(path, data.wav_scp[segment.recording])
+                file = find_audio(data.wav_scp[segment.recording], path)
                 end = segment.end if segment.end >= 0 else None
                 add(utt, file, Span(segment.start, end, segment.channel))
         elif path.suffix == ".scp":
             for utt, value in read_table(path, "utterance file").items():
-                add(utt, _beside(path.parent, value))
+                add(utt, find_audio(value, path.parent))
         else:
             add(path.stem, name)
     recordings, skipped = [], []
@@ -90,12 +91,6 @@ def find_recordings(
         samples = max(0, round(seconds * SAMPLE_RATE))
         recordings.append(Recording(utt, path, samples, span))
     return recordings, skipped
-
-
-def _beside(folder: Path, path: str) -> str:
-    """Take a relative path, as Kaldi does, from here; else from beside its table."""
-    beside = folder / path
-    return str(beside) if not Path(path).exists() and beside.exists() else path
 
 
 def read_ahead(

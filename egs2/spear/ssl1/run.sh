@@ -55,7 +55,7 @@ Data (stage 1); without own data the embedded default is fetched (97 MB)
   --max_utts N                utterances per set, for smoke runs    [0: all]
 
 Format and filter (stages 2, 3)
-  --audio_format flac|wav                                           [flac]
+  --audio_format flac|wav|flac.ark|wav.ark      .ark: many utterances a file [flac]
   --min_seconds X, --max_seconds X              others are skipped  [0.5, 30]
   --min_peak_db X             quieter is silence (dB of full scale) [-60]
 

@@ -16,6 +16,7 @@ import soundfile
 
 from espnet2_spear.fileio.audio import read_audio, to_int16
 from espnet2_spear.fileio.datadir import DataDir, DataDirError, read_table, write_table
+from espnet2_spear.fileio.names import file_name
 
 RATE = 16000
 LONGEST = 5 * RATE  # samples of a mixture
@@ -109,7 +110,7 @@ def main(cmd: list[str] | None = None) -> None:
                 continue
             second = others[int(rng.integers(len(others)))]
             utt = f"mix{block:02d}-{first}"
-            path = folder / f"{utt}.flac"
+            path = folder / file_name(utt, ".flac")
             samples = to_int16(mix([paths[first], paths[second]], rng))[0]
             soundfile.write(path, samples, RATE)
             data.wav_scp[utt] = str(path.absolute())

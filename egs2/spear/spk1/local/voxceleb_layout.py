@@ -15,6 +15,7 @@ import soundfile
 
 from espnet2_spear.fileio.audio import read_audio, to_int16
 from espnet2_spear.fileio.datadir import DataDirError, read_table
+from espnet2_spear.fileio.names import file_name
 
 FIRST_ID = 10001
 TEST, DEV, TRAIN = 3, 2, 1
@@ -55,7 +56,7 @@ def main(cmd: list[str] | None = None) -> None:
         if rate != 16000:
             raise DataDirError(f"{path}: is at {rate} Hz; run stage 2 of run.sh again")
         speaker = f"id{FIRST_ID + speakers.index(labels[utt])}"
-        name = f"{speaker}/{groups[utt]}/{utt}.wav"
+        name = f"{speaker}/{groups[utt]}/{file_name(utt, '.wav')}"
         target = args.out_dir / "dev/wav" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(target, to_int16(samples)[0], rate)

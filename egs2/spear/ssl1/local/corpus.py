@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
 from espnet2_spear.fileio.datadir import Segment
 from espnet2_spear.fileio.datadir_stream import Entry, write_entries
 from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.folders import audio_files
 from espnet2_spear.fileio.hashes import name_hash
 from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import DataDirError, open_text
@@ -269,18 +269,6 @@ def needed(path: Path, layout: str) -> Path:
     if not path.exists():
         raise DataDirError(f"{path}: not there; expected: {layout}")
     return path
-
-
-def audio_files(folder: Path) -> Iterator[Path]:
-    """Yield the audio files below a folder, but hidden ones and those in such folders.
-
-    They are sorted folder by folder: no more than one folder's names are in memory.
-    """
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if Path(name).suffix.lower() in AUDIO_SUFFIXES and name[0] != ".":
-                yield Path(parent, name)
 
 
 def read_csv(path: Path, fields: Sequence[str] | None = None) -> Iterator[dict]:

@@ -19,7 +19,9 @@ from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
 from espnet2_spear.fileio.datadir import DOMAINS
 from espnet2_spear.fileio.datadir_stream import Entry, check, entries, write_entries
 from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.folders import audio_files, find_audio
 from espnet2_spear.fileio.hashes import name_hash
+from espnet2_spear.fileio.names import file_name
 from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import DataDirError
 
@@ -58,20 +60,16 @@ def from_audio_files(folder: Path, label: str, domain: str) -> Spool[Entry]:
         seen.add(name_hash(utt))
         return len(seen) > before
 
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in (Path(parent, name) for name in sorted(names)):
-            is_audio = file.suffix.lower() in AUDIO_SUFFIXES and file.is_file()
-            if file.name.startswith(".") or not is_audio:
-                continue
-            relative = file.relative_to(folder).with_suffix("").as_posix()
-            name = f"{label}-{safe_id(relative)}"
-            utt, number = name, 1
-            # a.wav beside a.flac, or "a b.wav" beside "a_b.wav"
-            while not is_new(utt):
-                number += 1
-                utt = f"{name}_{number}"
-            found.add(Entry(utt, str(file.absolute()), utt, domain))
+    for file in audio_files(folder):
+        relative = file.relative_to(folder).with_suffix("").as_posix()
+        # Ids also name files, whose names cannot be of any length.
+        name = file_name(f"{label}-{safe_id(relative)}", "")
+        utt, number = name, 1
+        # a.wav beside a.flac, or "a b.wav" beside "a_b.wav"
+        while not is_new(utt):
+            number += 1
+            utt = f"{name}_{number}"
+        found.add(Entry(utt, str(file.absolute()), utt, domain))
     if not len(found):
         raise DataDirError(
             f"{folder}: no audio files found; known are: "
@@ -88,16 +86,10 @@ def from_kaldi_dir(folder: Path, domain: str) -> Iterator[Entry]:
     """
     check(folder)
 
-    @lru_cache(maxsize=1000)
-    def find(value: str) -> str:
-        # Kaldi's paths start where its recipe ran; beside wav.scp comes second.
-        candidates = [Path(value), folder / value]
-        found = next((path for path in candidates if path.is_file()), candidates[0])
-        return os.path.abspath(found)
-
+    find = lru_cache(maxsize=1000)(lambda value: find_audio(value, folder))
     for entry in entries(folder):
         yield entry._replace(
-            path=find(entry.path),
+            path=os.path.abspath(find(entry.path)),
             domain=entry.domain or domain,
             samples=None,  # of other audio than ours will be
         )

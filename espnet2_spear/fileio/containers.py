@@ -1,0 +1,376 @@
+"""What the container of a recording promises, compared with the bytes that are there.
+
+Decoders believe headers. Recorders that were killed, pipes and radio streams leave
+headers that are wrong: a size that was never filled in, a size a few bytes off, the
+length of the first of several joined recordings. Here a file's bytes are looked at
+before a decoder sees them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import BinaryIO, NamedTuple
+
+# Sizes of writers that cannot seek back: 0, or about the largest number there is.
+_UNKNOWN_32 = 0x7FFF0000
+_UNKNOWN_64 = 1 << 62
+_TAIL = 1 << 17  # bytes at the end of a FLAC file that hold its last frame
+
+
+Links = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How to read a file.
+
+    Attributes:
+        links: byte ranges (start, end) of recordings that follow one another.
+        patches: (offset, bytes) to be read instead of what a header holds.
+        promised: whether the length that a decoder tells of the header can be true.
+        note: what is wrong, for messages; empty where nothing is.
+    """
+
+    links: Links
+    patches: tuple[tuple[int, bytes], ...] = ()
+    promised: bool = True
+    note: str = ""
+
+
+class ByteRange(io.RawIOBase):
+    """Part of a file as a file of its own, with other bytes at some places.
+
+    Args:
+        path: of the file.
+        start: first byte.
+        end: last byte + 1; None: the file's end.
+        patches: (offset from ``start``, bytes) to be read instead.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        start: int = 0,
+        end: int | None = None,
+        patches: tuple[tuple[int, bytes], ...] = (),
+    ) -> None:
+        self._file: BinaryIO = open(path, "rb")
+        there = os.fstat(self._file.fileno()).st_size
+        self._start, self._end = start, there if end is None else min(end, there)
+        self._patches, self._at = patches, 0
+
+    def __len__(self) -> int:
+        return max(0, self._end - self._start)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self)}
+        self._at = max(0, base[whence] + offset)
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        self._file.seek(self._start + self._at)
+        view = memoryview(buffer).cast("B")
+        length = max(0, min(len(view), len(self) - self._at))
+        count = self._file.readinto(view[:length])
+        for offset, content in self._patches:
+            first = max(offset, self._at)
+            last = min(offset + len(content), self._at + count)
+            if first < last:
+                new = content[first - offset : last - offset]
+                view[first - self._at : last - self._at] = new
+        self._at += count
+        return count
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Read from a place, whatever the position is."""
+        self.seek(offset)
+        return self.read(size)
+
+    def find(self, mark: bytes, offset: int) -> int:
+        """Place of the next ``mark`` from ``offset`` on, -1 if there is none."""
+        while content := self.read_at(offset, 1 << 20):
+            if (place := content.find(mark)) >= 0:
+                return offset + place
+            if len(content) <= len(mark):
+                break
+            offset += len(content) - len(mark) + 1
+        return -1
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def find_layout(file: ByteRange) -> Layout:
+    """Look at the container of a recording."""
+    head = file.read_at(0, 64)
+    whole = ((0, len(file)),)
+    if head[:4] == b"OggS":
+        links = _ogg_links(file)
+        return Layout(links or whole, promised=len(links) < 2)
+    if head[:4] == b"fLaC":
+        if _flac_ends_as_promised(file, head):
+            return Layout(whole)
+        return _joined(_flac_links(file) or whole, promised=False)
+    if head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
+        joined = _is_joined_mp3(file, head)
+        note = "recordings are joined in it" if joined else ""
+        return Layout(whole, promised=not joined, note=note)
+    if (links := _wave_links(file)) is not None:
+        return _joined(links, promised=False)
+    samples = _find_samples(file, head)
+    return Layout(whole) if samples is None else _compare(file, samples, whole)
+
+
+def _joined(links: Links, promised: bool) -> Layout:
+    note = f"{len(links)} recordings are joined in it" if len(links) > 1 else ""
+    return Layout(links, promised=promised, note=note)
+
+
+class _Form(NamedTuple):
+    """How a container of chunks is written."""
+
+    first: int  # chunk's place
+    header: str  # id and size of a chunk
+    name: bytes  # of the chunk of samples
+    padding: int  # chunks begin at multiples of it
+    counts_header: bool = False  # whether a size includes the chunk's header
+
+
+_WAVE64_DATA = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
+_WAVE = _Form(12, "<4sI", b"data", 2)
+_FORMS = {
+    b"RIFF": _WAVE,
+    b"RF64": _WAVE,
+    b"BW64": _WAVE,
+    b"RIFX": _Form(12, ">4sI", b"data", 2),
+    b"FORM": _Form(12, ">4sI", b"SSND", 2),
+    b"caff": _Form(8, ">4sQ", b"data", 1),
+    b"riff": _Form(
+        40, "<16sQ", b"data\xf3\xac\xd3\x11\x8c\xd1\0\xc0O\x8e\xdb\x8a", 8, True
+    ),
+}
+
+
+class _Samples(NamedTuple):
+    """The samples of a file: their first byte, their size and where that is written."""
+
+    start: int
+    size: int
+    size_at: int
+    size_format: str
+    overhead: int = 0  # bytes before the first that the size counts
+    padding: int = 1
+    block: int = 4  # bytes of a sample frame, or of a compressed block
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size + -self.size % self.padding
+
+    @property
+    def unknown(self) -> bool:
+        wide = self.size_format[-1] == "Q"
+        return self.size == 0 or self.size >= (_UNKNOWN_64 if wide else _UNKNOWN_32)
+
+
+def _find_samples(file: ByteRange, head: bytes) -> _Samples | None:
+    if head[:4] == b".snd" and len(head) >= 24:
+        start, size = struct.unpack(">II", head[4:12])
+        return _Samples(start, size, 8, ">I")
+    form = _FORMS.get(head[:4])
+    if form is None:
+        return None
+    at, block, wide = form.first, 4, None
+    length = struct.calcsize(form.header)
+    while len(content := file.read_at(at, length)) == length:
+        name, size = struct.unpack(form.header, content)
+        overhead = length if form.counts_header else 0
+        size_at, size_format = at + len(name), form.header[0] + form.header[-1]
+        at += length
+        if name == form.name:
+            if wide is not None:  # RF64: the size stands in a chunk of its own
+                size_at, size_format = wide, "<Q"
+                (size,) = struct.unpack("<Q", file.read_at(wide, 8))
+            return _Samples(
+                at,
+                max(size - overhead, 0),
+                size_at,
+                size_format,
+                overhead,
+                form.padding,
+                block,
+            )
+        if name == b"ds64":
+            wide = at + 8
+        if name[:4] == b"fmt ":
+            fields = file.read_at(at, 14)
+            block = max(1, int.from_bytes(fields[12:14], "little"))
+        size = max(size - overhead, 0)
+        at += size + -size % form.padding
+    return None
+
+
+def _compare(file: ByteRange, samples: _Samples, whole: Links) -> Layout:
+    """Let a decoder see the size that is there where the header says another."""
+    said, there = samples.size, len(file) - samples.start
+    if there <= 0 or said == there:
+        return Layout(whole)
+    if samples.end <= len(file) and (said > 0 or samples.padding > 1):
+        if _is_chunk(file, samples):
+            return Layout(whole)
+    if samples.unknown:
+        note = f"its header tells no length; {there} bytes of audio are there"
+    else:
+        note = f"its header tells of {said} bytes of audio; {there} are there"
+    if abs(said - there) <= samples.block:
+        note = ""
+    size = there + samples.overhead
+    if samples.size_format[-1] == "I":
+        size = min(size, 0xFFFFFFFF)
+    patch = struct.pack(samples.size_format, size)
+    return Layout(whole, ((samples.size_at, patch),), note=note)
+
+
+def _is_chunk(file: ByteRange, samples: _Samples) -> bool:
+    """Whether another chunk, or nothing worth a name, follows the samples."""
+    if samples.size_at == 8 and samples.size_format == ">I":  # AU has no others
+        return False
+    left = len(file) - samples.end
+    if left < 8:
+        return True
+    content = file.read_at(samples.end, 24)
+    order = "little" if samples.size_format[0] == "<" else "big"
+    sizes = (content[4:8], content[4:12], content[16:24])
+    printable = all(32 <= byte < 127 for byte in content[:4])
+    return printable and any(int.from_bytes(s, order) <= left for s in sizes)
+
+
+def _wave_links(file: ByteRange) -> Links | None:
+    """Byte ranges of WAV files that were put one behind the other."""
+    links, at = [], 0
+    while (head := file.read_at(at, 12))[:4] == b"RIFF" and head[8:] == b"WAVE":
+        end = at + 8 + int.from_bytes(head[4:8], "little")
+        links.append((at, end))
+        at = end
+    return tuple(links) if len(links) > 1 and links[-1][1] <= len(file) else None
+
+
+def _ogg_links(file: ByteRange) -> Links:
+    """Byte ranges of the links of an Ogg stream: each begins with first pages."""
+    starts, at, first_before = [], 0, False
+    while len(head := file.read_at(at, 27 + 255)) >= 27:
+        if head[:4] != b"OggS":  # damaged: look for the next page
+            at = file.find(b"OggS", at + 1)
+            if at < 0:
+                break
+            continue
+        first = bool(head[5] & 2)
+        if first and not first_before:
+            starts.append(at)
+        first_before = first
+        at += 27 + head[26] + sum(head[27 : 27 + head[26]])
+    return tuple(pairwise([*starts, len(file)]))
+
+
+def _is_joined_mp3(file: ByteRange, head: bytes) -> bool:
+    """Whether more follows what the first frame of an MP3 file counts."""
+    at = 0
+    if head[:3] == b"ID3":
+        size = 0
+        for byte in head[6:10]:
+            size = size << 7 | byte & 0x7F
+        at = 10 + size
+    frame = file.read_at(at, 256)
+    for mark in (b"Xing", b"Info"):
+        place = frame.find(mark)
+        if place < 0:
+            continue
+        flags = int.from_bytes(frame[place + 4 : place + 8], "big")
+        if flags & 2:
+            skip = place + 8 + (4 if flags & 1 else 0)
+            size = int.from_bytes(frame[skip : skip + 4], "big")
+            after = file.read_at(at + size, 3)
+            return after == b"ID3" or (
+                len(after) == 3 and after[0] == 0xFF and after[1] >= 0xE0
+            )
+    return False
+
+
+def _flac_ends_as_promised(file: ByteRange, head: bytes) -> bool:
+    """Whether the last frame of a FLAC file ends at the length in its header."""
+    total = int.from_bytes(head[21:26], "big") & (1 << 36) - 1
+    block = int.from_bytes(head[10:12], "big")
+    longest = int.from_bytes(head[15:18], "big")
+    size = len(file)
+    tail = file.read_at(max(0, size - _TAIL), _TAIL)
+    at = len(tail)
+    while (at := tail.rfind(b"\xff", 0, at)) >= 0:
+        found = _flac_frame(tail[at : at + 16], block)
+        if found is not None:
+            # Frames of all recordings before it would not be so few if joined.
+            before = size - len(tail) + at - _flac_audio(file)
+            fits = longest == 0 or before <= (found[0] // max(block, 1) + 1) * longest
+            return total > 0 and sum(found) == total and fits
+    return False
+
+
+def _flac_links(file: ByteRange) -> Links:
+    """Byte ranges of FLAC files that were put one behind the other."""
+    starts, at = [], 0
+    while (at := file.find(b"fLaC", at)) >= 0:
+        if file.read_at(at + 4, 4) in (b"\0\0\0\x22", b"\x80\0\0\x22"):
+            starts.append(at)
+        at += 4
+    return tuple(pairwise([*starts, len(file)]))
+
+
+def _flac_audio(file: ByteRange) -> int:
+    """Where the frames of a FLAC file begin."""
+    at = 4
+    while len(head := file.read_at(at, 4)) == 4:
+        at += 4 + int.from_bytes(head[1:], "big")
+        if head[0] & 0x80:
+            break
+    return at
+
+
+def _flac_frame(head: bytes, block: int) -> tuple[int, int] | None:
+    """First sample and number of samples of a frame, None if it is none."""
+    if len(head) < 6 or head[1] & 0xFE != 0xF8:
+        return None
+    code, length = head[2] >> 4, 1
+    while length < 7 and head[4] >= 0x80 and head[4] & 0x80 >> length:
+        length += 1
+    number = head[4] if head[4] < 0x80 else head[4] & (0x7F >> length)
+    for byte in head[5 : 4 + length]:
+        number = number << 6 | byte & 0x3F
+    at = 4 + length
+    samples = {0: 0, 1: 192}.get(code) or (
+        576 << (code - 2) if code < 6 else 1 << code if code > 7 else 0
+    )
+    if code in (6, 7):
+        width = code - 5
+        samples = int.from_bytes(head[at : at + width], "big") + 1
+        at += width
+    at += {12: 1, 13: 2, 14: 2}.get(head[2] & 15, 0)
+    crc = 0
+    for byte in head[:at]:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc << 1 ^ 7 if crc & 0x80 else crc << 1) & 0xFF
+    if at >= len(head) or crc != head[at] or samples == 0:
+        return None
+    return (number if head[1] & 1 else number * block), samples

@@ -1,0 +1,354 @@
+"""Decoders of recordings: soundfile where it seeks, PyAV for everything else.
+
+A recording is a file, or an entry of a Kaldi ark (``file.ark:offset``, as ESPnet's
+``--audio_format flac.ark`` writes them).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import av
+import numpy as np
+import soundfile
+import soxr
+
+from espnet2_spear.fileio.containers import ByteRange, find_layout
+
+# Formats without a header, known by their name only (the rate comes from the codec).
+RAW_FORMATS = {".g722": "g722", ".gsm": "gsm"}
+BLOCK = 1 << 16  # samples decoded at a time
+MP3_FRAME = 1152  # samples, at most: lengths without a header of their own are so exact
+# Samples that a byte of a compressed file can hardly hold: beyond, they are counted.
+SAMPLES_PER_BYTE = 64
+# Share of packets that a decoder may refuse, such as tags between joined recordings.
+MAX_BAD_PACKETS = 0.01
+# Containers whose headers tell the length exactly enough for a comparison.
+_TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+_TIME_SLACK = 0.2  # seconds, of a codec's delay
+# Formats whose headers have been compared with what is there.
+_COMPARED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF"}
+_SOUNDFILE_ERRORS = (soundfile.SoundFileError, RuntimeError, TypeError)
+
+
+class DecodeError(ValueError):
+    """A recording cannot be decoded.
+
+    Attributes:
+        remedy: what to do.
+    """
+
+    def __init__(self, detail: str, remedy: str = "") -> None:
+        super().__init__(detail)
+        self.remedy = remedy or (
+            "fetch it again, convert it to wav or flac, or remove its line from wav.scp"
+        )
+
+
+def split_ark(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
+    """Return the file of a recording, and the offset of one in an ark (else None)."""
+    text = os.fspath(path)
+    match = re.fullmatch(r"(.+):(\d+)", text, re.DOTALL)
+    if match and not os.path.exists(text):
+        return Path(match[1]), int(match[2])
+    return Path(text), None
+
+
+def _entry_of_ark(path: Path, offset: int) -> tuple[int, int]:
+    """Byte range of the audio file at an offset of an ark."""
+    file = ByteRange(path)
+    with file:
+        # Every record is "key <audio>": a wrong offset shows here.
+        before, head = file.read_at(offset - 1, 1), file.read_at(offset, 16)
+        if head[:5] == b"AUDIO" and len(head) > 6:
+            width = head[5]
+            start = offset + 6 + width
+            size = int.from_bytes(head[6 : 6 + width], "little")
+            if before == b" " and 0 < width <= 8 and start + size <= len(file):
+                return start, start + size
+        elif before == b" " and head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+            end = offset + 8 + int.from_bytes(head[4:8], "little")
+            if end <= len(file):
+                return offset, end
+    raise DecodeError(
+        f"no audio begins at byte {offset} of this ark",
+        remedy="make its table again: it is not of this ark, or the ark is cut off",
+    )
+
+
+def open_bytes(path: str | os.PathLike[str]) -> ByteRange:
+    """Open a recording for reading its bytes.
+
+    Args:
+        path: of a file, or ``file.ark:offset``.
+
+    Raises:
+        OSError: the file cannot be read.
+        DecodeError: no audio begins at the offset.
+    """
+    file, offset = split_ark(path)
+    return ByteRange(file, *(() if offset is None else _entry_of_ark(file, offset)))
+
+
+class Source:
+    """A recording that is open; use it as a context.
+
+    Args:
+        path: of a file, or ``file.ark:offset``.
+
+    Attributes:
+        rate: in Hz.
+        channels: how many.
+        samples: per channel; None where only decoding tells.
+        is_float: whether samples are stored as numbers that need not lie in [-1, 1].
+        note: what is wrong with the file, though it can be read; else empty.
+
+    Raises:
+        DecodeError: nothing can decode it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path, offset = split_ark(path)
+        start, end = (0, None) if offset is None else _entry_of_ark(self._path, offset)
+        self._raw = None
+        if offset is None:
+            self._raw = RAW_FORMATS.get(self._path.suffix.lower())
+        with ByteRange(self._path, start, end) as file:
+            layout, self._size = find_layout(file), len(file)
+        self.note, self._patches = layout.note, layout.patches
+        self._links = [(start + first, start + last) for first, last in layout.links]
+        # Decoders are faster with a file's name than with an object that reads it.
+        whole = offset is None and len(self._links) == 1 and not layout.patches
+        self._name = os.fspath(self._path) if whole else None
+        self._stack = ExitStack()
+        self._sound: soundfile.SoundFile | None = None
+        self.samples: int | None = None
+        self.is_float = False
+        self._said: int | None = None
+        try:
+            if len(self._links) == 1 and self._raw is None:
+                self._sound = self._open_sound(self._links[0], self._stack)
+            if self._sound is not None:
+                self.rate, self.channels = self._sound.samplerate, self._sound.channels
+                self.is_float = self._sound.subtype in ("FLOAT", "DOUBLE")
+                self._said = self._sound.frames
+                if layout.promised and self._is_plausible():
+                    self.samples = self._said
+            if self.samples is None and next(self.blocks(), None) is None:
+                raise DecodeError("no samples could be decoded")
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_sound(
+        self, link: tuple[int, int], stack: ExitStack
+    ) -> soundfile.SoundFile | None:
+        file: Any = os.fsencode(self._name) if self._name else self._range(link, stack)
+        try:
+            return stack.enter_context(soundfile.SoundFile(file))
+        except _SOUNDFILE_ERRORS:
+            return None
+
+    def _range(self, link: tuple[int, int], stack: ExitStack) -> ByteRange:
+        return stack.enter_context(ByteRange(self._path, *link, self._patches))
+
+    def _is_plausible(self) -> bool:
+        """Whether the length that soundfile tells can be true."""
+        if self._sound.format in _COMPARED or self._said == 0:
+            return True
+        if self._said > SAMPLES_PER_BYTE * self._size:
+            return False
+        slack = MP3_FRAME if self._sound.format == "MP3" else 0
+        try:  # whether the last samples are there
+            self._sound.seek(max(0, self._said - 1 - slack))
+            return len(self._sound.read(1)) == 1
+        except _SOUNDFILE_ERRORS:
+            return False
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """Samples first..last of a recording whose length is known.
+
+        Returns:
+            float32 (samples, channels), fewer where they are not there.
+        """
+        try:
+            self._sound.seek(first)
+            return self._sound.read(last - first, dtype="float32", always_2d=True)
+        except _SOUNDFILE_ERRORS as error:
+            raise DecodeError(str(error) or type(error).__name__) from error
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield the recording from its beginning, float32 (samples, channels)."""
+        if self.samples is not None:
+            for first in range(0, self.samples, BLOCK):
+                yield self.read(first, min(first + BLOCK, self.samples))
+            return
+        self.rate = total = 0
+        for link in self._links:
+            with ExitStack() as stack:
+                for block in self._uniform(self._decode(link, stack)):
+                    total += len(block)
+                    yield block
+        if self._said is not None and abs(total - self._said) > MP3_FRAME:
+            if self._said > SAMPLES_PER_BYTE * self._size:
+                self._remember("its header tells no length")
+            else:
+                self._remember(
+                    f"its header tells of {self._said} samples; {total} are there"
+                )
+
+    def _uniform(
+        self, blocks: Iterator[tuple[int, np.ndarray]]
+    ) -> Iterator[np.ndarray]:
+        """Yield blocks with the rate and channels of the first of all."""
+        stream, rate_before = None, 0
+        for rate, block in blocks:
+            if not self.rate:
+                self.rate, self.channels = rate, block.shape[1]
+            if block.shape[1] != self.channels:
+                block = np.repeat(block.mean(1, keepdims=True), self.channels, 1)
+            if rate != self.rate:
+                if stream is None or rate != rate_before:
+                    stream = soxr.ResampleStream(rate, self.rate, self.channels)
+                    rate_before = rate
+                block = stream.resample_chunk(np.ascontiguousarray(block))
+            yield block
+        if stream is not None:
+            rest = np.zeros((0, self.channels), np.float32)
+            yield stream.resample_chunk(rest, last=True)
+
+    def _decode(
+        self, link: tuple[int, int], stack: ExitStack
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield rates and samples of one of the recordings that are joined."""
+        # soundfile knows best where a link of Ogg begins and ends.
+        sound = self._open_sound(link, stack) if len(self._links) > 1 else None
+        if sound is None or sound.frames > SAMPLES_PER_BYTE * self._size:
+            file = self._name or self._range(link, stack)
+            yield from _decode_av(file, self._raw, self._remember)
+            return
+        while len(block := sound.read(BLOCK, "float32", always_2d=True)):
+            yield sound.samplerate, block
+
+    def _remember(self, note: str) -> None:
+        if note not in self.note:
+            self.note = f"{self.note}; {note}" if self.note else note
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stack.close()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Window:
+    """A recording of unknown length, decoded as far as it is asked for.
+
+    What lies before the piece that was asked for last is forgotten, so that pieces in
+    the order of time need no more memory than the longest of them.
+
+    Attributes:
+        length: samples, once the end has been met; else None.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._restart()
+
+    def _restart(self) -> None:
+        self._blocks = self._source.blocks()
+        self._held: deque[np.ndarray] = deque()
+        self._start = self._end = 0
+        self.length: int | None = None
+
+    def read(self, first: int, last: int | None) -> np.ndarray:
+        """Samples first..last (None: to the end), fewer where they are not there."""
+        if first < self._start:
+            self._restart()
+        while self.length is None and (last is None or self._end < last):
+            block = next(self._blocks, None)
+            if block is None:
+                self.length = self._end
+                break
+            self._held.append(block)
+            self._end += len(block)
+            self._forget(first)
+        self._forget(first)
+        if not self._held:
+            return np.zeros((0, self._source.channels), np.float32)
+        stop = None if last is None else max(0, last - self._start)
+        return np.concatenate(self._held)[max(0, first - self._start) : stop]
+
+    def _forget(self, first: int) -> None:
+        while self._held and self._start + len(self._held[0]) <= first:
+            self._start += len(self._held.popleft())
+
+
+def _decode_av(
+    file: str | ByteRange, raw: str | None, remember: Callable[[str], None]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield rates and samples (n, channels) of a file, as PyAV decodes it."""
+    packets = bad = samples = rate = 0
+    said = None
+    try:
+        with av.open(file, format=raw) as container:
+            if not container.streams.audio:
+                raise DecodeError("it holds no audio")
+            stream = container.streams.audio[0]
+            if container.format.name in _TIMED and container.duration:
+                said = container.duration / av.time_base
+            to_float, kind = None, None
+            for packet in container.demux(stream):
+                packets += 1
+                try:
+                    frames = packet.decode()
+                except av.error.InvalidDataError:
+                    bad += 1
+                    continue
+                for frame in frames:
+                    new = frame.format.name, frame.layout.name, frame.sample_rate
+                    if new != kind:  # at the beginning, or within radio streams
+                        to_float, kind = av.AudioResampler("fltp", rate=new[2]), new
+                    rate = frame.sample_rate
+                    for out in to_float.resample(frame):
+                        samples += out.samples
+                        yield rate, out.to_ndarray().T
+    except (av.error.FFmpegError, ValueError, IndexError) as error:
+        raise _explain(error, file) from error
+    if bad > max(1, MAX_BAD_PACKETS * packets) or not samples:
+        raise _explain(f"{bad} of {packets} packets are damaged", file)
+    if bad:
+        remember(f"{bad} of {packets} packets are damaged and left out")
+    if said is not None and abs(samples / rate - said) > _TIME_SLACK:
+        remember(f"its header tells of {said:.2f} s; {samples / rate:.2f} s are there")
+
+
+def _explain(error: Exception | str, file: str | ByteRange) -> DecodeError:
+    """The error of a file that PyAV cannot decode, with what helps against it."""
+    if isinstance(error, DecodeError):
+        return error
+    remedy = ""
+    if isinstance(error, (av.error.PatchWelcomeError, av.error.DecoderNotFoundError)):
+        remedy = "its codec is not known here: decode it with a program that knows it, "
+        remedy += "such as another build of ffmpeg, and name the wav file"
+    with ByteRange(file) if isinstance(file, str) else nullcontext(file) as opened:
+        if opened.read_at(0, 7) == b"NIST_1A":  # shorten, of Fisher and Switchboard
+            remedy = "SPHERE files in a coding such as shorten are decoded with "
+            remedy += "sph2pipe (sph2pipe -f wav IN.sph OUT.wav): name the wav file"
+    return DecodeError(str(error), remedy)
