@@ -204,13 +204,10 @@ def test_damaged_mark_is_no_mark(tmp_path: Path) -> None:
 def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(RECIPE)
 
-    def run(**options: str) -> tuple[dict, list[list[str]]]:
+    def run(*flags: str, **options: str) -> tuple[dict, dict, list]:
         words = ["--expdir", str(tmp_path / "exp"), "--dumpdir", str(tmp_path / "dump")]
-        for key, value in options.items():
-            flag = key in ("check_teachers", "check_quantizers", "new_data")
-            words.append(f"--{key}" if flag else f"--{key}={value}")
-        config, lines = plan.plan(plan.get_parser().parse_args(words))
-        return config, [line.split("|") for line in lines]
+        words += [f"--{key}={value}" for key, value in options.items()]
+        return plan.plan(plan.get_parser().parse_args([*words, *flags]))
 
     return run
 
@@ -283,20 +280,112 @@ def test_plan_refuses_what_cannot_be_trained(
         planned(config_override=override, check_training=train_args)
 
 
-def test_plan_of_the_default(planned) -> None:
-    config, lines = planned()
-    assert lines[0] == [
-        "conf/train_spear_mini_speech_audio.yaml",
-        "spear_mini_speech_audio",
-        "speech,audio",
-    ]
-    counts = {k: v["num_codebooks"] for k, v in config["teachers"].items()}
-    assert [line[:4] for line in lines[1:]] == [
-        ["speech", "conf/teachers/whisper_tiny_en.yaml", "speech,audio", "speech"],
-        ["audio", "conf/teachers/yamnet.yaml", "audio", "audio"],
-    ]
-    for name, _, _, _, _, options, _ in lines[1:]:
-        assert options.startswith(f"--num_codebooks {counts[name]} --iters_phase1 1000")
+def test_plan_of_the_default(planned, tmp_path: Path) -> None:
+    config, run, teachers = planned()
+    assert run == {
+        "train_config": "conf/train_spear_mini_speech_audio.yaml",
+        "tag": "spear_mini_speech_audio",
+        "heard": "speech,audio",
+    }
+    speech, audio = teachers
+    assert (speech.names, speech.domains, speech.quantizer_domains) == (
+        *("speech", "speech,audio", "speech"),
+    )
+    assert (audio.names, audio.domains, audio.quantizer_domains) == (
+        *("audio", "audio", "audio"),
+    )
+    assert speech.yamls == Path("conf/teachers/whisper_tiny_en.yaml")
+    assert speech.quantizers == tmp_path / "exp/teachers/speech_whisper_tiny_en/mvq8"
+    assert speech.codes == "speech_whisper_tiny_en_mvq8_speech-audio"
+    assert audio.codes == "audio_yamnet_mvq4_audio"
+    for teacher in teachers:
+        codebooks = config["teachers"][teacher.names]["num_codebooks"]
+        assert teacher.mvq_options == (
+            f"--num_codebooks {codebooks} --iters_phase1 1000 --iters_phase2 1000"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        # what is shared with a run of the default: embeddings, quantizers, codes of
+        # the speech teacher; codes of the audio teacher
+        ({}, "embeddings quantizer codes audio"),
+        ({"config_override": "teachers.speech.num_codebooks=4"}, "embeddings audio"),
+        ({"quantizer": "rvq"}, "embeddings"),
+        ({"quantizer": "kmeans"}, "embeddings"),
+        ({"quantizer": "kmeans", "quantizer_args": "--codebook_size 64"}, "embeddings"),
+        ({"config_override": "loss_weights=joint"}, "embeddings quantizer codes"),
+        (
+            {"config_override": "loss_weights=disjoint"},
+            "embeddings quantizer audio",
+        ),
+        ({"tokenize_domains": "all"}, "embeddings quantizer codes"),
+        ({"teachers": "speech=hubert_large audio=yamnet"}, "audio"),
+    ],
+)
+def test_variants_do_not_share_what_differs(planned, options: dict, same: str) -> None:
+    found = []
+    for _, _, (speech, audio) in (planned(), planned(**options)):
+        found.append((speech.folders, speech.quantizers, speech.codes, audio.codes))
+    shared = [before == now for before, now in zip(*found, strict=True)]
+    parts = ("embeddings", "quantizer", "codes", "audio")
+    assert shared == [part in same.split() for part in parts]
+
+
+def test_all_domains_are_tokenized_once(planned) -> None:
+    codes = {
+        tuple(teacher.codes for teacher in planned(**options)[2])
+        for weights in ("joint", "disjoint", "asymmetric")
+        for options in [
+            {"tokenize_domains": "all", "config_override": f"loss_weights={weights}"}
+        ]
+    }
+    assert codes == {
+        ("speech_whisper_tiny_en_mvq8_speech-audio", "audio_yamnet_mvq4_speech-audio")
+    }
+
+
+def test_folders_of_earlier_versions_are_told(planned, tmp_path: Path, caplog) -> None:
+    old = tmp_path / "exp/teachers/speech/quantizer.pt"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    _, _, (speech, _) = planned("--begin")
+    (line,) = [r.message for r in caplog.records]
+    assert str(old) in line and f"{speech.quantizers}/quantizer.pt" in line
+    caplog.clear()
+    speech.quantizers.mkdir(parents=True)
+    (speech.quantizers / "quantizer.pt").touch()
+    planned("--begin")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config_override": "max_epoch=9 masker_conf.time_prob=0.3"}, None),
+        ({"config_override": "loss_weights=joint"}, "begun with loss_weights"),
+        ({"student": "tiny"}, "begun with student mini, not tiny"),
+        ({"config_override": "teachers.audio.num_codebooks=2"}, "begun with teachers"),
+        ({"quantizer": "rvq"}, "begun with codes audio_yamnet_mvq4_audio, .*_rvq"),
+        ({"quantizer": "rvq", "tag": "rvq"}, None),
+    ],
+)
+def test_an_experiment_goes_on_as_it_was_begun(
+    planned, tmp_path: Path, options: dict, message: str | None
+) -> None:
+    config, run, teachers = planned()
+    exp = tmp_path / "exp" / run["tag"]
+    exp.mkdir(parents=True)
+    (exp / "train.yaml").write_text(yaml.safe_dump(config))
+    inputs = {f"dump/codes/train/{teacher.codes}.scp": {} for teacher in teachers}
+    (exp / "train.json").write_text(json.dumps({"inputs": inputs}))
+    options = {"tag": run["tag"], "train_config": MINI, **options}
+    if message is None:
+        planned(**options)
+    else:
+        with pytest.raises(plan.PlanError, match=f"{message}.*give another --tag"):
+            planned(**options)
 
 
 @pytest.mark.parametrize(
@@ -312,10 +401,11 @@ def test_plan_of_the_default(planned) -> None:
 def test_plan_of_students_and_teachers(
     planned, student: str, teachers: str, stem: str
 ) -> None:
-    config, lines = planned(student=student, teachers=teachers)
-    heard = stem.partition("_")[2].replace("_", ",")
-    assert lines[0] == [f"conf/train_spear_{stem}.yaml", f"spear_{stem}", heard]
-    options = {line[0]: line[5] for line in lines[1:]}
+    config, run, found = planned(student=student, teachers=teachers)
+    assert run["train_config"] == f"conf/train_spear_{stem}.yaml"
+    assert run["tag"] == f"spear_{stem}"
+    assert run["heard"] == stem.partition("_")[2].replace("_", ",")
+    options = {teacher.names: teacher.mvq_options for teacher in found}
     if "speech" in options and "mini" not in stem:
         assert "--num_codebooks 16 --standardize true" in options["speech"]
         assert "--iters_phase1 35000 --iters_phase2 35000" in options["speech"]
@@ -325,7 +415,7 @@ def test_plan_of_students_and_teachers(
 
 
 def test_plan_leaves_out_a_teacher(planned) -> None:
-    config, lines = planned(
+    config, _, (teacher,) = planned(
         train_config=MINI, teachers="speech=conf/teachers/hubert_large.yaml"
     )
     assert set(config["teachers"]) == {"speech"}
@@ -333,24 +423,51 @@ def test_plan_leaves_out_a_teacher(planned) -> None:
         "speech": {"speech": 1.0},
         "audio": {"speech": 1.0},
     }
-    assert lines[1][1:3] == ["conf/teachers/hubert_large.yaml", "speech,audio"]
+    assert str(teacher.yamls) == "conf/teachers/hubert_large.yaml"
+    assert teacher.domains == "speech,audio"
     # Their weights are an input of stages 4 and 5; those of a package are not named.
-    assert lines[1][4] == "downloads/hubert-large-ll60k"
-    _, lines = planned(check_teachers="")
-    assert [line[4] for line in lines[1:]] == ["", ""]
+    assert teacher.weights == "downloads/hubert-large-ll60k"
+    _, _, teachers = planned("--check_teachers")
+    assert [teacher.weights for teacher in teachers] == ["", ""]
 
 
 def test_plan_of_other_quantizers(planned) -> None:
-    config, lines = planned(student="base", quantizer="kmeans", quantizer_iters="5")
-    assert lines[0][1] == "spear_base_speech_audio_kmeans"
-    assert lines[1][5] == "--quantizer kmeans --num_codebooks 1 --standardize true"
+    config, run, (speech, _) = planned(
+        student="base", quantizer="kmeans", quantizer_iters="5"
+    )
+    assert run["tag"] == "spear_base_speech_audio_kmeans"
+    assert speech.mvq_options == (
+        "--quantizer kmeans --num_codebooks 1 --standardize true"
+    )
     assert {v["num_codebooks"] for v in config["teachers"].values()} == {1}
-    _, lines = planned(quantizer="rvq")
-    assert lines[1][5] == "--quantizer rvq --num_codebooks 8"
+    _, _, (speech, _) = planned(quantizer="rvq", quantizer_args="--iters 9")
+    assert speech.mvq_options == "--quantizer rvq --num_codebooks 8 --iters 9"
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "arguments", "message"),
+    [
+        ("mvq", "--batch_frames 128 --lr 0.01", None),
+        ("kmeans", "--batch_frames 128", None),
+        ("kmeans", "--batch_frames 128 --lr 0.01", "--lr is no option of .* kmeans"),
+        ("mvq", "--batch_frame many", "invalid int value: 'many'"),
+        ("mvq", "--loud", "unrecognized arguments: --loud"),
+        ("mvq", "--num_codebooks 4", "the training configuration has 8"),
+    ],
+)
+def test_options_of_quantizers_are_read_at_the_beginning(
+    planned, quantizer: str, arguments: str, message: str | None
+) -> None:
+    options = {"quantizer": quantizer, "quantizer_args": arguments}
+    if message is None:
+        planned("--begin", **options)
+    else:
+        with pytest.raises(plan.PlanError, match=f"--quantizer_args: .*{message}"):
+            planned("--begin", **options)
 
 
 def test_plan_overrides(planned) -> None:
-    config, _ = planned(
+    config, _, _ = planned(
         student="base",
         config_override="optim_conf.lr=0.01 batch_bins=16000000 accum_grad=2 "
         "'masker_conf.time_prob=0.5' optim=adamw model_conf.normalize=frames "
@@ -368,9 +485,9 @@ def test_plan_overrides(planned) -> None:
 
 
 def test_plan_of_another_student_in_a_configuration(planned) -> None:
-    config, lines = planned(student="tiny", train_config=MINI)
+    config, run, _ = planned(student="tiny", train_config=MINI)
     assert config["student"] == "tiny"
-    assert lines[0][1] == "spear_mini_speech_audio_tiny"
+    assert run["tag"] == "spear_mini_speech_audio_tiny"
 
 
 @pytest.mark.parametrize(
@@ -380,11 +497,17 @@ def test_plan_of_another_student_in_a_configuration(planned) -> None:
             {"student": "huge"},
             "no such training configuration; there are train_spear_b",
         ),
-        ({"teachers": "wavlm_large"}, "'wavlm_large' is not NAME=YAML"),
+        (
+            {"teachers": "wavlm_large"},
+            "'wavlm_large' is not NAME=VALUE, such as speech=conf",
+        ),
         ({"teachers": "speech=a speech=b"}, "'speech' is there twice"),
         ({"teachers": "music=yamnet"}, "not 'music'; name it so in --teachers"),
         ({"quantizer": "mvp"}, "must be one of mvq, kmeans, rvq, random"),
-        ({"quantizer_data": "dump/raw"}, "'dump/raw' is not TEACHER=DIR"),
+        (
+            {"quantizer_data": "dump/raw"},
+            "'dump/raw' is not NAME=VALUE, such as speech=dump",
+        ),
         ({"quantizer_data": "music=dump"}, "no teacher 'music'; the teachers are sp"),
         ({"quantizer_data": "audio=a audio=b"}, "--quantizer_data: 'audio' is there"),
         ({"config_override": "lr"}, "'lr' is not KEY=VALUE"),
@@ -393,19 +516,14 @@ def test_plan_of_another_student_in_a_configuration(planned) -> None:
             {"config_override": "loss_weights.audio.audio=0"},
             "teacher 'audio' has no weight in loss_weights",
         ),
-        (
-            {"teachers": "speech=wavlm_large", "check_teachers": ""},
-            "name the teacher's weights",
-        ),
-        (
-            {"teachers": "speech=none.yaml", "check_teachers": ""},
-            "none.yaml: cannot be",
-        ),
+        ({"tokenize_domains": "some"}, "--tokenize_domains some: must be needed or"),
+        ({"teachers": "speech=wavlm_large"}, "name the teacher's weights"),
+        ({"teachers": "speech=none.yaml"}, "none.yaml: cannot be"),
     ],
 )
 def test_plan_refuses(planned, options: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        planned(**options)
+        planned("--check_teachers", **options)
 
 
 def test_plan_compares_data_and_loss(planned, tmp_path: Path) -> None:
@@ -415,28 +533,29 @@ def test_plan_compares_data_and_loss(planned, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="teacher 'audio'.*leave it out"):
         planned()
     one = {"train_config": MINI, "teachers": "speech=whisper_tiny_en"}
-    _, lines = planned(**one)
-    assert lines[1][2] == "speech"  # no domain that the data do not have
+    _, _, (teacher,) = planned(**one)
+    assert teacher.domains == "speech"  # no domain that the data do not have
     (raw / "utt2domain").write_text("a speech\nb audio\n")
     with pytest.raises(ValueError, match="domain 'audio', for which the training has"):
         planned(student="base", teachers="speech=wavlm_large")
     # Other data are made first.
-    planned(student="base", teachers="speech=wavlm_large", new_data="")
+    planned("--new_data", student="base", teachers="speech=wavlm_large")
 
 
 def test_training_takes_over_what_the_codes_are(planned, tmp_path: Path) -> None:
     def write(set_name: str, **facts: float) -> None:
-        path = tmp_path / "dump/codes" / set_name / "speech.json"
+        path = tmp_path / "dump/codes" / set_name / f"{codes}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts))
 
+    codes = "speech_whisper_tiny_en_mvq8_speech"
     options = {"teachers": "speech=whisper_tiny_en", "write": str(tmp_path / "t.yaml")}
     write("train", num_codebooks=8, codebook_size=256, frame_rate=25.0)
-    config, _ = planned(**options)
+    config, _, _ = planned(**options)
     assert config["teachers"]["speech"]["frame_rate"] == 25.0
     write("valid", num_codebooks=8, codebook_size=256, frame_rate=50.0)
     with pytest.raises(
-        ValueError, match="valid/speech.json: frame_rate is 50.0, but 25"
+        ValueError, match=f"valid/{codes}.json: frame_rate is 50.0, but 25"
     ):
         planned(**options)
     write("valid", num_codebooks=4, codebook_size=256, frame_rate=25.0)
@@ -448,16 +567,16 @@ def test_training_takes_over_what_the_codes_are(planned, tmp_path: Path) -> None
 
 
 def test_quantizer_of_another_size_is_refused(planned, tmp_path: Path) -> None:
-    path = tmp_path / "exp/teachers/speech/quantizer.pt"
+    path = tmp_path / "exp/teachers/speech_whisper_tiny_en/mvq8/quantizer.pt"
     path.parent.mkdir(parents=True)
-    options = {"teachers": "speech=whisper_tiny_en", "check_quantizers": ""}
+    options = {"teachers": "speech=whisper_tiny_en"}
     Quantizer(4, 256, 8).save(path)
-    planned(**options)
+    planned("--check_quantizers", **options)
     Quantizer(4, 256, 16).save(path)
     with pytest.raises(
         ValueError, match="has 16 codebooks, the training configuration 8"
     ):
-        planned(**options)
+        planned("--check_quantizers", **options)
 
 
 def test_plan_writes_a_configuration(planned, tmp_path: Path, monkeypatch) -> None:
@@ -490,7 +609,7 @@ def test_dry_run_lists_all_stages_and_writes_nothing(tmp_path: Path) -> None:
         "--num_nodes 2",
         "--dist_launcher slurm "
         f"--dist_init_method file://{tmp_path}/exp/spear_base_speech_audio/.dist_init.",
-        "codes/train/audio.scp,codes_audio,kaldi_ark",
+        "codes/train/audio_dasheng_1.2b_mvq8_audio.scp,codes_audio,kaldi_ark",
         f"writes  {tmp_path}/exp/spear_base_speech_audio/valid.loss.best.pth",
     ):
         assert part in result.stdout, part

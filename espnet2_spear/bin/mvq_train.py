@@ -87,7 +87,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _configuration(args: argparse.Namespace) -> MVQTrainingConfig | BaselineConfig:
+def configuration(args: argparse.Namespace) -> MVQTrainingConfig | BaselineConfig:
     """Options of the chosen kind; others must not be given."""
     kind = MVQTrainingConfig if args.quantizer == Quantizer.kind else BaselineConfig
     own = {field.name for field in fields(kind)}
@@ -158,7 +158,7 @@ def main(cmd=None):
     )
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    config = _configuration(args)
+    config = configuration(args)
     with destroy_process_group_on_exit():
         _join_processes(args)
         _train(args, config)

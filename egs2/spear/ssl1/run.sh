@@ -19,12 +19,15 @@ inputs or options changed; then, and when it is skipped, that is said.
   1  data preparation                 -> data/{train,valid}, embedded: data/en_{train,dev,test}
   2  format to 16 kHz mono            -> dump/raw/org/<set>
   3  filter by length and level       -> dump/raw/<set> (skipped utterances: skipped.txt)
-  4  embeddings, quantizer training   -> exp/teachers/<teacher>
-  5  tokenization of all data         -> dump/codes/<set>/<teacher>.scp
-  6  checks of codes against audio    -> dump/codes/<set>/codes_check.json
+  4  embeddings, quantizer training   -> exp/teachers/<teacher>/<quantizer>
+  5  tokenization of all data         -> dump/codes/<set>/<codes>.scp
+  6  checks of codes against audio    -> dump/codes/<set>/<codes>.check
   7  pre-training                     -> exp/<tag>
   8  pack                             -> exp/<tag>/*.zip
   9  upload (dry run unless --skip_upload false)
+Runs with other teachers, quantizers, numbers of codebooks or domains of their codes do not
+overwrite each other: these are in the names, such as exp/teachers/speech_wavlm_large/mvq16
+and dump/codes/train/speech_wavlm_large_mvq16_speech-audio.scp.
 
 General
   --stage N, --stop_stage N   first and last stage                  [1, 9]
@@ -82,6 +85,9 @@ Student and teachers (stages 4 to 7)
   --teacher_dtype T           of the teachers' computation: float32, bfloat16 or float16;
                               the share of codes as in float32 is told   [float32]
   --min_agreement X           with a smaller share nothing is tokenized  [0.5]
+  --tokenize_domains D        needed: those in which a teacher's loss has a weight; all: all
+                              domains of the data, so that runs with other loss_weights
+                              find their codes                      [needed]
   --one_pass true|false       true tokenizes with all teachers in one pass over the audio;
                               a change of one then repeats the others    [false]
 
@@ -133,6 +139,7 @@ quantizer_iters=
 quantizer_args=
 teacher_dtype=float32
 min_agreement=0.5
+tokenize_domains=needed
 one_pass=false
 
 train_args=
@@ -170,48 +177,36 @@ share_out() {
 # show_end <log>: its last line
 show_end() { [ "${dry_run}" = true ] || tail -n 1 "$1"; }
 
-# plan <options of local/plan.py>: sets train_config, plan_tag, heard (domains) and, an
-# entry a teacher, names, yamls, domains, quantizer_domains, weights, mvq_options,
-# quantizer_dirs
+# plan <options of local/plan.py>: sets train_config, tag, heard (domains) and arrays with
+# an entry a teacher
 plan() {
-    local lines line i
-    lines=$(python local/plan.py --student "${student}" --train_config "${given_config}" \
-        --teachers "${teachers}" --quantizer "${quantizer}" --expdir "${expdir}" \
-        --quantizer_iters "${quantizer_iters}" --dumpdir "${dumpdir}" \
-        --quantizer_data "${quantizer_data}" \
-        --config_override "${config_override}" "$@")
-    mapfile -t lines <<<"${lines}"
-    IFS='|' read -r train_config plan_tag heard <<<"${lines[0]}"
-    for i in "${!lines[@]}"; do
-        line=${lines[i]}
-        [ "${i}" -gt 0 ] || continue
-        IFS='|' read -r "names[i-1]" "yamls[i-1]" "domains[i-1]" \
-            "quantizer_domains[i-1]" "weights[i-1]" "mvq_options[i-1]" \
-            "quantizer_dirs[i-1]" <<<"${line}"
-    done
+    local assignments
+    assignments=$(python local/plan.py --student "${student}" \
+        --train_config "${given_config}" --teachers "${teachers}" --tag "${tag}" \
+        --quantizer "${quantizer}" --quantizer_iters "${quantizer_iters}" \
+        --quantizer_data "${quantizer_data}" --quantizer_args "${quantizer_args}" \
+        --tokenize_domains "${tokenize_domains}" --config_override "${config_override}" \
+        --expdir "${expdir}" --dumpdir "${dumpdir}" "$@")
+    eval "${assignments}"
 }
 given_config=${train_config}
-names=() yamls=() domains=() quantizer_domains=() weights=() mvq_options=() quantizer_dirs=()
-variant=${quantizer#mvq}
-variant=${variant:+_${variant}}
+names=() yamls=() domains=() quantizer_domains=() weights=() mvq_options=()
+quantizer_dirs=() folders=() quantizers=() codes=()
 heard=
 if wanted 1 || [ "${stop_stage}" -ge 4 ]; then
     # Before hours are spent on data: do the options fit, are the teachers there?
-    opts=()
+    opts=(--begin)
     if wanted 1; then opts+=(--new_data); fi
     if wanted 4 && [ "${dry_run}" = false ]; then opts+=(--check_teachers); fi
     if wanted 7 && [ "${stage}" -lt 7 ] && [ "${dry_run}" = false ]; then
         opts+=("--check_training=${train_args}")
     fi
     plan "${opts[@]}"
-    tag=${tag:-${plan_tag}}
     # Of the embedded data what a teacher is trained on.
     [[ ,${heard}, != *,speech,* ]] || speech_langs=${speech_langs:-en es fr it ru}
     [[ ,${heard}, != *,audio,* ]] || audio_sets=${audio_sets:-ufoai sonicpi moh}
 fi
 exp=${expdir}/${tag}
-quantizers=${expdir}/teachers${variant}
-codes=${dumpdir}/codes${variant}
 
 if wanted 1; then
     log "Stage 1: data preparation"
@@ -280,8 +275,12 @@ fi
 
 # train_quantizer <number of the teacher> <threads> <GPU, or nothing>
 train_quantizer() {
-    local name=${names[$1]} dir device=cpu gpus=0 raw=${quantizer_dirs[$1]} kinds=()
-    dir=${expdir}/teachers/${name}
+    local name=${names[$1]} dir=${folders[$1]} out=${quantizers[$1]} device=cpu gpus=0
+    local raw=${quantizer_dirs[$1]} kinds=()
+    if [ -e "${out}/quantizer.pt" ] && [ ! -e "${out}/train.json" ]; then
+        log "${out}/quantizer.pt: nothing tells how it was made; it is used as it is"
+        return
+    fi
     if [ -z "${raw}" ]; then # those of the pre-training
         raw=${dumpdir}/raw/train
         kinds=(--domains "${quantizer_domains[$1]}")
@@ -301,16 +300,15 @@ train_quantizer() {
         --wav_scp "${raw}/wav.scp" "${kinds[@]}" \
         --max_frames "${quantizer_frames}" --output_dir "${dir}/embeddings" \
         --compute_dtype "${teacher_dtype}" + --device "${device}" --num_threads "$2"
-    log "teacher '${name}': ${quantizer} quantizer, log in ${quantizers}/${name}/train.log"
+    log "teacher '${name}': quantizer ${out##*/}, log in ${out}/train.log"
     # shellcheck disable=SC2086
-    step --mark "${quantizers}/${name}/train.json" --adopt \
-        --input "${dir}/embeddings/embeddings.json" \
-        --output "${quantizers}/${name}/quantizer.pt" \
-        --runner "$(runner "${gpus}" "$2" "${quantizers}/${name}/train.log")" \
+    step --mark "${out}/train.json" --input "${dir}/embeddings/embeddings.json" \
+        --output "${out}/quantizer.pt" \
+        --runner "$(runner "${gpus}" "$2" "${out}/train.log")" \
         -- python -m espnet2_spear.bin.mvq_train --embeddings "${dir}/embeddings" \
-        --output "${quantizers}/${name}/quantizer.pt" ${mvq_options[$1]} \
-        ${quantizer_args} + --device "${device}" --num_threads "$2"
-    [ ! -e "${quantizers}/${name}/train.log" ] || show_end "${quantizers}/${name}/train.log"
+        --output "${out}/quantizer.pt" ${mvq_options[$1]} \
+        + --device "${device}" --num_threads "$2"
+    [ ! -e "${out}/train.log" ] || show_end "${out}/train.log"
 }
 
 # train_lane <first> <lanes>: that teacher and every <lanes>-th after it, one by one, on a
@@ -356,39 +354,34 @@ fi
 
 joined() { (IFS=+ && echo "$*"); }
 
-# Names of the tokenizations of a set.
-tokenizations() {
-    if [ "${one_pass}" = true ]; then joined "${names[@]}"; else echo "${names[@]}"; fi
-}
-
 # tokenize <set> <numbers of teachers>: in one pass over the audio
 tokenize() {
-    local set=$1 i raw=${dumpdir}/raw/$1 label joblog inputs=() outputs=()
-    local configs=() files=() roles=() kinds=() jobs threads
+    local set=$1 i raw=${dumpdir}/raw/$1 out=${dumpdir}/codes/$1 label joblog inputs=()
+    local outputs=() configs=() files=() stems=() kinds=() jobs threads
     shift
     # A process a GPU, or a CPU; they share the cores.
     jobs=$((ngpu > 0 ? ngpu : nj))
     threads=$((nj > jobs ? nj / jobs : 1))
     for i in "$@"; do
-        roles+=("${names[i]}")
+        stems+=("${codes[i]}")
         configs+=("${yamls[i]}")
-        files+=("${quantizers}/${names[i]}/quantizer.pt")
+        files+=("${quantizers[i]}/quantizer.pt")
         kinds+=("${domains[i]}")
-        inputs+=(--input "${yamls[i]}" --input "${quantizers}/${names[i]}/quantizer.pt")
+        inputs+=(--input "${yamls[i]}" --input "${quantizers[i]}/quantizer.pt")
         [ -z "${weights[i]}" ] || inputs+=(--input "${weights[i]}")
-        outputs+=(--output "${codes}/${set}/${names[i]}.scp")
+        outputs+=(--output "${out}/${codes[i]}.scp" --output "${out}/${codes[i]}.json")
     done
-    label=$(joined "${roles[@]}")
-    joblog=${codes}/${set}/log/${label}.log
+    label=$(joined "${stems[@]}")
+    joblog=${out}/log/${label}.log
     log "${label}, set ${set}: tokenization, log in ${joblog}"
     share_out "${cuda_cmd}" "${ngpu}" "${nj}" "${joblog%.log}.JOB.log" "${threads}"
-    step --mark "${codes}/${set}/${label}.step.json" "${shared[@]}" "${inputs[@]}" \
+    step --mark "${out}/${label}.step.json" --adopt "${shared[@]}" "${inputs[@]}" \
         --input "${raw}/wav.scp" --input "${raw}/utt2num_samples" \
         --input "${raw}/utt2domain" "${outputs[@]}" \
         --runner "$(runner "${ngpu}" "${nj}" "${joblog}") env OMP_NUM_THREADS=${threads}" \
         -- python -m espnet2_spear.bin.spear_tokenize --teacher_config "${configs[@]}" \
-        --quantizer "${files[@]}" --domains "${kinds[@]}" --name "${roles[@]}" \
-        --data_dir "${raw}" --output_dir "${codes}/${set}" --dtype "${teacher_dtype}" \
+        --quantizer "${files[@]}" --domains "${kinds[@]}" --name "${stems[@]}" \
+        --data_dir "${raw}" --output_dir "${out}" --dtype "${teacher_dtype}" \
         + --nj "${jobs}" --ngpu "${ngpu}" --num_threads "${threads}" \
         --min_agreement "${min_agreement}"
     [ ! -e "${joblog}" ] || show_end "${joblog}"
@@ -396,7 +389,7 @@ tokenize() {
 
 if wanted 5; then
     log "Stage 5: tokenization"
-    lock "${codes}"
+    lock "${dumpdir}/codes"
     for set in train valid; do
         if [ "${one_pass}" = true ]; then
             tokenize "${set}" "${!names[@]}"
@@ -409,22 +402,17 @@ fi
 
 if wanted 6; then
     log "Stage 6: checks of codes against audio"
-    lock "${codes}"
+    lock "${dumpdir}/codes"
     for set in train valid; do
-        opts=() inputs=(--input "${dumpdir}/raw/${set}")
-        # The marks of stage 5 change when the codes in its files did.
-        for label in $(tokenizations); do
-            inputs+=(--input "${codes}/${set}/${label}.step.json")
-        done
         for i in "${!names[@]}"; do
-            inputs+=(--input "${codes}/${set}/${names[i]}.scp")
-            opts+=(--codes "${names[i]}=${codes}/${set}/${names[i]}.scp"
-                --domains "${names[i]}=${domains[i]}")
+            stem=${dumpdir}/codes/${set}/${codes[i]}
+            step --mark "${stem}.check.json" --input "${dumpdir}/raw/${set}" \
+                --input "${stem}.scp" --input "${stem}.json" \
+                --output "${stem}.check/codes_check.json" \
+                -- python -m espnet2_spear.bin.spear_check_codes \
+                --data_dir "${dumpdir}/raw/${set}" --output_dir "${stem}.check" \
+                --codes "${codes[i]}=${stem}.scp" --domains "${codes[i]}=${domains[i]}"
         done
-        step --mark "${codes}/${set}/check.json" "${inputs[@]}" \
-            --output "${codes}/${set}/codes_check.json" \
-            -- python -m espnet2_spear.bin.spear_check_codes \
-            --data_dir "${dumpdir}/raw/${set}" --output_dir "${codes}/${set}" "${opts[@]}"
     done
     unlock
 fi
@@ -442,10 +430,11 @@ if wanted 7; then
         opts+=("--${part}_data_path_and_name_and_type" "${raw}/wav.scp,speech,sound"
             "--${part}_data_path_and_name_and_type" "${raw}/utt2domain,domain,text"
             "--${part}_shape_file" "${raw}/utt2num_samples")
-        for name in "${names[@]}"; do
-            inputs+=(--input "${codes}/${part}/${name}.scp")
+        for i in "${!names[@]}"; do
+            scp=${dumpdir}/codes/${part}/${codes[i]}.scp
+            inputs+=(--input "${scp}")
             opts+=("--${part}_data_path_and_name_and_type"
-                "${codes}/${part}/${name}.scp,codes_${name},kaldi_ark")
+                "${scp},codes_${names[i]},kaldi_ark")
         done
     done
     if [ -e "${datadir}/local/weights" ]; then

@@ -6,8 +6,11 @@ and nowhere else: quantizers are trained with so many codebooks, and every teach
 tokenizes the domains in which its loss has a weight. Codebook sizes and frame rates are
 what the codes themselves say; what disagrees with them stops the run.
 
-Prints a line "CONFIG|TAG|DOMAINS" (of the loss), and for each teacher a line
-"NAME|YAML|DOMAINS|QUANTIZER'S DOMAINS|WEIGHTS|OPTIONS OF mvq_train|QUANTIZER'S DATA".
+Runs with other teachers, quantizers or domains do not touch each other's files, for
+these stand in the names of quantizers and codes.
+
+Prints assignments for bash: `train_config`, `tag`, `heard` (the domains of the loss),
+the seconds that an utterance may last, and arrays with a value for each teacher.
 """
 
 import argparse
@@ -15,8 +18,9 @@ import json
 import logging
 import shlex
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -27,11 +31,44 @@ from espnet2_spear.spear.objective import DEFAULT_PRESET, resolve_loss_weights
 QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
 TEACHERS_OF_MINI = "speech=whisper_tiny_en audio=yamnet"
 TEACHERS_OF_PAPER = "speech=wavlm_large audio=dasheng_1.2b"
+STUDENTS_OF_PAPER = ("base", "large", "xlarge")
+CODEBOOK_SIZE = 256  # is not in the names
+# What is learned: an experiment that began with others is not continued with these.
+LEARNED = ("student", "student_conf", "teachers", "loss_weights")
 Config = dict[str, Any]
 
 
 class PlanError(ValueError):
     """Options that do not fit together; the message says what to do."""
+
+
+@dataclass
+class TeacherPlan:
+    """What run.sh does with a teacher; each field becomes a bash array.
+
+    Attributes:
+        names: the teacher's, as in the training configuration.
+        yamls: its configuration.
+        domains: what it tokenizes, separated by commas.
+        quantizer_domains: what its quantizer is trained on.
+        weights: local file or folder of its weights, if the YAML names one.
+        mvq_options: of mvq_train.
+        quantizer_dirs: data directory that the quantizer is trained on, if another.
+        folders: of its embeddings.
+        quantizers: folder of its quantizer.
+        codes: first part of the names of its codes.
+    """
+
+    names: str
+    yamls: Path
+    domains: str
+    quantizer_domains: str
+    weights: str
+    mvq_options: str
+    quantizer_dirs: str
+    folders: Path
+    quantizers: Path
+    codes: str
 
 
 def read_config(path: Path) -> Config:
@@ -57,60 +94,62 @@ def choose_config(train_config: str, student: str, names: list[str]) -> Path:
     return Path(f"conf/train_spear_{student or 'mini'}_{suffix}.yaml")
 
 
-def parse_teachers(value: str) -> dict[str, Path]:
-    """Read "NAME=YAML ..."; a YAML in conf/teachers may be given by its stem.
+def words_of(option: str, value: str, example: str) -> dict[str, str]:
+    """Read "NAME=VALUE ..." of an option.
 
     Raises:
-        PlanError: malformed words.
+        PlanError: malformed words, or a name twice.
     """
-    teachers: dict[str, Path] = {}
+    found: dict[str, str] = {}
     for word in shlex.split(value):
-        name, equals, file = word.partition("=")
-        if not (equals and name.isidentifier() and file):
-            raise PlanError(
-                f"--teachers: {word!r} is not NAME=YAML, such as "
-                "speech=conf/teachers/wavlm_large.yaml or speech=wavlm_large"
-            )
-        if name in teachers:
-            raise PlanError(f"--teachers: '{name}' is there twice")
+        name, equals, text = word.partition("=")
+        if not (equals and name and text):
+            raise PlanError(f"{option}: {word!r} is not NAME=VALUE, such as {example}")
+        if name in found:
+            raise PlanError(f"{option}: '{name}' is there twice")
+        found[name] = text
+    return found
+
+
+def parse_teachers(value: str) -> dict[str, Path]:
+    """Read "NAME=YAML ..."; a YAML in conf/teachers may be given by its stem."""
+    example = "speech=conf/teachers/wavlm_large.yaml or speech=wavlm_large"
+    teachers = {}
+    for name, file in words_of("--teachers", value, example).items():
+        if not name.isidentifier():
+            raise PlanError(f"--teachers: '{name}' is no name, as in {example}")
         path = Path("conf/teachers") / f"{file}.yaml"
         teachers[name] = path if path.exists() and "/" not in file else Path(file)
     return teachers
 
 
-def parse_quantizer_data(value: str, teachers: Collection[str]) -> dict[str, Path]:
+def parse_quantizer_data(
+    value: str, teachers: Collection[str], check: bool
+) -> dict[str, Path]:
     """Read "NAME=DIR ...": data directories that quantizers are trained on.
 
+    Args:
+        value: of the option.
+        teachers: their names.
+        check: whether stage 4 is about to read them.
+
     Raises:
-        PlanError: malformed words, or a teacher that there is not.
+        PlanError: malformed words, no such teacher, or no such data directory.
     """
-    folders: dict[str, Path] = {}
-    for word in shlex.split(value):
-        name, equals, folder = word.partition("=")
-        if not (equals and folder):
-            raise PlanError(
-                f"--quantizer_data: {word!r} is not TEACHER=DIR, such as "
-                "speech=dump/raw/librispeech"
-            )
+    words = words_of("--quantizer_data", value, "speech=dump/raw/librispeech")
+    for name, folder in words.items():
         if name not in teachers:
             raise PlanError(
                 f"--quantizer_data: no teacher '{name}'; the teachers are "
                 f"{', '.join(teachers)}"
             )
-        if name in folders:
-            raise PlanError(f"--quantizer_data: '{name}' is there twice")
-        folders[name] = Path(folder)
-    return folders
-
-
-def check_quantizer_data(folder: Path) -> None:
-    """Raise PlanError unless a data directory has what stage 4 reads of it."""
-    for table in ("wav.scp", "utt2num_samples"):
-        if not (folder / table).exists():
-            raise PlanError(
-                f"--quantizer_data: {folder}/{table} is not there; name a data "
-                "directory of 16 kHz audio, such as dump/raw/train of stages 1 to 3"
-            )
+        for table in ("wav.scp", "utt2num_samples"):
+            if check and not Path(folder, table).exists():
+                raise PlanError(
+                    f"--quantizer_data: {folder}/{table} is not there; name a data "
+                    "directory of 16 kHz audio, such as dump/raw/train of stages 1 to 3"
+                )
+    return {name: Path(folder) for name, folder in words.items()}
 
 
 def override(config: Config, value: str) -> None:
@@ -310,23 +349,114 @@ def check_quantizer(path: Path, codebooks: int) -> None:
         )
 
 
-def training_options(kind: str, codebooks: int, options: Config, iters: str) -> str:
+def training_options(args: argparse.Namespace, codebooks: int, options: Config) -> str:
     """Options of mvq_train.
 
     Args:
-        kind: of quantizer.
+        args: of the command line.
         codebooks: as in the training configuration.
         options: of the teacher's YAML.
-        iters: steps of each phase, if others than there.
     """
     options = {"num_codebooks": codebooks, **options}
-    if iters:
+    if args.quantizer_iters:
+        iters = args.quantizer_iters
         options |= {"iters_phase1": iters, "iters_phase2": iters}
-    words = [] if kind == "mvq" else ["--quantizer", kind]
+    mvq = args.quantizer == "mvq"
+    words = [] if mvq else ["--quantizer", args.quantizer]
     for key, value in options.items():
-        if kind == "mvq" or key in ("num_codebooks", "standardize"):
+        if mvq or key in ("num_codebooks", "standardize"):
             words += [f"--{key}", str(value).lower()]
-    return " ".join(words)
+    return shlex.join([*words, *shlex.split(args.quantizer_args)])
+
+
+def check_training_options(options: str, codebooks: int) -> None:
+    """Let mvq_train read its options now. (Takes seconds, for its imports.)
+
+    Raises:
+        PlanError: it would refuse them in stage 4, or they say another number of
+            codebooks than the training configuration.
+    """
+    from espnet2_spear.bin import mvq_train
+
+    def refuse(message: str) -> NoReturn:
+        raise PlanError(f"--quantizer, --quantizer_args: {message}")
+
+    parser = mvq_train.get_parser()
+    parser.error = refuse
+    words = [*shlex.split(options), "--embeddings", "unused", "--output", "unused"]
+    args = parser.parse_args(words)
+    try:
+        mvq_train.configuration(args)
+    except ValueError as error:
+        refuse(str(error))
+    if args.num_codebooks != codebooks:
+        refuse(
+            f"--num_codebooks {args.num_codebooks}: the training configuration has "
+            f"{codebooks}; set teachers.<name>.num_codebooks by --config_override"
+        )
+
+
+def size_of(args: argparse.Namespace, codebooks: int) -> str:
+    """What the name of a quantizer says: its kind and number of codebooks.
+
+    And their size, if another was asked for.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--codebook_size", default=CODEBOOK_SIZE)
+    known, _ = parser.parse_known_args(shlex.split(args.quantizer_args))
+    size = str(known.codebook_size)
+    return f"{args.quantizer}{codebooks}" + (
+        f"x{size}" if size != str(CODEBOOK_SIZE) else ""
+    )
+
+
+def check_experiment(exp: Path, config: Config, codes: Collection[str]) -> None:
+    """Refuse to go on with another training than an experiment began with.
+
+    Args:
+        exp: its folder.
+        config: of this run.
+        codes: names of its codes.
+
+    Raises:
+        PlanError: another student, loss or codes.
+    """
+    try:
+        mark = json.loads((exp / "train.json").read_text(encoding="utf-8"))
+        begun = yaml.safe_load((exp / "train.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # it has not begun
+    remedy = f"give another --tag, or remove {exp} to train it anew"
+    for key in LEARNED:
+        before, now = begun.get(key), config.get(key)
+        if key == "teachers":  # the rest is completed by what the codes say
+            before, now = (
+                {name: conf["num_codebooks"] for name, conf in table.items()}
+                for table in (before, now)
+            )
+        if before != now:
+            raise PlanError(
+                f"{exp}: was begun with {key} {before}, not {now}; {remedy}"
+            )
+    read = {Path(p).stem for p in mark.get("inputs", ()) if p.endswith(".scp")}
+    if (read := read - set(config["teachers"])) and read != set(codes):
+        raise PlanError(
+            f"{exp}: was begun with codes {', '.join(sorted(read))}, not "
+            f"{', '.join(sorted(codes))}; {remedy}"
+        )
+
+
+def tell_of_earlier_folders(teacher: TeacherPlan, dumpdir: Path) -> None:
+    """Say that files in the folders of version 0.1.0's first form are not used."""
+    name = teacher.names
+    old = teacher.folders.with_name(name) / "quantizer.pt"
+    new = teacher.quantizers / "quantizer.pt"
+    if old.exists() and not new.exists():
+        logging.warning(
+            f"{old} and {dumpdir}/codes/*/{name}.scp lie where earlier versions put "
+            f"them and are not used; to keep them, copy the one to {new} and the "
+            f"others, each with its .json, to {teacher.codes}.scp (and .json) beside it"
+        )
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -338,10 +468,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quantizer", default="mvq")
     parser.add_argument("--quantizer_iters", default="")
     parser.add_argument("--quantizer_data", default="")
+    parser.add_argument("--quantizer_args", default="")
+    parser.add_argument("--tokenize_domains", default="needed")
     parser.add_argument("--config_override", default="")
+    parser.add_argument("--tag", default="")
     parser.add_argument("--expdir", type=Path, required=True)
     parser.add_argument("--dumpdir", type=Path, required=True)
     parser.add_argument("--new_data", action="store_true", help="what is there will go")
+    parser.add_argument("--begin", action="store_true", help="check what costs seconds")
     parser.add_argument("--check_teachers", action="store_true", help="their files")
     parser.add_argument("--check_quantizers", action="store_true", help="their sizes")
     parser.add_argument("--check_training", help="its options; these are more of them")
@@ -349,34 +483,39 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
-    """Return the completed configuration and the lines to print."""
+def plan(args: argparse.Namespace) -> tuple[Config, dict[str, str], list[TeacherPlan]]:
+    """Return the completed configuration, values of the run and of each teacher."""
     if args.quantizer not in QUANTIZERS:
         raise PlanError(
             f"--quantizer {args.quantizer}: must be one of {', '.join(QUANTIZERS)}"
         )
-    teachers = parse_teachers(args.teachers)
-    path = choose_config(args.train_config, args.student, list(teachers))
+    if args.tokenize_domains not in ("needed", "all"):
+        raise PlanError(
+            f"--tokenize_domains {args.tokenize_domains}: must be needed or all"
+        )
+    files = parse_teachers(args.teachers)
+    path = choose_config(args.train_config, args.student, list(files))
     config = read_config(path)
-    if not teachers:
-        paper = str(config.get("student")) in ("base", "large", "xlarge")
-        teachers = {
+    paper = str(config.get("student")) in STUDENTS_OF_PAPER
+    if not files:
+        default = TEACHERS_OF_PAPER if paper else TEACHERS_OF_MINI
+        files = {
             name: file
-            for name, file in parse_teachers(
-                TEACHERS_OF_PAPER if paper else TEACHERS_OF_MINI
-            ).items()
+            for name, file in parse_teachers(default).items()
             if name in config["teachers"]
         }
-        if set(teachers) != set(config["teachers"]):
+        if set(files) != set(config["teachers"]):
             raise PlanError(f"{path}: has teachers of other names: give --teachers")
     tag = path.stem.removeprefix("train_")
     if args.student and config.get("student") != args.student:
         config["student"] = args.student
         config.pop("student_conf", None)
         tag += f"_{args.student}"
+    if args.quantizer != "mvq":
+        tag += f"_{args.quantizer}"
+    tag = args.tag or tag
     override(config, args.config_override)
-    restrict(config, list(teachers), path)
-    suffix = "" if args.quantizer == "mvq" else f"_{args.quantizer}"
+    restrict(config, list(files), path)
     if args.quantizer == "kmeans":
         for conf in config["teachers"].values():
             conf["num_codebooks"] = 1
@@ -384,13 +523,25 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
     present = None
     if utt2domain.exists() and not args.new_data:
         present = check_data(config, utt2domain)
+    folders = parse_quantizer_data(args.quantizer_data, files, args.check_teachers)
+    teachers = [
+        plan_teacher(args, config, name, file, present, str(folders.get(name, "")))
+        for name, file in files.items()
+    ]
     if args.write is not None:  # all codes are there, or nothing but a dry run is
-        folder = args.dumpdir / f"codes{suffix}"
-        sets = ("train", "valid")
+        codes = args.dumpdir / "codes"
         take_over(
-            config, {n: [folder / s / f"{n}.json" for s in sets] for n in teachers}
+            config,
+            {
+                teacher.names: [
+                    codes / part / f"{teacher.codes}.json"
+                    for part in ("train", "valid")
+                ]
+                for teacher in teachers
+            },
         )
     check_noise(config)
+    check_experiment(args.expdir / tag, config, [teacher.codes for teacher in teachers])
     if args.check_training is not None:
         from check_training import check_training  # takes seconds to import
 
@@ -401,47 +552,82 @@ def plan(args: argparse.Namespace) -> tuple[Config, list[str]]:
                 f"{path}, --config_override or --train_args: {error}"
             ) from error
     heard = [d for d, table in config["loss_weights"].items() if any(table.values())]
-    lines = [f"{path}|{tag}{suffix}|{','.join(heard)}"]
-    folders = parse_quantizer_data(args.quantizer_data, teachers)
-    for name, file in teachers.items():
-        if args.check_teachers and name in folders:
-            check_quantizer_data(folders[name])
-        weights, options = read_teacher(file, args.check_teachers)
-        domains = [
-            d for d in domains_of(config, name) if present is None or d in present
-        ]
-        if not domains:
-            raise PlanError(f"{path}: teacher '{name}' has no weight in loss_weights")
-        # A quantizer is trained on the domain of its name, if there is one.
-        own = [name] if name in domains else domains
-        codebooks = config["teachers"][name]["num_codebooks"]
-        quantizer = args.expdir / f"teachers{suffix}/{name}/quantizer.pt"
-        made_here = quantizer.with_name("train.json").exists()
-        if args.check_quantizers and not made_here:
-            check_quantizer(quantizer, codebooks)
-        words = training_options(
-            args.quantizer, codebooks, options, args.quantizer_iters
-        )
-        fields = [name, file, ",".join(domains), ",".join(own), weights, words]
-        fields.append(folders.get(name, ""))
-        lines.append("|".join(map(str, fields)))
-    return config, lines
+    run = {"train_config": str(path), "tag": tag, "heard": ",".join(heard)}
+    return config, run, teachers
+
+
+def plan_teacher(
+    args: argparse.Namespace,
+    config: Config,
+    name: str,
+    file: Path,
+    present: Collection[str] | None,
+    quantizer_data: str,
+) -> TeacherPlan:
+    """Work out what is done with a teacher.
+
+    Args:
+        args: of the command line.
+        config: of the training.
+        name: of the teacher in it.
+        file: YAML of the teacher.
+        present: domains of the data, None while they are not known.
+        quantizer_data: data directory of the quantizer's own, or nothing.
+    """
+    weights, options = read_teacher(file, args.check_teachers)
+    domains = domains_of(config, name)
+    if not domains:
+        raise PlanError(f"teacher '{name}' has no weight in loss_weights")
+    if args.tokenize_domains == "all":
+        domains = list(config["loss_weights"])
+    domains = [d for d in domains if present is None or d in present]
+    # A quantizer is trained on the domain of its name, if there is one.
+    own = [name] if name in domains else domains
+    codebooks = config["teachers"][name]["num_codebooks"]
+    size = size_of(args, codebooks)
+    folder = args.expdir / "teachers" / f"{name}_{file.stem}"
+    if own != [name]:
+        folder = folder.with_name(f"{folder.name}_on_{'-'.join(own)}")
+    teacher = TeacherPlan(
+        names=name,
+        yamls=file,
+        domains=",".join(domains),
+        quantizer_domains=",".join(own),
+        weights=weights,
+        mvq_options=training_options(args, codebooks, options),
+        quantizer_dirs=quantizer_data,
+        folders=folder,
+        quantizers=folder / size,
+        codes=f"{folder.name}_{size}_{'-'.join(domains)}",
+    )
+    if args.begin:
+        tell_of_earlier_folders(teacher, args.dumpdir)
+        if args.quantizer_args:
+            check_training_options(teacher.mvq_options, codebooks)
+    quantizer = teacher.quantizers / "quantizer.pt"
+    if args.check_quantizers and not quantizer.with_name("train.json").exists():
+        check_quantizer(quantizer, codebooks)
+    return teacher
 
 
 def main(cmd: list[str] | None = None) -> None:
     """Print the plan."""
     args = get_parser().parse_args(cmd)
     try:
-        config, lines = plan(args)
+        config, run, teachers = plan(args)
     except ValueError as error:
         raise SystemExit(f"ERROR (plan.py): {error}") from None
     if args.write is not None:
         args.write.parent.mkdir(parents=True, exist_ok=True)
-        text = f"# {lines[0].partition('|')[0]}, completed by run.sh\n"
+        text = f"# {run['train_config']}, completed by run.sh\n"
         text += yaml.safe_dump(config, sort_keys=False)
         if not args.write.exists() or args.write.read_text(encoding="utf-8") != text:
             args.write.write_text(text, encoding="utf-8")
-    print("\n".join(lines))
+    for name, value in run.items():
+        print(f"{name}={shlex.quote(value)}")
+    for field in fields(TeacherPlan):
+        values = [str(getattr(teacher, field.name)) for teacher in teachers]
+        print(f"{field.name}=({shlex.join(values)})")
 
 
 if __name__ == "__main__":
