@@ -305,3 +305,7 @@ MINIATURES: dict[str, Callable[[Path], Miniature]] = {
     + (voxceleb1, gigaspeech, vggsound, librilight, libriheavy, voxpopuli, yodas)
     + (fisher, music4all, mtg_jamendo, bbc_sfx, wavcaps)
 }
+
+
+MIX_97K = ("libriheavy", "gigaspeech", "voxpopuli", "audioset", "music4all", "vggsound")
+MIX_97K += ("mtg_jamendo",)

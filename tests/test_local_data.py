@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import importlib.util
+import json
+import logging
 import os
 import shutil
 import subprocess
@@ -335,6 +337,85 @@ def test_pool_cuts_and_holds_out(tmp_path: Path, sources: list[Path]) -> None:
     assert [round(s.end - s.start, 2) for s in long] == [8.33, 8.33, 8.33]
     assert [round(s.start, 2) for s in long] == [0.0, 8.33, 16.67] and long[2].end == 25
     assert {s.recording for s in long} == {"audio-05"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "pieces"),
+    [
+        (10.005, (), [10.005]),  # AudioSet's clips
+        (10.6, (), [10.6]),  # a fifteenth more is not cut
+        (10.7, (), [5.35, 5.35]),
+        (31.9, ("--max_piece_seconds", "30"), [31.9]),
+        (32.1, ("--max_piece_seconds", "30"), [16.05, 16.05]),
+        # but nothing is left that stage 3 would skip
+        (31.9, ("--max_piece_seconds", "30", "--max_seconds", "30"), [15.95, 15.95]),
+        (10.6, ("--max_seconds", "5"), [5.3, 5.3]),  # the piece, not the filter, counts
+    ],
+)
+def test_pieces(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    options: tuple[str, ...],
+    pieces: list[float],
+) -> None:
+    monkeypatch.setattr(pool_data, "recording_seconds", lambda path: float(path))
+    monkeypatch.setattr(pool_data, "ProcessPoolExecutor", ThreadPoolExecutor)
+    names = ("a", "b")
+    data = DataDir(
+        wav_scp=dict.fromkeys(names, str(seconds)),
+        utt2spk={name: name for name in names},
+        utt2domain=dict.fromkeys(names, "speech"),
+    )
+    data.write(tmp_path / "in")
+    found, _ = pool(tmp_path, [tmp_path / "in"], *options)
+    lengths = [segment.end - segment.start for segment in found.segments.values()]
+    assert lengths == pytest.approx(pieces)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cap", "held"),
+    [
+        ([3600.0] * 40, 5.0, 5),
+        ([3600.0] * 40, 5.5, 5),
+        ([3600.0] * 40, 100.0, None),  # more than the share that is held out
+        ([36000.0] * 40, 5.0, 5),  # of one recording as many pieces as fit
+    ],
+)
+def test_hours_of_validation_have_a_bound(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seconds: list[float],
+    cap: float,
+    held: int | None,
+) -> None:
+    monkeypatch.setattr(pool_data, "recording_seconds", lambda path: float(path))
+    monkeypatch.setattr(pool_data, "ProcessPoolExecutor", ThreadPoolExecutor)
+    names = [f"r{i:02d}" for i in range(len(seconds))]
+    data = DataDir(
+        wav_scp=dict(zip(names, map(str, seconds), strict=True)),
+        utt2spk={name: name for name in names},
+        utt2domain=dict.fromkeys(names, "speech"),
+    )
+    data.write(tmp_path / "in")
+    options = ["--valid_fraction", "0.5", "--max_piece_seconds", "3600"]
+    with caplog.at_level(logging.INFO):
+        train, valid = pool(
+            tmp_path, [tmp_path / "in"], *options, "--max_valid_hours", str(cap)
+        )
+    summary = json.loads((tmp_path / "data/summary.json").read_text())
+    count = len(valid.utterances)
+    assert summary["valid"]["speech"] == {"utterances": count, "seconds": count * 3600}
+    share = [name for name in names if pool_data.hash_fraction(name, "valid") < 0.5]
+    assert count == (held or len(share))
+    told = f"all that is held out; --max_valid_hours {cap:g} allows more"
+    assert (told in caplog.text) == (held is None)
+    # The others of the share are trained on.
+    recordings = {segment.recording for segment in valid.segments.values()}
+    assert recordings <= set(share)
+    trained = {segment.recording for segment in train.segments.values()}
+    assert recordings | trained == set(names) and not recordings & trained
 
 
 def test_nothing_to_hold_out(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 import contextlib
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import corpus_miniatures
 import pytest
 import yaml
 from test_local_data import LOCAL, RECIPE, load, run_sh
@@ -17,6 +20,7 @@ from test_local_data import LOCAL, RECIPE, load, run_sh
 from espnet2_spear.mvq.quantizer import Quantizer
 
 load("check_training")
+load("figures")
 plan = load("plan")
 step = load("step")
 CONF = RECIPE / "conf"
@@ -286,6 +290,9 @@ def test_plan_of_the_default(planned, tmp_path: Path) -> None:
         "train_config": "conf/train_spear_mini_speech_audio.yaml",
         "tag": "spear_mini_speech_audio",
         "heard": "speech,audio",
+        "min_seconds": "0.5",
+        "max_seconds": "30",
+        "max_piece_seconds": "10",
     }
     speech, audio = teachers
     assert (speech.names, speech.domains, speech.quantizer_domains) == (
@@ -405,6 +412,8 @@ def test_plan_of_students_and_teachers(
     assert run["train_config"] == f"conf/train_spear_{stem}.yaml"
     assert run["tag"] == f"spear_{stem}"
     assert run["heard"] == stem.partition("_")[2].replace("_", ",")
+    seconds = [run[f"{name}_seconds"] for name in ("min", "max", "max_piece")]
+    assert seconds == (["0.5", "30", "10"] if "mini" in stem else ["0.9", "32", "30"])
     options = {teacher.names: teacher.mvq_options for teacher in found}
     if "speech" in options and "mini" not in stem:
         assert "--num_codebooks 16 --standardize true" in options["speech"]
@@ -614,6 +623,67 @@ def test_dry_run_lists_all_stages_and_writes_nothing(tmp_path: Path) -> None:
     ):
         assert part in result.stdout, part
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_tells_what_there_is_to_do(tmp_path: Path) -> None:
+    """Figures of a published configuration on miniatures of its corpora."""
+    roots = {name: tmp_path / name for name in corpus_miniatures.MIX_97K}
+    for name, root in roots.items():
+        root.mkdir()
+        getattr(corpus_miniatures, name)(root)
+    cuts = roots["libriheavy"] / "libriheavy_cuts_small.jsonl.gz"
+    shutil.copy(cuts, cuts.with_name("libriheavy_cuts_large.jsonl.gz"))
+    clips = roots["audioset"]
+    for part in ("audio/balanced_train", "balanced_train_segments.csv"):
+        copy = clips / part.replace("balanced", "unbalanced")
+        if part.endswith("csv"):
+            shutil.copy(clips / part, copy)
+        else:
+            shutil.copytree(clips / part, copy)
+    for seconds in (31.9, 70):
+        corpus_miniatures.audio(
+            tmp_path / "freesound", f"{seconds}.wav", seconds=seconds
+        )
+    content = yaml.safe_load((CONF / "data/mix_97k.yaml").read_text())
+    for entry in content["corpora"]:
+        if "corpus" in entry:
+            entry["partial"] = True  # miniatures are
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(content))
+    before = sorted(tmp_path.rglob("*"))
+    result = run_sh(
+        *("--dry_run", "true", "--student", "large", "--nj", "1", "--ngpu", "8"),
+        *("--data_config", str(tmp_path / "mix.yaml"), "--audio_format", "wav"),
+        *(f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")),
+        cwd=tmp_path,
+        env={k.upper(): str(v) for k, v in roots.items()}
+        | {"FREESOUND": str(tmp_path / "freesound")},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    plan_lines = dict(
+        line.strip().split(": ", 1)
+        for line in result.stderr.splitlines()
+        if line.startswith("  ")
+    )
+    pattern = r"(\d+) pieces of speech \((.*) h\), (\d+) pieces of audio \((.*) h\)"
+    train, valid = (
+        [float(x) for x in re.fullmatch(pattern, plan_lines[part]).groups()]
+        for part in ("train", "valid")
+    )
+    # GigaSpeech and LibriHeavy 2 of 0.5 s, VoxPopuli 4 of 0.9 s; AudioSet 6, VGGSound,
+    # Music4All and MTG-Jamendo 1 each of 0.7 s, Freesound 31.9 s and 70 s in 3 pieces.
+    assert train[0] + valid[0] == 8 and train[2] + valid[2] == 13
+    assert min(valid) >= 0 and valid[0] >= 1 and valid[2] >= 1
+    speech, audio = 2 * 0.5 + 2 * 0.5 + 4 * 0.9, 6 * 0.7 + 3 * 0.7 + 31.9 + 70
+    bytes_of_wav = (speech + audio) * 16000 * 2
+    assert plan_lines["dump/raw"] == f"21 files of wav, {bytes_of_wav / 1e6:.3g} MB"
+    # 16 codebooks at 50 Hz of all, 8 at 25 Hz of general audio; a shard a teacher, set.
+    size = (speech + audio) * 50 * 16 + audio * 25 * 8
+    assert plan_lines["dump/codes"] == f"12 files of shards, {size / 1e3:.3g} kB"
+    assert plan_lines["training"].startswith(
+        f"500000 steps of 0.6667 h, {500000 * 2400 / 3600:.0f} h in all, "
+    )
+    assert "after every 4000 steps 0.0" in plan_lines["training"]
 
 
 def test_quantizers_on_data_of_their_own(tmp_path: Path) -> None:

@@ -133,8 +133,11 @@ def tokenize(setup, data_dir, output, *options):
 
 
 def arks(folder):
-    """Return the contents of the ark files of a folder by name."""
-    return {path.name: path.read_bytes() for path in folder.glob("*.ark")}
+    """Return the contents of the ark files below a folder by path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*.ark")
+    }
 
 
 def alone(setup, data_dir, utt):
@@ -390,7 +393,7 @@ def test_too_few_codes_of_float32_are_refused(setup, data_dir, tmp_path, caplog)
         capture_output=True,
         text=True,
     )
-    assert done.returncode != 0 and not list((tmp_path / "a").glob("*.ark"))
+    assert done.returncode != 0 and not list((tmp_path / "a").rglob("*.ark"))
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ERROR (spear_tokenize.py): speech: ")
     assert "less than the 100 % of --min_agreement: nothing was tokenized" in last
@@ -499,19 +502,19 @@ def test_processes_and_resumption_change_nothing(setup, data_dir, tmp_path):
         one / "speech.scp"
     ).read_text()
     # Done marks that do not count: none, of a truncated ark, of a lost scp, garbage.
-    (one / "speech.0.done").unlink()
-    (one / "speech.1.ark").write_bytes(expected["speech.1.ark"][:-7])
-    (one / "speech.2.scp").unlink()
+    (one / "speech/codes.0.done").unlink()
+    (one / "speech/codes.1.ark").write_bytes(expected["speech/codes.1.ark"][:-7])
+    (one / "speech/codes.2.scp").unlink()
     # One byte is another one: in codes, in a table.
-    damaged = bytearray(expected["speech.3.ark"])
+    damaged = bytearray(expected["speech/codes.3.ark"])
     damaged[-1] ^= 1
-    (one / "speech.3.ark").write_bytes(damaged)
-    table = (one / "speech.0.scp").read_text()
-    (one / "speech.0.scp").write_text(table.replace("speech.0.ark", "speech.9.ark"))
+    (one / "speech/codes.3.ark").write_bytes(damaged)
+    table = (one / "speech/codes.0.scp").read_text()
+    (one / "speech/codes.0.scp").write_text(table.replace("codes.0.ark", "codes.9.ark"))
     (one / "speech.scp").unlink()
     tokenize(setup, data_dir, one, *options)
     assert arks(one) == expected
-    assert (one / "speech.0.scp").read_text() == table
+    assert (one / "speech/codes.0.scp").read_text() == table
     assert read_scp(one / "speech.scp").keys() == read_scp(two / "speech.scp").keys()
 
 
@@ -573,7 +576,7 @@ def test_killed_run_goes_on_to_the_same_result(setup, tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while not list(out.glob("*.done")):
+        while not list(out.rglob("*.done")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
         workers = children(process.pid)
@@ -581,7 +584,7 @@ def test_killed_run_goes_on_to_the_same_result(setup, tmp_path):
     finally:
         process.kill()
         process.wait()
-    assert len(list(out.glob("*.done"))) < 20 and not (out / "speech.scp").exists()
+    assert len(list(out.rglob("*.done"))) < 20 and not (out / "speech.scp").exists()
     deadline = time.monotonic() + 30
     while any(is_alive(pid) for pid in workers):
         assert time.monotonic() < deadline, "workers outlive their run"

@@ -75,8 +75,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard_seconds",
         type=float,
-        default=600.0,
-        help="audio in a shard, which a killed run computes again",
+        help="audio in a shard, which a killed run computes again; by default 600, or "
+        "more so that there are at most 10000 shards",
     )
     parser.add_argument(
         "--refine_iters",

@@ -53,7 +53,7 @@ LOW_AGREEMENT = 0.8  # share of float32's codes below which there is a warning
 class TokenizeRun:
     """Tokenization of the utterances of one data set by one teacher or several.
 
-    Writes for every teacher ``<name>.<shard>.{ark,scp,done}`` and, when all are
+    Writes for every teacher ``<name>/codes.<shard>.{ark,scp,done}`` and, when all are
     there, ``<name>.scp`` with a line for every utterance in the order of names,
     ``<name>.failed`` and ``<name>.json``. Utterances without codes (not to be
     tokenized, or failed) point to the row of -1 in ``<name>.missing.ark``. Several
@@ -63,7 +63,7 @@ class TokenizeRun:
         teachers: how the codes of each are made.
         output_dir: made if it is not there; lines of the scp files begin with it.
         batch_seconds: bound of a batch's audio, padding included.
-        shard_seconds: audio in a shard.
+        shard_seconds: audio in a shard; by default 600, or more for very much audio.
         min_agreement: share of float32's codes that lower precision has to give.
     """
 
@@ -72,7 +72,7 @@ class TokenizeRun:
         teachers: Sequence[TokenizeOptions],
         output_dir: str | Path,
         batch_seconds: float = 20.0,
-        shard_seconds: float = 600.0,
+        shard_seconds: float | None = None,
         min_agreement: float = 0.5,
     ) -> None:
         self.teachers, self.folder = list(teachers), Path(output_dir)
@@ -80,7 +80,7 @@ class TokenizeRun:
         self.min_agreement = min_agreement
 
     def _stems(self, shard: int) -> list[str]:
-        return [str(self.folder / f"{t.name}.{shard}") for t in self.teachers]
+        return [str(self.folder / t.name / f"codes.{shard}") for t in self.teachers]
 
     def _is_done(self, marks: Sequence[DoneMarks], shard: int) -> bool:
         """Whether a shard's files are there and hold what was written to them."""
@@ -217,12 +217,12 @@ class TokenizeRun:
             del options["max_frames"]  # the search does not depend on it
             digest.update(fingerprint(tokenizer.teacher, chosen, options).encode())
         marks = [
-            DoneMarks(self.folder, options.name, digest.hexdigest())
+            DoneMarks(self.folder / options.name, "codes", digest.hexdigest())
             for options in self.teachers
         ]
-        for mark in marks:
+        for mark, options in zip(marks, self.teachers, strict=True):
             mark.clear_stale(part)
-            (self.folder / f"{mark.name}.scp").unlink(missing_ok=True)
+            (self.folder / f"{options.name}.scp").unlink(missing_ok=True)
         return marks
 
     def _results(
@@ -276,7 +276,7 @@ class TokenizeRun:
         failed = [failure for record in records for failure in record["failed"]]
         codes: Spool[tuple[str, str]] = Spool(folder=self.folder)
         for i in range(len(records)):
-            for row in scp_lines(self.folder / f"{name}.{i}.scp"):
+            for row in scp_lines(self.folder / name / f"codes.{i}.scp"):
                 codes.add(row)
         quantizer, teacher = tokenizer.quantizer, tokenizer.teacher
         write_text(

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from espnet2_spear.fileio.part import WHOLE, Part
 from espnet2_spear.fileio.utterances import Batched, Utterance
 
+SHARD_SECONDS = 600.0  # of audio, at least: what a killed run computes again
+MOST_SHARDS = 10000  # of a run, unless it is told otherwise: files are three times that
 Batches = list[list[Utterance]]
 
 
@@ -51,14 +53,25 @@ class Shards(Sequence[Batches]):
         return range(number, len(self.batches), self._count)
 
 
-def deal(batches: Batched, shard_seconds: float) -> Shards:
+def shard_count(seconds: float, shard_seconds: float | None) -> int:
+    """Number of shards of so much audio, at least 1.
+
+    Args:
+        seconds: of audio in all.
+        shard_seconds: in a shard; by default 600, or more for very much audio.
+    """
+    size = shard_seconds or max(SHARD_SECONDS, seconds / MOST_SHARDS)
+    return max(1, round(seconds / size))
+
+
+def deal(batches: Batched, shard_seconds: float | None = None) -> Shards:
     """Deal batches out to shards of about ``shard_seconds`` of audio each.
 
     Every shard gets batches of all lengths, so that shards take equally long. It
     depends on nothing but the arguments: a resumed run finds the same shards.
     """
     seconds = batches.seconds(range(len(batches)))
-    count = max(1, min(round(seconds / shard_seconds), len(batches)))
+    count = max(1, min(shard_count(seconds, shard_seconds), len(batches)))
     return Shards(batches, count)
 
 

@@ -41,7 +41,9 @@ General
                               or --ngpu GPUs; with Slurm on as many machines [1]
   --datadir, --dumpdir, --expdir, --downloads   folders             [data dump exp downloads]
   --dry_run true|false        true runs nothing and lists the commands of each stage,
-                              what they read and write, and what would be skipped [false]
+                              what they read and write, and what would be skipped; with
+                              data of your own also pieces, hours, files, disk and steps,
+                              for which their lists and lengths are read    [false]
 
 Data (stage 1); without own data the embedded default is fetched (97 MB)
   --data_config F             corpora by name and weight, such as
@@ -53,13 +55,16 @@ Data (stage 1); without own data the embedded default is fetched (97 MB)
   --audio_sets \"ufoai ...\"    its general audio                     [ufoai sonicpi moh]
                               (of either nothing if no teacher is trained on it)
   --valid_fraction X          part of the recordings held out       [0.025]
-  --max_piece_seconds X       longer recordings are cut (train, valid) [10]
+  --max_valid_hours X         of each domain at most; the others are trained on [5]
+  --max_piece_seconds X       recordings that are longer by a fifteenth are cut, in both
+                              sets     [10; students base, large and xlarge: 30]
   --max_hours_speech X, --max_hours_audio X     use only a part     [inf]
   --max_utts N                utterances per set, for smoke runs    [0: all]
 
 Format and filter (stages 2, 3)
   --audio_format flac|wav|flac.ark|wav.ark      .ark: many utterances a file [flac]
-  --min_seconds X, --max_seconds X              others are skipped  [0.5, 30]
+  --min_seconds X, --max_seconds X              others are skipped
+                                       [0.5, 30; base, large and xlarge: 0.9, 32]
   --min_peak_db X             quieter is silence (dB of full scale) [-60]
 
 Student and teachers (stages 4 to 7)
@@ -85,6 +90,8 @@ Student and teachers (stages 4 to 7)
   --teacher_dtype T           of the teachers' computation: float32, bfloat16 or float16;
                               the share of codes as in float32 is told   [float32]
   --min_agreement X           with a smaller share nothing is tokenized  [0.5]
+  --shard_seconds N           audio in a shard of stage 5, which a killed job does again
+                                     [600, or more so that there are at most 10000]
   --tokenize_domains D        needed: those in which a teacher's loss has a weight; all: all
                               domains of the data, so that runs with other loss_weights
                               find their codes                      [needed]
@@ -118,14 +125,15 @@ audio_dirs=${AUDIO_DIRS}
 speech_langs=
 audio_sets=
 valid_fraction=0.025
-max_piece_seconds=10
+max_valid_hours=5
+max_piece_seconds=
 max_hours_speech=inf
 max_hours_audio=inf
 max_utts=0
 
 audio_format=flac
-min_seconds=0.5
-max_seconds=30
+min_seconds=
+max_seconds=
 min_peak_db=-60
 
 student=
@@ -139,6 +147,7 @@ quantizer_iters=
 quantizer_args=
 teacher_dtype=float32
 min_agreement=0.5
+shard_seconds=
 tokenize_domains=needed
 one_pass=false
 
@@ -177,8 +186,8 @@ share_out() {
 # show_end <log>: its last line
 show_end() { [ "${dry_run}" = true ] || tail -n 1 "$1"; }
 
-# plan <options of local/plan.py>: sets train_config, tag, heard (domains) and arrays with
-# an entry a teacher
+# plan <options of local/plan.py>: sets train_config, tag, heard (domains), seconds of
+# utterances that were not given, and arrays with an entry a teacher
 plan() {
     local assignments
     assignments=$(python local/plan.py --student "${student}" \
@@ -186,6 +195,8 @@ plan() {
         --quantizer "${quantizer}" --quantizer_iters "${quantizer_iters}" \
         --quantizer_data "${quantizer_data}" --quantizer_args "${quantizer_args}" \
         --tokenize_domains "${tokenize_domains}" --config_override "${config_override}" \
+        --min_seconds "${min_seconds}" --max_seconds "${max_seconds}" \
+        --max_piece_seconds "${max_piece_seconds}" \
         --expdir "${expdir}" --dumpdir "${dumpdir}" "$@")
     eval "${assignments}"
 }
@@ -193,20 +204,26 @@ given_config=${train_config}
 names=() yamls=() domains=() quantizer_domains=() weights=() mvq_options=()
 quantizer_dirs=() folders=() quantizers=() codes=()
 heard=
-if wanted 1 || [ "${stop_stage}" -ge 4 ]; then
-    # Before hours are spent on data: do the options fit, are the teachers there?
-    opts=(--begin)
-    if wanted 1; then opts+=(--new_data); fi
-    if wanted 4 && [ "${dry_run}" = false ]; then opts+=(--check_teachers); fi
-    if wanted 7 && [ "${stage}" -lt 7 ] && [ "${dry_run}" = false ]; then
-        opts+=("--check_training=${train_args}")
-    fi
-    plan "${opts[@]}"
-    # Of the embedded data what a teacher is trained on.
-    [[ ,${heard}, != *,speech,* ]] || speech_langs=${speech_langs:-en es fr it ru}
-    [[ ,${heard}, != *,audio,* ]] || audio_sets=${audio_sets:-ufoai sonicpi moh}
+# Before hours are spent on data: do the options fit, are the teachers there?
+opts=(--begin)
+[ "${stage}" -gt 3 ] || opts+=(--new_data)
+if wanted 4 && [ "${dry_run}" = false ]; then opts+=(--check_teachers); fi
+if wanted 7 && [ "${stage}" -lt 7 ] && [ "${dry_run}" = false ]; then
+    opts+=("--check_training=${train_args}")
 fi
+plan "${opts[@]}"
+# Of the embedded data what a teacher is trained on.
+[[ ,${heard}, != *,speech,* ]] || speech_langs=${speech_langs:-en es fr it ru}
+[[ ,${heard}, != *,audio,* ]] || audio_sets=${audio_sets:-ufoai sonicpi moh}
 exp=${expdir}/${tag}
+
+# show_figures <summary of stage 1>: what is to do, before hours are spent on it
+show_figures() {
+    [ -e "$1" ] || return 0
+    log "What there is to do:"
+    plan --new_data --summary "$1" --audio_format "${audio_format}" \
+        --shard_seconds "${shard_seconds}"
+}
 
 if wanted 1; then
     log "Stage 1: data preparation"
@@ -219,16 +236,34 @@ if wanted 1; then
             [ -z "${root}" ] || inputs+=(--input "${root}")
         done <<<"${roots}"
     fi
-    step --mark "${datadir}/.done.json" "${inputs[@]}" --output "${datadir}/sets" \
-        --output "${datadir}/train/wav.scp" --output "${datadir}/valid/wav.scp" \
-        -- local/data.sh --data_config "${data_config}" \
-        --speech_dirs "${speech_dirs}" --audio_dirs "${audio_dirs}" \
-        --downloads "${downloads}" --datadir "${datadir}" \
-        --speech_langs "${speech_langs}" --audio_sets "${audio_sets}" \
-        --valid_fraction "${valid_fraction}" --max_piece_seconds "${max_piece_seconds}" \
-        --max_hours_speech "${max_hours_speech}" --max_hours_audio "${max_hours_audio}" \
-        --max_utts "${max_utts}" + --nj "${nj}"
+    command=(local/data.sh --data_config "${data_config}"
+        --speech_dirs "${speech_dirs}" --audio_dirs "${audio_dirs}"
+        --downloads "${downloads}" --speech_langs "${speech_langs}"
+        --audio_sets "${audio_sets}" --valid_fraction "${valid_fraction}"
+        --max_valid_hours "${max_valid_hours}" --max_seconds "${max_seconds}"
+        --max_piece_seconds "${max_piece_seconds}" --max_utts "${max_utts}"
+        --max_hours_speech "${max_hours_speech}" --max_hours_audio "${max_hours_audio}")
+    options=(--mark "${datadir}/.done.json" "${inputs[@]}" --output "${datadir}/sets"
+        --output "${datadir}/train/wav.scp" --output "${datadir}/valid/wav.scp"
+        -- "${command[@]}" --datadir "${datadir}" + --nj "${nj}")
+    told=
+    if [ "${dry_run}" = true ]; then
+        told=$(step "${options[@]}")
+        echo "${told}"
+    else
+        step "${options[@]}"
+    fi
     unlock
+    if [[ ${told} == *"would run: "* && -n ${data_config}${speech_dirs}${audio_dirs} ]]; then
+        log "reading lists and lengths as stage 1 will, into a temporary folder"
+        scratch=$(mktemp -d)
+        trap 'rm -rf "${scratch}"' EXIT
+        "${command[@]}" --datadir "${scratch}" --nj "${nj}" >"${scratch}/log" 2>&1 ||
+            log "nothing is known of the data yet: $(tail -n 1 "${scratch}/log")"
+        show_figures "${scratch}/summary.json"
+    else
+        show_figures "${datadir}/summary.json"
+    fi
 fi
 
 if wanted 2 || wanted 3; then
@@ -382,6 +417,7 @@ tokenize() {
         -- python -m espnet2_spear.bin.spear_tokenize --teacher_config "${configs[@]}" \
         --quantizer "${files[@]}" --domains "${kinds[@]}" --name "${stems[@]}" \
         --data_dir "${raw}" --output_dir "${out}" --dtype "${teacher_dtype}" \
+        ${shard_seconds:+--shard_seconds "${shard_seconds}"} \
         + --nj "${jobs}" --ngpu "${ngpu}" --num_threads "${threads}" \
         --min_agreement "${min_agreement}"
     [ ! -e "${joblog}" ] || show_end "${joblog}"

@@ -15,7 +15,9 @@ datadir=data
 speech_langs="en es fr it ru"
 audio_sets="ufoai sonicpi moh"
 valid_fraction=0.025
+max_valid_hours=5
 max_piece_seconds=10
+max_seconds=30
 max_hours_speech=inf
 max_hours_audio=inf
 max_utts=0
@@ -100,7 +102,8 @@ else
 fi
 
 python local/pool_data.py --out_dir "${datadir}" --nj "${nj}" \
-    --valid_fraction "${valid_fraction}" --max_piece_seconds "${max_piece_seconds}" \
+    --valid_fraction "${valid_fraction}" --max_valid_hours "${max_valid_hours}" \
+    --max_piece_seconds "${max_piece_seconds}" --max_seconds "${max_seconds}" \
     --max_hours_speech "${max_hours_speech}" --max_hours_audio "${max_hours_audio}" \
     --max_utts "${max_utts}" "${pool_opts[@]}" "${sources[@]}"
 echo "${sets}" >"${datadir}/sets"

@@ -10,19 +10,21 @@ Runs with other teachers, quantizers or domains do not touch each other's files,
 these stand in the names of quantizers and codes.
 
 Prints assignments for bash: `train_config`, `tag`, `heard` (the domains of the loss),
-the seconds that an utterance may last, and arrays with a value for each teacher.
+the options of SECONDS, and arrays with a value for each teacher.
 """
 
 import argparse
 import json
 import logging
 import shlex
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from figures import figures
 
 from espnet2_spear.fileio.tables import rows
 from espnet2_spear.spear.mixing import MixerConfig
@@ -32,6 +34,12 @@ QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
 TEACHERS_OF_MINI = "speech=whisper_tiny_en audio=yamnet"
 TEACHERS_OF_PAPER = "speech=wavlm_large audio=dasheng_1.2b"
 STUDENTS_OF_PAPER = ("base", "large", "xlarge")
+# Options of stages 1 and 3: by default, and for the students of the paper [5.5].
+SECONDS = {
+    "min_seconds": ("0.5", "0.9"),
+    "max_seconds": ("30", "32"),
+    "max_piece_seconds": ("10", "30"),
+}
 CODEBOOK_SIZE = 256  # is not in the names
 # What is learned: an experiment that began with others is not continued with these.
 LEARNED = ("student", "student_conf", "teachers", "loss_weights")
@@ -472,6 +480,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenize_domains", default="needed")
     parser.add_argument("--config_override", default="")
     parser.add_argument("--tag", default="")
+    for option, (small, large) in SECONDS.items():
+        parser.add_argument(f"--{option}", default="", help=f"[{small}, {large}]")
     parser.add_argument("--expdir", type=Path, required=True)
     parser.add_argument("--dumpdir", type=Path, required=True)
     parser.add_argument("--new_data", action="store_true", help="what is there will go")
@@ -480,6 +490,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check_quantizers", action="store_true", help="their sizes")
     parser.add_argument("--check_training", help="its options; these are more of them")
     parser.add_argument("--write", type=Path, help="the configuration, completed")
+    parser.add_argument("--summary", type=Path, help="of stage 1: print what is to do")
+    parser.add_argument("--audio_format", default="flac", help="with --summary")
+    parser.add_argument("--shard_seconds", default="", help="with --summary")
     return parser
 
 
@@ -553,6 +566,8 @@ def plan(args: argparse.Namespace) -> tuple[Config, dict[str, str], list[Teacher
             ) from error
     heard = [d for d, table in config["loss_weights"].items() if any(table.values())]
     run = {"train_config": str(path), "tag": tag, "heard": ",".join(heard)}
+    for option, values in SECONDS.items():
+        run[option] = getattr(args, option) or values[paper]
     return config, run, teachers
 
 
@@ -623,6 +638,12 @@ def main(cmd: list[str] | None = None) -> None:
         text += yaml.safe_dump(config, sort_keys=False)
         if not args.write.exists() or args.write.read_text(encoding="utf-8") != text:
             args.write.write_text(text, encoding="utf-8")
+    if args.summary is not None:
+        tokenized = {teacher.names: teacher.domains.split(",") for teacher in teachers}
+        summary = json.loads(args.summary.read_text(encoding="utf-8"))
+        seconds = float(args.shard_seconds) if args.shard_seconds else None
+        for line in figures(config, tokenized, summary, args.audio_format, seconds):
+            print(f"  {line}", file=sys.stderr)
     for name, value in run.items():
         print(f"{name}={shlex.quote(value)}")
     for field in fields(TeacherPlan):

@@ -8,6 +8,8 @@ same on every machine and does not change when data is added.
 
 import argparse
 import hashlib
+import heapq
+import json
 import logging
 import math
 from array import array
@@ -26,6 +28,9 @@ from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import DataDirError, Lookup
 
 MEASURED_AT_ONCE = 5000  # recordings
+# A recording up to so much longer than a piece may be stays whole: 10.005 s are not
+# two pieces of 5 s, nor the 32 s that utterances of the paper last at most two of 16.
+STAYS_WHOLE = 16 / 15
 
 
 def hash_fraction(key: str, salt: str) -> float:
@@ -66,8 +71,10 @@ def seconds_of(source: Path, pool: ProcessPoolExecutor) -> Callable[[Entry], flo
     return seconds_of_entry
 
 
-def cut(entry: Entry, seconds: float, max_seconds: float) -> Iterator[Entry]:
-    """Yield an utterance, or pieces of equal length if it is over ``max_seconds``.
+def cut(
+    entry: Entry, seconds: float, max_seconds: float, whole: float | None = None
+) -> Iterator[Entry]:
+    """Yield an utterance, or pieces of equal length if it is too long.
 
     Pieces are named as in Kaldi, by utterance, start and end in 1/100 s, and have no
     transcript. Unreadable recordings stay whole, with Kaldi's -1 for the end.
@@ -76,13 +83,15 @@ def cut(entry: Entry, seconds: float, max_seconds: float) -> Iterator[Entry]:
         entry: the utterance.
         seconds: of its recording, -1 where that is not known.
         max_seconds: of a piece.
+        whole: seconds up to which an utterance is not cut, by default as long as a
+            piece.
     """
     segment = entry.segment or Segment(entry.utt, 0.0, -1.0)
     start, end = segment.start, segment.end
     if end < 0:
         end = seconds
-    count = max(1, math.ceil((end - start) / max_seconds - 1e-6))
-    if count == 1:
+    count = math.ceil((end - start) / max_seconds - 1e-6)
+    if count <= 1 or end - start <= (whole or max_seconds):
         yield entry._replace(segment=segment._replace(end=end), samples=None)
         return
     step = (end - start) / count
@@ -102,12 +111,18 @@ def cut(entry: Entry, seconds: float, max_seconds: float) -> Iterator[Entry]:
 class HoldOut:
     """Decides which recordings are held out for validation, by a hash of their ids.
 
-    About ``fraction`` of the recordings of each domain are, and at least one of each
-    domain that has two that can be read.
+    About ``fraction`` of the recordings of each domain are, but no more than so many
+    hours of it (the others are trained on), and at least one of each domain that has
+    two that can be read.
+
+    Args:
+        fraction: of the recordings.
+        hours: of each domain.
     """
 
-    def __init__(self, fraction: float) -> None:
+    def __init__(self, fraction: float, hours: float = math.inf) -> None:
         self.fraction = fraction
+        self.chosen = {domain: Lowest(fraction, hours * 3600) for domain in DOMAINS}
         self._lowest = dict.fromkeys(DOMAINS, 2.0)
         self._highest = dict.fromkeys(DOMAINS, -1.0)
 
@@ -118,16 +133,46 @@ class HoldOut:
         value, domain = self._value(entry.recording), entry.domain
         self._lowest[domain] = min(self._lowest[domain], value)
         self._highest[domain] = max(self._highest[domain], value)
+        self.chosen[domain].add(value, entry.segment.end - entry.segment.start)
 
     def __contains__(self, entry: Entry) -> bool:
         value = self._value(entry.recording)
-        return value < self.fraction or any(
+        return value < self.chosen[entry.domain].bound or any(
             value == low and self._highest[domain] > low >= self.fraction
             for domain, low in self._lowest.items()
         )
 
     def _value(self, recording: str) -> float:
         return hash_fraction(recording, "valid")
+
+
+class Lowest:
+    """The recordings of the lowest hashes that fit into a time; one at least.
+
+    Memory: of those that fit.
+
+    Args:
+        bound: hashes are below it. What does not fit lowers it.
+        seconds: that fit.
+    """
+
+    def __init__(self, bound: float, seconds: float) -> None:
+        self.bound, self.limit, self.total = bound, seconds, 0.0
+        self._seconds: dict[float, float] = {}
+        self._highest: list[float] = []  # a heap, negated
+
+    def add(self, value: float, seconds: float) -> None:
+        """Add a piece of the recording of this hash."""
+        if value >= self.bound or self.limit == math.inf:
+            return
+        if value not in self._seconds:
+            self._seconds[value] = 0.0
+            heapq.heappush(self._highest, -value)
+        self._seconds[value] += seconds
+        self.total += seconds
+        while self.total > self.limit and len(self._highest) > 1:
+            self.bound = -heapq.heappop(self._highest)
+            self.total -= self._seconds.pop(self.bound)
 
 
 class Limits:
@@ -189,13 +234,27 @@ class Limits:
         return keep
 
 
+def positive(text: str) -> float:
+    """Read a positive number."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be positive")
+    return value
+
+
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out_dir", type=Path, required=True, help="gets train, valid")
     parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="id lists")
     parser.add_argument("--valid_fraction", type=float, default=0.025)
-    parser.add_argument("--max_piece_seconds", type=float, default=10.0)
+    parser.add_argument(
+        "--max_valid_hours", type=positive, default=math.inf, help="of each domain"
+    )
+    parser.add_argument("--max_piece_seconds", type=positive, default=10.0)
+    parser.add_argument(
+        "--max_seconds", type=positive, default=math.inf, help="that stage 3 keeps"
+    )
     parser.add_argument("--max_hours_speech", type=float, default=math.inf)
     parser.add_argument("--max_hours_audio", type=float, default=math.inf)
     parser.add_argument("--max_utts", type=int, default=0, help="per set; 0: all")
@@ -213,16 +272,18 @@ def main(cmd: list[str] | None = None) -> None:
         for line in path.read_text().splitlines()
         if line.strip()
     }
-    held = HoldOut(args.valid_fraction)
+    held = HoldOut(args.valid_fraction, args.max_valid_hours)
+    piece = args.max_piece_seconds
+    whole = max(piece, min(STAYS_WHOLE * piece, args.max_seconds))
     with Spool[Entry](folder=args.out_dir) as pieces:
         with ProcessPoolExecutor(args.nj) as pool:
             for source in args.sources:
                 seconds = seconds_of(source, pool)
                 for entry in entries(source, require=("utt2domain",)):
                     if entry.utt not in excluded:
-                        for piece in cut(entry, seconds(entry), args.max_piece_seconds):
-                            pieces.add(piece)
-                            held.see(piece)
+                        for part in cut(entry, seconds(entry), piece, whole):
+                            pieces.add(part)
+                            held.see(part)
         write_sets(pieces, held, args)
 
 
@@ -235,7 +296,8 @@ def write_sets(pieces: Spool[Entry], held: HoldOut, args: argparse.Namespace) ->
     hours = {domain: getattr(args, f"max_hours_{domain}") for domain in DOMAINS}
     limits = {
         "train": Limits(hours, args.max_utts),
-        "valid": Limits(dict.fromkeys(DOMAINS, math.inf), args.max_utts),
+        # A single recording may be longer than what is to be held out.
+        "valid": Limits(dict.fromkeys(DOMAINS, args.max_valid_hours), args.max_utts),
     }
     sizes = dict.fromkeys(limits, 0)
     for piece in pieces:
@@ -267,10 +329,19 @@ def write_sets(pieces: Spool[Entry], held: HoldOut, args: argparse.Namespace) ->
                     f"{args.out_dir}/{name}: no utterance is left for it; add data, or "
                     "change --valid_fraction, --max_hours_speech, --max_hours_audio"
                 )
+    summary: dict[str, dict[str, dict[str, float]]] = {name: {} for name in limits}
     for (name, domain), (number, seconds) in totals.items():
+        summary[name][domain] = {"utterances": number, "seconds": round(seconds, 3)}
+        bound, more = args.max_valid_hours, ""
+        untouched = held.chosen[domain].bound == held.fraction
+        if name == "valid" and number and untouched and bound < math.inf:
+            more = f": all that is held out; --max_valid_hours {bound:g} allows more"
         logging.info(
-            "%s: %d utterances of %s, %.1f min", name, number, domain, seconds / 60
+            "%s: %d utterances of %s, %.1f min%s",
+            *(name, number, domain, seconds / 60, more),
         )
+    text = json.dumps(summary, indent=1) + "\n"
+    (args.out_dir / "summary.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
