@@ -95,11 +95,11 @@ def test_options_of_the_page_are_a_plan(
     monkeypatch.chdir(ROOT / "egs2/spear/ssl1")
     teachers = teachers.replace("conf/my_teacher", str(folder / "my_teacher"))
     words = ["--expdir", str(folder), "--dumpdir", str(folder), "--teachers", teachers]
-    _, lines = plan.plan(plan.get_parser().parse_args(words))
-    assert lines[1].startswith(f"speech|{folder}/my_teacher.yaml|speech,audio|speech|")
-    *_, options, data = lines[1].split("|")
-    assert options.endswith("--iters_phase1 10000 --iters_phase2 10000")
-    assert data == ""  # quantizers learn from the data of the pre-training
+    _, _, (teacher, _) = plan.plan(plan.get_parser().parse_args(words))
+    assert teacher.yamls == folder / "my_teacher.yaml"
+    assert (teacher.domains, teacher.quantizer_domains) == ("speech,audio", "speech")
+    assert teacher.mvq_options.endswith("--iters_phase1 10000 --iters_phase2 10000")
+    assert teacher.quantizer_dirs == ""  # those of the pre-training
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def get_parser() -> argparse.ArgumentParser:
         type=_named,
         metavar="TEACHER=N,K,HZ",
         help="codebooks, entries in each and frames per second; by default as "
-        "TEACHER.json beside the scp file says",
+        "the .json beside the scp file says",
     )
     parser.add_argument(
         "--domains",
@@ -86,7 +86,7 @@ def _shape(name: str, text: str | None, scp: Path) -> TeacherCodes:
             return TeacherCodes(int(num), int(size), float(rate))
         except ValueError:
             raise SystemExit(f"--shape {name}={text}: expected N,K,HZ") from None
-    path = scp.with_name(f"{name}.json")
+    path = scp.with_suffix(".json")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return TeacherCodes(
