@@ -17,7 +17,7 @@ from espnet2_spear.fileio.utterances import (
 )
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.teachers import build_teacher, load_teacher_config
-from espnet2_spear.teachers.extract import embed_batch
+from espnet2_spear.teachers.embed import embed_batch
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 import zipfile
@@ -10,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from espnet2_spear.teachers import teacher_class
@@ -24,6 +26,38 @@ YAMNET = f"{_FOLDER}/yamnet.py:YamnetTeacher"
 def module_of(teacher: str) -> ModuleType:
     """The module of one of these teachers."""
     return sys.modules[teacher_class(teacher).__module__]
+
+
+def noise(*samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make a batch of noise; garbage lies past the lengths."""
+    generator = torch.Generator().manual_seed(1)
+    speech = 0.1 * torch.randn(len(samples), max(samples), generator=generator)
+    return speech, torch.tensor(samples)
+
+
+def assert_batch_independent(teacher, samples, tolerance=1e-4):
+    """Check an utterance's embedding and length against those it has alone."""
+    speech, lengths = noise(*samples)
+    batched, batched_lengths = teacher(speech, lengths)
+    assert batched.dtype == torch.float32
+    assert batched.shape == (len(samples), int(batched_lengths.max()), teacher.dim)
+    for i, n in enumerate(samples):
+        alone, (frames,) = teacher(speech[i : i + 1, :n], lengths[i : i + 1])
+        assert int(frames) == int(batched_lengths[i]) == alone.size(1)
+        assert alone.std() > 0.01
+        difference = (alone[0] - batched[i, :frames]).abs().max()
+        assert difference < tolerance * max(1.0, float(alone.abs().max()))
+        assert not batched[i, frames:].any()
+
+
+class Malicious:
+    """Unpickling this would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 # CTranslate2's numbers of data types.

@@ -80,6 +80,23 @@ def test_pickle_carries_the_folder_alone(store, codes):
     np.testing.assert_array_equal(pickle.loads(data)["x"], codes["x"])
 
 
+def test_codes_of_two_bytes(tmp_path):
+    every = np.arange(2000)[:, None]
+    with CodeStoreWriter(tmp_path / "s", 1, {"codebook_size": 2000}, 999) as writer:
+        for utt in "ab":
+            writer.write(utt, every)
+        with pytest.raises(CodeStoreError, match=r"1\.\.2000 are not .* in 0\.\.1999"):
+            writer.write("c", every + 1)
+    store = CodeStore(tmp_path / "s")
+    for utt in "ab":
+        assert store[utt].dtype == np.int16
+        np.testing.assert_array_equal(store[utt], every)
+        np.testing.assert_array_equal(store.crop(utt, 1234, 1300), every[1234:1300])
+    assert (tmp_path / "s/codes.1.bin").stat().st_size == 2 * 2000
+    with pytest.raises(CodeStoreError, match="codebook_size is 40000"):
+        CodeStoreWriter(tmp_path / "t", 1, {"codebook_size": 40000})
+
+
 def test_bad_codes(tmp_path):
     with CodeStoreWriter(tmp_path / "s", 2) as writer:
         for bad in (np.zeros((3, 4)), np.zeros((0, 2)), np.zeros(2)):

@@ -66,7 +66,14 @@ def test_other_quantizer_than_the_experiment(args, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "facts", [{"num_codebooks": 8}, {"codebook_size": 16}, {"frame_rate": 25.0}]
+    # 2000: codes of two bytes for a head of 256.
+    "facts",
+    [
+        {"num_codebooks": 8},
+        {"codebook_size": 16},
+        {"codebook_size": 2000},
+        {"frame_rate": 25.0},
+    ],
 )
 def test_other_shape(args, tmp_path, facts):
     write(tmp_path, "valid", **facts)

@@ -71,6 +71,25 @@ def test_one_byte_a_code(tmp_path, codes):
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
+def test_two_bytes_a_code(tmp_path, monkeypatch, name):
+    """Exact through ESPnet's own reader, for every code of k-means with 2000."""
+    from espnet2.train.dataset import ESPnetDataset
+
+    monkeypatch.setattr(kaldi_ark, "kaldi", library(name))
+    every = np.arange(2000)[:, None]
+    with CodesWriter(tmp_path / "c.ark", tmp_path / "c.scp", 2000) as writer:
+        writer.write("utt", every)
+        with pytest.raises(ValueError, match="codebooks of 2000 entries"):
+            writer.write("bad", every + 1)
+    codes = (str(tmp_path / "c.scp"), "codes", "kaldi_ark")
+    _, data = ESPnetDataset([codes], preprocess=None)["utt"]
+    np.testing.assert_array_equal(data["codes"], every)
+    np.testing.assert_array_equal(
+        read_matrix(read_scp(tmp_path / "c.scp")["utt"]), every
+    )
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
 def test_missing_codes(tmp_path, monkeypatch, name):
     monkeypatch.setattr(kaldi_ark, "kaldi", library(name))
     spec = write_missing_codes(tmp_path / "m.ark", 16)
@@ -92,8 +111,8 @@ def test_scp_appears_only_when_complete(tmp_path, codes):
         (np.zeros((0, 4), np.uint8), "at least one frame"),
         (np.zeros(4, np.uint8), "expected integers"),
         (np.zeros((2, 4), np.float32), "expected integers"),
-        (np.full((2, 4), 256), "do not fit a byte"),
-        (np.full((2, 4), -1), "do not fit a byte"),
+        (np.full((2, 4), 256), "in 256..256 are not of codebooks of 256 entries"),
+        (np.full((2, 4), -1), "in -1..-1 are not of codebooks of 256 entries"),
     ],
 )
 def test_refuses_other_codes(tmp_path, bad, message):

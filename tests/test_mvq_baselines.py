@@ -17,9 +17,10 @@ from espnet2_spear.mvq.baselines import (
 )
 from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
+from espnet2_spear.mvq.options import parse_options
 from espnet2_spear.mvq.quantizer import QuantizerError
 from espnet2_spear.mvq.report import evaluate, relative_error
-from espnet2_spear.mvq.training import TrainingError
+from espnet2_spear.mvq.training import MVQTrainingConfig, TrainingError
 
 CONFIG = BaselineConfig("kmeans", codebook_size=32, iters=20, batch_frames=256)
 
@@ -131,9 +132,36 @@ def test_command(data, tmp_path, kind):
     assert kind in page and quantizer.identity in page
 
 
+def test_options_are_read_before_anything_is_computed():
+    words = "--quantizer kmeans --codebook_size 2000 --standardize false".split()
+    expected = BaselineConfig("kmeans", 1, 2000, standardize=False)
+    assert parse_options(words) == expected
+    assert parse_options([]) == MVQTrainingConfig()
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        ("--quantizer kmeans --iters_phase1 9", TrainingError, "no option of .*kmeans"),
+        ("--codebook_size 2000", TrainingError, "no option of --quantizer mvq"),
+        ("--quantizer kmeans --num_codebooks 8", QuantizerError, "one codebook, not 8"),
+        ("--quantizer rvq --codebook_size 40000", TrainingError, "two bytes"),
+        ("--quantizer vq", TrainingError, "mvq_train: .*invalid choice: 'vq'"),
+        ("--iter_phase1 9", TrainingError, "mvq_train: unrecognized.*--iter_phase1"),
+        ("--lr much", TrainingError, "mvq_train: argument --lr: invalid"),
+        ("--lr 0", TrainingError, "lr is 0.0"),
+        ("--standardize maybe", TrainingError, "must be true or false"),
+        ("--num_codebooks 3", TrainingError, "num_codebooks is 3"),
+    ],
+)
+def test_bad_words(words, error, message):
+    with pytest.raises(error, match=message):
+        parse_options(words.split())
+
+
 def test_bad_options(data, tmp_path):
-    with pytest.raises(TrainingError, match="codebook_size is 500.*byte"):
-        replace(CONFIG, codebook_size=500)
+    with pytest.raises(TrainingError, match="codebook_size is 40000.*two bytes"):
+        replace(CONFIG, codebook_size=40000)
     with pytest.raises(TrainingError, match="seed is -1"):
         replace(CONFIG, seed=-1)
     with pytest.raises(QuantizerError, match="k-means has one codebook, not 2"):
@@ -141,6 +169,7 @@ def test_bad_options(data, tmp_path):
     command = f"--embeddings {data.source} --output {tmp_path}/q.pt --quantizer rvq"
     with pytest.raises(TrainingError, match="--lr is no option of --quantizer rvq"):
         mvq_train.main([*command.split(), "--lr", "0.1"])
+    assert not (tmp_path / "q.pt").exists()
     few = write_embeddings(tmp_path / "few", [structured_vectors(30)])
     with pytest.raises(EmbeddingError, match="frames for 32 centres"):
         train_baseline(CONFIG, EmbeddingSet(few))

@@ -12,8 +12,8 @@ from espnet2_spear.mvq.embeddings import EmbeddingError
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingError
 from espnet2_spear.teachers import build_teacher
-from espnet2_spear.teachers.extract import embed_batch
-from espnet2_spear.teachers.stream import TeacherFrames
+from espnet2_spear.teachers.embed import embed_batch
+from espnet2_spear.teachers.embeddings import TeacherFrames
 
 CONFIG = MVQTrainingConfig(2, True, 20, 20, 32, 0.01)
 

@@ -9,10 +9,10 @@ import pytest
 from espnet2.train.distributed_utils import DistributedOption
 from tiny_training import options, write_data
 
-from espnet2_spear.codes.permutation import hash64, permuted
 from espnet2_spear.data.iter_factory import StepBatches
 from espnet2_spear.data.lists import ListError
 from espnet2_spear.data.manifest import Lists, Manifest, open_manifest
+from espnet2_spear.data.permutation import hash64, permuted
 from espnet2_spear.data.sampler import SamplerConfig, StepSampler, once
 from espnet2_spear.tasks.spear import SpearTask
 

@@ -43,6 +43,10 @@ def test_rates_that_do_not_divide_are_refused() -> None:
         TeacherCodes(8, frame_rate=40.0).per_student_frame(50.0)
     with pytest.raises(ValueError, match="teacher 'x'"):
         TeacherCodes.from_dict("x", {"num_codebook": 3})
+    for size in (1, 40000, "many"):
+        with pytest.raises(ValueError, match="teacher 'x'"):
+            TeacherCodes.from_dict("x", {"num_codebooks": 1, "codebook_size": size})
+    assert TeacherCodes.from_dict("x", {"num_codebooks": 1, "codebook_size": 2000})
 
 
 @pytest.fixture

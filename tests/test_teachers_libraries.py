@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
-import os
 
 import pytest
 import torch
-from teacher_files import WHISPER, YAMNET
-from test_teachers import assert_batch_independent, noise
+from teacher_files import (
+    WHISPER,
+    YAMNET,
+    Malicious,
+    assert_batch_independent,
+    noise,
+)
 
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.teachers import TeacherError, build_teacher
@@ -32,16 +36,6 @@ HF_MODELS = {
     "data2vec": ("Data2VecAudio", {}, False),
     "conformer": ("Wav2Vec2Conformer", {"feat_extract_norm": "layer"}, False),
 }
-
-
-class Malicious:
-    """Unpickling this would write a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture(scope="module")

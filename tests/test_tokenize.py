@@ -16,8 +16,14 @@ import soundfile
 import torch
 from teacher_files import WHISPER, whisper_tensors, write_ctranslate2
 
-from espnet2_spear.bin import spear_embed, spear_tokenize
-from espnet2_spear.codes import tokenize_run
+from espnet2_spear.bin import (
+    spear_check_codes,
+    spear_embed,
+    spear_store_codes,
+    spear_tokenize,
+)
+from espnet2_spear.codes import tokenizer as tokenizer_module
+from espnet2_spear.codes.store import CodeStore
 from espnet2_spear.codes.tokenize_run import TokenizeRun
 from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer
 from espnet2_spear.fileio.ark import read_matrix, read_scp
@@ -29,7 +35,7 @@ from espnet2_spear.fileio.utterances import (
     read_utterances,
     select_domains,
 )
-from espnet2_spear.mvq.baselines import ResidualQuantizer
+from espnet2_spear.mvq.baselines import KMeansQuantizer, ResidualQuantizer
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
 from espnet2_spear.teachers import TeacherError, build_teacher
@@ -268,6 +274,31 @@ def test_codes_are_those_of_teacher_and_quantizer(setup, data_dir, tmp_path):
     assert summary["teacher"] == setup["teacher"].describe()
 
 
+def test_codes_of_two_bytes(setup, data_dir, tmp_path):
+    """K-means with 2000 entries: through arks, the check and the store, exactly."""
+    torch.manual_seed(0)
+    quantizer = KMeansQuantizer(32, 2000)
+    torch.nn.init.normal_(quantizer.centers)
+    quantizer.save(tmp_path / "q.pt", {"teacher": setup["teacher"].describe()})
+    out = tmp_path / "codes"
+    summary = tokenize({**setup, "quantizer": str(tmp_path / "q.pt")}, data_dir, out)
+    assert summary["codebook_size"] == 2000 and summary["num_codebooks"] == 1
+    speakers = "".join(f"utt{i:02d} utt{i:02d}\n" for i in range(12))
+    (data_dir / "utt2spk").write_text(speakers)
+    speech = ["--codes", f"speech={out}/speech.scp", "--output_dir", str(out)]
+    spear_check_codes.main(["--data_dir", str(data_dir), *speech])
+    scp = ["--scp", f"{out}/speech.scp", "--output_dir", str(out / "store")]
+    spear_store_codes.main(scp)
+    store, largest = CodeStore(out / "store"), 0
+    for utt, spec in read_scp(out / "speech.scp").items():
+        codes = read_matrix(spec)
+        expected = quantizer.eval().encode(alone(setup, data_dir, utt)).numpy()
+        assert (codes == expected).mean() > 0.95
+        np.testing.assert_array_equal(store[utt], codes)
+        largest = max(largest, codes.max())
+    assert largest > 1000
+
+
 def test_order_of_the_tables_does_not_matter(setup, data_dir, tmp_path):
     tokenize(setup, data_dir, tmp_path / "sorted", "--domains", "speech")
     for name, seed in (("wav.scp", 0), ("utt2num_samples", 1), ("utt2domain", 2)):
@@ -405,7 +436,7 @@ def test_too_few_codes_of_float32_are_refused(setup, data_dir, tmp_path, caplog)
 
 
 def test_low_agreement_is_a_warning(setup, data_dir, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(tokenize_run, "LOW_AGREEMENT", 1.0)
+    monkeypatch.setattr(tokenizer_module, "LOW_AGREEMENT", 1.0)
     tokenize(setup, data_dir, tmp_path, "--dtype", "bfloat16")
     (record,) = (x for x in caplog.records if "are those of float32" in x.message)
     assert record.levelname == "WARNING" and "FEW" in record.message
@@ -439,7 +470,7 @@ def test_utterances_lost_by_lower_precision_do_not_agree(setup, data_dir, monkey
 
 
 def test_what_fails_is_tried_once_more(setup, data_dir, tmp_path, monkeypatch):
-    from espnet2_spear.teachers import extract
+    from espnet2_spear.teachers import embed as teachers_embed
 
     spoil(data_dir)
     calls = []
@@ -450,8 +481,8 @@ def test_what_fails_is_tried_once_more(setup, data_dir, tmp_path, monkeypatch):
             raise OSError("the file server was busy")
         return original(path, *args)
 
-    original = extract.read_audio
-    monkeypatch.setattr(extract, "read_audio", read_audio)
+    original = teachers_embed.read_audio
+    monkeypatch.setattr(teachers_embed, "read_audio", read_audio)
     summary = tokenize(setup, data_dir, tmp_path)
     assert summary["failed"] == 5 and summary["tokenized"] == 7
     assert calls.count(str(data_dir / "utt08.wav")) == 2
@@ -624,7 +655,7 @@ def test_other_options_or_inputs_are_computed_again(setup, data_dir, tmp_path):
     [
         (Quantizer, ("--refine_iters", -1), "refine_iters is -1; at least 0"),
         (ResidualQuantizer, ("--refine_iters", 2), "'rvq' has no search to repeat"),
-        (ResidualQuantizer, ("--extra_passes", 2), "'rvq' has no joint search"),
+        (ResidualQuantizer, ("--extra_passes", 2), "'rvq' has no search to repeat"),
         (Quantizer, ("--max_frames", 0), "max_frames is 0; at least 1"),
     ],
 )
@@ -675,8 +706,8 @@ def test_quantizer_of_another_teacher(setup, data_dir, tmp_path, caplog):
         TeacherError, match="of 16 dimensions, teacher whisper gives 32"
     ):
         tokenize(other, data_dir, out)
-    Quantizer(32, 512, 4).save(path, {})
-    with pytest.raises(TeacherError, match="at most 256"):
+    Quantizer(32, 65536, 1).save(path, {})
+    with pytest.raises(TeacherError, match="at most two bytes: 32768 entries"):
         tokenize(other, data_dir, out)
     assert not out.exists()
     Quantizer(32, 256, 4).save(path, {})

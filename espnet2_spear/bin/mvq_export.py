@@ -4,11 +4,9 @@
 import argparse
 import logging
 
-from espnet2.utils.types import str2bool
-
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.mvq.files import export_library, load_quantizer
-from espnet2_spear.mvq.quantizer import QuantizerError
+from espnet2_spear.mvq.options import str2bool
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -16,7 +14,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--log_level", default="INFO")
     parser.add_argument("--quantizer", required=True, help="file to read, of kind mvq")
     parser.add_argument("--output", required=True, help="file to write")
     parser.add_argument(
@@ -31,14 +28,14 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(cmd=None):
     """Convert; see ``--help``. The other direction needs no conversion."""
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=args.log_level,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the library's form of a file."""
     export_library(load_quantizer(args.quantizer), args.output, args.statistics)
     logging.info(f"{args.output}: written for the multi-quantization library")
 
 
 if __name__ == "__main__":
-    run_command(main, QuantizerError)
+    main()

@@ -6,8 +6,8 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-from espnet2_spear.fileio.explain import run_command
-from espnet2_spear.mvq.embeddings import INDEX, EmbeddingError, EmbeddingSet
+from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.mvq.embeddings import INDEX, EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import AbsQuantizer, QuantizerError
 from espnet2_spear.mvq.report import evaluate, write_report
@@ -19,7 +19,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--log_level", default="INFO")
     parser.add_argument(
         "--quantizer",
         required=True,
@@ -68,11 +67,11 @@ def main(cmd=None):
             --quantizer exp/teachers/speech/quantizer.pt --quantizer exp/rvq.pt \
             --embeddings exp/teachers/speech/embeddings
     """
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=args.log_level,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure one quantizer or two and write the page."""
     files, folders = args.quantizer, args.embeddings
     if len(files) > 2 or len(folders) not in (1, len(files)):
         raise SystemExit(
@@ -106,4 +105,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    run_command(main, QuantizerError, EmbeddingError)
+    main()

@@ -4,103 +4,26 @@
 import argparse
 import logging
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from espnet2.utils.types import str2bool
 
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.fileio.utterances import read_utterances, select_domains
-from espnet2_spear.mvq.baselines import BaselineConfig, KMeansQuantizer, train_baseline
-from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet, TrainingFrames
-from espnet2_spear.mvq.files import KINDS
-from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
+from espnet2_spear.mvq.baselines import train_baseline
+from espnet2_spear.mvq.embeddings import EmbeddingSet, TrainingFrames
+from espnet2_spear.mvq.options import (
+    Config,
+    get_parser,
+    quantizer_config,
+)
+from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.report import evaluate, write_report
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingError
 from espnet2_spear.teachers import build_teacher, load_teacher_config
-from espnet2_spear.teachers.base import TeacherError
-from espnet2_spear.teachers.stream import TeacherFrames
+from espnet2_spear.teachers.embeddings import TeacherFrames
 from espnet2_spear.train.ranks import destroy_process_group_on_exit
-
-
-def get_parser() -> argparse.ArgumentParser:
-    """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--log_level", default="INFO")
-    parser.add_argument("--output", required=True, help="quantizer file to write")
-    parser.add_argument(
-        "--report_dir", help="by default the folder `report` beside the output"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--num_threads", type=int, default=0, help="0 for torch's own choice"
-    )
-    group = parser.add_argument_group(
-        "embeddings", "stored ones, or the audio and teacher to compute them with"
-    )
-    source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--embeddings", help="folder of spear_embed")
-    source.add_argument(
-        "--wav_scp",
-        help="utterance and path of a 16 kHz file a line; utt2num_samples and "
-        "utt2domain beside it",
-    )
-    group.add_argument("--teacher_config", help="YAML; needed with --wav_scp")
-    group.add_argument(
-        "--domains", help="with --wav_scp: only these, separated by commas"
-    )
-    group = parser.add_argument_group(
-        "quantizer", "Options without a value take the default of their kind"
-    )
-    group.add_argument("--quantizer", default="mvq", choices=list(KINDS))
-    group.add_argument(
-        "--num_codebooks", type=int, help="bytes per frame [kmeans 1, the others 16]"
-    )
-    group.add_argument(
-        "--standardize",
-        type=str2bool,
-        default=True,
-        help="per channel, by statistics of the training frames",
-    )
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument(
-        "--batch_frames", type=int, help="per step [mvq 1024, the others 4096]"
-    )
-    group = parser.add_argument_group("mvq alone")
-    group.add_argument(
-        "--iters_phase1",
-        type=int,
-        help="steps with twice the codebooks of 16 entries [10000]",
-    )
-    group.add_argument(
-        "--iters_phase2", type=int, help="steps with 256 entries [10000]"
-    )
-    group.add_argument("--lr", type=float, help="of phase 1; half in phase 2 [0.005]")
-    group = parser.add_argument_group("kmeans, rvq and random alone")
-    group.add_argument("--codebook_size", type=int, help="entries, at most 256 [256]")
-    group.add_argument(
-        "--iters", type=int, help="batches that a codebook is made of [200]"
-    )
-    return parser
-
-
-def configuration(args: argparse.Namespace) -> MVQTrainingConfig | BaselineConfig:
-    """Options of the chosen kind; others must not be given."""
-    kind = MVQTrainingConfig if args.quantizer == Quantizer.kind else BaselineConfig
-    own = {field.name for field in fields(kind)}
-    other = {f.name for f in fields(MVQTrainingConfig) + fields(BaselineConfig)} - own
-    given = [n for n in sorted(other - {"quantizer"}) if getattr(args, n) is not None]
-    if given:
-        raise TrainingError(
-            f"--{given[0]} is no option of --quantizer {args.quantizer}; leave it out"
-        )
-    values = {name: getattr(args, name) for name in own}
-    if args.num_codebooks is None:
-        values["num_codebooks"] = 1 if args.quantizer == KMeansQuantizer.kind else 16
-    return kind(**{name: v for name, v in values.items() if v is not None})
 
 
 def _frames(args: argparse.Namespace) -> TrainingFrames:
@@ -151,20 +74,20 @@ def main(cmd=None):
             --output exp/teachers/speech/quantizer.pt
         % torchrun --nproc_per_node 4 -m espnet2_spear.bin.mvq_train --device cuda ...
     """
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=args.log_level,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, as the options say."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    config = configuration(args)
+    config = quantizer_config(args)
     with destroy_process_group_on_exit():
         _join_processes(args)
         _train(args, config)
 
 
-def _train(args: argparse.Namespace, config: MVQTrainingConfig | BaselineConfig):
+def _train(args: argparse.Namespace, config: Config) -> None:
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     data = _frames(args)
@@ -212,4 +135,4 @@ def _train(args: argparse.Namespace, config: MVQTrainingConfig | BaselineConfig)
 
 
 if __name__ == "__main__":
-    run_command(main, TrainingError, EmbeddingError, TeacherError, QuantizerError)
+    main()

@@ -11,7 +11,7 @@ from espnet2_spear.codes.check import CodesCheck, check_codes
 from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.data.preprocessor import MAX_MISSING_ROWS
 from espnet2_spear.fileio.datadir_stream import check, entries
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.fileio.tables import TEXT, sorted_rows
 
 PROBLEMS = "codes_problems.txt"
@@ -23,7 +23,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--log_level", default="INFO")
     parser.add_argument(
         "--data_dir", required=True, help="with wav.scp, utt2num_samples, utt2domain"
     )
@@ -125,11 +124,11 @@ def main(cmd=None):
             --codes audio=dump/codes/train/audio.scp --domains audio=audio \
             --output_dir dump/codes/train
     """
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=args.log_level,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the codes of all teachers named."""
     require = ("utt2num_samples", "utt2domain")
     check(args.data_dir, require)
     shapes, domains = dict(args.shape), dict(args.domains)
@@ -170,4 +169,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

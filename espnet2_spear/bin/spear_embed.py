@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.fileio.utterances import read_utterances, select_domains
-from espnet2_spear.teachers import build_teacher, load_teacher_config
-from espnet2_spear.teachers.base import TeacherError
-from espnet2_spear.teachers.embed import INDEX, choose, store_embeddings
+from espnet2_spear.teachers import (
+    build_teacher,
+    load_teacher_config,
+    quantizer_frames,
+)
+from espnet2_spear.teachers.embeddings import INDEX, choose, store_embeddings
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -19,7 +22,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--log_level", default="INFO")
     parser.add_argument(
         "--teacher_config", required=True, help="YAML, as conf/teachers/*.yaml"
     )
@@ -37,9 +39,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_frames",
         type=int,
-        default=0,
         help="embed utterances chosen at random until there are so many embeddings; "
-        "0 for all",
+        "0 for all [quantizer_frames of the teacher's YAML, else all]",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of that choice")
     parser.add_argument(
@@ -75,11 +76,11 @@ def main(cmd=None):
             --teacher_config conf/teachers/whisper_tiny_en.yaml --domains speech \
             --wav_scp dump/raw/train/wav.scp --output_dir exp/teachers/speech/embeddings
     """
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=args.log_level,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Embed what was chosen."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     name, conf = load_teacher_config(args.teacher_config)
@@ -94,7 +95,10 @@ def main(cmd=None):
             args.domains.split(","),
         )
     teacher = build_teacher(name, conf).to(args.device)
-    chosen = choose(utterances, teacher, args.max_frames, args.seed)
+    wanted = args.max_frames
+    if wanted is None:
+        wanted = quantizer_frames(args.teacher_config)
+    chosen = choose(utterances, teacher, wanted, args.seed)
     index = store_embeddings(
         teacher,
         chosen,
@@ -113,4 +117,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    run_command(main, TeacherError)
+    main()

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from espnet2_spear.codes.store import CodeStoreError, CodeStoreWriter
+from espnet2_spear.codes.store import CodeStoreWriter
 from espnet2_spear.constants import MISSING
-from espnet2_spear.fileio.ark import ArkError, read_matrix, scp_lines
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.ark import read_matrix, scp_lines
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -24,7 +24,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--log_level", default="INFO")
     parser.add_argument(
         "--scp", required=True, help="of spear_tokenize, with its NAME.json beside it"
     )
@@ -42,11 +41,11 @@ def main(cmd=None):
         % python -m espnet2_spear.bin.spear_store_codes \
             --scp dump/codes/train/speech.scp --output_dir dump/codes/train/speech.store
     """
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=args.log_level,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Copy the codes of one scp file."""
     scp = Path(args.scp)
     facts_file = scp.with_suffix(".json")
     try:
@@ -70,4 +69,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    run_command(main, ArkError, CodeStoreError)
+    main()

@@ -15,12 +15,10 @@ import torch
 from espnet2_spear.codes.tokenize_run import TokenizeRun
 from espnet2_spear.codes.tokenizer import TokenizeOptions
 from espnet2_spear.fileio.datadir import DataDirError
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.fileio.part import add_part_option
 from espnet2_spear.fileio.utterances import read_utterances, select_domains
-from espnet2_spear.mvq.quantizer import QuantizerError
 from espnet2_spear.teachers import load_teacher_config
-from espnet2_spear.teachers.base import TeacherError
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -28,7 +26,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--log_level", default="INFO")
     parser.add_argument(
         "--teacher_config", required=True, nargs="+", help="conf/teachers/*.yaml"
     )
@@ -122,11 +119,11 @@ def main(cmd=None):
             --teacher_config conf/teachers/yamnet.yaml --domains audio --name audio \
             --quantizer exp/teachers/audio/quantizer.pt --output_dir dump/codes/train
     """
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=args.log_level,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Tokenize, by one teacher or several."""
     domains = args.domains or ["all"] * len(args.name)
     if (
         not len(args.teacher_config)
@@ -181,4 +178,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    run_command(main, TeacherError, QuantizerError)
+    main()

@@ -2,7 +2,8 @@
 
 A folder holds
 
-* ``codes.<n>.bin``: rows of N bytes, utterance after utterance;
+* ``codes.<n>.bin``: rows of N codes, utterance after utterance, of a byte each, or of
+  two (little endian) if codebooks have more than 256 entries;
 * ``rows.npy`` int64 (U + 1,): first row of every utterance, counted over all files;
 * ``names.bin`` and ``names.npy`` int64 (U + 1,): their names and where these begin;
 * ``hashes.npy`` uint64 (U,) sorted, ``order.npy`` int64 (U,): the utterance of each;
@@ -25,8 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from espnet2_spear.constants import MISSING
+from espnet2_spear.constants import MAX_CODEBOOK_SIZE, MISSING
 from espnet2_spear.errors import UserError
+from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.hashes import name_hash
 
 INDEX = "store.json"
@@ -46,8 +48,8 @@ class CodeStore(Mapping[str, np.ndarray]):
         folder: as written by :class:`CodeStoreWriter`.
 
     Attributes:
-        facts: what store.json says: ``num_codebooks``, ``utterances``, ``rows``, and
-            what the writer was given.
+        facts: what store.json says: ``num_codebooks``, ``codebook_size``,
+            ``utterances``, ``rows``, and what the writer was given.
 
     Raises:
         CodeStoreError: a missing or truncated file, named.
@@ -63,12 +65,14 @@ class CodeStore(Mapping[str, np.ndarray]):
             count, self.num_codebooks = (
                 int(self.facts[key]) for key in ("utterances", "num_codebooks")
             )
+            self._dtype = _dtype(int(self.facts.get("codebook_size", 256)))
             starts = [int(row) for row in self.facts["file_starts"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CodeStoreError(
                 f"{path}: missing or malformed ({error!r}); write the store again with "
                 "espnet2_spear.bin.spear_store_codes"
             ) from error
+        self._row_bytes = self.num_codebooks * self._dtype.itemsize
         self._starts = np.array(starts, np.int64)  # first rows of files, and the end
         self._rows = self._index("rows.npy", count + 1)
         self._name_starts = self._index("names.npy", count + 1)
@@ -76,7 +80,7 @@ class CodeStore(Mapping[str, np.ndarray]):
         self._order = self._index("order.npy", count)
         self._names = _map(self.folder / "names.bin", int(self._name_starts[-1]))
         self._files = [
-            _map(self.folder / _file(i), int(rows) * self.num_codebooks)
+            _map(self.folder / _file(i), int(rows) * self._row_bytes)
             for i, rows in enumerate(np.diff(self._starts))
         ]
 
@@ -145,9 +149,9 @@ class CodeStore(Mapping[str, np.ndarray]):
             end = min(end, first + stop)
         first += start
         file = int(np.searchsorted(self._starts, first, side="right")) - 1
-        begin = (first - int(self._starts[file])) * self.num_codebooks
+        begin = (first - int(self._starts[file])) * self._row_bytes
         size = (end - first) * self.num_codebooks
-        codes = np.frombuffer(self._files[file], np.uint8, size, begin)
+        codes = np.frombuffer(self._files[file], self._dtype, size, begin)
         return codes.reshape(-1, self.num_codebooks).astype(np.int16)
 
     def _number(self, utt: str) -> int:
@@ -174,7 +178,8 @@ class CodeStoreWriter:
     Args:
         folder: made if it is not there.
         num_codebooks: N.
-        facts: more for store.json (teacher, quantizer, frame rate).
+        facts: more for store.json (teacher, quantizer, frame rate). Of a
+            ``codebook_size`` of more than 256 a code takes two bytes.
         file_bytes: a file of codes is closed when it has so many.
     """
 
@@ -187,6 +192,8 @@ class CodeStoreWriter:
     ) -> None:
         self.folder, self.num_codebooks = Path(folder), num_codebooks
         self.facts, self.file_bytes = dict(facts or {}), file_bytes
+        self.codebook_size = int(self.facts.get("codebook_size", 256))
+        self._dtype = _dtype(self.codebook_size)
         self._rows, self._file_starts = array("q", [0]), [0]
         self._name_starts, self._hashes = array("q", [0]), array("Q")
 
@@ -207,10 +214,10 @@ class CodeStoreWriter:
 
         Args:
             utt: its name.
-            codes: whole numbers (frames, N) in 0..255.
+            codes: whole numbers (frames, N) in 0..codebook_size - 1.
 
         Raises:
-            CodeStoreError: another shape, no frames, or values outside 0..255.
+            CodeStoreError: another shape, no frames, or other values.
         """
         frames = 0
         if codes is not None:
@@ -224,17 +231,17 @@ class CodeStoreWriter:
                     f"utterance '{utt}': codes of shape {codes.shape}, expected "
                     f"(frames, {self.num_codebooks}) with at least one frame"
                 )
-            as_bytes = codes.astype(np.uint8)
-            if not np.array_equal(as_bytes, codes):
+            stored = codes.astype(self._dtype)
+            if not np.array_equal(stored, codes) or stored.max() >= self.codebook_size:
                 raise CodeStoreError(
                     f"utterance '{utt}': codes in {codes.min()}..{codes.max()} are not "
-                    "whole numbers of a byte; use codebooks of at most 256 entries"
+                    f"whole numbers in 0..{self.codebook_size - 1}"
                 )
             if self._file.tell() >= self.file_bytes:
                 self._file.close()
                 self._file_starts.append(self._rows[-1])
                 self._file = open(self.folder / _file(len(self._file_starts) - 1), "wb")
-            self._file.write(as_bytes.tobytes())
+            self._file.write(stored.tobytes())
             frames = len(codes)
         self._rows.append(self._rows[-1] + frames)
         self._hashes.append(name_hash(utt))
@@ -263,13 +270,13 @@ class CodeStoreWriter:
             **self.facts,
             "format": FORMAT,
             "num_codebooks": self.num_codebooks,
+            "codebook_size": self.codebook_size,
             "utterances": len(order),
             "rows": self._rows[-1],
             "file_starts": [*self._file_starts, self._rows[-1]],
         }
-        part = self.folder / f"{INDEX}.part"
-        part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.folder / INDEX)
+        text = json.dumps(facts, indent=1) + "\n"
+        write_atomically(self.folder / INDEX, text.encode())
 
     def _check_names(self, hashes: np.ndarray, order: np.ndarray) -> None:
         """Raise if an utterance was written twice."""
@@ -289,6 +296,14 @@ class CodeStoreWriter:
                         f"{self.folder}: utterance '{name(order[place])}' is written "
                         "twice; give every utterance a name of its own"
                     )
+
+
+def _dtype(codebook_size: int) -> np.dtype:
+    if not 2 <= codebook_size <= MAX_CODEBOOK_SIZE:
+        raise CodeStoreError(
+            f"codebook_size is {codebook_size}; from 2 to {MAX_CODEBOOK_SIZE}"
+        )
+    return np.dtype("u1" if codebook_size <= 256 else "<u2")
 
 
 def _file(number: int) -> str:

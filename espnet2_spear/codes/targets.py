@@ -1,4 +1,4 @@
-"""Teacher codes as targets at the student's frame rate."""
+"""Teacher codes as targets at the student's frame rate, [3.7] of docs/method.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from espnet2_spear.constants import MISSING
+from espnet2_spear.constants import MAX_CODEBOOK_SIZE, MISSING
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class TeacherCodes:
 
     Attributes:
         num_codebooks: codes per teacher frame.
-        codebook_size: number of different codes.
+        codebook_size: number of different codes; up to 256 take a byte on disk, more
+            (such as the 2000 of k-means) two.
         frame_rate: teacher frames per second.
         quantizer: identity of the quantizer that made them, if it is known.
         layer: layer of the student that predicts them, counted from 1, at 50 Hz;
@@ -36,12 +37,20 @@ class TeacherCodes:
         """Build from YAML.
 
         Raises:
-            ValueError: missing or unknown keys; the message names the teacher.
+            ValueError: missing or unknown keys, or a codebook that two bytes cannot
+                number; the message names the teacher.
         """
         try:
-            return cls(**conf)
+            codes = cls(**conf)
+            fits = 2 <= codes.codebook_size <= MAX_CODEBOOK_SIZE
         except TypeError as error:
             raise ValueError(f"teacher '{name}': {error}") from None
+        if not fits:
+            raise ValueError(
+                f"teacher '{name}': codebook_size is {codes.codebook_size}; from 2 to "
+                f"{MAX_CODEBOOK_SIZE}"
+            )
+        return codes
 
     def per_student_frame(self, student_rate: float) -> int:
         """Teacher frames that one student frame predicts; 1 if it is the faster.

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from multiprocessing import current_process, parent_process
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,57 +15,64 @@ from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer
 from espnet2_spear.fileio.ark import CodesWriter
 from espnet2_spear.fileio.shards import Batches
 from espnet2_spear.fileio.utterances import Utterance
-from espnet2_spear.teachers.extract import read_batch
+from espnet2_spear.teachers.embed import read_batch
+
+
+class Shard(NamedTuple):
+    """What a worker is sent.
+
+    Attributes:
+        number: of the shard.
+        batches: audio, read once for all teachers.
+        wanted: for each teacher, the names of the utterances that it tokenizes.
+        stems: for each teacher, the path of its files without ``.ark`` and ``.scp``.
+    """
+
+    number: int
+    batches: Batches
+    wanted: Sequence[Collection[str]]
+    stems: Sequence[str]
 
 
 def tokenize_shard(
-    tokenizers: Sequence[Tokenizer],
-    batches: Batches,
-    wanted: Sequence[Collection[str]],
-    stems: Sequence[str],
-) -> list[dict]:
-    """Write one shard of every teacher; returns the records of its done marks.
+    tokenizers: Sequence[Tokenizer], shard: Shard
+) -> tuple[int, list[dict[str, Any]]]:
+    """Write the codes of one shard; what fails is tried once more at the end.
 
-    What fails is tried once more at the end.
-
-    Args:
-        tokenizers: one a teacher.
-        batches: audio, read once for all of them.
-        wanted: names of the utterances that each teacher tokenizes.
-        stems: of each teacher's files.
+    Returns:
+        the number of the shard, and for each teacher how many ``frames`` were written
+        and which utterances ``failed``, with the reason.
     """
-    frames = [0] * len(tokenizers)
-    failed: list[list[tuple[str, str]]] = [[] for _ in tokenizers]
+    records: list[dict[str, Any]] = [{"frames": 0, "failed": []} for _ in tokenizers]
 
     def tokenize(batch: Sequence[Utterance], names: Sequence[Collection[str]]) -> None:
         audio = read_batch(batch)
         for i, tokenizer in enumerate(tokenizers):
-            for utt, codes in tokenizer.encode(audio.select(names[i]), failed[i]):
+            encoded, failed = tokenizer.encode(audio.select(names[i]))
+            records[i]["failed"] += failed
+            for utt, codes in encoded.items():
                 writers[i].write(utt, codes)
-                frames[i] += len(codes)
+                records[i]["frames"] += len(codes)
 
     with ExitStack() as stack:
         writers = [
-            stack.enter_context(CodesWriter(f"{stem}.ark", f"{stem}.scp"))
-            for stem in stems
+            stack.enter_context(
+                CodesWriter(
+                    f"{stem}.ark", f"{stem}.scp", tokenizer.quantizer.codebook_size
+                )
+            )
+            for stem, tokenizer in zip(shard.stems, tokenizers, strict=True)
         ]
-        for batch in batches:
-            tokenize(batch, wanted)
+        for batch in shard.batches:
+            tokenize(batch, shard.wanted)
         # Once more, each alone: a file server may have been busy for a moment.
-        again = [{utt for utt, _ in failures} for failures in failed]
-        for failures in failed:
-            failures.clear()
-        for utterance in (u for batch in batches for u in batch):
+        again = [{utt for utt, _ in record["failed"]} for record in records]
+        for record in records:
+            record["failed"] = []
+        for utterance in (u for batch in shard.batches for u in batch):
             if any(utterance.utt in names for names in again):
                 tokenize([utterance], again)
-    return [
-        {
-            "frames": frames[i],
-            "failed": failed[i],
-            "crc32": writer.crc32,
-        }
-        for i, writer in enumerate(writers)
-    ]
+    return shard.number, records
 
 
 # Of a worker process; building teachers for every shard would cost seconds.
@@ -91,8 +99,6 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def work(
-    batches: Batches, wanted: Sequence[Collection[str]], stems: Sequence[str]
-) -> list[dict]:
+def work(shard: Shard) -> tuple[int, list[dict[str, Any]]]:
     """As :func:`tokenize_shard`, with the tokenizers of this worker process."""
-    return tokenize_shard(_tokenizers, batches, wanted, stems)
+    return tokenize_shard(_tokenizers, shard)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from espnet2_spear.constants import MAX_CODEBOOK_SIZE
 from espnet2_spear.fileio.utterances import Utterance
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import AbsQuantizer, QuantizerError
 from espnet2_spear.teachers import build_teacher
 from espnet2_spear.teachers.base import Teacher, TeacherError, difference
-from espnet2_spear.teachers.extract import Audio, embed_audio, read_batch
+from espnet2_spear.teachers.embed import Audio, embed_audio, read_batch
+
+AGREEMENT_UTTERANCES = 16  # compared with float32 before a run in lower precision
+LOW_AGREEMENT = 0.8  # share of float32's codes below which there is a warning
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,10 @@ def check_match(teacher: Teacher, quantizer: AbsQuantizer, path: str | Path) -> 
             f"{path}: is a quantizer of {quantizer.dim} dimensions, teacher "
             f"{teacher.name} gives {teacher.dim}; {remedy}"
         )
-    if quantizer.codebook_size > 256:
+    if quantizer.codebook_size > MAX_CODEBOOK_SIZE:
         raise TeacherError(
             f"{path}: has {quantizer.codebook_size} entries in a codebook; codes are "
-            "stored in a byte, so at most 256 can be used"
+            f"stored in at most two bytes: {MAX_CODEBOOK_SIZE} entries"
         )
     trained_on = quantizer.metadata.get("teacher")
     if not trained_on:
@@ -83,9 +88,9 @@ class Tokenizer:
         quantizer = load_quantizer(options.quantizer)
         check_match(teacher, quantizer, options.quantizer)
         try:
-            quantizer.passes(options.refine_iters)
-            quantizer.check_extra_passes(options.extra_passes)
-            quantizer.check_max_frames(options.max_frames)
+            quantizer.passes(
+                options.refine_iters, options.extra_passes, options.max_frames
+            )
         except QuantizerError as error:
             raise QuantizerError(f"{options.quantizer}: {error}") from None
         self.teacher, self.quantizer = teacher, quantizer.eval()
@@ -96,26 +101,49 @@ class Tokenizer:
         self.teacher.to(device)
         self.quantizer.to(device)
 
+    def describe(self) -> dict[str, Any]:
+        """What a data set's codes say of themselves, in primitives."""
+        options, quantizer = self.options, self.quantizer
+        return {
+            "teacher": self.teacher.describe(),
+            "quantizer": options.quantizer,
+            "quantizer_id": quantizer.identity,
+            "quantizer_kind": quantizer.kind,
+            "passes": quantizer.passes(options.refine_iters),
+            "extra_passes": options.extra_passes,
+            "frame_rate": self.teacher.frame_rate,
+            "num_codebooks": quantizer.num_codebooks,
+            "codebook_size": quantizer.codebook_size,
+            "dtype": options.dtype,
+        }
+
     def encode(
-        self, audio: Audio, failed: list[tuple[str, str]]
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (utterance, codes (T, N) uint8); append the others to ``failed``."""
+        self, audio: Audio
+    ) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
+        """Codes of a batch.
+
+        Returns:
+            utterance -> codes (T, N), uint8 or, of codebooks of more than 256 entries,
+            int16; and the other utterances, each with the reason.
+        """
         result = embed_audio(self.teacher, audio, self.options.dtype)
-        failed += result.failed
         if not result.utts:
-            return
-        codes = self._quantize(result.frames).to(torch.uint8).cpu()
+            return {}, result.failed
+        codes = self._quantize(result.frames)
+        one_byte = self.quantizer.codebook_size <= 256
+        codes = codes.to(torch.uint8 if one_byte else torch.int16).cpu()
         parts = codes.split([len(x) for x in result.frames])
-        for utterance, part in zip(result.utts, parts, strict=True):
-            yield utterance.utt, part.numpy()
+        names = (utterance.utt for utterance in result.utts)
+        encoded = {utt: part.numpy() for utt, part in zip(names, parts, strict=True)}
+        return encoded, result.failed
 
     def agreement(self, batch: Sequence[Utterance]) -> float:
         """Share of float32's codes of some utterances that lower precision gives, too.
 
-        Those of utterances that it has no codes of count as others.
+        Codes of utterances for which it gives none count as different.
 
         Returns:
-            0 to 1; nan if float32 has codes of none.
+            0 to 1; nan if float32 gives no codes at all.
         """
         audio = read_batch(batch)
         expected = embed_audio(self.teacher, audio, "float32")
@@ -138,3 +166,60 @@ class Tokenizer:
                 max_frames=self.options.max_frames,
                 extra_passes=self.options.extra_passes,
             )
+
+
+def check_agreement(
+    tokenizer: Tokenizer,
+    utterances: Sequence[Utterance],
+    device: str,
+    min_agreement: float,
+) -> float | None:
+    """Compare codes of lower precision with those of float32, and log it.
+
+    It is done on the device of the workers, whose lower precision may be another than
+    that of the CPU; the tokenizer is left on the CPU.
+
+    Args:
+        tokenizer: whose options say the precision.
+        utterances: some of them, spread evenly, are compared.
+        device: to compute on.
+        min_agreement: share of float32's codes that there must be, 0 to 1.
+
+    Returns:
+        the share; nan if there was nothing to compare, None for float32 itself.
+
+    Raises:
+        TeacherError: a smaller share.
+    """
+    options = tokenizer.options
+    if options.dtype == "float32":
+        return None
+    step = max(1, len(utterances) // AGREEMENT_UTTERANCES)
+    some = utterances[::step][:AGREEMENT_UTTERANCES]
+    tokenizer.to(device)
+    share = tokenizer.agreement(some)
+    tokenizer.to("cpu")  # the memory is that of the workers
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    if math.isnan(share):
+        logging.warning(
+            f"{options.name}: the codes in {options.dtype} were NOT compared with "
+            f"those of float32: the teacher has no output for any of {len(some)} "
+            f"utterances; the reasons will be in {options.name}.failed"
+        )
+        return share
+    measured = (
+        f"{options.name}: {100 * share:.1f} % of the codes of {len(some)} utterances "
+        f"in {options.dtype} on {device} are those of float32"
+    )
+    if share < min_agreement:
+        raise TeacherError(
+            f"{measured}, less than the {100 * min_agreement:g} % of "
+            "--min_agreement: nothing was tokenized; compute in float32, or "
+            "accept it by a smaller --min_agreement"
+        )
+    if share < LOW_AGREEMENT:
+        logging.warning(f"{measured}: FEW; the students learn other targets")
+    else:
+        logging.info(measured)
+    return share

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from espnet2_spear.codes.permutation import hash64, permuted
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.data.lists import ListError
 from espnet2_spear.data.manifest import OTHERS, Group, Manifest
+from espnet2_spear.data.permutation import hash64, permuted
 
 BLOCK = 1024  # steps whose buckets are drawn at once
 CHUNK = 16  # steps whose rows are looked up at once

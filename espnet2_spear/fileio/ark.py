@@ -1,15 +1,16 @@
 """Codes in Kaldi ark/scp files; the only module that uses omniio or kaldiio.
 
-A matrix of codes (frames, codebooks) is written as a Kaldi compressed matrix of one
-byte an element (compression method 6), which holds 0..255 exactly and which ESPnet's
-stock ``kaldi_ark`` type reads.
+A matrix of codes (frames, codebooks) of codebooks of up to 256 entries is written as a
+Kaldi compressed matrix of one byte an element (compression method 6), which holds
+0..255 exactly and which ESPnet's stock ``kaldi_ark`` type reads. Codes of larger
+codebooks are written as float32: Kaldi's two-byte forms scale by 1 / 65535, and what
+omniio and kaldiio make of them differs from the codes by rounding.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ import numpy as np
 
 from espnet2_spear.constants import MISSING
 from espnet2_spear.errors import UserError
+from espnet2_spear.fileio.atomic import write_atomically
 
 try:
     from omniio import kaldi
@@ -114,26 +116,26 @@ def read_matrix(spec: str, utt: str | None = None) -> np.ndarray:
 
 
 class CodesWriter:
-    """Writes codes of one byte each to an ark file and its scp file.
+    """Writes an ark file of codes and its scp file.
 
-    The scp file appears only on a clean exit of the context, so that an existing scp
+    The scp file appears, complete, when the context is left, so that an existing scp
     file says that its ark file is complete.
 
     Args:
         ark: path of the ark file; scp entries name it as it is given here.
         scp: path of the scp file.
-
-    Attributes:
-        crc32: of what was written to the ark and to the scp file; the second is known
-            when the context has been left.
+        codebook_size: codes are in 0..codebook_size - 1; up to 256 take a byte each.
     """
 
     def __init__(
-        self, ark: str | os.PathLike[str], scp: str | os.PathLike[str]
+        self,
+        ark: str | os.PathLike[str],
+        scp: str | os.PathLike[str],
+        codebook_size: int = 256,
     ) -> None:
-        self.ark, self.scp = Path(ark), Path(scp)
+        self.ark, self.scp, self.codebook_size = Path(ark), Path(scp), codebook_size
+        self._method = _UNSIGNED_BYTE if codebook_size <= 256 else None
         self._lines: dict[str, str] = {}
-        self.crc32 = [0, 0]
 
     def __enter__(self) -> CodesWriter:
         self.ark.parent.mkdir(parents=True, exist_ok=True)
@@ -143,11 +145,11 @@ class CodesWriter:
         return self
 
     def write(self, utt: str, codes: np.ndarray) -> None:
-        """Append one utterance's codes, integers (frames, codebooks) in 0..255.
+        """Append one utterance's codes, integers (frames, codebooks).
 
         Raises:
-            ValueError: another shape, no frames, values outside 0..255, or an
-                utterance that was written before.
+            ValueError: another shape, no frames, values outside 0..codebook_size - 1,
+                or an utterance that was written before.
         """
         codes = np.asarray(codes)
         if codes.ndim != 2 or codes.size == 0 or codes.dtype.kind not in "iu":
@@ -155,16 +157,15 @@ class CodesWriter:
                 f"utterance '{utt}': codes are {codes.dtype} {codes.shape}, expected "
                 "integers (frames, codebooks) with at least one frame"
             )
-        if codes.min() < 0 or codes.max() > 255:
+        if codes.min() < 0 or codes.max() >= self.codebook_size:
             raise ValueError(
-                f"utterance '{utt}': codes in {codes.min()}..{codes.max()} do not fit "
-                "a byte; use codebooks of at most 256 entries"
+                f"utterance '{utt}': codes in {codes.min()}..{codes.max()} are not of "
+                f"codebooks of {self.codebook_size} entries"
             )
         if utt in self._lines:
             raise ValueError(f"utterance '{utt}' is written twice to {self.ark}")
-        record = _record(utt, codes.astype(np.float32), _UNSIGNED_BYTE)
+        record = _record(utt, codes.astype(np.float32), self._method)
         self._lines[utt] = _append(self._file, self.ark, utt, record)
-        self.crc32[0] = zlib.crc32(record, self.crc32[0])
 
     def __exit__(
         self,
@@ -175,13 +176,8 @@ class CodesWriter:
         self._file.close()
         if kind is not None:
             return
-        temporary = self.scp.with_name(self.scp.name + ".part")
-        with open(temporary, "wb") as scp:
-            for utt, spec in self._lines.items():
-                line = f"{utt} {spec}\n".encode()
-                scp.write(line)
-                self.crc32[1] = zlib.crc32(line, self.crc32[1])
-        temporary.replace(self.scp)
+        lines = (f"{utt} {spec}\n" for utt, spec in self._lines.items())
+        write_atomically(self.scp, "".join(lines).encode())
 
 
 def write_missing_codes(ark: str | os.PathLike[str], num_codebooks: int) -> str:

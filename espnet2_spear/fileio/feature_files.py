@@ -6,12 +6,11 @@ A matrix may be larger than memory, so its number of rows is filled in at the en
 from __future__ import annotations
 
 import struct
-import zlib
 from abc import abstractmethod
 from collections.abc import Container
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -147,12 +146,3 @@ class NpyFeatures(FeatureFiles):
             "shape": (self._shape[0], columns),
         }
         np.lib.format.write_array_header_1_0(self._file, header)
-
-
-def checksum(path: Path) -> list[Any]:
-    """Size in bytes and CRC-32 of a file, by which a resumed run knows it again."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-        return [file.tell(), crc]

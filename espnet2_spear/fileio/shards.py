@@ -8,21 +8,16 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.hashes import crc32_of, digest_of
 from espnet2_spear.fileio.part import WHOLE, Part
 from espnet2_spear.fileio.utterances import Batched, Utterance
 
 SHARD_SECONDS = 600.0  # of audio, at least: what a killed run computes again
 MOST_SHARDS = 10000  # of a run, unless it is told otherwise: files are three times that
 Batches = list[list[Utterance]]
-
-
-class Described(Protocol):
-    """What names the things that its outputs depend on: teachers, and students."""
-
-    def describe(self) -> dict[str, Any]:
-        """Return facts that JSON can hold."""
 
 
 class Shards(Sequence[Batches]):
@@ -75,12 +70,14 @@ def deal(batches: Batched, shard_seconds: float | None = None) -> Shards:
     return Shards(batches, count)
 
 
-def fingerprint(
-    model: Described, utterances: Iterable[Utterance], options: Mapping[str, Any]
-) -> str:
-    """Return a hash by which a run knows outputs made from the same things."""
-    facts = {**model.describe(), **options}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+def fingerprint(facts: Mapping[str, Any], utterances: Iterable[Utterance]) -> str:
+    """Return a hash by which a run knows outputs made from the same things.
+
+    Args:
+        facts: what the outputs depend on besides the utterances.
+        utterances: in the order in which they are dealt out.
+    """
+    digest = hashlib.sha256(digest_of(facts).encode())
     for utterance in utterances:
         digest.update(repr(utterance).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
@@ -89,8 +86,9 @@ def fingerprint(
 class DoneMarks:
     """The done marks ``NAME.<shard>.done`` of a run, in one folder.
 
-    A mark holds the run's fingerprint and a record of the shard; a mark of another
-    fingerprint counts as none.
+    A mark holds the run's fingerprint, a record of the shard, and the CRC-32 of every
+    file that the shard wrote. A mark of another run, or whose files are gone or no
+    longer what was written, counts as none.
 
     Args:
         folder: where shards and marks lie; made if it is not there.
@@ -112,12 +110,13 @@ class DoneMarks:
         """
         stale = 0
         for path in self.folder.glob(f"{self.name}.*.done"):
-            shard = path.name[len(self.name) + 1 : -len(".done")]
+            shard = path.name.split(".")[-2]
             if not shard.isdigit() or not part.has(int(shard)):
                 continue
-            if self.read(int(shard)) is None:
-                for file in self.folder.glob(f"{self.name}.{shard}.*"):
-                    file.unlink()
+            mark = _read_mark(path)
+            if mark.get("run") != self.run:
+                for file in (*mark.get("files", ()), path):
+                    (self.folder / file).unlink(missing_ok=True)
                 stale += 1
         if stale:
             logging.info(
@@ -125,20 +124,42 @@ class DoneMarks:
                 "other options"
             )
 
-    def read(self, shard: int) -> dict[str, Any] | None:
+    def read(self, shard: int) -> Any:
         """Return the record of a finished shard, None if it is yet to be done."""
-        try:
-            mark = json.loads(self._path(shard).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        mark = _read_mark(self._path(shard))
+        if mark.get("run") != self.run:
             return None
-        if not isinstance(mark, dict) or mark.get("run") != self.run:
-            return None
+        for file, crc32 in mark["files"].items():
+            if crc32_of(self.folder / file) != crc32:
+                logging.warning(
+                    f"{self.folder / file}: gone or changed; its shard is made again"
+                )
+                return None
         return mark["record"]
 
-    def write(self, shard: int, record: Mapping[str, Any]) -> None:
-        """Mark a shard as finished."""
-        text = json.dumps({"run": self.run, "record": record}, indent=1)
-        write_text(self._path(shard), text + "\n")
+    def write(self, shard: int, record: Any, files: Iterable[str | Path]) -> None:
+        """Mark a shard as finished.
+
+        Args:
+            shard: its number.
+            record: anything that JSON can hold.
+            files: what it has written, below the folder.
+        """
+        paths = [Path(file) for file in files]
+        sums = {str(p.relative_to(self.folder)): crc32_of(p) for p in paths}
+        mark = {"run": self.run, "record": record, "files": sums}
+        text = json.dumps(mark, indent=1) + "\n"
+        write_atomically(self._path(shard), text.encode("utf-8", "surrogateescape"))
+
+
+def _read_mark(path: Path) -> dict[str, Any]:
+    """A mark's content; an empty one for what is missing, malformed or of old."""
+    try:
+        mark = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(mark, dict) and {"run", "record", "files"} <= mark.keys()
+    return mark if whole else {}
 
 
 class Progress:
@@ -165,10 +186,3 @@ class Progress:
             f"{self.total:.0f} s of audio, {self.seconds / elapsed:.1f} x real time, "
             f"{max(left, 0.0):.0f} s to go"
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", errors="surrogateescape")
-    part.replace(path)

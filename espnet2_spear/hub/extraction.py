@@ -23,7 +23,6 @@ from espnet2_spear.fileio.feature_files import (
     ArkFeatures,
     FeatureFiles,
     NpyFeatures,
-    checksum,
 )
 from espnet2_spear.fileio.names import differ_by_case
 from espnet2_spear.fileio.shards import Batches, DoneMarks, deal, fingerprint
@@ -276,7 +275,9 @@ class ExtractionRun:
             self.alike = differ_by_case(recording.utt for recording in recordings)
         self.folder.mkdir(parents=True, exist_ok=True)
         shards = self._shards(recordings)
-        marks = DoneMarks(self.folder, "feats", fingerprint(self, recordings, {}))
+        marks = DoneMarks(
+            self.folder, "feats", fingerprint(self.describe(), recordings)
+        )
         marks.clear_stale()
         self.skipped = {utt: (reason, text) for utt, reason, text in skipped}
         tables: list[dict[str, str]] = [{} for _ in self.names]
@@ -285,9 +286,9 @@ class ExtractionRun:
         with tqdm(total=round(total), unit="s", disable=None) as bar:
             for number, shard in enumerate(shards):
                 record = marks.read(number)
-                if record is None or not self._is_good(record):
-                    record = self._shard(number, shard, bar)
-                    marks.write(number, record)
+                if record is None:
+                    record, paths = self._shard(number, shard, bar)
+                    marks.write(number, record, paths)
                 else:
                     kept += 1
                     samples = sum(r.samples for batch in shard for r in batch)
@@ -318,16 +319,10 @@ class ExtractionRun:
             shards = deal(batches, options.shard_seconds)
         return [*shards, *([[r]] for r in sorted(long, key=lambda r: r.utt))]
 
-    def _is_good(self, record: dict[str, Any]) -> bool:
-        """Whether a finished shard's files are as they were when it was finished."""
-        for file, facts in record["files"].items():
-            path = self.folder / file
-            if not path.exists() or checksum(path) != facts:
-                logging.warning(f"{path}: gone or changed; its shard is made again")
-                return False
-        return True
-
-    def _shard(self, number: int, batches: Batches, bar: tqdm) -> dict[str, Any]:
+    def _shard(
+        self, number: int, batches: Batches, bar: tqdm
+    ) -> tuple[dict[str, Any], list[Path]]:
+        """Encode a shard; returns its record and the files written."""
         failed: Failures = {}
         utts = []
         with ExitStack() as stack:
@@ -341,8 +336,7 @@ class ExtractionRun:
                     failed[recording.utt] = (error.reason, str(error))
                 bar.update(recording.samples / SAMPLE_RATE)
         paths = [path for file in files for path in file.paths()]
-        facts = {str(p.relative_to(self.folder)): checksum(p) for p in paths}
-        return {"utts": utts, "files": facts, "failed": failed}
+        return {"utts": utts, "failed": failed}, paths
 
     def _files(self, shard: int, name: str) -> FeatureFiles:
         if self.options.format == "ark":

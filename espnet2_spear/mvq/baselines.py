@@ -1,4 +1,11 @@
-"""Quantizers that MVQ is compared with."""
+"""Quantizers that MVQ is compared with, and their training.
+
+With centres c and entries v of codebook n, and projections P:
+
+    rvq     i_n = argmin_k ||x - sum_{m<n} c[m, i_m] - c[n, k]||, one after the other
+    kmeans  the same with a single codebook; HuBERT-like with 2000 entries
+    random  i_n = argmax_k cos(P_n x, v[n, k]); nothing is learned (arXiv 2202.01855)
+"""
 
 from __future__ import annotations
 
@@ -11,12 +18,15 @@ import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
+from espnet2_spear.constants import MAX_CODEBOOK_SIZE
 from espnet2_spear.mvq.embeddings import EmbeddingError, TrainingFrames
 from espnet2_spear.mvq.quantizer import AbsQuantizer, QuantizerError
 from espnet2_spear.mvq.search import GramTables
 from espnet2_spear.mvq.training import TrainingError, channel_statistics, check_seed
 
 CODE_DIM = 16  # of BEST-RQ, arXiv 2202.01855
+INIT_FRAMES = 16  # per centre, for k-means++
+RIDGE = 1e-3  # of the least squares, in frames: entries that never occur become 0
 
 
 class ResidualQuantizer(AbsQuantizer):
@@ -48,12 +58,17 @@ class KMeansQuantizer(ResidualQuantizer):
     kind = "kmeans"
 
     def __init__(self, dim: int, codebook_size: int, num_codebooks: int = 1) -> None:
-        if num_codebooks != 1:
+        self.check_codebooks(num_codebooks)
+        super().__init__(dim, codebook_size, num_codebooks)
+
+    @staticmethod
+    def check_codebooks(count: int) -> None:
+        """Raise QuantizerError for more than one codebook."""
+        if count != 1:
             raise QuantizerError(
-                f"k-means has one codebook, not {num_codebooks}: give --num_codebooks "
+                f"k-means has one codebook, not {count}: give --num_codebooks "
                 "1 (recipe: --speech_codebooks 1 --audio_codebooks 1), or use rvq"
             )
-        super().__init__(dim, codebook_size, num_codebooks)
 
 
 class RandomProjectionQuantizer(AbsQuantizer):
@@ -113,15 +128,6 @@ class RandomProjectionQuantizer(AbsQuantizer):
         return quantizer
 
 
-# ------------------------------------------------------------
-# Training of the quantizers that MVQ is compared with.
-
-
-MAX_CODEBOOK_SIZE = 256  # a code is stored in a byte
-INIT_FRAMES = 16  # per centre, for k-means++
-RIDGE = 1e-3  # of the least squares, in frames: entries that never occur become 0
-
-
 @dataclass(frozen=True)
 class BaselineConfig:
     """What a trained baseline depends on, beside its embeddings.
@@ -129,7 +135,8 @@ class BaselineConfig:
     Attributes:
         quantizer: kmeans, rvq or random.
         num_codebooks: N; 1 for kmeans.
-        codebook_size: K, at most 256.
+        codebook_size: K; codes of more than 256 entries take two bytes. (HuBERT-like
+            k-means has 2000.)
         standardize: as of MVQ.
         iters: batches that the centres of a codebook are updated with.
         batch_frames: frames in such a batch.
@@ -137,6 +144,7 @@ class BaselineConfig:
 
     Raises:
         TrainingError: values out of range.
+        QuantizerError: k-means with more than one codebook.
     """
 
     quantizer: str
@@ -152,10 +160,12 @@ class BaselineConfig:
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; at least 1")
         check_seed(self.seed)
+        if self.quantizer == KMeansQuantizer.kind:
+            KMeansQuantizer.check_codebooks(self.num_codebooks)
         if not 2 <= self.codebook_size <= MAX_CODEBOOK_SIZE:
             raise TrainingError(
                 f"codebook_size is {self.codebook_size}; from 2 to "
-                f"{MAX_CODEBOOK_SIZE}, because a code is stored in a byte"
+                f"{MAX_CODEBOOK_SIZE}, because a code is stored in at most two bytes"
             )
 
 

@@ -1,4 +1,14 @@
-"""What all quantizers have in common: codes in, sums of centres out, one file each."""
+"""Quantizers: a vector as a sum of one centre from each of N codebooks.
+
+    x ~ exp(10 s_c) sum_n c[n, i_n]        decoding, [3.1] of docs/method.md
+    l_n = (W exp(10 s_l) x + b)_n          logits from which the search for i starts
+
+:class:`Quantizer` is that of the library multi-quantization (MVQ), which SPEAR (arXiv
+2510.25955) uses: the codebooks are added, and neither residual nor ordered. Its joint
+search is :mod:`.search`, its training :mod:`.training`. :class:`AbsQuantizer` is what
+it shares with the quantizers that it is compared with (:mod:`.baselines`): codes in,
+sums of centres out, one file each.
+"""
 
 from __future__ import annotations
 
@@ -124,38 +134,31 @@ class AbsQuantizer(nn.Module, ABC):
         """Vectors computed at once: enough for every thread of a CPU, or for a GPU."""
         return 2048 if device.type == "cpu" else 8192
 
-    def passes(self, refine_iters: int | None) -> int:
+    def passes(
+        self,
+        refine_iters: int | None,
+        extra_passes: int = 0,
+        max_frames: int | None = None,
+    ) -> int:
         """Passes of the search, the class's own number for None.
 
         Raises:
-            QuantizerError: passes are asked for, but the class has no such search.
+            QuantizerError: options, as of :meth:`encode`, that are out of range or that
+                the class does not have.
         """
-        if refine_iters is None:
-            return self.default_refine_iters
-        if refine_iters < 0 or (refine_iters and not self.default_refine_iters):
-            raise QuantizerError(
-                f"refine_iters is {refine_iters}, but a quantizer of kind "
-                f"'{self.kind}' has no search to repeat; leave the option out"
-                if refine_iters > 0
-                else f"refine_iters is {refine_iters}; at least 0"
-            )
-        return refine_iters
-
-    def check_extra_passes(self, extra_passes: int) -> None:
-        """Raise QuantizerError unless the search can go on for so many passes."""
-        if extra_passes < 0 or (extra_passes and not self.default_refine_iters):
-            raise QuantizerError(
-                f"extra_passes is {extra_passes}, but a quantizer of kind "
-                f"'{self.kind}' has no joint search; leave the option out"
-                if extra_passes > 0
-                else f"extra_passes is {extra_passes}; at least 0"
-            )
-
-    @staticmethod
-    def check_max_frames(max_frames: int | None) -> None:
-        """Raise QuantizerError unless so many vectors can be computed at once."""
-        if max_frames is not None and max_frames < 1:
-            raise QuantizerError(f"max_frames is {max_frames}; at least 1")
+        for name, value, least in (
+            ("refine_iters", refine_iters, 0),
+            ("extra_passes", extra_passes, 0),
+            ("max_frames", max_frames, 1),
+        ):
+            if value is not None and value < least:
+                raise QuantizerError(f"{name} is {value}; at least {least}")
+            if name != "max_frames" and value and not self.default_refine_iters:
+                raise QuantizerError(
+                    f"{name} is {value}, but a quantizer of kind '{self.kind}' has no "
+                    "search to repeat; leave the option out"
+                )
+        return self.default_refine_iters if refine_iters is None else refine_iters
 
     @torch.no_grad()
     def encode(
@@ -189,9 +192,7 @@ class AbsQuantizer(nn.Module, ABC):
                 f"input of dimension {x.shape[-1]}, but this quantizer was made for "
                 f"{self.dim}: is it the quantizer of this teacher?"
             )
-        passes = self.passes(refine_iters)
-        self.check_extra_passes(extra_passes)
-        self.check_max_frames(max_frames)
+        passes = self.passes(refine_iters, extra_passes, max_frames)
         flat = x.reshape(-1, self.dim)
         codes = torch.empty(
             len(flat), self.num_codebooks, dtype=torch.int64, device=x.device
@@ -207,7 +208,7 @@ class AbsQuantizer(nn.Module, ABC):
                     f"vector {bad} of {len(flat)} holds NaN or infinity: the teacher "
                     "failed on this input"
                 )
-            # Float32 under autocast, too.
+            # In float32 under autocast, too: the search subtracts large products.
             with torch.autocast(x.device.type, enabled=False):
                 found = self._search(part, passes, tables)
                 if extra_passes:
@@ -272,13 +273,6 @@ class AbsQuantizer(nn.Module, ABC):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         write_atomically(Path(path), buffer.getvalue())
-
-
-# ------------------------------------------------------------
-# Multi-codebook vector quantizer.
-#
-# A vector is approximated by a sum of one centre from each of N codebooks of K centres:
-# additive, not residual, and without an order of the codebooks.
 
 
 SCALE_SPEED = 10.0  # makes the two scales learn ten times as fast

@@ -1,24 +1,34 @@
-"""Joint search of the codes of vectors: compiled on a CPU, by tensors on a GPU.
+"""Joint search of the codes of vectors, [3.2] of docs/method.md.
 
-Both forms take the same candidates and prune them alike, so they find the same codes
-but for ties within rounding (:mod:`.search_cpu`, :func:`refine_tensors`).
+With e = sum_n c[n, i_n] - x, the error of the present codes, and d, the change that a
+candidate makes, a pass of the search of multi-quantization scores
+
+    S[n, k] = ||e + d[n, k]||^2,     d[n, k] = c[n, k] - c[n, i_n]    one codebook
+    S_ab    = S_a + S_b - ||e||^2 + 2 d_a.d_b                         two groups joined
+
+keeps the best candidates of every codebook, joins neighbouring groups (0 with 1, 2 with
+3, ...) and keeps the best pairs, until one group is left, whose best candidate is the
+new choice.
+
+These scores depend on x only through its products with all centres, and on the centres
+only through their products with each other (:class:`GramTables`). With both tables at
+hand the search never touches the vectors themselves, whose dimension is large.
+
+:func:`refine` makes such passes: compiled and vector by vector on a CPU
+(:mod:`.search_cpu`), by operations on tensors elsewhere (:func:`refine_tensors`). Both
+take the same candidates and prune them alike, so they find the same codes but for ties
+within rounding. :func:`improve` goes on with other pairs of codebooks; the codes are
+then no longer the library's.
 """
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# ------------------------------------------------------------
-# Inner products of centres, which are all that a joint search of codes needs.
-#
-# A vector x is approximated by a sum of one centre per codebook. The squared error of
-# any choice depends on x only through the products x.c with every centre c, and on the
-# centres only through their products with each other. With both tables at hand a search
-# never touches the vectors themselves, whose dimension is large.
-
 
 MAX_KEPT = 128
 
@@ -38,13 +48,16 @@ class GramTables:
         self.shift = means.sum(dim=(0, 1))  # (D,)
         self.centers = (centers - means).reshape(-1, dim)  # (N*K, D)
         self.norms = self.centers.square().sum(dim=1)  # (N*K,)
-        # Products within a codebook never occur: one of its centres is in use.
+
+    @cached_property
+    def products(self) -> Tensor:
+        """Inner products (N*K, N*K) of all centres, 0 within a codebook."""
         products = self.centers @ self.centers.T
-        blocks = products.view(self.num_codebooks, self.codebook_size, -1)
-        for n, block in enumerate(blocks.split(1)):
-            start = n * self.codebook_size
-            block[..., start : start + self.codebook_size] = 0
-        self.products = products  # (N*K, N*K)
+        # Products within a codebook never occur: one of its centres is in use.
+        size = self.codebook_size
+        for start in range(0, len(products), size):
+            products[start : start + size, start : start + size] = 0
+        return products
 
     def linear_terms(self, x: Tensor) -> Tensor:
         """Part of the squared error that is a sum over the codebooks' choices.
@@ -141,10 +154,6 @@ def _refine_compiled(
         torch.get_num_threads(),
     )
     return rows
-
-
-# ------------------------------------------------------------
-# The joint search of all vectors at once, by operations on tensors of any device.
 
 
 def refine_tensors(
@@ -341,22 +350,17 @@ def _drop_unused(centers: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
     return kept.scatter_(2, place, centers)[..., :width].contiguous(), members
 
 
-# ------------------------------------------------------------
-# Further passes of the joint search, which can only make the error smaller.
-#
-# A pass of :func:`refine` joins fixed pairs of codebooks, so it ends where no change of
-# such a pair, and of pairs of pairs, helps. Here every pass pairs the codebooks anew,
-# and a vector takes new codes only if they are better. The codes are no longer those of
-# the multi-quantization library.
-
-
 # Share of the explained energy by which the error must fall: what lies below may be
 # rounding.
 MARGIN = 1e-6
 
 
 def improve(tables: GramTables, linear: Tensor, codes: Tensor, passes: int) -> Tensor:
-    """Look for better codes.
+    """Look for better codes by further passes, which never make an error larger.
+
+    A pass of :func:`refine` joins fixed pairs of codebooks, so it ends where no change
+    of such a pair, and of pairs of pairs, helps. Here every pass pairs the codebooks
+    anew, and a vector takes new codes only if they are better.
 
     Args:
         tables: inner products of the centres.

@@ -1,4 +1,4 @@
-"""The joint search on a CPU, compiled, one vector after the other.
+"""The joint search of :mod:`.search` on a CPU, compiled, one vector after the other.
 
 All passes of a vector are made before the next one's, so that scores, candidates and
 the products of candidates stay in the processor's nearest caches; as operations on

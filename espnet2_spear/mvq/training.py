@@ -1,7 +1,12 @@
-"""Two-phase training of a quantizer.
+"""Training of a quantizer: losses [3.3] and two phases [3.4] of docs/method.md.
 
-Phase 1 trains twice as many codebooks of 16 centres. Neighbours are then merged to
-codebooks of 256 centres, all sums of two, and phase 2 trains those.
+    L = sum |x_hat - x|^2 / sum |x - m|^2      x_hat of the codes found by the search
+        - mean_n log softmax(l_n)[i_n]         so that the logits start the search well
+        + 0.01 (log K - mean_n H(p_n)) / log K    p_n: the batch's mean softmax(l_n)
+
+with m the mean of all sums of centres. The choice of codes carries no gradient. Phase 1
+trains twice as many codebooks of 16 centres. Neighbours are then merged to codebooks of
+256 centres, all sums of two, and phase 2 trains those.
 
 If torch.distributed is initialised, every step's batch is divided among the ranks and
 gradients are averaged, so that all hold the same quantizer; the first one alone writes.
@@ -35,10 +40,146 @@ PHASE_ONE_SIZE = 16
 # The inner products of all centres cost more than the rest of a step of phase 2. In so
 # few steps they change by little, and the search for codes may use those of before.
 STEPS_PER_TABLES = 4
+LOGITS_ENTROPY_WEIGHT = 0.01
+STATS_FRAMES = 50_000  # of which mean and standard deviation are taken
 
 
 class TrainingError(UserError):
     """Training cannot start or go on."""
+
+
+class QuantizerLosses(NamedTuple):
+    """Losses of a batch, scalars; see the head of this file.
+
+    Attributes:
+        reconstruction: squared error relative to that of the mean of all sums of
+            centres; 0 is perfect.
+        logprob: mean negative log-probability of the refined codes; it alone trains
+            the logits to start the search well.
+        logits_entropy: 0 if the batch's mean distribution over codes is uniform, 1 if
+            it is a single code.
+        index_entropy: the same of the codes themselves, without a gradient.
+    """
+
+    reconstruction: Tensor
+    logprob: Tensor
+    logits_entropy: Tensor
+    index_entropy: Tensor
+
+    def total(self) -> Tensor:
+        """What is minimised."""
+        return (
+            self.reconstruction
+            + self.logprob
+            + LOGITS_ENTROPY_WEIGHT * self.logits_entropy
+        )
+
+
+def quantizer_losses(
+    quantizer: Quantizer,
+    x: Tensor,
+    refine_iters: int,
+    tables: GramTables | None = None,
+) -> QuantizerLosses:
+    """Compute the losses of a batch; the choice of codes carries no gradient.
+
+    Args:
+        quantizer: to train.
+        x: standardised vectors (B, D).
+        refine_iters: passes of the search for the codes.
+        tables: of the centres to search with; by default the present ones.
+
+    Returns:
+        float32 scalars, under autocast, too: the search subtracts large inner products.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return _losses(quantizer, x.float(), refine_iters, tables)
+
+
+def _losses(
+    quantizer: Quantizer, x: Tensor, refine_iters: int, tables: GramTables | None
+) -> QuantizerLosses:
+    logits = quantizer.logits(x)
+    with torch.no_grad():
+        codes = logits.argmax(dim=-1)
+        if refine_iters > 0:
+            tables = tables or quantizer.tables()
+            codes = refine(tables, tables.linear_terms(x), codes, refine_iters)
+        mean = quantizer.scaled_centers().mean(dim=1).sum(dim=0)
+        spread = (x - mean).square().sum() + 1e-20
+    reconstruction = (quantizer.sum_centers(codes) - x).square().sum() / spread
+    size = quantizer.codebook_size
+    log_probs = logits.log_softmax(dim=-1)
+    logprob = F.nll_loss(log_probs.flatten(0, 1), codes.flatten())
+    usage = code_usage(codes, size) / len(codes)
+    return QuantizerLosses(
+        reconstruction,
+        logprob,
+        _entropy_gap(log_probs.exp().mean(dim=0)),
+        _entropy_gap(usage),
+    )
+
+
+def code_usage(codes: Tensor, codebook_size: int) -> Tensor:
+    """How often every code occurs.
+
+    Args:
+        codes: (B, N) int64.
+        codebook_size: K.
+
+    Returns:
+        float32 (N, K).
+    """
+    num = codes.shape[1]
+    first = torch.arange(num, device=codes.device) * codebook_size
+    counts = torch.bincount((codes + first).flatten(), minlength=num * codebook_size)
+    return counts.view(num, codebook_size).float()
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy of distributions (..., K) in nats."""
+    return -torch.special.xlogy(probs, probs).sum(dim=-1)
+
+
+def _entropy_gap(probs: Tensor) -> Tensor:
+    full = math.log(probs.shape[-1])
+    return (full - entropy(probs).mean()) / full
+
+
+def channel_statistics(data: TrainingFrames, seed: int) -> tuple[Tensor, Tensor]:
+    """Measure a sample of the training frames.
+
+    Args:
+        data: embeddings.
+        seed: of the sample.
+
+    Returns:
+        mean and standard deviation, float64 (D,) each; the latter is 1 for a channel
+        that is constant, which is logged.
+
+    Raises:
+        EmbeddingError: all channels are constant.
+    """
+    total = torch.zeros(data.dim, dtype=torch.float64)
+    square, count = torch.zeros_like(total), 0
+    for chunk in data.train_chunks(STATS_FRAMES, seed):
+        chunk = chunk.double()
+        total += chunk.sum(dim=0)
+        square += chunk.square().sum(dim=0)
+        count += len(chunk)
+    mean = total / count
+    var = (square / count - mean.square()).clamp(min=0)
+    constant = var <= 1e-10 * (mean.square() + 1e-20)
+    if constant.all():
+        raise EmbeddingError(
+            f"{data.source}: all frames are equal; the teacher does not see its "
+            "audio, or the audio is silent"
+        )
+    if constant.any():
+        logging.warning(
+            f"{data.source}: {int(constant.sum())} of {data.dim} channels are constant"
+        )
+    return mean, var.sqrt().masked_fill(constant, 1.0)
 
 
 def check_seed(seed: int) -> None:
@@ -303,151 +444,3 @@ class MVQTrainer:
         self.quantizer.load_state_dict(state["quantizer"])
         self.optimizer.load_state_dict(state["optimizer"])
         logging.info(f"{self.checkpoint}: going on after step {self.step}")
-
-
-# ------------------------------------------------------------
-# Losses that train a quantizer.
-
-
-LOGITS_ENTROPY_WEIGHT = 0.01
-
-
-class QuantizerLosses(NamedTuple):
-    """Losses of a batch, scalars.
-
-    Attributes:
-        reconstruction: squared error relative to that of the mean of all sums of
-            centres; 0 is perfect.
-        logprob: mean negative log-probability of the refined codes; it alone trains
-            the logits to start the search well.
-        logits_entropy: 0 if the batch's mean distribution over codes is uniform, 1 if
-            it is a single code.
-        index_entropy: the same of the codes themselves, without a gradient.
-    """
-
-    reconstruction: Tensor
-    logprob: Tensor
-    logits_entropy: Tensor
-    index_entropy: Tensor
-
-    def total(self) -> Tensor:
-        """What is minimised."""
-        return (
-            self.reconstruction
-            + self.logprob
-            + LOGITS_ENTROPY_WEIGHT * self.logits_entropy
-        )
-
-
-def quantizer_losses(
-    quantizer: Quantizer,
-    x: Tensor,
-    refine_iters: int,
-    tables: GramTables | None = None,
-) -> QuantizerLosses:
-    """Compute the losses of a batch; the choice of codes carries no gradient.
-
-    Args:
-        quantizer: to train.
-        x: standardised vectors (B, D).
-        refine_iters: passes of the search for the codes.
-        tables: of the centres to search with; by default the present ones.
-
-    Returns:
-        float32 scalars, under autocast, too: the search subtracts large inner products.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        return _losses(quantizer, x.float(), refine_iters, tables)
-
-
-def _losses(
-    quantizer: Quantizer, x: Tensor, refine_iters: int, tables: GramTables | None
-) -> QuantizerLosses:
-    logits = quantizer.logits(x)
-    with torch.no_grad():
-        codes = logits.argmax(dim=-1)
-        if refine_iters > 0:
-            tables = tables or quantizer.tables()
-            codes = refine(tables, tables.linear_terms(x), codes, refine_iters)
-        mean = quantizer.scaled_centers().mean(dim=1).sum(dim=0)
-        spread = (x - mean).square().sum() + 1e-20
-    reconstruction = (quantizer.sum_centers(codes) - x).square().sum() / spread
-    size = quantizer.codebook_size
-    log_probs = logits.log_softmax(dim=-1)
-    logprob = F.nll_loss(log_probs.flatten(0, 1), codes.flatten())
-    usage = code_usage(codes, size) / len(codes)
-    return QuantizerLosses(
-        reconstruction,
-        logprob,
-        _entropy_gap(log_probs.exp().mean(dim=0)),
-        _entropy_gap(usage),
-    )
-
-
-def code_usage(codes: Tensor, codebook_size: int) -> Tensor:
-    """How often every code occurs.
-
-    Args:
-        codes: (B, N) int64.
-        codebook_size: K.
-
-    Returns:
-        float32 (N, K).
-    """
-    num = codes.shape[1]
-    first = torch.arange(num, device=codes.device) * codebook_size
-    counts = torch.bincount((codes + first).flatten(), minlength=num * codebook_size)
-    return counts.view(num, codebook_size).float()
-
-
-def entropy(probs: Tensor) -> Tensor:
-    """Entropy of distributions (..., K) in nats."""
-    return -torch.special.xlogy(probs, probs).sum(dim=-1)
-
-
-def _entropy_gap(probs: Tensor) -> Tensor:
-    full = math.log(probs.shape[-1])
-    return (full - entropy(probs).mean()) / full
-
-
-# ------------------------------------------------------------
-# Mean and standard deviation of embeddings, by channel.
-
-
-STATS_FRAMES = 50_000
-
-
-def channel_statistics(data: TrainingFrames, seed: int) -> tuple[Tensor, Tensor]:
-    """Measure a sample of the training frames.
-
-    Args:
-        data: embeddings.
-        seed: of the sample.
-
-    Returns:
-        mean and standard deviation, float64 (D,) each; the latter is 1 for a channel
-        that is constant, which is logged.
-
-    Raises:
-        EmbeddingError: all channels are constant.
-    """
-    total = torch.zeros(data.dim, dtype=torch.float64)
-    square, count = torch.zeros_like(total), 0
-    for chunk in data.train_chunks(STATS_FRAMES, seed):
-        chunk = chunk.double()
-        total += chunk.sum(dim=0)
-        square += chunk.square().sum(dim=0)
-        count += len(chunk)
-    mean = total / count
-    var = (square / count - mean.square()).clamp(min=0)
-    constant = var <= 1e-10 * (mean.square() + 1e-20)
-    if constant.all():
-        raise EmbeddingError(
-            f"{data.source}: all frames are equal; the teacher does not see its "
-            "audio, or the audio is silent"
-        )
-    if constant.any():
-        logging.warning(
-            f"{data.source}: {int(constant.sum())} of {data.dim} channels are constant"
-        )
-    return mean, var.sqrt().masked_fill(constant, 1.0)

@@ -22,6 +22,7 @@ __all__ = [
     "TeacherError",
     "build_teacher",
     "load_teacher_config",
+    "quantizer_frames",
     "quantizer_options",
 ]
 
@@ -173,6 +174,20 @@ def quantizer_options(path: str | Path) -> dict[str, Any]:
     return _read_config(Path(path))["quantizer_conf"]
 
 
+def quantizer_frames(path: str | Path) -> int:
+    """Embeddings to train a quantizer on, by a teacher's YAML; 0 for all.
+
+    Raises:
+        TeacherError: unreadable file, or no such number.
+    """
+    count = _read_config(Path(path)).get("quantizer_frames", 0)
+    if not isinstance(count, int) or count < 0:
+        raise TeacherError(
+            f"{path}: quantizer_frames is {count!r}; a whole number, 0 for all"
+        )
+    return count
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """A teacher's YAML with all its tables; the teacher's options are not checked."""
     try:
@@ -190,11 +205,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         file = str((path.resolve().parent / Path(file).expanduser()).resolve())
         config["teacher"] = file + colon + attribute
     tables = ("teacher_conf", "quantizer_conf")
-    unknown = sorted(set(map(str, config)) - {"teacher", *tables})
+    unknown = sorted(set(map(str, config)) - {"teacher", "quantizer_frames", *tables})
     if unknown:
         raise TeacherError(
             f"{path}: unknown keys {', '.join(unknown)}; known are teacher, "
-            "teacher_conf and quantizer_conf"
+            "teacher_conf, quantizer_conf and quantizer_frames"
         )
     for key in tables:
         config[key] = config.get(key) or {}

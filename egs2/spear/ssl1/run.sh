@@ -80,7 +80,7 @@ Student and teachers (stages 4 to 7)
                               which domains it tokenizes: those its loss has a weight in.
   --config_override \"K=V ...\"  changes of it, such as \"optim_conf.lr=0.02 max_epoch=3\"
   --quantizer K               mvq, kmeans (one codebook), rvq or random  [mvq]
-  --quantizer_frames N        embeddings to train a quantizer on    [200000]
+  --quantizer_frames N        embeddings to train a quantizer on [as the teacher's YAML]
   --quantizer_data \"T=DIR ...\"  data directories (16 kHz, with utt2num_samples) whose
                               audio the quantizer of a teacher is trained on, such as
                               \"speech=dump_libri/raw/train\"
@@ -141,7 +141,7 @@ teachers=
 train_config=
 config_override=
 quantizer=mvq
-quantizer_frames=200000
+quantizer_frames=
 quantizer_data=
 quantizer_iters=
 quantizer_args=
@@ -325,7 +325,7 @@ train_quantizer() {
         # A cluster gives every job a GPU; here all jobs see the same ones.
         [ "${cmd_backend:-}" != local ] || device=cuda:$3
     fi
-    log "teacher '${name}': embeddings of ${quantizer_frames} frames, log in ${dir}/embed.log"
+    log "teacher '${name}': embeddings, log in ${dir}/embed.log"
     step --mark "${dir}/embed.json" --input "${yamls[$1]}" \
         ${weights[$1]:+--input "${weights[$1]}"} --input "${raw}/wav.scp" \
         --input "${raw}/utt2num_samples" ${kinds:+--input "${raw}/utt2domain"} \
@@ -333,7 +333,8 @@ train_quantizer() {
         --runner "$(runner "${gpus}" "$2" "${dir}/embed.log")" \
         -- python -m espnet2_spear.bin.spear_embed --teacher_config "${yamls[$1]}" \
         --wav_scp "${raw}/wav.scp" "${kinds[@]}" \
-        --max_frames "${quantizer_frames}" --output_dir "${dir}/embeddings" \
+        ${quantizer_frames:+--max_frames "${quantizer_frames}"} \
+        --output_dir "${dir}/embeddings" \
         --compute_dtype "${teacher_dtype}" + --device "${device}" --num_threads "$2"
     log "teacher '${name}': quantizer ${out##*/}, log in ${out}/train.log"
     # shellcheck disable=SC2086

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from figures import figures
@@ -384,23 +384,17 @@ def check_training_options(options: str, codebooks: int) -> None:
         PlanError: it would refuse them in stage 4, or they say another number of
             codebooks than the training configuration.
     """
-    from espnet2_spear.bin import mvq_train
+    from espnet2_spear.mvq.options import parse_options
 
-    def refuse(message: str) -> NoReturn:
-        raise PlanError(f"--quantizer, --quantizer_args: {message}")
-
-    parser = mvq_train.get_parser()
-    parser.error = refuse
-    words = [*shlex.split(options), "--embeddings", "unused", "--output", "unused"]
-    args = parser.parse_args(words)
     try:
-        mvq_train.configuration(args)
+        found = parse_options(shlex.split(options)).num_codebooks
     except ValueError as error:
-        refuse(str(error))
-    if args.num_codebooks != codebooks:
-        refuse(
-            f"--num_codebooks {args.num_codebooks}: the training configuration has "
-            f"{codebooks}; set teachers.<name>.num_codebooks by --config_override"
+        raise PlanError(f"--quantizer, --quantizer_args: {error}") from None
+    if found != codebooks:
+        raise PlanError(
+            f"--quantizer_args: --num_codebooks {found}, but the training "
+            f"configuration has {codebooks}; set teachers.<name>.num_codebooks by "
+            "--config_override"
         )
 
 
