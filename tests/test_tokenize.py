@@ -296,7 +296,7 @@ def test_codes_of_two_bytes(setup, data_dir, tmp_path):
         assert (codes == expected).mean() > 0.95
         np.testing.assert_array_equal(store[utt], codes)
         largest = max(largest, codes.max())
-    assert largest > 1000
+    assert largest > 255  # of two bytes
 
 
 def test_order_of_the_tables_does_not_matter(setup, data_dir, tmp_path):
