@@ -3,6 +3,7 @@
 Everything is trained and decoded by ESPnet's own entry points.
 """
 
+import copy
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +21,8 @@ from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.save import save_student
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
+from espnet2_spear.zipformer.schedule import SCHEDULES_END
 
 RATE = 16000
 TOKENS = ["<blank>", "<unk>", "<space>", "a", "b", "<sos/eos>"]
@@ -111,23 +113,30 @@ def test_ctc_with_self_conditioned_layers_at_25_hz(data: Path, tmp_path: Path) -
     }
     state = run(main, data, tmp_path / "exp", conf)
     assert state["encoder.conditioning_layer.weight"].shape == (32, len(TOKENS))
-    ((text, *_), *_), layers = decode(tmp_path / "exp", data, ctc_weight=1.0)
-    assert isinstance(text, str) and set(layers) == {1, 2}
+    for quantized in (False, True):
+        ((text, *_), *_), layers = decode(
+            tmp_path / "exp", data, ctc_weight=1.0, quantize_asr_model=quantized
+        )
+        assert isinstance(text, str) and set(layers) == {1, 2}
 
 
 def test_attention_decoder_frozen_embedding_and_init_param(
     data: Path, tmp_path: Path
 ) -> None:
+    """And the sizes of the student that ``--init_param`` loads, a 25 Hz one here."""
     from espnet2.bin.asr_train import main
 
     torch.manual_seed(5)
-    student = SpearEncoder(ZipformerConfig.from_name("tiny"))
+    sizes = {"name": "tiny", "output_downsampling_factor": 2}
+    student = SpearEncoder(ZipformerConfig.from_dict(sizes))
     weights = save_student(student, tmp_path / "student", "nowhere")
+    arch = {"name": str(weights), "regularize": True}
+    conf = {"encoder_conf": {"arch": arch}, "model_conf": {"ctc_weight": 0.3}}
     state = run(
         main,
         data,
         tmp_path / "exp",
-        {**ATTENTION, "model_conf": {"ctc_weight": 0.3}},
+        {**ATTENTION, **conf},
         *("--freeze_param", "encoder.encoder_embed"),
         *("--init_param", f"{weights}:student:encoder"),
     )
@@ -135,8 +144,26 @@ def test_attention_decoder_frozen_embedding_and_init_param(
     moved = {k for k, v in before.items() if not torch.equal(state[f"encoder.{k}"], v)}
     assert moved and not any(k.startswith("encoder_embed") for k in moved)
     assert "mask_emb" not in moved
+    # Regularisers go on as the student was trained at the end.
+    assert state["encoder.schedule.batches"] > SCHEDULES_END
+    # config.yaml says the sizes itself.
+    weights.unlink()
+    written = yaml.safe_load((tmp_path / "exp/config.yaml").read_text())
+    arch = written["encoder_conf"]["arch"]
+    assert arch["output_downsampling_factor"] == 2 and arch["regularize"]
     ((text, *_), *_) = decode(tmp_path / "exp", data, ctc_weight=0.3, maxlenratio=-3)
     assert isinstance(text, str)
+
+
+def test_waveforms_are_not_normalised(data: Path, tmp_path: Path) -> None:
+    """As asr.sh asks unless it is told otherwise."""
+    from espnet2.bin.asr_train import main
+
+    stats = tmp_path / "feats_stats.npz"
+    np.savez(stats, count=10, sum=np.zeros(1), sum_square=np.ones(1))
+    conf = {"normalize": "global_mvn", "normalize_conf": {"stats_file": str(stats)}}
+    with pytest.raises(ValueError, match="GlobalMVN would change .* null"):
+        run(main, data, tmp_path / "exp", {"decoder": None, **conf})
 
 
 def test_transducer_decoder(data: Path, tmp_path: Path, transducer_loss) -> None:
@@ -388,3 +415,37 @@ def test_specaug_masks_the_fbank_in_training_only() -> None:
         encoder(specaug=masks)
     with pytest.raises(ValueError, match="unexpected keyword argument 'freq'"):
         ZipformerEncoder(1, "tiny", specaug={"freq": 1})
+
+
+@pytest.mark.parametrize("start", [0.0, 700.0])
+def test_schedules_of_loaded_weights_are_at_their_end(start: float) -> None:
+    regular = {"regularize": True, "regularize_start": start}
+    source = encoder(seed=3, arch=regular)
+    weights = {k: v for k, v in source.state_dict().items() if "schedule" not in k}
+    # As --init_param loads: the model's own state with the student's tensors in it.
+    loaded = encoder(seed=4, arch=regular)
+    loaded.load_state_dict(loaded.state_dict() | weights)
+    assert loaded.encoder.count.value == (start or SCHEDULES_END)
+    # A training of the model itself goes on where it was.
+    source.encoder.count.value = 12.0
+    resumed = encoder(seed=4, arch={"regularize": True})
+    resumed.load_state_dict(source.state_dict())
+    assert resumed.encoder.count.value == 12.0
+    # Nothing came.
+    same = encoder(seed=4, arch=regular)
+    same.load_state_dict(copy.deepcopy(same.state_dict()))
+    assert same.encoder.count.value == start
+
+
+@pytest.mark.parametrize("arch", ["nowhere/x.pth", {"name": "nowhere/x.pth"}])
+def test_sizes_from_nowhere(arch, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a named size"):
+        ZipformerEncoder(1, arch)
+
+
+def test_sizes_of_a_checkpoint_need_a_place_in_the_configuration(tmp_path) -> None:
+    student = SpearEncoder(ZipformerConfig.from_name("tiny"))
+    weights = str(save_student(student, tmp_path / "student", "nowhere"))
+    with pytest.raises(ConfigError, match=r"arch: \{name: "):
+        ZipformerEncoder(1, weights)
+    assert ZipformerEncoder(1, {"name": weights}).config == student.config

@@ -75,7 +75,7 @@ def test_trains(options: list[str], tmp_path: Path, monkeypatch) -> None:
     student = load_model(tmp_path / "student" / "valid.loss.best.pth").state_dict()
     for key, value in student.items():
         assert torch.equal(state[f"frontend.upstream.{key}"], value)
-    assert state["frontend.featurizer.weights"].abs().max() > 0
+    assert (state["frontend.featurizer.weights"] != 1).any()
     assert (tmp_path / "exp" / "config.yaml").exists()
 
 

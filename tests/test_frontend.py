@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from espnet2.layers.utterance_mvn import UtteranceMVN
 from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
 from student_files import write_student
+from torch.ao.quantization import quantize_dynamic
 
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.load import load_model
+from espnet2_spear.zipformer.schedule import SCHEDULES_END
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +135,10 @@ def test_encoder_takes_waveforms_and_features(ckpt: Path, batch) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda s: s.pop("student.mask_emb"), "missing mask_emb"),
-        (lambda s: s.update({"student.more": torch.zeros(1)}), "extra more"),
+        (
+            lambda s: s.pop("student.encoder_embed.out.bias"),
+            "missing encoder_embed.out.bias",
+        ),
         (
             lambda s: s.update({"student.mask_emb": torch.zeros(5)}),
             r"mask_emb has shape \(5,\)",
@@ -164,3 +169,42 @@ def test_a_checkpoint_never_executes_code(ckpt: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="evil.pth"):
         load_model(tmp_path / "evil.pth")
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"logmel": "project", "stack": 2}])
+def test_dynamic_quantization(ckpt: Path, batch, options: dict) -> None:
+    """Speech2Text(..., quantize_asr_model=True)."""
+    plain = SpearFrontend(ckpt=str(ckpt), **options).eval()
+    quantized = quantize_dynamic(plain, {torch.nn.Linear}, dtype=torch.qint8)
+    with torch.no_grad():
+        feats, got = plain(*batch)[0], quantized(*batch)[0]
+    error = (got - feats).norm() / feats.norm()
+    assert 1e-4 < error < 0.1
+
+
+@pytest.mark.parametrize("start", [None, 700.0])
+def test_schedules_of_a_loaded_student_are_at_their_end(ckpt: Path, start) -> None:
+    arch = {"name": "tiny", "regularize": True}
+    if start is not None:
+        arch["regularize_start"] = start
+    expected = start or SCHEDULES_END
+    tuned = SpearFrontend(ckpt=str(ckpt), arch=arch, freeze=False)
+    assert tuned.upstream.encoder.count.value == expected
+    # By --init_param into the student alone.
+    bare = SpearFrontend(arch=arch, freeze=False)
+    bare.upstream.load_state_dict(load_model(ckpt).state_dict())
+    assert bare.upstream.encoder.count.value == expected
+    bare.upstream.encoder.count.value = 12.0
+    resumed = SpearFrontend(arch={"name": "tiny", "regularize": True}, freeze=False)
+    resumed.load_state_dict(bare.state_dict())
+    assert resumed.upstream.encoder.count.value == 12.0
+
+
+def test_a_normalizer_behind_the_features_is_told(ckpt: Path, caplog) -> None:
+    model = torch.nn.Module()
+    model.frontend = SpearFrontend(ckpt=str(ckpt))
+    model.normalize = None
+    assert not caplog.text
+    model.normalize = UtteranceMVN()
+    assert "UtteranceMVN changes its features" in caplog.text
+    assert caplog.text.count("changes its features") == 1

@@ -12,8 +12,8 @@ import pytest
 import torch
 from student_files import write_student
 
-from espnet2_spear.asr.frontend.chunks import Chunks, in_chunks
 from espnet2_spear.asr.frontend.spear import SpearFrontend
+from espnet2_spear.asr.pieces import Chunks, in_chunks
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.zipformer.checks import InputError

@@ -323,3 +323,93 @@ def test_parts_learn_at_their_own_rate():
     assert [len(g["params"]) for g in again.param_groups] == [2, 2]
     with pytest.raises(ValueError, match="must be positive"):
         scale_lr(model, 0.0)
+
+
+def test_each_group_is_clipped_by_its_own_norms() -> None:
+    """As if it had an optimizer of its own, whatever happens in the other group."""
+
+    def run(names: str) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        params = {n: torch.nn.Parameter(torch.ones(6)) for n in "ab"}
+        scale_lr(torch.nn.ParameterList([params["b"]]), 0.1)
+        opt = ScaledAdam([params[n] for n in names], lr=0.01)
+        for step in range(130):
+            for n in "ab":
+                grad = torch.randn(6, generator=generator)
+                # Outliers in group b alone, from the first threshold on.
+                params[n].grad = grad * (1e4 if n == "b" and step > 110 else 1.0)
+            opt.step()
+        return params
+
+    together, alone = run("ab"), {n: run(n)[n] for n in "ab"}
+    for n in "ab":
+        assert torch.equal(together[n], alone[n])
+
+
+# --- Parameters that start as zeros ---------------------------------------------------
+
+
+def learn_layer_weights(make, steps: int = 2000) -> float:
+    """Weight of the one useful layer of 12 after so many steps."""
+    generator = torch.Generator().manual_seed(0)
+    useful = torch.randn(32, generator=generator)
+    weights = torch.nn.Parameter(torch.zeros(12))
+    other = torch.nn.Parameter(torch.ones(3))
+    optimizer = make([weights, other])
+    for _ in range(steps):
+        layers = torch.randn(12, 32, generator=generator)
+        layers[7] = useful
+        out = (weights.softmax(0)[:, None] * layers).sum(0)
+        optimizer.zero_grad()
+        ((out - useful).square().mean() + (other - 1).square().sum()).backward()
+        optimizer.step()
+    return float(weights.detach().softmax(0)[7])
+
+
+def test_zeros_learn_as_under_adam() -> None:
+    adam = learn_layer_weights(lambda p: torch.optim.Adam(p, lr=0.005))
+    ours = learn_layer_weights(lambda p: ScaledAdam(p, lr=0.005))
+    reference = {"lr": 0.005, "zero_rms": 1e-5}
+    slow = learn_layer_weights(lambda p: ScaledAdam(p, **reference))
+    assert adam > 0.9 and ours > 0.9
+    assert slow == pytest.approx(1 / 12, abs=0.01)  # what the reference does
+
+
+def test_low_rank_adapters_learn() -> None:
+    """LoRA: of the product B A, B starts as zeros."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(s, generator=generator) for s in ((8, 2), (2, 8)))
+    target = left @ right / 4
+    errors = []
+    for zero_rms in (0.1, 1e-5):
+        a = torch.nn.Parameter(torch.randn(2, 8, generator=generator) / 3)
+        b = torch.nn.Parameter(torch.zeros(8, 2))
+        optimizer = ScaledAdam([a, b], lr=0.005, zero_rms=zero_rms)
+        for _ in range(600):
+            optimizer.zero_grad()
+            (b @ a - target).square().sum().backward()
+            optimizer.step()
+        errors.append(float((b @ a - target).detach().norm() / target.norm()))
+    assert errors[0] < 0.2 and errors[1] > 0.9
+
+
+def test_states_of_versions_without_the_size_of_zeros_go_on() -> None:
+    def make() -> tuple[torch.nn.Parameter, ScaledAdam]:
+        param = torch.nn.Parameter(torch.zeros(4))
+        return param, ScaledAdam([param], lr=0.01, zero_rms=1e-5)
+
+    def step(param: torch.nn.Parameter, opt: ScaledAdam) -> None:
+        param.grad = torch.tensor([1.0, -1.0, 0.5, 2.0])
+        opt.step()
+
+    param, opt = make()
+    step(param, opt)
+    state = copy.deepcopy(opt.state_dict())
+    del state["state"][0]["min_rms"], state["param_groups"][0]["zero_rms"]
+    twin, resumed = make()
+    twin.data.copy_(param)
+    resumed.load_state_dict(state)
+    for _ in range(9):
+        step(param, opt)
+        step(twin, resumed)
+    assert torch.equal(param, twin)

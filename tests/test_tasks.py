@@ -407,7 +407,7 @@ def test_trains_reloads_and_decodes(name: str, files: dict, tmp_path: Path) -> N
         student = load_model(files["CKPT"]).state_dict()
         for key, value in model.frontend.upstream.state_dict().items():
             assert torch.equal(value, student[key]), key
-        assert model.frontend.featurizer.weights.abs().max() > 0
+        assert (model.frontend.featurizer.weights != 1).any()
     else:
         assert model.encoder.encoder.encoders[1].downsample.bias.abs().max() > 0
     if case.decode is not None:

@@ -14,7 +14,7 @@ from espnet2_spear.optimizers.lr_scale import split_by_lr_scale
 _NORM_PERIOD = 100  # steps between two updates of the clipping threshold
 _BLOCK = 1 << 19  # elements that a CPU updates at once: all operands stay in its cache
 _SCALAR_STATE = ("delta", "exp_avg_sq")
-_STATE = (*_SCALAR_STATE, "param_rms", "scale_exp_avg_sq", "scale_grads")
+_STATE = (*_SCALAR_STATE, "param_rms", "min_rms", "scale_exp_avg_sq", "scale_grads")
 
 
 @dataclass
@@ -66,16 +66,21 @@ class ScaledAdam(torch.optim.Optimizer):
 
     Differences from Adam: the step of a tensor is multiplied by its root mean
     square; a second, explicit step learns its scale, from the gradient of the
-    logarithm of the scale; momentum is kept on the update; gradients are clipped
-    relative to the median norm of the last 100 steps. A constant factor on the
-    loss changes nothing. Switch other gradient clipping off (ESPnet:
+    logarithm of the scale; momentum is kept on the update; the gradients of each group
+    of parameters are clipped relative to the median of their last 100 norms. A constant
+    factor on the loss changes nothing. Switch other gradient clipping off (ESPnet:
     ``grad_clip: 1.0e+9``).
 
     Parameters of equal shape are updated together as one stacked tensor; on a CPU,
     where memory is what limits it, large ones in place and block by block. Nothing is
     read back from a GPU, clipping included. Parameters may be frozen and unfrozen
-    between steps. A tensor that starts as zeros grows only
-    slowly at first, because steps are relative to its size.
+    between steps.
+
+    A tensor that starts as zeros has no size that steps could be relative to: from
+    ``param_min_rms`` it would need thousands of steps at the rates of fine-tuning (a
+    factor of e every 1 / lr steps). The weights of a frontend's layers, LoRA's B and
+    biases begin so. Such a tensor is treated as one of RMS ``zero_rms`` until it is
+    larger, as LAMB (arXiv 1904.00962) bounds the norm that it multiplies steps by.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts of groups.
@@ -88,6 +93,8 @@ class ScaledAdam(torch.optim.Optimizer):
         eps: added to denominators.
         param_min_rms: tensors smaller than this are treated as this large, and are
             not scaled down any more.
+        zero_rms: the same for tensors that are all zeros before their first step;
+            ``param_min_rms`` there is what the reference does.
         param_max_rms: the scale step never lets a tensor grow beyond.
         scalar_max: largest magnitude of a one-element parameter.
         size_update_period: steps between two scale updates.
@@ -102,6 +109,7 @@ class ScaledAdam(torch.optim.Optimizer):
         scalar_lr_scale: float = 0.1,
         eps: float = 1.0e-8,
         param_min_rms: float = 1.0e-5,
+        zero_rms: float = 0.1,
         param_max_rms: float = 3.0,
         scalar_max: float = 10.0,
         size_update_period: int = 4,
@@ -117,6 +125,7 @@ class ScaledAdam(torch.optim.Optimizer):
             scalar_lr_scale=scalar_lr_scale,
             eps=eps,
             param_min_rms=param_min_rms,
+            zero_rms=zero_rms,
             param_max_rms=param_max_rms,
             scalar_max=scalar_max,
             size_update_period=size_update_period,
@@ -140,8 +149,18 @@ class ScaledAdam(torch.optim.Optimizer):
         self._stacks = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore from a checkpoint or a copy."""
+        """Restore from a checkpoint or a copy.
+
+        States of versions without ``zero_rms`` go on as they were.
+        """
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("zero_rms", group["param_min_rms"])
+            for p in group["params"]:
+                if "param_rms" in self.state.get(p, {}):
+                    rms = self.state[p]["param_rms"]
+                    least = torch.full_like(rms, group["param_min_rms"])
+                    self.state[p].setdefault("min_rms", least)
         self._stacks = None
 
     def _stack_parameters(self) -> list[_Stack]:
@@ -192,13 +211,15 @@ class ScaledAdam(torch.optim.Optimizer):
             if not stack.state:
                 self._init_state(stack)
             work.append((stack, grads))
-        clip = self._clipping_factor(work)
-        for stack, grads in work:
-            update = self._step_scalars if stack.is_scalar else self._step_tensors
-            update(stack, grads, clip)
-            stack.step += 1
-            for p in stack.params:
-                self.state[p]["step"] = stack.step
+        for group in self.param_groups:
+            own = [item for item in work if item[0].group is group]
+            clip = self._clipping_factor(group, own)
+            for stack, grads in own:
+                update = self._step_scalars if stack.is_scalar else self._step_tensors
+                update(stack, grads, clip)
+                stack.step += 1
+                for p in stack.params:
+                    self.state[p]["step"] = stack.step
         return loss
 
     def _init_state(self, stack: _Stack) -> None:
@@ -206,26 +227,30 @@ class ScaledAdam(torch.optim.Optimizer):
         state["delta"] = torch.zeros_like(value)
         state["exp_avg_sq"] = torch.zeros_like(value)
         if not stack.is_scalar:
-            state["param_rms"] = _rms(stack.params)
+            state["param_rms"] = rms = _rms(stack.params)
+            least, zeros = (stack.group[k] for k in ("param_min_rms", "zero_rms"))
+            state["min_rms"] = torch.full_like(rms, least).masked_fill_(rms == 0, zeros)
             state["scale_exp_avg_sq"] = torch.zeros_like(state["param_rms"])
             period = stack.group["size_update_period"]
             state["scale_grads"] = value.new_zeros(len(value), period)
         self._share(stack)
 
     def _clipping_factor(
-        self, work: list[tuple[_Stack, list[Tensor]]]
+        self, group: dict[str, Any], work: list[tuple[_Stack, list[Tensor]]]
     ) -> Tensor | None:
-        """Return min(1, threshold / norm), or None while there is no threshold.
+        """Return min(1, threshold / norm) of a group; None: there is no threshold yet.
 
         The norm is of gradients times the sizes of their parameters, so that it
-        measures the effect of a unit relative step. Everything stays on the
-        device: no synchronisation. The norms are kept with the very first
-        parameter, whether or not it has a gradient itself.
+        measures the effect of a unit relative step. Each group has a threshold of its
+        own, as in the reference: the encoder of a fine-tuning and its new head differ
+        much in their norms. Everything stays on the device: no synchronisation. The
+        norms are kept with the group's first parameter, whether or not it has a
+        gradient itself.
         """
-        scale = self.param_groups[0]["clipping_scale"]
+        scale = group["clipping_scale"]
         if not work or scale is None:
             return None
-        owner = self.param_groups[0]["params"][0]
+        owner = group["params"][0]
         history = self.state[owner]
         total = torch.zeros((), device=owner.device)
         for stack, grads in work:
@@ -264,7 +289,7 @@ class ScaledAdam(torch.optim.Optimizer):
         correction = 1 - beta2 ** (step + 1)
         if correction >= 0.99:  # as the reference, which stops correcting here
             correction = 1.0
-        size = rms.clamp(min=group["param_min_rms"]) * (-group["lr"] * (1 - beta1))
+        size = torch.maximum(rms, state["min_rms"]) * (-group["lr"] * (1 - beta1))
         size = size[:, None]
         for rows, value, grad, delta, second in stack.pieces(grads):
             if clip is not None:
@@ -292,7 +317,7 @@ class ScaledAdam(torch.optim.Optimizer):
         lr = group["lr"] * group["scalar_lr_scale"]
         step = grads.sum(dim=1) / (second.sqrt() + group["eps"])
         step.mul_(-lr * correction**0.5)
-        step.masked_fill_(rms < group["param_min_rms"], 0.0)
+        step.masked_fill_(rms < state["min_rms"], 0.0)
         return torch.minimum(step, (group["param_max_rms"] - rms) / rms)
 
     @staticmethod

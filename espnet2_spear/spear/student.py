@@ -158,8 +158,9 @@ class SpearEncoder(nn.Module):
         check_finite(speech, lengths)
         self.check_shortest(lengths.tolist())
         fbank, fbank_lens = self.fbank(speech, lengths)
-        # A model may have been converted as a whole, and its waveforms with it.
-        return fbank.to(self.encoder_embed.out.weight.dtype), fbank_lens
+        # A model may have been converted as a whole, and its waveforms with it. Not the
+        # type of a linear layer, which quantization replaces.
+        return fbank.to(self.mask_emb.dtype), fbank_lens
 
     def check_longest(self, samples: int) -> None:
         """Raise InputError if so many samples are too many for one piece.

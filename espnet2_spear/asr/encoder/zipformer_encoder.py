@@ -13,26 +13,31 @@ from espnet2.asr.encoder.abs_encoder import AbsEncoder
 from espnet2.asr.specaug.specaug import SpecAug
 from torch import Tensor, nn
 
-from espnet2_spear.asr.frontend.freezing import FreezeSchedule
+from espnet2_spear.asr.freezing import FreezeSchedule
+from espnet2_spear.asr.normalizers import watch_normalizers
+from espnet2_spear.asr.pretrained import end_schedules_of_loaded, read_architecture
 from espnet2_spear.hub.packed import check_format
 from espnet2_spear.optimizers.lr_scale import check_lr_scale, scale_lr
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
-from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.frames import Frames
+
+watch_normalizers()
 
 
 class ZipformerEncoder(SpearEncoder, AbsEncoder):
     """The student under ESPnet's encoder interface, for training and fine-tuning.
 
     Parameters have the names that they have in the student, so that a pre-trained
-    one is loaded by ``--init_param exp/spear/valid.loss.best.pth:student:encoder``.
+    one is loaded by ``--init_param exp/spear/valid.loss.best.pth:student:encoder``; the
+    schedules of its regularisers are then at their end.
 
     Args:
         input_size: 1 for raw waveforms (``frontend: null``, ``input_size: 1``), else
             the width of the frontend's features, at 100 Hz, which must be the
             network's ``num_mel_bins``.
-        arch: named size or fields of ZipformerConfig; ``regularize`` and
-            ``regularize_start`` among them say what shapes training.
+        arch: named size or fields of ZipformerConfig. ``name`` among the fields may be
+            a student's checkpoint, whose sizes it takes; ``regularize`` and
+            ``regularize_start`` (batches that count as done) say what shapes training.
         padding: ``exact`` or ``compatible``, see ZipformerConfig; None: as in ``arch``.
         interctc_layer_idx: layers, counted from 1 over all stacks, whose outputs are
             returned for intermediate CTC (``model_conf: {interctc_weight: 0.3}``).
@@ -48,7 +53,8 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         spear_format: of a packed model, as of the frontend.
 
     Raises:
-        CheckpointError: a model of a newer format.
+        CheckpointError: a model of a newer format, or ``arch.name`` a checkpoint that
+            cannot be opened.
         ValueError: an input size that does not fit the network, layers that it does
             not have or cannot condition on, options out of their range, or
             ``specaug`` with features for input.
@@ -68,7 +74,7 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
     ) -> None:
         if spear_format is not None:
             check_format(spear_format, "encoder zipformer: this model")
-        config = ZipformerConfig.build(arch)
+        config = read_architecture(arch)
         if padding is not None:
             config = replace(config, padding=padding)
         if input_size not in (1, config.num_mel_bins):
@@ -77,10 +83,11 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
                 f"frontend: null) or features of {config.num_mel_bins} bins"
             )
         super().__init__(config)
-        self.from_waveform = input_size == 1
+        self.takes_waveforms = input_size == 1
         # Nothing here masks the fbank: without this DDP would wait for a gradient.
         self.mask_emb.requires_grad_(False)
         self.schedule = self.batch_count_state()
+        self.register_load_state_dict_pre_hook(self._note_loading)
         self.interctc_layer_idx = sorted(interctc_layer_idx)
         self.interctc_use_conditioning = interctc_use_conditioning
         self._check_layers()
@@ -98,6 +105,9 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         # Made by ESPnet's model, which knows the number of tokens.
         self.conditioning_layer: nn.Module | None = None
 
+    def _note_loading(self, module, state_dict, prefix, *unused) -> None:
+        end_schedules_of_loaded(self, state_dict, prefix, prefix + "schedule.batches")
+
     @property
     def frozen(self) -> bool:
         """Whether the network is fixed now."""
@@ -112,7 +122,7 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         return self
 
     def _build_specaug(self, options: Mapping[str, Any]) -> SpecAug:
-        if not self.from_waveform:
+        if not self.takes_waveforms:
             raise ValueError(
                 "encoder zipformer: encoder_conf.specaug masks the fbank of waveforms; "
                 "with features for input use ESPnet's own specaug"
@@ -173,7 +183,7 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         no_grad = torch.no_grad() if self.frozen else nullcontext()
         with_hidden = return_all_hs or bool(self.interctc_layer_idx)
         with self._conditioned(ctc), no_grad:
-            if self.from_waveform:
+            if self.takes_waveforms:
                 speech = xs_pad.squeeze(-1) if xs_pad.dim() == 3 else xs_pad
                 fbank, fbank_lens = self.compute_fbank(speech, ilens)
                 if self.specaug is not None and self.training:

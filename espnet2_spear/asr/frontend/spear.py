@@ -12,11 +12,16 @@ import torch
 from espnet2.asr.frontend.abs_frontend import AbsFrontend
 from torch import Tensor
 
-from espnet2_spear.asr.frontend.chunks import FRAME, Chunks, in_chunks
-from espnet2_spear.asr.frontend.featurizer import Featurizer, FrameReducer
-from espnet2_spear.asr.frontend.freezing import FreezeSchedule
-from espnet2_spear.asr.frontend.logmel import LogMelFusion
-from espnet2_spear.asr.frontend.student import build_student, keep_layers
+from espnet2_spear.asr.features import Featurizer, FrameReducer, LogMelFusion
+from espnet2_spear.asr.freezing import FreezeSchedule
+from espnet2_spear.asr.normalizers import watch_normalizers
+from espnet2_spear.asr.pieces import FRAME, Chunks, in_chunks
+from espnet2_spear.asr.pretrained import (
+    brings_weights,
+    build_student,
+    end_schedules_of_loaded,
+    keep_layers,
+)
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named
@@ -25,6 +30,7 @@ from espnet2_spear.hub.packed import check_format
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.zipformer.schedule import BatchCountState
 
+watch_normalizers()
 AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # What `mask` takes for options that it does not name: much less than pre-training.
 MASK_DEFAULTS = {
@@ -60,7 +66,8 @@ class SpearFrontend(AbsFrontend):
             left over at the end is dropped. 2 gives 25 frames per second.
         freeze: keep the student fixed and in eval mode; no gradient is computed. A
             student that is trained on keeps the regularisers of its configuration,
-            with their schedules at the end unless ``arch`` says otherwise.
+            with their schedules at the end unless ``arch.regularize_start`` says
+            otherwise.
         padding: ``exact`` or ``compatible``, see ZipformerConfig; None: as configured.
         freeze_steps: with ``freeze``: train the student after so many updates; None:
             never. See FreezeSchedule.
@@ -83,6 +90,8 @@ class SpearFrontend(AbsFrontend):
         CheckpointError: a checkpoint that is absent (without ``arch``), unreadable or
             of another architecture than ``arch``; or a model of a newer format.
     """
+
+    is_student = True  # for check_normalizer
 
     def __init__(
         self,
@@ -150,15 +159,15 @@ class SpearFrontend(AbsFrontend):
             self.schedule = self.upstream.batch_count_state()
             if freeze_steps is not None:
                 self.unfreezing = FreezeSchedule(self.upstream, freeze_steps)
+        # Of the student, which --init_param may load alone.
         self.upstream.register_load_state_dict_pre_hook(self._note_loading)
         self.train(self.training)
 
     def _note_loading(self, module, state_dict, prefix, *unused) -> None:
-        """Remember that weights came; a state equal to ours carried nothing new."""
-        value = state_dict.get(prefix + "mask_emb")
-        if value is not None and not torch.equal(
-            value.cpu(), module.mask_emb.detach().cpu()
-        ):
+        """Remember that weights came; a state equal to ours carries nothing new."""
+        key = prefix.removesuffix("upstream.") + "schedule.batches"
+        end_schedules_of_loaded(module, state_dict, prefix, key)
+        if brings_weights(module, state_dict, prefix):
             self._has_weights = True
 
     def reload_pretrained_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""The student inside the frontend: opened, and cut to the layers that are used."""
+"""A pre-trained student in a recognizer: built, cut, and its schedules at the end."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.config import (
+    NAMED_CONFIGS,
+    ConfigError,
+    ZipformerConfig,
+)
 from espnet2_spear.zipformer.encoder import DownsampledStack
+
+_ANCHOR = "encoder_embed.conv.0.weight"  # every student has it
 
 
 def build_student(
@@ -45,6 +52,8 @@ def build_student(
             raise CheckpointError(f"{ckpt}: its architecture differs from `arch`")
         other = SpearEncoder(config)
         other.load_state_dict(student.state_dict())
+        if not config.regularize_start:
+            other.end_schedules()
         return other, True
     if config is None:
         raise ValueError("frontend spear: give `ckpt`, or `arch` without weights")
@@ -52,6 +61,79 @@ def build_student(
         logging.warning(f"{ckpt} is absent: weights must come with the model's state")
     # Without any checkpoint named, a random student is what was asked for.
     return SpearEncoder(config), ckpt is None
+
+
+def read_architecture(arch: str | Mapping[str, Any]) -> ZipformerConfig:
+    """Return the configuration that ``encoder_conf.arch`` asks for.
+
+    Args:
+        arch: a named size; or fields of ZipformerConfig, of which ``name`` is a named
+            size or a student's checkpoint (all that ``load_model`` opens), whose sizes
+            it takes. Such a mapping is written out in place: ESPnet saves it in
+            config.yaml, which has to describe the network where the file is gone.
+
+    Raises:
+        ConfigError: fields that do not fit together.
+        CheckpointError: a checkpoint that cannot be opened.
+    """
+    name = arch.get("name") if isinstance(arch, Mapping) else arch
+    if not isinstance(name, str) or name in NAMED_CONFIGS:
+        return ZipformerConfig.build(arch)
+    if not is_named(name):
+        raise ConfigError(
+            f"arch '{name}': neither a named size, one of {sorted(NAMED_CONFIGS)}, nor "
+            "the checkpoint of a student"
+        )
+    if not isinstance(arch, dict):
+        raise ConfigError(
+            f"arch '{name}': give the checkpoint as arch: {{name: {name}}}, so that "
+            "its sizes can be written to config.yaml"
+        )
+    changes = {key: value for key, value in arch.items() if key != "name"}
+    config = load_model(name).config.changed(changes)
+    logging.info(f"arch: the sizes of {name}; weights are loaded by --init_param")
+    arch.clear()
+    arch.update(config.to_dict())
+    return config
+
+
+def brings_weights(
+    student: SpearEncoder, state_dict: Mapping[str, Tensor], prefix: str
+) -> bool:
+    """Whether a state that is about to be loaded has other weights than a student.
+
+    Args:
+        student: before loading.
+        state_dict: of a whole model.
+        prefix: of the student's names in it.
+    """
+    value = state_dict.get(prefix + _ANCHOR)
+    own = student.get_parameter(_ANCHOR).detach().cpu()
+    return value is not None and not torch.equal(value.cpu(), own)
+
+
+def end_schedules_of_loaded(
+    student: SpearEncoder, state_dict: dict[str, Tensor], prefix: str, key: str
+) -> None:
+    """Do not begin the schedules of regularisers anew with weights that are trained.
+
+    ``--init_param`` loads a student into a model whose batch count is 0, and its own
+    state has that count. A state of the model itself (resuming, inference) has a later
+    count, and ``regularize_start`` is another beginning; both are left as they are.
+
+    Args:
+        student: before loading.
+        state_dict: of a whole model; gets the new count.
+        prefix: of the student's names in it.
+        key: name of the batch count in it.
+    """
+    count = student.encoder.count
+    if count is None or count.value or float(state_dict.get(key, 0.0)):
+        return
+    if brings_weights(student, state_dict, prefix):
+        student.end_schedules()
+        if key in state_dict:
+            state_dict[key] = torch.tensor(count.value)
 
 
 def keep_layers(student: SpearEncoder, layers: int) -> None:
