@@ -28,7 +28,7 @@ from espnet2_spear.codes.tokenize_run import TokenizeRun
 from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer
 from espnet2_spear.fileio.ark import read_matrix, read_scp
 from espnet2_spear.fileio.datadir import DataDirError
-from espnet2_spear.fileio.shards import deal
+from espnet2_spear.fileio.shards import split_into_shards
 from espnet2_spear.fileio.utterances import (
     Utterance,
     make_batches,
@@ -172,7 +172,7 @@ def test_batches_are_bounded_and_complete():
     total = sum(u.samples for u in utterances) / 16000
     assert batches.seconds(range(len(batches))) == pytest.approx(total)
     assert total > 0.9 * sum(sizes), "padding wastes more than 10 %"
-    shards = deal(batches, 100.0)
+    shards = split_into_shards(batches, 100.0)
     assert sorted(map(str, sum(list(shards), []))) == sorted(map(str, batches))
     seconds = [shards.seconds(i) for i in range(len(shards))]
     assert 60.0 < min(seconds) and max(seconds) < 140.0

@@ -21,7 +21,7 @@ from espnet2_spear.mvq.report import code_entropy_bits
 
 @dataclass
 class CodesCheck:
-    """What a check of one teacher's codes found.
+    """Result of the check of one teacher's codes.
 
     Attributes:
         teacher: shape that the codes must have.

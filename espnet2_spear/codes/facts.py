@@ -1,4 +1,4 @@
-"""Do the codes on disk belong to this training? Asked before it starts."""
+"""Check, before a training starts, that the codes on disk belong to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CodesMismatch(ValueError):
 
 
 def codes_facts(path: str | Path) -> dict[str, Any] | None:
-    """What tokenization wrote beside its codes; None for codes from elsewhere.
+    """Facts that tokenization wrote beside its codes; None for codes from elsewhere.
 
     Args:
         path: ``NAME.scp``, which has ``NAME.json`` beside it, or a store's folder.

@@ -14,7 +14,7 @@ from espnet2_spear.constants import MAX_CODEBOOK_SIZE, MISSING
 
 @dataclass(frozen=True)
 class TeacherCodes:
-    """What a teacher's code files hold, and where the student predicts them.
+    """Shape of a teacher's codes, and the place where the student predicts them.
 
     Attributes:
         num_codebooks: codes per teacher frame.

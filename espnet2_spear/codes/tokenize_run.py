@@ -33,7 +33,13 @@ from espnet2_spear.fileio.ark import scp_lines, write_missing_codes
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.hashes import digest_of, sha256_of
 from espnet2_spear.fileio.part import WHOLE, Part
-from espnet2_spear.fileio.shards import DoneMarks, Progress, Shards, deal, fingerprint
+from espnet2_spear.fileio.shards import (
+    DoneMarks,
+    Progress,
+    Shards,
+    fingerprint,
+    split_into_shards,
+)
 from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import TableWriter
 from espnet2_spear.fileio.utterances import UtteranceTable, make_batches
@@ -106,7 +112,9 @@ class TokenizeRun:
         for options in self.teachers:
             (self.folder / f"{options.name}.scp").unlink(missing_ok=True)
         union = chosen[0].union(chosen[1:])
-        shards = deal(make_batches(union, self.batch_seconds), self.shard_seconds)
+        shards = split_into_shards(
+            make_batches(union, self.batch_seconds), self.shard_seconds
+        )
         records = {i: marks.read(i) for i in range(len(shards)) if share.has(i)}
         todo = [i for i, record in records.items() if record is None]
         if len(todo) < len(records):
@@ -161,7 +169,7 @@ class TokenizeRun:
         return [str(self.folder / t.name / f"codes.{shard}") for t in self.teachers]
 
     def _job(self, shards: Shards, number: int, wanted: Sequence[np.ndarray]) -> Shard:
-        """What a worker is sent.
+        """A shard, as it is sent to a worker.
 
         Args:
             shards: of all.

@@ -1,4 +1,4 @@
-"""What a process does of a tokenization: a shard at a time."""
+"""One process of a tokenization: its teachers and quantizers, a shard at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from espnet2_spear.teachers.embed import read_batch
 
 
 class Shard(NamedTuple):
-    """What a worker is sent.
+    """A shard, as it is sent to a worker.
 
     Attributes:
         number: of the shard.

@@ -27,7 +27,7 @@ LOW_AGREEMENT = 0.8  # share of float32's codes below which there is a warning
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """How one teacher's codes are made.
+    """Options of the tokenization by one teacher.
 
     Attributes:
         name: of the teacher's role (``speech``, ``audio``): first part of file names.
@@ -102,7 +102,7 @@ class Tokenizer:
         self.quantizer.to(device)
 
     def describe(self) -> dict[str, Any]:
-        """What a data set's codes say of themselves, in primitives."""
+        """Facts about the codes for ``<name>.json``, in primitives."""
         options, quantizer = self.options, self.quantizer
         return {
             "teacher": self.teacher.describe(),

@@ -59,7 +59,7 @@ def shard_count(seconds: float, shard_seconds: float | None) -> int:
     return max(1, round(seconds / size))
 
 
-def deal(batches: Batched, shard_seconds: float | None = None) -> Shards:
+def split_into_shards(batches: Batched, shard_seconds: float | None = None) -> Shards:
     """Deal batches out to shards of about ``shard_seconds`` of audio each.
 
     Every shard gets batches of all lengths, so that shards take equally long. It

@@ -25,7 +25,12 @@ from espnet2_spear.fileio.feature_files import (
     NpyFeatures,
 )
 from espnet2_spear.fileio.names import differ_by_case
-from espnet2_spear.fileio.shards import Batches, DoneMarks, deal, fingerprint
+from espnet2_spear.fileio.shards import (
+    Batches,
+    DoneMarks,
+    fingerprint,
+    split_into_shards,
+)
 from espnet2_spear.fileio.utterances import make_batches
 from espnet2_spear.hub.recordings import Recording, read_ahead
 from espnet2_spear.hub.teacher import sha256_of_tensors
@@ -316,7 +321,7 @@ class ExtractionRun:
         options, shards = self.options, []
         if short:
             batches = make_batches(short, options.batch_seconds)
-            shards = deal(batches, options.shard_seconds)
+            shards = split_into_shards(batches, options.shard_seconds)
         return [*shards, *([[r]] for r in sorted(long, key=lambda r: r.utt))]
 
     def _shard(

@@ -130,7 +130,7 @@ class RandomProjectionQuantizer(AbsQuantizer):
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """What a trained baseline depends on, beside its embeddings.
+    """Options of the training of a baseline.
 
     Attributes:
         quantizer: kmeans, rvq or random.
@@ -218,7 +218,7 @@ def _cluster_residuals(
     data: TrainingFrames,
     progress: Callable[[str], None],
 ) -> None:
-    """Codebook after codebook, k-means of what the earlier ones leave."""
+    """Train codebook after codebook: k-means on the residuals of the earlier ones."""
 
     def residual(frames: Tensor, codebook: int) -> Tensor:
         x = quantizer.standardise(frames.to(quantizer.centers.device))
@@ -255,7 +255,7 @@ def _cluster_residuals(
 def _fit_centers(
     quantizer: RandomProjectionQuantizer, config: BaselineConfig, data: TrainingFrames
 ) -> None:
-    """Least squares: sums of the codes' centres near the frames."""
+    """Fit the centres by least squares, so that their sums approximate the frames."""
     size, entries = quantizer.codebook_size, quantizer.centers.flatten(0, 1)
     first = torch.arange(quantizer.num_codebooks, device=entries.device) * size
     counts = entries.new_zeros(len(entries) ** 2, dtype=torch.float64)

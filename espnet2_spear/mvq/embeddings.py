@@ -1,4 +1,4 @@
-"""Teacher embeddings on disk as training data of a quantizer."""
+"""Embeddings of a teacher as training data: their interface, and those on disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class EmbeddingError(UserError):
 
 
 class TrainingFrames(Protocol):
-    """What the training of a quantizer needs of its embeddings.
+    """Interface of embeddings as training data: stored ones, or computed on demand.
 
     Attributes:
         source: names them in messages.

@@ -37,7 +37,7 @@ class QuantizerError(UserError):
 
 
 class AbsQuantizer(nn.Module, ABC):
-    """Turns vectors into N small integers, and these into sums of N centres.
+    """Base class of quantizers: vectors to N small integers, and to sums of N centres.
 
     Args:
         dim: D, dimension of the vectors.
@@ -109,7 +109,7 @@ class AbsQuantizer(nn.Module, ABC):
         return self.centers * self.center_scale()
 
     def train(self, mode: bool = True) -> AbsQuantizer:
-        """As of any module; forgets what was computed from the parameters."""
+        """Set the mode, as of any module; the tables of the search are made anew."""
         self._tables = None
         return super().train(mode)
 

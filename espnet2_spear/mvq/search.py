@@ -331,7 +331,7 @@ def _join_scores(scores: Tensor, cross: Tensor) -> Tensor:
 
 
 def _drop_unused(centers: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
-    """Forget centres that no candidate uses, so that later blocks are small.
+    """Drop centres that no candidate uses, so that later blocks are small.
 
     Args:
         centers: (B, G, M) rows of the tables.

@@ -66,7 +66,7 @@ def run_passes(
 
 
 class Groups(NamedTuple):
-    """Candidates of groups of codebooks, two sets of them: one is made of the other.
+    """Candidates of all groups of codebooks, of one level and of the next.
 
     Attributes:
         centers: (2, N, centres) of each group, rows of the table.
@@ -83,7 +83,7 @@ class Groups(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Arrays that are written before they are read.
+    """Scratch memory of one thread; every array is written before it is read.
 
     Attributes:
         block: (centres, centres) products of the centres of two groups.

@@ -67,7 +67,7 @@ class QuantizerLosses(NamedTuple):
     index_entropy: Tensor
 
     def total(self) -> Tensor:
-        """What is minimised."""
+        """The loss that is minimised."""
         return (
             self.reconstruction
             + self.logprob
@@ -121,7 +121,7 @@ def _losses(
 
 
 def code_usage(codes: Tensor, codebook_size: int) -> Tensor:
-    """How often every code occurs.
+    """Number of times that each code occurs.
 
     Args:
         codes: (B, N) int64.
@@ -190,7 +190,7 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class MVQTrainingConfig:
-    """What the trained quantizer depends on, beside its embeddings.
+    """Options of the training of a quantizer.
 
     Attributes:
         num_codebooks: codebooks of 256 centres, a power of two: bytes per frame.
@@ -398,7 +398,7 @@ class MVQTrainer:
         )
 
     def _facts(self) -> dict[str, Any]:
-        """What a checkpoint must agree in."""
+        """Facts that a checkpoint must share with this run."""
         return {"config": asdict(self.config), "embeddings": self.data.fingerprint()}
 
     def _save(self) -> None:

@@ -1,4 +1,4 @@
-"""What every teacher is: a frozen network from 16 kHz audio to embeddings."""
+"""Base class of teachers: frozen networks from 16 kHz audio to embeddings."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Teacher(nn.Module, abc.ABC):
         }
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in eval mode whatever the mode of the module around."""
+        """Stay in eval mode, also if a module around is set to training."""
         del mode
         return super().train(False)
 
@@ -136,7 +136,7 @@ class Teacher(nn.Module, abc.ABC):
 def without_padding(
     embed: Callable[[Tensor], Tensor], speech: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Embed a batch by a network in whose results padding would count.
+    """Embed a batch with a network whose output would depend on padding.
 
     Args:
         embed: maps (B, samples), without padding, to (B, T, dim).
@@ -162,9 +162,9 @@ def padding_mask(lengths: Tensor, size: int) -> Tensor:
 
 
 def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Say in words how two results of :meth:`Teacher.describe` differ.
+    """Differences of two results of :meth:`Teacher.describe`, in words.
 
-    Where the weights lie is of no account, only what they are.
+    Hashes of the weights are compared, the paths of their files are not.
 
     Returns:
         an empty string if both describe the same teacher.

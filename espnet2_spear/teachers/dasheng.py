@@ -1,4 +1,4 @@
-"""Dasheng (arXiv 2406.06992), an encoder of general audio, 25 Hz."""
+"""Dasheng (arXiv 2406.06992), the paper's audio teacher: [2.2] of docs/method.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a teacher over batches of audio files; bad files are listed."""
+"""A teacher over batches of audio files: embeddings, and a list of what failed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from espnet2_spear.teachers.base import Teacher, TeacherError
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a teacher made of a batch.
+    """Embeddings of a batch.
 
     Attributes:
         utts: the utterances that could be embedded.
@@ -45,7 +45,7 @@ class Audio:
     failed: list[tuple[str, str]]
 
     def select(self, names: Container[str]) -> Audio:
-        """Return the part with these utterances."""
+        """The part of the batch with these utterances."""
         kept = [i for i, u in enumerate(self.utts) if u.utt in names]
         return Audio(
             [self.utts[i] for i in kept],
@@ -109,7 +109,7 @@ def embed_audio(teacher: Teacher, audio: Audio, dtype: str = "float32") -> Embed
         padded, frame_lengths = teacher(speech, lengths)
     padded = padded.float()
     frames = [x[:n] for x, n in zip(padded, frame_lengths.tolist(), strict=True)]
-    # One reduction for the batch: what is no number here is so in one utterance.
+    # One reduction for the batch; utterances are looked at only if it finds something.
     if not bool(torch.isfinite(padded).all()):
         good = [bool(torch.isfinite(x).all()) for x in frames]
         failed += [

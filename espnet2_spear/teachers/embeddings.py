@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from espnet2_spear.fileio.atomic import write_atomically
-from espnet2_spear.fileio.shards import Batches, DoneMarks, Progress, deal, fingerprint
+from espnet2_spear.fileio.shards import (
+    Batches,
+    DoneMarks,
+    Progress,
+    fingerprint,
+    split_into_shards,
+)
 from espnet2_spear.fileio.utterances import Utterance, lengths_of, make_batches
 from espnet2_spear.mvq.embeddings import (
     HELD_OUT_SHARE,
@@ -100,7 +106,7 @@ def store_embeddings(
     marks = DoneMarks(folder, "embeddings", fingerprint(facts, utterances))
     marks.clear_stale()
     (folder / INDEX).unlink(missing_ok=True)
-    shards = deal(make_batches(utterances, batch_seconds), shard_seconds)
+    shards = split_into_shards(make_batches(utterances, batch_seconds), shard_seconds)
     records = [marks.read(i) for i in range(len(shards))]
     todo = [i for i, record in enumerate(records) if record is None]
     if len(todo) < len(shards):

@@ -1,4 +1,4 @@
-"""A layer of any transformers speech model that hears waveforms (WavLM, HuBERT...)."""
+"""Teachers of transformers that take raw waveforms: WavLM, HuBERT and the like."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class HFSpeechTeacher(Teacher):
     """One layer of a wav2vec 2.0-like model of the package transformers.
 
     Blocks after ``layer`` are removed. Utterances are batched with an attention mask
-    where the model heeds it fully. Where padding would count nevertheless (the Base
-    sizes normalise their convolutions over time, Conformers convolve), only those of
-    one length are taken together; which it is, is found out by a trial with noise.
+    if the model's output then does not depend on padding. Otherwise (the Base sizes
+    normalise their convolutions over time, Conformers convolve) only utterances of one
+    length are batched. A trial with noise decides.
 
     Attributes:
         heeds_mask: whether utterances of different lengths are taken together.

@@ -1,4 +1,4 @@
-"""A layer of an upstream model of S3PRL."""
+"""Teachers from S3PRL: one hidden state of an upstream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find the file a teacher's weights lie in, and check it by hash."""
+"""Files of teachers' weights: found, checked by their hash, read as tensors only."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_sha256(path: Path, expected: str | None) -> str:
 
 @contextlib.contextmanager
 def tensors_only() -> Iterator[None]:
-    """Make torch.load, in whatever library, read tensors and execute nothing."""
+    """Let torch.load, in any library, read tensors only: no code is executed."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
