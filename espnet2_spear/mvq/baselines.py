@@ -234,6 +234,8 @@ def _cluster_residuals(
         kmeans = MiniBatchKMeans(
             config.codebook_size,
             n_init=1,
+            # Scikit-learn's default looks at 3072 frames, too few for 2000 centres.
+            init_size=max(3072, 8 * config.codebook_size),
             reassignment_ratio=0.0,
             random_state=config.seed + n,
         )
