@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from espnet2_spear.bin import spear_check_codes
+from espnet2_spear.codes.facts import CodesMismatch
 from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
 
 LENGTHS = {"utt0": 16000, "utt1": 24000, "utt2": 31000, "music": 48000}
@@ -197,7 +198,7 @@ def test_bad_options(check, codes, data_dir_made, tmp_path, options, message):
 def test_shape_unknown(check, codes, data_dir_made, tmp_path):
     check.write(codes)
     (check.folder / "speech.json").unlink()
-    with pytest.raises(SystemExit, match=r"speech\.json: missing.*--shape"):
+    with pytest.raises(CodesMismatch, match=r"speech\.json: missing.*--shape"):
         spear_check_codes.main(
             [
                 *("--data_dir", str(data_dir_made)),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from espnet2_spear.bin import spear_store_codes
+from espnet2_spear.codes.facts import CodesMismatch
 from espnet2_spear.codes.store import CodeStore, CodeStoreError, CodeStoreWriter
 from espnet2_spear.fileio.ark import (
     ArkError,
@@ -159,7 +160,7 @@ def test_command_copies_arks(codes, tmp_path):
     with open(tmp_path / "speech.scp", "a") as scp:
         scp.write(f"other {missing}\n")
     command = ["--scp", f"{tmp_path}/speech.scp", "--output_dir", f"{tmp_path}/s"]
-    with pytest.raises(SystemExit, match=r"speech\.json: missing"):
+    with pytest.raises(CodesMismatch, match=r"speech\.json: missing"):
         spear_store_codes.main(command)
     facts = {"num_codebooks": 4, "quantizer_id": "abcd"}
     (tmp_path / "speech.json").write_text(json.dumps(facts))

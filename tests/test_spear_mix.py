@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from espnet2_spear.bin.spear_mix import TABLE, main
+from espnet2_spear.codes.facts import CodesMismatch
 from espnet2_spear.fileio.ark import CodesWriter
 
 RATE = 16000
@@ -92,5 +93,5 @@ def test_bad_options(options: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="mixer_conf: .*unknown"):
         main([*options, "--mixer_conf", "{rule: 1}"])
     (tmp_path / "speech.json").unlink()
-    with pytest.raises(SystemExit, match="speech.json: missing or malformed"):
+    with pytest.raises(CodesMismatch, match="speech.json: missing or malformed"):
         main(options)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from espnet2_spear.codes.check import CodesCheck, check_codes
+from espnet2_spear.codes.facts import codes_shape
 from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.data.preprocessor import MAX_MISSING_ROWS
 from espnet2_spear.fileio.datadir_stream import check, entries
@@ -85,17 +86,7 @@ def _shape(name: str, text: str | None, scp: Path) -> TeacherCodes:
             return TeacherCodes(int(num), int(size), float(rate))
         except ValueError:
             raise SystemExit(f"--shape {name}={text}: expected N,K,HZ") from None
-    path = scp.with_suffix(".json")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return TeacherCodes(
-            facts["num_codebooks"], facts["codebook_size"], facts["frame_rate"]
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(
-            f"{path}: missing or malformed ({error!r}); tokenize (stage 5), or give "
-            f"--shape {name}=N,K,HZ"
-        ) from None
+    return codes_shape(scp, f", or give --shape {name}=N,K,HZ")
 
 
 def _log(name: str, scp: Path, check: CodesCheck) -> None:

@@ -14,8 +14,7 @@ import soundfile
 import torch
 import yaml
 
-from espnet2_spear.codes.facts import codes_facts
-from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.codes.facts import codes_shape
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.data.collate import SpearCollateFn
 from espnet2_spear.data.noise import NoiseError, NoiseList
@@ -108,19 +107,6 @@ class Source:
         return utt, self.prepare(utt, loaded)
 
 
-def _teacher(name: str, scp: str) -> TeacherCodes:
-    facts = codes_facts(scp)
-    try:
-        return TeacherCodes(
-            facts["num_codebooks"], facts["codebook_size"], facts["frame_rate"]
-        )
-    except (KeyError, TypeError) as error:
-        raise SystemExit(
-            f"{Path(scp).with_suffix('.json')}: missing or malformed ({error!r}); "
-            "it is written beside the codes: tokenize (stage 5)"
-        ) from None
-
-
 def _share_of_source(
     mixture: Mixture, row: int, name: str, hop: int, codes: torch.Tensor, samples: int
 ) -> tuple[float, int]:
@@ -197,7 +183,7 @@ def main(cmd=None):
     )
     data = DataDir.load(args.data_dir)
     data.validate(require=("utt2domain",))
-    teachers = {name: _teacher(name, scp) for name, scp in args.codes}
+    teachers = {name: codes_shape(scp) for name, scp in args.codes}
     specs = {name: read_scp(scp) for name, scp in args.codes}
     conf = {"preset": args.preset} | args.mixer_conf
     try:

@@ -6,13 +6,13 @@ instead of FILE.scp,codes_<teacher>,kaldi_ark.
 """
 
 import argparse
-import json
 import logging
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from espnet2_spear.codes.facts import codes_facts, codes_shape
 from espnet2_spear.codes.store import CodeStoreWriter
 from espnet2_spear.constants import MISSING
 from espnet2_spear.fileio.ark import read_matrix, scp_lines
@@ -47,14 +47,7 @@ def main(cmd=None):
 def run(args: argparse.Namespace) -> None:
     """Copy the codes of one scp file."""
     scp = Path(args.scp)
-    facts_file = scp.with_suffix(".json")
-    try:
-        facts = json.loads(facts_file.read_text(encoding="utf-8"))
-        num = int(facts["num_codebooks"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(
-            f"{facts_file}: missing or malformed ({error!r}); tokenize (stage 5)"
-        ) from None
+    num, facts = codes_shape(scp).num_codebooks, codes_facts(scp)
     without = 0
     with CodeStoreWriter(args.output_dir, num, facts, args.file_bytes) as writer:
         for utt, spec in tqdm(scp_lines(scp), unit=" utterances", disable=None):

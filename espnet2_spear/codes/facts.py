@@ -12,13 +12,15 @@ from typing import Any
 import yaml
 
 from espnet2_spear.codes.store import INDEX
+from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.errors import UserError
 
 PREFIX = "codes_"
 SHAPE = ("num_codebooks", "codebook_size", "frame_rate")
 DEFAULTS = {"codebook_size": 256, "frame_rate": 50.0}  # of TeacherCodes
 
 
-class CodesMismatch(ValueError):
+class CodesMismatch(UserError):
     """Codes of another quantizer, or of another shape, than the training expects."""
 
 
@@ -28,8 +30,7 @@ def codes_facts(path: str | Path) -> dict[str, Any] | None:
     Args:
         path: ``NAME.scp``, which has ``NAME.json`` beside it, or a store's folder.
     """
-    path = Path(path)
-    file = path / INDEX if path.is_dir() else path.with_suffix(".json")
+    file = _facts_file(path)
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
@@ -39,6 +40,31 @@ def codes_facts(path: str | Path) -> dict[str, Any] | None:
             f"{file}: malformed ({error}); tokenize again (stage 5)"
         ) from error
     return facts if isinstance(facts, dict) else None
+
+
+def codes_shape(path: str | Path, instead: str = "") -> TeacherCodes:
+    """Shape of codes, by the facts beside them.
+
+    Args:
+        path: as for :func:`codes_facts`.
+        instead: what else the user can do if there are none, for the message.
+
+    Raises:
+        CodesMismatch: no facts, or none of the number of codebooks.
+    """
+    try:
+        facts = codes_facts(path) or {}
+        return TeacherCodes(**{key: facts[key] for key in SHAPE if key in facts})
+    except TypeError as error:
+        raise CodesMismatch(
+            f"{_facts_file(path)}: missing or malformed ({error}); it is written "
+            f"beside the codes: tokenize (stage 5){instead}"
+        ) from None
+
+
+def _facts_file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / INDEX if path.is_dir() else path.with_suffix(".json")
 
 
 def check_codes_facts(args: argparse.Namespace) -> None:
