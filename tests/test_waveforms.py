@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from espnet2_spear import as_batch
+from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
+from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.config import ZipformerConfig
@@ -48,6 +50,7 @@ def test_other_rates_are_refused_or_resampled(caplog) -> None:
         ([np.ones((2, 9))], r"waveform 0 has shape \(2, 9\)"),
         ([np.ones(9, dtype=np.int16)], "waveform 0 is torch.int16.*32768"),
         ([np.ones(9), np.array([0.0, np.nan])], "waveform 1 holds.*NaN"),
+        ([np.ones(9), 3e3 * np.ones(9)], "waveform 1: samples from 3000 .*32768"),
     ],
 )
 def test_bad_waveforms_are_named(items: list, message: str) -> None:
@@ -60,3 +63,16 @@ def test_bad_options() -> None:
         as_batch([np.ones(9)], 16)
     with pytest.raises(InputError, match="other_rate 'guess'"):
         as_batch([np.ones(9)], 16000, other_rate="guess")
+
+
+@pytest.mark.parametrize("kind", ["frontend", "encoder"])
+def test_integers_through_espnets_inference(kind: str) -> None:
+    """Speech2Text makes floats of them, in their scale."""
+    model = SpearFrontend(arch="tiny")
+    if kind == "encoder":
+        model = ZipformerEncoder(1, arch="tiny")
+    speech = torch.randint(-20000, 20000, (2, 8000), dtype=torch.int16).float()
+    lengths = torch.tensor([8000, 7000])
+    with pytest.raises(InputError, match="waveforms: samples from -.*divide 16-bit"):
+        model.eval()(speech, lengths)
+    model(speech / 32768, lengths)

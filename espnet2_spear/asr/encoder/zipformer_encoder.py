@@ -17,6 +17,7 @@ from espnet2_spear.asr.freezing import FreezeSchedule
 from espnet2_spear.asr.normalizers import watch_normalizers
 from espnet2_spear.asr.pretrained import end_schedules_of_loaded, read_architecture
 from espnet2_spear.hub.packed import check_format
+from espnet2_spear.hub.waveforms import check_scale
 from espnet2_spear.optimizers.lr_scale import check_lr_scale, scale_lr
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.frames import Frames
@@ -185,6 +186,8 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         with self._conditioned(ctc), no_grad:
             if self.takes_waveforms:
                 speech = xs_pad.squeeze(-1) if xs_pad.dim() == 3 else xs_pad
+                if not self.training:  # where a look at values costs a wait a step
+                    check_scale(speech)
                 fbank, fbank_lens = self.compute_fbank(speech, ilens)
                 if self.specaug is not None and self.training:
                     fbank, fbank_lens = self.specaug(fbank, fbank_lens)

@@ -27,6 +27,7 @@ from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.packed import check_format
+from espnet2_spear.hub.waveforms import check_scale
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.zipformer.schedule import BatchCountState
 
@@ -210,7 +211,8 @@ class SpearFrontend(AbsFrontend):
 
         Raises:
             CheckpointError: no weights were ever loaded.
-            InputError: samples that are no numbers, or audio too long for one piece.
+            InputError: samples that are no numbers or, outside training, beyond +-8;
+                or audio too long for one piece.
             ValueError: an utterance too short for one frame.
         """
         if not self._has_weights:
@@ -255,6 +257,8 @@ class SpearFrontend(AbsFrontend):
 
     def _compute(self, speech: Tensor, lengths: Tensor) -> Tensor:
         """Return features (B, T, C) of waveforms, in one piece."""
+        if not self.training:  # where a look at values costs a wait a step
+            check_scale(speech)
         with ExitStack() as modes:
             if self.frozen:
                 modes.enter_context(torch.no_grad())
