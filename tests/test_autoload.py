@@ -59,7 +59,7 @@ def start(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     clean.pop("SPEAR_ESPNET_DISABLE", None)
     env = {**clean, "OMP_NUM_THREADS": "1", **env}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.run(command, env=env, cwd="/", timeout=100, **pipes)
+    return subprocess.run(command, env=env, cwd="/", timeout=300, **pipes)
 
 
 def run(command: list[str], code: int = 0, **env: str) -> str:
