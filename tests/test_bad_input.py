@@ -215,7 +215,7 @@ def test_no_space_left_is_told_and_made_up_for(tmp_path: Path) -> None:
     assert "make room for its outputs" in last
     assert not (tmp_path / "out/wav.scp").exists()
     assert not list((tmp_path / "out").rglob("*.part"))
-    assert not list((tmp_path / "out").glob(".spool*"))
+    assert not list((tmp_path / "out").glob(".sorter*"))
     subprocess.run(command, check=True)
     assert "long" in (tmp_path / "out/wav.scp").read_text()
 

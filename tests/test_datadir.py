@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from datadir_files import gather
 
-from espnet2_spear.fileio import spool
+from espnet2_spear.fileio import external_sorter
 from espnet2_spear.fileio.datadir import DataDir, Segment
 from espnet2_spear.fileio.datadir_stream import (
     Entry,
@@ -17,7 +17,7 @@ from espnet2_spear.fileio.datadir_stream import (
     entries,
     write_entries,
 )
-from espnet2_spear.fileio.spool import Spool
+from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.tables import DataDirError, Lookup
 
 
@@ -154,19 +154,19 @@ def test_requirements_and_empty_sets(tmp_path: Path, data: DataDir) -> None:
 
 
 @pytest.fixture
-def small_spool(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_sorter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spools that write to disk, and merge, after a few rows."""
-    monkeypatch.setattr(spool, "ROWS", 3)
-    monkeypatch.setattr(spool, "RUNS", 2)
-    monkeypatch.setattr(spool, "_BLOCK", 2)
+    monkeypatch.setattr(external_sorter, "ROWS", 3)
+    monkeypatch.setattr(external_sorter, "RUNS", 2)
+    monkeypatch.setattr(external_sorter, "_BLOCK", 2)
 
 
-@pytest.mark.usefixtures("small_spool")
+@pytest.mark.usefixtures("small_sorter")
 @pytest.mark.parametrize("count", [0, 2, 3, 50])
-def test_spool_sorts_on_disk(tmp_path: Path, count: int) -> None:
+def test_sorting_on_disk(tmp_path: Path, count: int) -> None:
     order = np.random.default_rng(0).permutation(count)
     rows = [(f"k{i // 2}", int(i)) for i in order]
-    with Spool(folder=tmp_path) as rows_on_disk:
+    with ExternalSorter(folder=tmp_path) as rows_on_disk:
         for row in rows:
             rows_on_disk.add(row)
         assert len(rows_on_disk) == count
@@ -179,7 +179,7 @@ def test_spool_sorts_on_disk(tmp_path: Path, count: int) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("small_spool")
+@pytest.mark.usefixtures("small_sorter")
 def test_streamed_round_trip(tmp_path: Path, data: DataDir) -> None:
     data.write(tmp_path / "x")
     # Users' tables need not be sorted.
@@ -259,9 +259,9 @@ def test_memory_does_not_grow_with_utterances(tmp_path: Path) -> None:
             tracemalloc.stop()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spool, "ROWS", 200)
-        patch.setattr(spool, "RUNS", 8)
-        patch.setattr(spool, "_BLOCK", 10)
+        patch.setattr(external_sorter, "ROWS", 200)
+        patch.setattr(external_sorter, "RUNS", 8)
+        patch.setattr(external_sorter, "_BLOCK", 10)
         assert peak(4000) - peak(1000) < 3000 * 20
 
 

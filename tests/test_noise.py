@@ -97,6 +97,17 @@ def test_only_bad_recordings_are_fatal(scp: Path) -> None:
         SpearCollateFn(NoiseList(scp))(data("a"))
 
 
+def test_a_list_that_goes_during_the_training(scp: Path) -> None:
+    noise = NoiseList(scp)
+    copy = pickle.dumps(noise)
+    scp.write_text("")  # in place, as a full disk leaves it
+    with pytest.raises(NoiseError, match="gone or was changed.*--resume true"):
+        noise.draw(np.random.default_rng(0), 1)
+    scp.unlink()
+    with pytest.raises(NoiseError, match="no such list"):  # a worker that starts
+        pickle.loads(copy)
+
+
 def test_bad_lists_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NoiseError, match=r"absent.scp: no such list.*data_musan"):
         NoiseList(tmp_path / "absent.scp")

@@ -13,7 +13,7 @@ from espnet2_spear.data.iter_factory import StepBatches
 from espnet2_spear.data.lists import ListError
 from espnet2_spear.data.manifest import Lists, Manifest, open_manifest
 from espnet2_spear.data.permutation import hash64, permuted
-from espnet2_spear.data.sampler import SamplerConfig, StepSampler, once
+from espnet2_spear.data.sampler import SamplerConfig, StepSampler, validation_batches
 from espnet2_spear.tasks.spear import SpearTask
 
 RATE = 16000
@@ -280,7 +280,7 @@ def test_headroom_is_what_the_mixer_adds(
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_validation_sees_everything_once(manifest: Manifest, world_size: int) -> None:
-    batches = once(manifest.samples, 100 * RATE, 50, world_size)
+    batches = validation_batches(manifest.samples, 100 * RATE, 50, world_size)
     assert len(batches) % world_size == 0
     rows = np.concatenate(batches)
     assert sorted(rows) == list(range(len(manifest)))
@@ -288,6 +288,6 @@ def test_validation_sees_everything_once(manifest: Manifest, world_size: int) ->
         assert 1 <= len(batch) <= 50
         assert len(batch) * int(manifest.samples[batch].max()) <= 100 * RATE
     with pytest.raises(ListError, match="raise valid_batch_bins"):
-        once(manifest.samples, 10 * RATE, None, 1)
+        validation_batches(manifest.samples, 10 * RATE, None, 1)
     with pytest.raises(ListError, match="2 utterances to validate with 3 ranks"):
-        once(np.array([5, 6]), 100, None, 3)
+        validation_batches(np.array([5, 6]), 100, None, 3)

@@ -18,7 +18,7 @@ from pathlib import Path
 from espnet2_spear.fileio.datadir import RAW
 from espnet2_spear.fileio.datadir_stream import Entry, EntryWriter, entries
 from espnet2_spear.fileio.explain import run_command
-from espnet2_spear.fileio.spool import c_order
+from espnet2_spear.fileio.external_sorter import c_order
 from espnet2_spear.fileio.tables import DataDirError, TableWriter, sorted_rows
 
 

@@ -41,8 +41,8 @@ from espnet2_spear.fileio.convert import (
 from espnet2_spear.fileio.datadir import RAW
 from espnet2_spear.fileio.datadir_stream import EntryWriter, check, entries
 from espnet2_spear.fileio.explain import run_command
-from espnet2_spear.fileio.part import WHOLE, Part, add_part_option
-from espnet2_spear.fileio.spool import Spool, c_order
+from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
+from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare, add_job_share_option
 from espnet2_spear.fileio.tables import DataDirError, TableWriter
 
 Finished = tuple[list[Result], bool]  # of a shard, and whether it was done before
@@ -50,7 +50,7 @@ SAY_SECONDS = 30.0  # between two lines about the progress
 
 
 def run(
-    in_dir: Path, options: Options, nj: int, total: int, part: Part
+    in_dir: Path, options: Options, nj: int, total: int, part: JobShare
 ) -> Iterator[Result]:
     """Convert all utterances with ``nj`` processes; yield results in any order.
 
@@ -209,7 +209,7 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="skip recordings whose headers tell another length than is there",
     )
-    add_part_option(parser)
+    add_job_share_option(parser)
     return parser
 
 
@@ -235,8 +235,9 @@ def main(cmd: list[str] | None = None) -> None:
         done = sum(1 for _ in run(args.in_dir, options, args.nj, total, args.part))
         logging.info("%s: %d utterances in this part", args.out_dir, done)
         return
-    with Spool[Result](lambda result: c_order(result.utt), args.out_dir) as results:
-        for result in run(args.in_dir, options, args.nj, total, WHOLE):
+    by_utterance = ExternalSorter[Result](lambda r: c_order(r.utt), args.out_dir)
+    with by_utterance as results:
+        for result in run(args.in_dir, options, args.nj, total, WHOLE_JOB):
             results.add(result)
         totals = write_results(args.in_dir, results, args.out_dir, args.fs)
     logging.info(

@@ -16,7 +16,7 @@ from espnet2_spear.codes.tokenize_run import TokenizeRun
 from espnet2_spear.codes.tokenizer import TokenizeOptions
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.explain import main_with_one_line_errors
-from espnet2_spear.fileio.part import add_part_option
+from espnet2_spear.fileio.job_share import add_job_share_option
 from espnet2_spear.fileio.utterances import read_utterances, select_domains
 from espnet2_spear.teachers import load_teacher_config
 
@@ -107,7 +107,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="with another dtype: if a smaller share of the codes is that of float32, "
         "nothing is tokenized",
     )
-    add_part_option(parser)
+    add_job_share_option(parser)
     return parser
 
 

@@ -15,7 +15,7 @@ from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.constants import MISSING, SAMPLE_RATE
 from espnet2_spear.fileio.ark import ArkError, read_matrix
 from espnet2_spear.fileio.datadir_stream import Entry
-from espnet2_spear.fileio.spool import c_order
+from espnet2_spear.fileio.external_sorter import c_order
 from espnet2_spear.mvq.report import code_entropy_bits
 
 

@@ -31,8 +31,9 @@ from espnet2_spear.codes.tokenize_worker import (
 from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer, check_agreement
 from espnet2_spear.fileio.ark import scp_lines, write_missing_codes
 from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.hashes import digest_of, sha256_of
-from espnet2_spear.fileio.part import WHOLE, Part
+from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare
 from espnet2_spear.fileio.shards import (
     DoneMarks,
     Progress,
@@ -40,7 +41,6 @@ from espnet2_spear.fileio.shards import (
     fingerprint,
     split_into_shards,
 )
-from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import TableWriter
 from espnet2_spear.fileio.utterances import UtteranceTable, make_batches
 from espnet2_spear.teachers.base import TeacherError
@@ -82,7 +82,7 @@ class TokenizeRun:
         nj: int = 1,
         num_threads: int = 1,
         devices: Sequence[str] = ("cpu",),
-        part: Part | None = None,
+        part: JobShare | None = None,
     ) -> list[dict[str, Any]]:
         """Tokenize.
 
@@ -107,7 +107,7 @@ class TokenizeRun:
         # Built here in any case, so that errors come before work is dealt out.
         tokenizers = [Tokenizer(options) for options in self.teachers]
         marks = self._marks(tokenizers, chosen)
-        share = part or WHOLE
+        share = part or WHOLE_JOB
         marks.clear_stale(share)
         for options in self.teachers:
             (self.folder / f"{options.name}.scp").unlink(missing_ok=True)
@@ -237,7 +237,7 @@ class TokenizeRun:
         for utt, reason in failed:
             logging.warning(f"skipped {utt}: {reason}")
         quantizer = tokenizer.quantizer
-        with Spool[tuple[str, str]](folder=self.folder) as codes:
+        with ExternalSorter[tuple[str, str]](folder=self.folder) as codes:
             for i in range(len(records)):
                 for row in scp_lines(self.folder / name / f"codes.{i}.scp"):
                     codes.add(row)

@@ -24,7 +24,7 @@ from espnet2_spear.data.iter_factory import (
 )
 from espnet2_spear.data.lists import ListError
 from espnet2_spear.data.manifest import Lists, Manifest, open_manifest
-from espnet2_spear.data.sampler import SamplerConfig, StepSampler, once
+from espnet2_spear.data.sampler import SamplerConfig, StepSampler, validation_batches
 from espnet2_spear.data.skipping import SkipLimits, SkipLog, SkippingDataset
 
 Config = TypeVar("Config")
@@ -129,7 +129,7 @@ def build_iter_factory(
         rows = [len(manifest) * (2 * i + 1) // (2 * count) for i in range(count)]
         batches, bound = FixedBatches([[row] for row in rows]), None
     else:
-        every = once(manifest.samples, bound, config.max_utts, world_size)
+        every = validation_batches(manifest.samples, bound, config.max_utts, world_size)
         batches = FixedBatches(every[rank::world_size])
     logging.info(f"[{mode}] dataset: {dataset}")
     return SpearIterFactory(

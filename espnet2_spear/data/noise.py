@@ -82,13 +82,13 @@ class NoiseList:
             (name, float32 samples at 16 kHz) each.
 
         Raises:
-            NoiseError: one after the other could not be read.
+            NoiseError: one after the other could not be read, or the list is gone.
         """
         return [self._draw_one(rng) for _ in range(count)]
 
     def _draw_one(self, rng: np.random.Generator) -> tuple[str, np.ndarray]:
         for _ in range(self.MAX_ATTEMPTS):
-            name, file = self._table.row(int(rng.integers(len(self))))
+            name, file = self._row(int(rng.integers(len(self))))
             where = rng.random()
             try:
                 return name, self._read(file, where)
@@ -104,6 +104,15 @@ class NoiseList:
             f"{self.scp}: {self.MAX_ATTEMPTS} recordings drawn one after the other "
             f"could not be read, one of them because: {reason}"
         )
+
+    def _row(self, number: int) -> tuple[str, str]:
+        try:
+            return self._table.row(number)
+        except (OSError, ValueError) as error:  # a file server, or cut in place
+            raise NoiseError(
+                f"{self.scp}: the list is gone or was changed since the training began "
+                f"({error}); restore it, and start again with --resume true"
+            ) from error
 
     def _read(self, file: str, where: float) -> np.ndarray:
         info = audio_info(file)

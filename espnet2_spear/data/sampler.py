@@ -348,7 +348,7 @@ class StepSampler:
         )
 
 
-def once(
+def validation_batches(
     samples: np.ndarray, bound: int, max_utts: int | None, world_size: int
 ) -> list[np.ndarray]:
     """Batches that hold every utterance once, from short to long, for validation.

@@ -10,7 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from espnet2_spear.fileio.side_output import append_lines, read_lines, warn_on_oserror
+from espnet2_spear.fileio.optional_output import (
+    append_lines,
+    read_lines,
+    warn_on_oserror,
+)
 
 TRIES = 4  # rows tried in place of a bad one
 MIN_FAILURES = 20  # different utterances, before a share of failures means something

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.fileio.audio import (
     AudioError,
     AudioInfo,
@@ -27,9 +27,9 @@ from espnet2_spear.fileio.audio import (
 )
 from espnet2_spear.fileio.datadir_stream import Entry
 from espnet2_spear.fileio.decode import DecodeError, open_bytes, split_ark
+from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.hashes import digest_of
 from espnet2_spear.fileio.names import file_name
-from espnet2_spear.fileio.spool import Spool
 
 SHARD_UTTERANCES = 100
 AUDIO_FORMATS = ("flac", "wav", "flac.ark", "wav.ark")
@@ -99,7 +99,8 @@ class Files:
     def write(self, utt: str, content: bytes) -> str:
         """Write the content of an audio file; returns what wav.scp says of it."""
         path = audio_path(utt, self._options)
-        write_atomically(Path(path), content)
+        with atomic(path) as file:
+            file.write(content)
         return path
 
     def finish(self) -> None:
@@ -129,13 +130,14 @@ class Ark:
     def finish(self) -> None:
         """Write the ark, if it has entries."""
         if self._content:
-            write_atomically(self._path, bytes(self._content))
+            with atomic(self._path) as file:
+                file.write(self._content)
 
 
 def recordings_of(found: Iterable[Entry]) -> Iterator[Recording]:
     """Group utterances by recording."""
     # Sorted on disk: the utterances of a recording need not follow each other.
-    with Spool[tuple[str, str, str, Span]]() as pieces:
+    with ExternalSorter[tuple[str, str, str, Span]]() as pieces:
         for entry in found:
             if entry.segment is None:
                 whole = Span(0.0, None, None)
@@ -190,7 +192,8 @@ def format_shard(shard: list[Recording], options: Options, mark: Path) -> list[R
         results |= {r.utt: r for r in format_recording(recording, options, out)}
     out.finish()
     lines = "".join(json.dumps(asdict(result)) + "\n" for result in results.values())
-    write_atomically(mark, lines.encode())
+    with atomic(mark) as file:
+        file.write(lines.encode())
     return list(results.values())
 
 

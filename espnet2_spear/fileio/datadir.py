@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from espnet2_spear.fileio.spool import c_order
+from espnet2_spear.fileio.external_sorter import c_order
 from espnet2_spear.fileio.tables import DataDirError, TableWriter, rows
 
 DOMAINS = ("speech", "audio")

@@ -1,7 +1,7 @@
 """Kaldi data directories of any size: utterance by utterance, in the order of ids.
 
 What is kept in memory: 9 bytes a recording where there are segments, and the rows that
-:class:`~espnet2_spear.fileio.spool.Spool` sorts at a time.
+:class:`~espnet2_spear.fileio.external_sorter.ExternalSorter` sorts at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from espnet2_spear.fileio.datadir import (
     unknown_lines,
     write_feats_type,
 )
-from espnet2_spear.fileio.spool import Spool, c_order
+from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
 from espnet2_spear.fileio.tables import (
     DataDirError,
     Lookup,
@@ -265,8 +265,8 @@ class EntryWriter:
             "wav.scp",
         )
         self._tables = {name: TableWriter(self.path / name) for name in names}
-        self._speakers: Spool[tuple[str, str]] = Spool(folder=self.path)
-        self._recordings: Spool[tuple[str, str]] = Spool(folder=self.path)
+        self._speakers = ExternalSorter[tuple[str, str]](folder=self.path)
+        self._recordings = ExternalSorter[tuple[str, str]](folder=self.path)
         self._last: Entry | None = None
         self.count = 0
 

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from espnet2_spear.fileio.atomic import AtomicFile
 from espnet2_spear.fileio.names import file_name
 
 _MATRIX = b"\0BFM "  # Kaldi's marks of a binary file and of a float matrix
@@ -103,16 +104,17 @@ class NpyFeatures(FeatureFiles):
         self.folder, self.dtype, self.alike = folder, np.dtype(dtype), alike
         folder.mkdir(parents=True, exist_ok=True)
         self._paths: list[Path] = []
-        self._file: BinaryIO | None = None
+        self._whole: AtomicFile | None = None
 
     def __exit__(self, *unused: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._whole is not None:
+            self._whole.discard()
 
     def begin(self, utt: str) -> None:
         self._path = self.folder / file_name(utt, ".npy", utt in self.alike)
         self._shape = (0, 0)
-        self._file = self._part().open("wb")
+        self._whole = AtomicFile(self._path)
+        self._file: BinaryIO = self._whole.file
 
     def append(self, block: np.ndarray) -> None:
         if self._shape[0] == 0:
@@ -123,20 +125,15 @@ class NpyFeatures(FeatureFiles):
     def finish(self) -> tuple[str, int]:
         self._file.seek(0)
         self._write_header(self._shape[1])
-        self._file.close()
-        self._part().replace(self._path)
+        self._whole.commit()
         self._paths.append(self._path)
         return str(self._path), self._shape[0]
 
     def abandon(self) -> None:
-        self._file.close()
-        self._part().unlink()
+        self._whole.discard()
 
     def paths(self) -> list[Path]:
         return list(self._paths)
-
-    def _part(self) -> Path:
-        return self._path.with_name(self._path.name + ".part")
 
     def _write_header(self, columns: int) -> None:
         # numpy leaves room in the header for the number of rows to grow.

@@ -12,7 +12,7 @@ from typing import Any
 
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.hashes import crc32_of, digest_of
-from espnet2_spear.fileio.part import WHOLE, Part
+from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare
 from espnet2_spear.fileio.utterances import Batched, Utterance
 
 SHARD_SECONDS = 600.0  # of audio, at least: what a killed run computes again
@@ -103,7 +103,7 @@ class DoneMarks:
     def _path(self, shard: int) -> Path:
         return self.folder / f"{self.name}.{shard}.done"
 
-    def clear_stale(self, part: Part = WHOLE) -> None:
+    def clear_stale(self, part: JobShare = WHOLE_JOB) -> None:
         """Remove the shards of runs with other inputs or options, and say so.
 
         Only those of a part: another job may be writing the others at this moment.

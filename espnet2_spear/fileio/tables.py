@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import IO, TextIO
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.spool import Spool, c_order
-
-# Paths and ids need not be valid UTF-8: undecodable bytes survive a round trip.
-TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}
+from espnet2_spear.fileio.atomic import TEXT, AtomicFile
+from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
 
 
 class DataDirError(UserError):
@@ -86,7 +84,7 @@ def rows(
             yield fields[0].decode(**TEXT), fields[1].decode(**TEXT)
 
 
-def twice(path: Path, key: str) -> DataDirError:
+def duplicate_key_error(path: Path, key: str) -> DataDirError:
     """The error of a key that a table has two lines of."""
     return DataDirError(f"{path}: '{key}' appears twice; keep one of its lines")
 
@@ -114,13 +112,13 @@ def sorted_rows(
     if is_sorted(path):
         yield from rows(path, columns, empty_values)
         return
-    with Spool() as spool:
+    with ExternalSorter() as table:
         for row in rows(path, columns, empty_values):
-            spool.add(row)
+            table.add(row)
         last = None
-        for row in spool:
+        for row in table:
             if row[0] == last:
-                raise twice(path, row[0])
+                raise duplicate_key_error(path, row[0])
             last = row[0]
             yield row
 
@@ -217,9 +215,8 @@ class TableWriter:
 
     def __init__(self, path: Path) -> None:
         self.path, self.lines = path, 0
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        self._part = Path(name)
-        self._file = open(handle, "w", **TEXT)
+        self._whole = AtomicFile(path, "w")
+        self._file = self._whole.file
 
     def add(self, key: str, value: object) -> None:
         """Write a line; lines are given in the order they shall have.
@@ -245,11 +242,8 @@ class TableWriter:
 
     def finish(self) -> None:
         """Move the table into place."""
-        self._file.close()
-        os.chmod(self._part, 0o644)
-        os.replace(self._part, self.path)
+        self._whole.commit()
 
     def discard(self) -> None:
         """Remove what was written."""
-        self._file.close()
-        self._part.unlink(missing_ok=True)
+        self._whole.discard()

@@ -11,7 +11,7 @@ from typing import overload
 import numpy as np
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.fileio.spool import c_order
+from espnet2_spear.fileio.external_sorter import c_order
 from espnet2_spear.fileio.tables import DataDirError, Lookup, sorted_rows
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from espnet2_spear.fileio.side_output import warn_on_oserror
+from espnet2_spear.fileio.optional_output import warn_on_oserror
 from espnet2_spear.spear.model import FBANK_RATE
 from espnet2_spear.spear.predictions import PredictedTokens, Prediction
 

@@ -15,7 +15,7 @@ from espnet2.train.reporter import SubReporter
 from humanfriendly import format_timespan
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.fileio.side_output import warn_on_oserror
+from espnet2_spear.fileio.optional_output import warn_on_oserror
 from espnet2_spear.train.checkpoint import RunState
 from espnet2_spear.train.options import SpearTrainerOptions
 from espnet2_spear.train.reporter import SpearReporter, recent

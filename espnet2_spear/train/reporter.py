@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from espnet2.train.reporter import Average, Reporter, SubReporter, WeightedAverage
 
-from espnet2_spear.fileio.side_output import warn_on_oserror
+from espnet2_spear.fileio.optional_output import warn_on_oserror
 
 
 class SpearReporter(Reporter):

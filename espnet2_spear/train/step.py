@@ -16,7 +16,7 @@ from espnet2.torch_utils.device_funcs import to_device
 from espnet2.train.reporter import SubReporter
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.fileio.side_output import append_lines, warn_on_oserror
+from espnet2_spear.fileio.optional_output import append_lines, warn_on_oserror
 from espnet2_spear.schedulers.eden import Eden
 from espnet2_spear.train.batches import Window, count_audio, seed_all
 from espnet2_spear.train.checkpoint import SKIPPED, RunState

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from espnet2_spear.fileio.side_output import warn_on_oserror
+from espnet2_spear.fileio.optional_output import warn_on_oserror
 
 
 class CheckpointWriteError(RuntimeError):

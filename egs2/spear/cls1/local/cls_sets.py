@@ -17,7 +17,7 @@ from pathlib import Path
 
 from espnet2_spear.fileio.datadir_stream import entries
 from espnet2_spear.fileio.explain import run_command
-from espnet2_spear.fileio.spool import Spool
+from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.tables import DataDirError, TableWriter, sorted_rows
 
 UNKNOWN = "<unk>"
@@ -46,7 +46,7 @@ def write_training_set(set_dir: Path, labels: Path, token_list: Path) -> None:
     files = ("category2utt", *LABELS)
     tables = [TableWriter(set_dir / name) for name in files]
     try:
-        with Spool[tuple[str, str]](folder=set_dir) as classes:
+        with ExternalSorter[tuple[str, str]](folder=set_dir) as classes:
             for utt, names in labels_of(set_dir, labels):
                 for table in tables[1:]:
                     table.add(utt, " ".join(names))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espnet2_spear import load_model
+from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.fileio.audio import read_audio
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.spear.student import SpearEncoder
@@ -94,12 +95,9 @@ def main(cmd: list[str] | None = None) -> None:
         features[utt] = pool(embed(speech[None].to(args.device)))
         if not np.isfinite(features[utt]).all():
             raise ValueError(f"{path}: {args.system} gives values that are not finite")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    part = args.output.with_name(args.output.name + ".part")
-    with part.open("wb") as file:
+    with atomic(args.output) as file:
         utts = np.array(list(features))
         np.savez(file, utts=utts, features=np.stack(list(features.values())))
-    part.replace(args.output)
     logging.info("%s: %s", args.output, np.stack(list(features.values())).shape)
 
 

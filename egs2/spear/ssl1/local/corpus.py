@@ -14,9 +14,9 @@ import numpy as np
 from espnet2_spear.fileio.datadir import Segment
 from espnet2_spear.fileio.datadir_stream import Entry, write_entries
 from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.folders import audio_files
 from espnet2_spear.fileio.hashes import name_hash
-from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import DataDirError, open_text
 
 EXAMPLES = 3  # missing files that are named in a message
@@ -41,7 +41,7 @@ class Found:
     """
 
     def __init__(self) -> None:
-        self.entries: Spool[Entry] = Spool()
+        self.entries: ExternalSorter[Entry] = ExternalSorter()
         self.missing = self.recordings = 0
         self.seconds = 0.0
         self.examples: list[str] = []

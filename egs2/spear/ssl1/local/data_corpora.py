@@ -33,7 +33,7 @@ from data_folders import from_audio_files, from_kaldi_dir, safe_id
 from espnet2_spear.fileio.datadir import DOMAINS, Segment, write_table
 from espnet2_spear.fileio.datadir_stream import Entry, write_entries
 from espnet2_spear.fileio.explain import run_command
-from espnet2_spear.fileio.spool import Spool
+from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.tables import DataDirError, open_text
 
 KEYS = {
@@ -135,13 +135,13 @@ def roots_of(path: Path) -> list[Path]:
     return [root for root in dict.fromkeys(found) if root.exists()]
 
 
-def from_manifest(path: Path, name: str, domain: str) -> Spool[Entry]:
+def from_manifest(path: Path, name: str, domain: str) -> ExternalSorter[Entry]:
     """Read a manifest in NeMo's form; relative paths start where it is.
 
     Raises:
         DataDirError: a malformed line, which the message names, or no UTF-8.
     """
-    found: Spool[Entry] = Spool()
+    found: ExternalSorter[Entry] = ExternalSorter()
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             try:

@@ -19,10 +19,10 @@ from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
 from espnet2_spear.fileio.datadir import DOMAINS
 from espnet2_spear.fileio.datadir_stream import Entry, check, entries, write_entries
 from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.folders import audio_files, find_audio
 from espnet2_spear.fileio.hashes import name_hash
 from espnet2_spear.fileio.names import file_name
-from espnet2_spear.fileio.spool import Spool
 from espnet2_spear.fileio.tables import DataDirError
 
 
@@ -44,7 +44,7 @@ def safe_id(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text.replace("/", "-"))
 
 
-def from_audio_files(folder: Path, label: str, domain: str) -> Spool[Entry]:
+def from_audio_files(folder: Path, label: str, domain: str) -> ExternalSorter[Entry]:
     """List a folder's audio files as utterances, each a speaker of its own.
 
     Memory: a hash of each id, some 80 bytes, for those that occur twice.
@@ -52,7 +52,7 @@ def from_audio_files(folder: Path, label: str, domain: str) -> Spool[Entry]:
     Raises:
         DataDirError: there is no audio file.
     """
-    found: Spool[Entry] = Spool()
+    found: ExternalSorter[Entry] = ExternalSorter()
     seen: set[int] = set()
 
     def is_new(utt: str) -> bool:

@@ -24,7 +24,7 @@ from espnet2_spear.fileio.audio import AudioError, audio_info
 from espnet2_spear.fileio.datadir import DOMAINS, Segment
 from espnet2_spear.fileio.datadir_stream import Entry, EntryWriter, entries
 from espnet2_spear.fileio.explain import run_command
-from espnet2_spear.fileio.spool import Spool
+from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.tables import DataDirError, Lookup
 
 MEASURED_AT_ONCE = 5000  # recordings
@@ -275,7 +275,7 @@ def main(cmd: list[str] | None = None) -> None:
     held = HoldOut(args.valid_fraction, args.max_valid_hours)
     piece = args.max_piece_seconds
     whole = max(piece, min(STAYS_WHOLE * piece, args.max_seconds))
-    with Spool[Entry](folder=args.out_dir) as pieces:
+    with ExternalSorter[Entry](folder=args.out_dir) as pieces:
         with ProcessPoolExecutor(args.nj) as pool:
             for source in args.sources:
                 seconds = seconds_of(source, pool)
@@ -287,7 +287,9 @@ def main(cmd: list[str] | None = None) -> None:
         write_sets(pieces, held, args)
 
 
-def write_sets(pieces: Spool[Entry], held: HoldOut, args: argparse.Namespace) -> None:
+def write_sets(
+    pieces: ExternalSorter[Entry], held: HoldOut, args: argparse.Namespace
+) -> None:
     """Write train and valid.
 
     Raises:

@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
 
 MAX_MEMBER = 256 * 1024**2  # bytes; a larger member is not a sound of a collection
@@ -35,11 +36,8 @@ def unzip(archive: Path, out_dir: Path) -> int:
             count += 1
             if path.exists() and path.stat().st_size == member.file_size:
                 continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".part")
-            with members.open(member) as source, open(temporary, "wb") as target:
+            with members.open(member) as source, atomic(path) as target:
                 shutil.copyfileobj(source, target)
-            temporary.replace(path)
     return count
 
 

@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 
-class Part(NamedTuple):
+class JobShare(NamedTuple):
     """Every ``count``-th shard, beginning with number ``first`` (0 to count - 1)."""
 
     first: int = 0
@@ -18,10 +18,10 @@ class Part(NamedTuple):
         return shard % self.count == self.first
 
 
-WHOLE = Part()
+WHOLE_JOB = JobShare()
 
 
-def parse_part(text: str) -> Part:
+def parse_job_share(text: str) -> JobShare:
     """Read ``2/8``, the second of eight.
 
     Raises:
@@ -32,14 +32,14 @@ def parse_part(text: str) -> Part:
         raise argparse.ArgumentTypeError(
             f"{text!r}: must be like 2/8, the second of eight parts"
         )
-    return Part(int(match[1]) - 1, int(match[2]))
+    return JobShare(int(match[1]) - 1, int(match[2]))
 
 
-def add_part_option(parser: argparse.ArgumentParser) -> None:
+def add_job_share_option(parser: argparse.ArgumentParser) -> None:
     """Give a parser the option ``--part``."""
     parser.add_argument(
         "--part",
-        type=parse_part,
+        type=parse_job_share,
         metavar="J/N",
         help="as job J of N do only its share of the shards, and leave the results to "
         "a run without this option, which finds the shards of all jobs done",

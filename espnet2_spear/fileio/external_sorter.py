@@ -28,7 +28,7 @@ def by_first(row: Any) -> bytes:
     return c_order(row[0])
 
 
-class Spool(Generic[Row]):
+class ExternalSorter(Generic[Row]):
     """Rows that are added in any order and read in sorted order, as often as wanted.
 
     At most ROWS of them are in memory, and _BLOCK of each of at most RUNS files a
@@ -84,7 +84,7 @@ class Spool(Generic[Row]):
 
     def _write(self, rows: Iterator[Row]) -> Path:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(dir=self._parent, prefix=".spool."))
+            self._folder = Path(tempfile.mkdtemp(dir=self._parent, prefix=".sorter."))
         path = self._folder / str(self._files)
         self._files += 1
         with path.open("wb") as out:
@@ -104,7 +104,7 @@ class Spool(Generic[Row]):
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
-    def __enter__(self) -> Spool[Row]:
+    def __enter__(self) -> ExternalSorter[Row]:
         return self
 
     def __exit__(

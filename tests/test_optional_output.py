@@ -9,7 +9,11 @@ import pytest
 import torch
 from espnet2.train.reporter import Reporter
 
-from espnet2_spear.fileio.side_output import append_lines, read_lines, warn_on_oserror
+from espnet2_spear.fileio.optional_output import (
+    append_lines,
+    read_lines,
+    warn_on_oserror,
+)
 from espnet2_spear.spear.predictions import PredictedTokens, Prediction
 from espnet2_spear.train.pictures import show_prediction
 from espnet2_spear.train.reporter import SpearReporter
