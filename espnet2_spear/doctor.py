@@ -196,9 +196,9 @@ def check_model(report: Report, path: Path) -> None:
         return
     for name, text in facts.items():
         report.line(name, text)
-    for file in lacking:
+    for file, option in lacking.items():
         report.problem(
-            f"{path} does not hold {file}: it opens only where that file is",
+            f"{path} does not hold {file} ({option}): it opens only where {file} is",
             "where it was trained, pack it by python -m espnet2_spear.bin.task_pack",
         )
 

@@ -401,11 +401,12 @@ def named_files(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def describe(path: str | os.PathLike[str]) -> tuple[dict[str, str], list[str]]:
+def describe(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, str]]:
     """What a packed model, or the folder of an unpacked one, is.
 
     Returns:
-        facts, and the files that its configurations name but it does not hold.
+        facts, and the files that its configurations name but it does not hold: name ->
+        which option of which configuration names it.
 
     Raises:
         UnpackError: as :func:`unpack_model`.
@@ -420,7 +421,7 @@ def describe(path: str | os.PathLike[str]) -> tuple[dict[str, str], list[str]]:
         facts = {"arguments": ", ".join([*configs, *weights])}
         made_by = stamp.get("espnet2_spear", "no version of the plugin (no stamp)")
         facts["packed by"] = f"espnet2-spear {made_by}" if stamp else made_by
-        lacking = []
+        lacking = {}
         for name, file in configs.items():
             config = read_yaml(path, file)
             for key in ("frontend", "encoder", "student"):
@@ -428,5 +429,5 @@ def describe(path: str | os.PathLike[str]) -> tuple[dict[str, str], list[str]]:
                     facts[f"{name}.{key}"] = config[key]
             for key, value in named_files(config).items():
                 if not Path(value).is_relative_to(folder) or not Path(value).exists():
-                    lacking.append(f"{value} ({name}: {key})")
+                    lacking[value] = f"{name}: {key}"
         return facts, lacking
