@@ -45,6 +45,8 @@ from espnet2_spear.fileio.tables import TableWriter
 from espnet2_spear.fileio.utterances import UtteranceTable, make_batches
 from espnet2_spear.teachers.base import TeacherError
 
+MOST_LETTERS = 200  # of a folder's name; file systems take 255 bytes
+
 
 class TokenizeRun:
     """Tokenization of the utterances of one data set by one teacher or several.
@@ -161,7 +163,10 @@ class TokenizeRun:
             }
             del facts["max_frames"]  # the search does not depend on it
             prints.append(fingerprint(facts, utterances))
-        name = "+".join(options.name for options in self.teachers)
+        names = [options.name for options in self.teachers]
+        name = "+".join(names)
+        if len(name) > MOST_LETTERS:
+            name = digest_of(names)[:16]
         return DoneMarks(self.folder, f"{name}/codes", digest_of(prints))
 
     def _stems(self, shard: int) -> list[str]:
