@@ -25,7 +25,9 @@ PUBLISHED = [p for p in CONFIGS if not p.stem.startswith("train_spear_mini")]
 TEACHERS = sorted((CONF / "teachers").glob("*.yaml"))
 # The published students at 50 Hz; a 25 Hz output adds 2 parameters.
 PARAMETERS = {"base": 93_289_489, "large": 326_951_472, "xlarge": 596_973_362}
-SECOND_VERSION = ("base_speech", "xlarge_speech_audio_v2")
+CAUSAL = "base_speech_causal"
+CAUSAL_PARAMETERS = 93_973_521
+SECOND_VERSION = ("base_speech", CAUSAL, "xlarge_speech_audio_v2")
 # Size and domains -> seconds of audio a GPU and step, lr_hours, steps (in thousands).
 PAPER = {
     ("base", "speech"): (600, 30_000, 400),
@@ -59,7 +61,10 @@ def test_builds_in_full_on_the_meta_device(path: Path) -> None:
     if args.student in PARAMETERS:
         count = sum(p.numel() for p in model.student.parameters())
         extra = 2 * (config.output_downsampling_factor - 1)
-        assert count == PARAMETERS[args.student] + extra
+        expected = CAUSAL_PARAMETERS if config.causal else PARAMETERS[args.student]
+        assert count == expected + extra
+        assert config.causal == (name(path) == CAUSAL)
+        assert model.distillation_delta == (4 if config.causal else 0)
         assert config.regularize and config.regularize_batch_seconds == 600
     for teacher, conf in args.teachers.items():
         frames = max(1, conf["frame_rate"] // config.frame_rate)
@@ -78,7 +83,7 @@ def test_builds_in_full_on_the_meta_device(path: Path) -> None:
 def test_values_are_the_published_ones(path: Path) -> None:
     conf = yaml.safe_load(path.read_text(encoding="utf-8"))
     second = name(path) in SECOND_VERSION
-    size, _, domains = name(path).removesuffix("_v2").partition("_")
+    size, _, domains = re.sub("_(v2|causal)$", "", name(path)).partition("_")
     assert conf["student"] == size and size in NAMED_CONFIGS
     speech_only = domains == "speech"
     assert set(conf["loss_weights"]) == set(domains.split("_"))

@@ -1,18 +1,12 @@
 """Training with several real processes (gloo) is training with one."""
 
-import contextlib
-import multiprocessing.connection
-import os
-import socket
-import subprocess
-import sys
-import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from tiny_training import end, launch
 
 from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
 
@@ -33,7 +27,6 @@ COMMON = [
     *("--max_epoch", str(STEPS), "--keep_nbest_models", "1"),
     *("--optim", "scaledadam", "--optim_conf", "lr=0.02", "--grad_clip", "1e9"),
     *("--scheduler", "eden", "--scheduler_conf", "warmup_batches=0"),
-    *("--dist_backend", "gloo", "--multiprocessing_distributed", "false"),
 ]
 # What depends on neither chance nor the utterances beside one.
 EXACT = ["--student_conf", "padding=exact", "--student_conf", "regularize=false"]
@@ -62,7 +55,7 @@ RUNS = {
         ],
     ),
     # Two machines, as egs2/spear/ssl1/run.sh --num_nodes 2 starts them.
-    "slurm": (2, [*EXACT, "--dist_launcher", "slurm"]),
+    "slurm": (2, EXACT),
 }
 
 
@@ -104,79 +97,19 @@ def write_data(folder: Path) -> list[str]:
     return options
 
 
-def run_rank(rank: int, world: int, port: int, options: list[str], log: Path) -> None:
-    """Be one process of a run."""
-    with open(log, "w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        if "slurm" in options:
-            # What srun tells the task of each node.
-            os.environ.update(SLURM_PROCID=str(rank), SLURM_NODEID=str(rank))
-            os.environ.update(SLURM_NTASKS=str(world), SLURM_LOCALID="0")
-            os.environ.update(SLURM_STEP_NUM_NODES=str(world))
-            os.environ.update(SLURM_STEP_NODELIST="node[1-2]")
-            options += ["--multiprocessing_distributed", "true"]
-            options += ["--dist_init_method", f"file://{log.parent}/dist_init"]
-        elif world > 1:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-            os.environ.update(LOCAL_RANK=str(rank))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        from espnet2_spear.bin.spear_train import main
-
-        try:
-            main(cmd=options)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-
-
-def run_all(folder: Path) -> None:
-    """Train all of RUNS, one after the other, from one import of ESPnet.
-
-    Raises:
-        SystemExit: a rank failed.
-    """
-    import espnet2_spear.bin.spear_train  # noqa: F401  (for all forks)
-
-    data = write_data(folder)
-    context = multiprocessing.get_context("fork")
-    for name, (world, options) in RUNS.items():
-        with contextlib.closing(socket.socket()) as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        out = folder / name
-        options = [*COMMON, *data, *options, "--output_dir", str(out)]
-        ranks = []
-        for rank in range(world):
-            log = folder / f"{name}.{rank}.log"
-            job = (rank, world, port, options, log)
-            ranks.append(context.Process(target=run_rank, args=job))
-            ranks[-1].start()
-        while running := [r.sentinel for r in ranks if r.exitcode is None]:
-            multiprocessing.connection.wait(running)
-            if any(rank.exitcode for rank in ranks):  # the others would wait for it
-                for rank in ranks:
-                    rank.kill()
-        if any(rank.exitcode for rank in ranks):
-            logs = [(folder / f"{name}.{r}.log").read_text() for r in range(world)]
-            sys.exit(f"{name} failed\n" + "\n".join(log[-3000:] for log in logs))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with an experiment for each of RUNS."""
     folder = tmp_path_factory.mktemp("distributed")
-    # In a fresh process: forks of one that has worked with threads may hang.
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
+    data = write_data(folder)
+    for name, (world, options) in RUNS.items():
+        out = folder / name
+        out.mkdir()
+        cmd = [*COMMON, *data, *options, "--output_dir", str(out)]
+        processes = launch(cmd, out, ranks=world, slurm=name == "slurm")
+        codes = end(processes, 120)
+        logs = [(out / f"log{rank}").read_text()[-3000:] for rank in range(world)]
+        assert codes == [0] * world, f"{name} failed\n" + "\n".join(logs)
     return folder
 
 
@@ -233,13 +166,9 @@ def test_accumulation_on_two_ranks_ends_with_the_same_parameters(folder: Path) -
 
 def test_says_what_steps_depend_on(folder: Path) -> None:
     text = "sampler_conf.step_shards is not set"
-    warned = {p.name for p in folder.glob("*.log") if text in p.read_text()}
-    assert warned == {"sampled_two.0.log"}
-    (line,) = (
-        line
-        for line in (folder / "sampled_two.0.log").read_text().splitlines()
-        if text in line
-    )
+    warned = [p for p in folder.glob("*/log?") if text in p.read_text()]
+    assert warned == [folder / "sampled_two" / "log0"]
+    (line,) = (x for x in warned[0].read_text().splitlines() if text in x)
     assert "WARNING" in line
     assert "2 ranks times accum_grad=1" in line
     # What it tells to set gives the same curve, see above.
@@ -253,7 +182,3 @@ def test_random_training_stays_in_step(folder: Path) -> None:
     assert curve(folder / "random_two", "mask_ratio")[0] > 0.2
     state = torch.load(folder / "random_two" / "4epoch.pth", weights_only=True)
     assert state["schedule.batches"] > 0
-
-
-if __name__ == "__main__":
-    run_all(Path(sys.argv[1]))

@@ -14,8 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from espnet2_spear.train.checkpoint import _memory
 from espnet2_spear.train.gradients import fix_gradient_layout
 
-pytestmark = pytest.mark.second_env
-
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:

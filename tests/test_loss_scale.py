@@ -24,7 +24,6 @@ from espnet2_spear.train.step import MIN_LOSS_SCALE, OptimizerStep, TrainingErro
 from espnet2_spear.train.trainer import SpearTrainer
 from espnet2_spear.zipformer.schedule import BatchCount, BatchCountState
 
-pytestmark = pytest.mark.second_env
 # Makes of the loss what a test wants; the gradients are real.
 Change = Callable[[torch.Tensor, nn.Module], torch.Tensor]
 
@@ -183,6 +182,7 @@ def test_a_norm_that_overflows_is_no_step(tmp_path: Path) -> None:
 # --- Which precision, and which scale -----------------------------------------------
 
 
+@pytest.mark.second_env
 @pytest.mark.parametrize(
     ("words", "gpu", "dtype"),
     [  # gpu: None for a CPU, else whether it computes in bfloat16
@@ -239,6 +239,7 @@ def test_penalties_of_the_network_know_the_scale(
     assert count.loss_scale == (scale or 1.0)
 
 
+@pytest.mark.second_env
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_training_in_low_precision(tmp_path: Path, dtype: str) -> None:
     """Through ESPnet's task, on a CPU."""

@@ -8,10 +8,7 @@ from tiny_training import FORK
 
 from espnet2_spear.train.ranks import destroy_process_group_on_exit
 
-pytestmark = [
-    pytest.mark.second_env,
-    pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc"),
-]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
 
 
 def gloo_threads() -> int:

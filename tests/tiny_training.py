@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -133,6 +135,54 @@ def train(cmd: Sequence[str], log: Path, before=lambda: None, env=None) -> int:
     process = start(cmd, log, before, env)
     process.join()
     return process.exitcode
+
+
+def launch(
+    cmd: Sequence[str],
+    folder: Path,
+    before: Callable[[int], Callable[[], None]] = lambda rank: lambda: None,
+    ranks: int = 2,
+    slurm: bool = False,
+) -> list[multiprocessing.Process]:
+    """Start the ranks of one training (gloo).
+
+    Args:
+        cmd: for spear_train.
+        folder: gets ``log0``, ``log1``...
+        before: rank -> what runs first in it.
+        ranks: how many.
+        slurm: whether they find each other as srun's tasks do on a node each, by a
+            file, else by addresses in the environment.
+    """
+    cmd = [*cmd, "--dist_backend", "gloo"]
+    cmd += ["--multiprocessing_distributed", str(slurm).lower()]
+    if slurm:
+        cmd += ["--dist_launcher", "slurm"]
+        cmd += ["--dist_init_method", f"file://{folder}/dist_init"]
+        common = {"SLURM_NTASKS": ranks, "SLURM_STEP_NUM_NODES": ranks}
+        common |= {"SLURM_STEP_NODELIST": f"node[1-{ranks}]", "SLURM_LOCALID": 0}
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            common = {"MASTER_PORT": free.getsockname()[1]}
+        common |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": ranks}
+    own = ("SLURM_PROCID", "SLURM_NODEID") if slurm else ("RANK", "LOCAL_RANK")
+    processes = []
+    for rank in range(ranks):
+        env = {k: str(v) for k, v in {**common, **dict.fromkeys(own, rank)}.items()}
+        processes.append(start(cmd, folder / f"log{rank}", before(rank), env))
+    return processes
+
+
+def end(processes: Sequence[multiprocessing.Process], seconds: float = 60) -> list[int]:
+    """Wait, and kill what still runs then; the exit codes before that."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [p.exitcode for p in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
 def difference(a: Path, b: Path) -> str:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from espnet2.schedulers.abs_scheduler import AbsBatchStepScheduler
@@ -86,7 +87,7 @@ class OptimizerStep:
         ]
 
     def __call__(self, window: Window) -> StepFigures:
-        """Do one step; the host waits for the device once.
+        """Do one step; the host waits for the device once (with float16 twice).
 
         Args:
             window: at least one batch.
@@ -94,32 +95,20 @@ class OptimizerStep:
         Raises:
             TrainingError: one skipped step too many.
         """
-        state, options, scaler = self.state, self.options, self.state.scaler
+        state, options = self.state, self.options
         start = time.perf_counter() - sum(window.load_seconds)
         result = self._gradients(window)
-        if scaler is not None:
-            for optimizer in state.optimizers:
-                scaler.unscale_(optimizer)
         if options.grad_noise:
-            # The same noise on every rank, or their parameters would part.
-            seed_all("noise", options.seed, state.epoch, state.position)
-            add_gradient_noise(
-                self.model,
-                self.statistics.get_total_count(),
-                duration=100,
-                eta=1.0,
-                scale_factor=0.55,
-            )
+            self._add_noise()
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), options.grad_clip, options.grad_clip_type
         )
         audio = [count_audio(batch) for _, batch in window.batches]
-        stats, weights, bad, bad_here, figures = _fetch(
-            result, grad_norm, audio, len(self.skips), state.world_size
-        )
+        fetched = _fetch(result, grad_norm, audio, len(self.skips), state.world_size)
+        figures = fetched.figures
         shown = {}
-        if any(bad) or not math.isfinite(figures.grad_norm):
-            self._skip(window, bad, bad_here)
+        if any(fetched.bad) or not math.isfinite(figures.grad_norm):
+            self._skip(window, fetched)
         else:
             shown = self._update(figures)
         for optimizer in state.optimizers:
@@ -131,23 +120,47 @@ class OptimizerStep:
         shown["skipped_utts"] = figures.skipped_utts
         shown["padding_waste"] = 1 - figures.samples / figures.padded
         shown["train_time"] = time.perf_counter() - start
-        for i, optimizer in enumerate(state.optimizers):
+        self._report(window, result, fetched, shown)
+        return figures
+
+    def _report(
+        self,
+        window: Window,
+        result: StepResult,
+        fetched: _Fetched,
+        shown: dict[str, float],
+    ) -> None:
+        """Tell the reporter of every batch, and with the last one of the step."""
+        for i, optimizer in enumerate(self.state.optimizers):
             for j, group in enumerate(optimizer.param_groups):
                 shown[f"optim{i}_lr{j}"] = group["lr"]
-        for index, values in enumerate(stats):
+        for index, (values, weight) in enumerate(
+            zip(fetched.stats, fetched.weights, strict=True)
+        ):
             times = {
                 "iter_time": window.load_seconds[index],
                 "forward_time": result.forward_seconds[index],
                 "backward_time": result.backward_seconds[index],
             }
-            last = index == len(stats) - 1
-            self.statistics.register(values, weights[index])
+            last = index == len(fetched.stats) - 1
+            self.statistics.register(values, weight)
             self.statistics.register({**times, **shown} if last else times)
             self.statistics.next()
-        return figures
+
+    def _add_noise(self) -> None:
+        """ESPnet's, but the same on every rank, or their parameters would part."""
+        state = self.state
+        seed_all("noise", self.options.seed, state.epoch, state.position)
+        add_gradient_noise(
+            self.model,
+            self.statistics.get_total_count(),
+            duration=100,
+            eta=1.0,
+            scale_factor=0.55,
+        )
 
     def _gradients(self, window: Window) -> StepResult:
-        """Leave the gradients of all batches in the parameters."""
+        """Leave the gradients of all batches in the parameters, without loss scale."""
         state, options, scaler = self.state, self.options, self.state.scaler
         for count in self.counts:
             count.loss_scale = 1.0 if scaler is None else scaler.get_scale()
@@ -156,13 +169,17 @@ class OptimizerStep:
             for ids, batch in window.batches
         ]
         seed = (options.seed, state.epoch, state.rank)
-        return accumulate_gradients(
+        result = accumulate_gradients(
             self.model,
             batches,
             options.autocast,
             lambda loss: (loss if scaler is None else scaler.scale(loss)).backward(),
             lambda index: seed_all("step", *seed, state.position + index),
         )
+        if scaler is not None:
+            for optimizer in state.optimizers:
+                scaler.unscale_(optimizer)
+        return result
 
     def _update(self, figures: StepFigures) -> dict[str, float]:
         """Step optimizers and schedulers; returns what there is to report."""
@@ -189,17 +206,16 @@ class OptimizerStep:
             "optim_step_time": time.perf_counter() - start,
         }
 
-    def _skip(
-        self, window: Window, bad: Sequence[float], bad_here: Sequence[float]
-    ) -> None:
+    def _skip(self, window: Window, fetched: _Fetched) -> None:
         """Skip the step, which all ranks do together: they see the same sums."""
+        bad, bad_here = any(fetched.bad), fetched.bad_here
         state, scaler = self.state, self.state.scaler
         if scaler is not None:
             # Without scaler.step: it would step where gradients are finite and loss or
             # norm are not.
             scale = scaler.get_scale()
             # A bad batch says nothing about the scale; an overflow lowers it.
-            scaler.update(scale if any(bad) else None)
+            scaler.update(scale if bad else None)
             if scaler.get_scale() < scale and scale > MIN_LOSS_SCALE:
                 logging.info(f"gradients overflow at loss scale {scale:g}: lowered")
                 return
@@ -208,7 +224,7 @@ class OptimizerStep:
         mine = [
             utt
             for (ids, _), is_bad in zip(window.batches, bad_here, strict=True)
-            if is_bad or not any(bad)
+            if is_bad or not bad
             for utt in ids
         ]
         everyone = [mine]
@@ -221,7 +237,7 @@ class OptimizerStep:
                 "epoch": state.epoch,
                 "batch": state.position + 1,
                 "step": state.steps + 1,
-                "not_finite": "loss" if any(bad) else "gradient",
+                "not_finite": "loss" if bad else "gradient",
                 "utterances": [utt for ids in everyone for utt in ids],
             }
             with warn_on_oserror(path):
@@ -243,13 +259,31 @@ class OptimizerStep:
             )
 
 
+class _Fetched(NamedTuple):
+    """Figures of a step on the host; all lists have an entry for each batch.
+
+    Attributes:
+        stats: over all ranks.
+        weights: over all ranks.
+        bad: ranks whose loss was not finite.
+        bad_here: whether this one's was not.
+        figures: of the step.
+    """
+
+    stats: list[dict[str, float]]
+    weights: list[float]
+    bad: list[float]
+    bad_here: list[float]
+    figures: StepFigures
+
+
 def _fetch(
     result: StepResult,
     grad_norm: torch.Tensor,
     audio: Sequence[tuple[float, float, int]],
     skipped: int,
     world_size: int,
-) -> tuple[list[dict[str, float]], list[float], list[float], list[float], StepFigures]:
+) -> _Fetched:
     """Bring a step's figures to the host, in one transfer.
 
     Args:
@@ -258,10 +292,6 @@ def _fetch(
         audio: samples, samples with padding and utterances of this rank's batches.
         skipped: utterances that this rank could not read so far.
         world_size: ranks over which ``audio`` and ``skipped`` are added up.
-
-    Returns:
-        of each batch its statistics, weight, ranks whose loss was bad, and whether
-        this one's was; figures of the step.
     """
     device, n = grad_norm.device, len(audio)
     total = torch.tensor(audio, dtype=torch.float64).sum(dim=0)
@@ -275,4 +305,4 @@ def _fetch(
     norm = next(rest)
     stats = [{name: next(rest) for name in names} for names in result.stats]
     figures = StepFigures(n, norm, *rest)
-    return stats, flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], figures
+    return _Fetched(stats, flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], figures)
