@@ -15,7 +15,7 @@ from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.s3prl_upstream import UpstreamExpert
 from espnet2_spear.hub.xares import SpearXaresEncoder
 from espnet2_spear.spear import student as encoder
-from espnet2_spear.zipformer.checks import InputError
+from espnet2_spear.spear.checks import InputError
 
 Door = Callable[[Tensor], object]
 BENCHMARKS = ("hear scenes", "hear timestamps", "s3prl", "xares")

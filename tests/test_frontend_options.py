@@ -16,7 +16,7 @@ from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.asr.pieces import Chunks, in_chunks
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
-from espnet2_spear.zipformer.checks import InputError
+from espnet2_spear.spear.checks import InputError
 
 # Downsampled last stack and 25 Hz output: what hidden states do not depend on.
 ARCH = {"name": "tiny", "downsampling_factor": [1, 4, 2], "padding": "exact"}

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import random
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,6 +33,7 @@ def _plain_afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def step(model: SpearEncoder, b: int, t: int) -> torch.Tensor:
     """Gradients of a step."""
     torch.manual_seed(b * t)
+    random.seed(b * t)
     fbank, lens = torch.randn(b, t, 24) * 3 - 8, torch.full((b,), t)
     model.zero_grad()
     model.encode(fbank, lens).encoder_out.square().mean().backward()

@@ -9,8 +9,8 @@ import torch
 from espnet2_spear import as_batch
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
+from espnet2_spear.spear.checks import InputError
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 

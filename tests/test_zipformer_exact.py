@@ -11,8 +11,8 @@ from test_zipformer import GOLDEN_CONFIG, fill_by_rule
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.hub.load import load_model
+from espnet2_spear.spear.checks import InputError
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
-from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.fbank import PADDING_VALUE
 
@@ -197,7 +197,7 @@ def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(InputError, match="the batch is empty"):
         build(NARROW).encode(torch.zeros(0, 40, 128), none)
     with pytest.raises(InputError, match="the batch is empty"):
-        build(NARROW).fbank(torch.zeros(0, 4000), none)
+        build(NARROW).compute_fbank(torch.zeros(0, 4000), none)
 
 
 def test_other_features_are_refused() -> None:

@@ -11,7 +11,7 @@ from test_zipformer_exact import NARROW, build
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.zipformer import attend
+from espnet2_spear.zipformer import cpu
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 LENGTHS = torch.tensor([16000, 12000])
@@ -32,7 +32,7 @@ def test_a_pass_for_some_gradients_leaves_nothing_to_the_next(
 ) -> None:
     """Gradient surgery asks for gradients of parts, and then for all."""
     if blocks:
-        monkeypatch.setattr(attend, "MAX_TRAINED_WEIGHTS", 0)
+        monkeypatch.setattr(cpu, "MAX_HEAD_WEIGHTS", 0)
     model = build(NARROW)
     layer = model.encoder.encoders[0].layers[0]
     of_values = layer.self_attn1.in_proj.weight

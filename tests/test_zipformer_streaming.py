@@ -12,11 +12,11 @@ from test_zipformer import GOLDEN_CONFIG, fill_by_rule
 from test_zipformer_exact import NARROW, build
 
 from espnet2_spear.hub.load import load_model
+from espnet2_spear.spear.checks import InputError
+from espnet2_spear.spear.streaming import streaming_fbank
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.fbank import Fbank
-from espnet2_spear.zipformer.fbank_stream import streaming_fbank
 
 CAUSAL = replace(NARROW, causal=True, chunk_size=8, left_context_frames=16)
 GOLDEN_CAUSAL = replace(GOLDEN_CONFIG, causal=True)

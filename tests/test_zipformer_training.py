@@ -1,5 +1,6 @@
 """What shapes training: gradients, statistics, schedules, and their survival."""
 
+import random
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.spear.model import SpearPretrainModel
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.tasks.spear import SpearTask
-from espnet2_spear.zipformer import attention, embed, layer, regularizers, scaling
+from espnet2_spear.zipformer import attention, cpu, embed, layer, regularizers, scaling
 from espnet2_spear.zipformer.attention import AttentionWeights
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.embed import ConvEmbed
@@ -54,6 +55,7 @@ REGULARIZED = replace(NARROW, regularize=True)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+    random.seed(0)
 
 
 def grad_of(function, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -153,12 +155,18 @@ def test_balancer_is_sampled_and_absent_in_eval() -> None:
     assert share() == 0
 
 
-def test_whitening_adds_the_gradient_of_the_metric() -> None:
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call is checked by Whiten."""
+    for module in (regularizers, cpu):
+        monkeypatch.setattr(module, "WHITEN_PROB", (1.0, 1.5))
+
+
+def test_whitening_adds_the_gradient_of_the_metric(always: None) -> None:
     mixing = torch.randn(6, 6)
     x, grad = torch.randn(2, 80, 6) @ mixing + 3.0, torch.randn(2, 80, 6)
     for groups in (1, 2):
         whiten = Whiten(BatchCount(), 1.0, groups=groups, grad_scale=0.05)
-        whiten.prob = 1.0
         added = grad_of(whiten, x, grad) - grad
         y = x.clone().requires_grad_()
         # The definition, one group at a time.
@@ -169,28 +177,38 @@ def test_whitening_adds_the_gradient_of_the_metric() -> None:
         metric.backward()
         expected = y.grad * (0.05 * grad.norm() / y.grad.norm())
         torch.testing.assert_close(added, expected, rtol=1e-3, atol=1e-4)
-        assert whiten.prob == 0.25
+        assert whiten.beyond
 
 
-def test_whitening_leaves_white_features_alone() -> None:
+def test_whitening_leaves_white_features_alone(always: None) -> None:
     x, grad = torch.randn(4000, 4), torch.randn(4000, 4)
     count = BatchCount()
     whiten = Whiten(count, ((0, 1.2), (100, 0.5)))
-    whiten.prob = 1.0
-    assert torch.equal(grad_of(whiten, x, grad), grad) and whiten.prob == 0.025
-    whiten.prob, count.value = 1.0, 100.0  # the limit follows its schedule
+    assert torch.equal(grad_of(whiten, x, grad), grad) and not whiten.beyond
+    count.value = 100.0  # the limit follows its schedule
     assert not torch.equal(grad_of(whiten, x, grad), grad)
-    assert whiten.prob == 0.25
+    assert whiten.beyond
     whiten.eval()
     assert torch.equal(grad_of(whiten, x, grad), grad)
 
 
-def test_whitening_makes_features_whiter() -> None:
+def test_whitening_is_checked_more_often_beyond_the_limit() -> None:
+    other, grad = torch.randn(50, 2) * torch.tensor([1.0, 9]), torch.ones(50, 2)
+    for beyond, wanted in ((False, 0.025), (True, 0.25)):
+        checks = 0
+        whiten = Whiten(BatchCount(), 1.5)
+        for _ in range(1000):
+            whiten.prob = wanted  # as a resumed training sets it
+            assert whiten.prob == wanted and bool(whiten.beyond) == beyond
+            checks += not torch.equal(grad_of(whiten, other, grad), grad)
+        assert checks / 1000 == pytest.approx(wanted, abs=0.04 if beyond else 0.015)
+
+
+def test_whitening_makes_features_whiter(always: None) -> None:
     x = (torch.randn(300, 5) @ torch.randn(5, 5)).requires_grad_()
     whiten = Whiten(BatchCount(), 1.1, grad_scale=1.0)
     before = whitening_metric(x, 1)[0].item()
     for _ in range(60):
-        whiten.prob = 1.0
         whiten(x).backward(torch.randn_like(x) * 0.1)
         with torch.no_grad():
             x -= 0.3 * x.grad
@@ -278,7 +296,7 @@ def make_layer(count: BatchCount | None, skip=0.0) -> ZipformerLayer:
 
 
 def make_frames(b: int, t: int) -> Frames:
-    pos = attention.RelPositionalEncoding(48)(t, torch.device("cpu"))
+    pos = attention.encode_positions(t, 48, torch.device("cpu"))
     padding = torch.zeros(b, t, dtype=torch.bool)
     return Frames(padding).with_keys(pos, padding)
 
@@ -430,7 +448,9 @@ def test_feature_masks() -> None:
     assert model.eval().encoder._draw_feature_mask(torch.zeros(2, 2, 16)) is None
 
 
-def test_large_scores_are_penalised_now_and_then() -> None:
+def test_large_scores_are_penalised_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     count = BatchCount(start=60000.0)
     weights = AttentionWeights(16, 2, 8, 4, 48, count)
     with torch.no_grad():
@@ -444,6 +464,12 @@ def test_large_scores_are_penalised_now_and_then() -> None:
         return bool(weights.in_proj.weight.grad.abs().sum() > 0)
 
     assert 12 < sum(penalised() for _ in range(300)) < 55  # 10 %
+    monkeypatch.setattr(attention, "SCORE_PROB", 1.0)
+    assert penalised()
+    once = weights.in_proj.weight.grad.clone()
+    count.loss_scale = 65536.0  # of float16 training: divided out after the pass
+    assert penalised()
+    torch.testing.assert_close(weights.in_proj.weight.grad / 65536.0, once)
     weights.eval()
     assert not any(penalised() for _ in range(60))
 

@@ -31,9 +31,9 @@ from espnet2_spear.hub.inspection import (
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.packed import unpack_model
 from espnet2_spear.mvq.files import load_quantizer
+from espnet2_spear.spear.checks import InputError
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.teachers import build_teacher, load_teacher_config
-from espnet2_spear.zipformer.checks import InputError
 
 TITLE = "SPEAR: what a student makes of a recording"
 

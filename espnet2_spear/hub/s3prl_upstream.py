@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from espnet2_spear.hub.load import load_model
-from espnet2_spear.zipformer.checks import InputError
+from espnet2_spear.spear.checks import InputError
 
 SAMPLES_PER_FRAME = 320
 

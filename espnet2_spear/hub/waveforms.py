@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import MAX_PEAK, MAX_RATE, MIN_RATE, resample
-from espnet2_spear.zipformer.checks import InputError
+from espnet2_spear.spear.checks import InputError
 
 OTHER_RATE = ("refuse", "resample")
 

@@ -10,25 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.zipformer.checks import (
+from espnet2_spear.spear.checks import (
     InputError,
-    check_batch,
-    check_finite,
+    check_fbank,
+    check_shortest,
     check_waveforms,
-    check_width,
 )
-from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
-from espnet2_spear.zipformer.embed import ConvEmbed
-from espnet2_spear.zipformer.encoder import Zipformer
-from espnet2_spear.zipformer.fbank import FRAME_SHIFT, Fbank, num_frames
-from espnet2_spear.zipformer.schedule import SCHEDULES_END, BatchCountState
-from espnet2_spear.zipformer.streaming import (
+from espnet2_spear.spear.streaming import (
     StreamState,
     continue_stream,
     embed_piece,
     encode_chunks,
 )
+from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
+from espnet2_spear.zipformer.cpu import use_cpu_versions
+from espnet2_spear.zipformer.embed import ConvEmbed
+from espnet2_spear.zipformer.encoder import Zipformer
+from espnet2_spear.zipformer.fbank import FRAME_SHIFT, Fbank, num_frames
+from espnet2_spear.zipformer.schedule import SCHEDULES_END, BatchCountState
 
+use_cpu_versions()
 MAX_SECONDS = 3600  # of an utterance in one piece
 
 
@@ -121,7 +122,7 @@ class SpearEncoder(nn.Module):
         Raises:
             InputError: a length below 9 (one output frame) or beyond the tensor.
         """
-        check_batch(fbank, fbank_lens, self.config.num_mel_bins)
+        check_fbank(fbank, fbank_lens, self.config.num_mel_bins)
         exact = self.config.padding == "exact"
         x = self.encoder_embed(fbank, fbank_lens if exact else None)
         x_lens = self.encoder_embed.output_lengths(fbank_lens)
@@ -153,10 +154,8 @@ class SpearEncoder(nn.Module):
                 than one piece may have; an utterance too short for one output frame,
                 named by its index; or a length beyond the tensor.
         """
-        check_waveforms(speech, lengths)
+        check_waveforms(speech, lengths, self.min_samples)
         self.check_longest(speech.size(1))
-        check_finite(speech, lengths)
-        self.check_shortest(lengths.tolist())
         fbank, fbank_lens = self.fbank(speech, lengths)
         # A model may have been converted as a whole, and its waveforms with it. Not the
         # type of a linear layer, which quantization replaces.
@@ -178,15 +177,7 @@ class SpearEncoder(nn.Module):
 
     def check_shortest(self, lengths: Sequence[int]) -> None:
         """Raise InputError unless each of so many samples gives an output frame."""
-        short = [i for i, n in enumerate(lengths) if n < self.min_samples]
-        if short:
-            alone = len(lengths) == 1
-            who = "an utterance" if alone else f"utterances {short} of the batch"
-            raise InputError(
-                f"{who}: {min(lengths)} samples are shorter than one output frame, at "
-                f"least {self.min_samples} samples at 16 kHz are needed; leave short "
-                "utterances out"
-            )
+        check_shortest(lengths, self.min_samples)
 
     def pad_short(self, speech: Tensor) -> Tensor:
         """Put silence behind (B, samples) that are too short for one output frame.
@@ -224,7 +215,7 @@ class SpearEncoder(nn.Module):
         self.config.check_chunk(chunk, left)
         if chunk < 0:
             raise ConfigError("streaming needs a chunk size, not -1")
-        return StreamState(chunk, left)
+        return StreamState(chunk, left, self.config.num_mel_bins)
 
     def streaming_forward(
         self,
@@ -256,7 +247,6 @@ class SpearEncoder(nn.Module):
         """
         if self.training:
             raise InputError("streaming works in eval mode only: call model.eval()")
-        check_width(fbank, self.config.num_mel_bins)
         fbank_lens = fbank_lens.to(fbank.device)
         new = continue_stream(state, fbank, fbank_lens, last)
         exact = self.config.padding == "exact"

@@ -1,78 +1,58 @@
-"""Attention of the Zipformer: weights are computed once and used three times."""
+"""Attention modules of the Zipformer (arXiv 2310.11230, 3.2).
+
+Attention weights are computed once a layer and used three times: by two self-attentions
+and by the non-linear attention.
+"""
 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet2_spear.zipformer.attend import Attention, attend
-from espnet2_spear.zipformer.blocked_attention import BlockedAttention
 from espnet2_spear.zipformer.frames import Frames, Past
-from espnet2_spear.zipformer.linear import apply_linear
 from espnet2_spear.zipformer.regularizers import (
     balancer,
     chance,
     whiten,
     whitening_limit,
 )
-from espnet2_spear.zipformer.scaling import scaled_linear
+from espnet2_spear.zipformer.scaling import linear, scaled_linear
 from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
-from espnet2_spear.zipformer.scores import Inputs
+from espnet2_spear.zipformer.scores import Attention, Inputs
 
 POS_SKIP: Scheduled = ((0, 0.5), (4000, 0.0))
 SCORE_PROB = 0.1  # that large scores are penalised in a call
+SCORE_PENALTY = 1.0e-4
 
 
-class RelPositionalEncoding(nn.Module):
-    """Compact relative positional encoding with logarithmically compressed offsets.
+def encode_positions(
+    frames: int, pos_dim: int, device: torch.device, left: int = 0
+) -> Tensor:
+    """Encode the offsets key - query, logarithmically compressed.
 
     offset t -> sign(t) sqrt(D) (log(|t| + sqrt(D)) - log sqrt(D)), then an angle
     atan(2 pi t / D) whose multiples feed cosines (even columns) and sines (odd);
     the last column is 1.
 
     Args:
+        frames: queries, which are the last of the keys.
         pos_dim: width D of the encoding.
+        device: of the result.
+        left: keys before the first query.
+
+    Returns:
+        (2 frames + left - 1, D); row r is offset r - (frames + left - 1).
     """
-
-    def __init__(self, pos_dim: int) -> None:
-        super().__init__()
-        self.pos_dim = pos_dim
-        self.register_buffer("table", torch.zeros(0, pos_dim), persistent=False)
-
-    def forward(self, frames: int, device: torch.device, left: int = 0) -> Tensor:
-        """Encode the offsets key - query of so many frames.
-
-        Args:
-            frames: queries, which are the last of the keys.
-            device: of the result.
-            left: keys before the first query.
-
-        Returns:
-            (2 frames + left - 1, pos_dim); row r is offset r - (frames + left - 1).
-        """
-        longest = (self.table.size(0) + 1) // 2
-        if longest < frames + left or self.table.device != device:
-            # Twice as long each time: a stream with unlimited context grows steadily.
-            longest = max(2 * longest if left else longest, frames + left)
-            # Not an inference tensor, which no later training could use.
-            plain = torch.compiler.is_compiling()
-            with nullcontext() if plain else torch.inference_mode(False):
-                self.table = self._encode(longest).to(device)
-        start = longest - frames - left
-        return self.table[start : start + 2 * frames + left - 1]
-
-    def _encode(self, frames: int) -> Tensor:
-        t = torch.arange(1 - frames, frames, dtype=torch.float64)[:, None]
-        knee = math.sqrt(self.pos_dim)
-        t = t.sign() * knee * ((t.abs() + knee).log() - math.log(knee))
-        angle = torch.atan(t * 2.0 * math.pi / self.pos_dim)
-        angle = angle * torch.arange(1, self.pos_dim // 2 + 1)
-        table = torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1)
-        table[:, -1] = 1.0
-        return table.float()
+    t = torch.arange(1 - frames - left, frames, device=device)[:, None]
+    knee = math.sqrt(pos_dim)
+    t = t.sign() * knee * ((t.abs() + knee).log() - math.log(knee))
+    angle = torch.atan(t * 2.0 * math.pi / pos_dim)
+    angle = angle * torch.arange(1, pos_dim // 2 + 1, device=device)
+    table = torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1)
+    return F.pad(table[:, :-1], (0, 1), value=1.0)
 
 
 class AttentionWeights(nn.Module):
@@ -119,9 +99,7 @@ class AttentionWeights(nn.Module):
             count, whitening_limit(3.0), groups=num_heads, grad_scale=0.025
         )
 
-    def forward(
-        self, x: Tensor, frames: Frames, past: Past | None = None
-    ) -> Attention | BlockedAttention:
+    def forward(self, x: Tensor, frames: Frames, past: Past | None = None) -> Attention:
         """Compute attention weights.
 
         Args:
@@ -130,7 +108,7 @@ class AttentionWeights(nn.Module):
             past: keys kept in streaming.
         """
         h, qd, pd = self.num_heads, self.query_head_dim, self.pos_head_dim
-        q, k, p = apply_linear(self.in_proj, x).split([h * qd, h * qd, h * pd], dim=-1)
+        q, k, p = linear(self.in_proj, x).split([h * qd, h * qd, h * pd], dim=-1)
         k = self.whiten_keys(self.balance_keys(k))
         if past is not None:
             k = past.extend("keys", k, frames.left)
@@ -142,7 +120,10 @@ class AttentionWeights(nn.Module):
         else:
             r = self.linear_pos(frames.pos).unflatten(1, (h, pd)).permute(1, 2, 0)
         inputs = Inputs(q, k, p, r, frames.key_padding, frames.seen)
-        return attend(inputs, regularize and chance(SCORE_PROB))
+        penalty = 0.0
+        if regularize and chance(SCORE_PROB):
+            penalty = SCORE_PENALTY * self.count.loss_scale
+        return Attention(inputs, penalty)
 
 
 class SelfAttention(nn.Module):
@@ -171,17 +152,17 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        attention: Attention | BlockedAttention,
+        attention: Attention,
         frames: Frames,
         past: Past | None = None,
     ) -> Tensor:
         """Apply attention weights to x (B, T, dim)."""
-        v = apply_linear(self.in_proj, x)
+        v = linear(self.in_proj, x)
         if past is not None:
             v = past.extend("values", v, frames.left)
         v = v.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         out = attention.apply(v).transpose(1, 2).flatten(2)
-        return self.whiten(apply_linear(self.out_proj, out))
+        return self.whiten(linear(self.out_proj, out))
 
 
 class NonlinAttention(nn.Module):
@@ -210,14 +191,14 @@ class NonlinAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        attention: Attention | BlockedAttention,
+        attention: Attention,
         frames: Frames,
         past: Past | None = None,
     ) -> Tensor:
         """Apply attention weights to x (B, T, dim)."""
-        s, v, y = apply_linear(self.in_proj, x).chunk(3, dim=-1)
+        s, v, y = linear(self.in_proj, x).chunk(3, dim=-1)
         v = self.whiten_values(v) * self.balance(s).tanh()
         if past is not None:
             v = past.extend("values", v, frames.left)
         v = attention.apply(v.unsqueeze(1)).squeeze(1)
-        return self.whiten(apply_linear(self.out_proj, v * y))
+        return self.whiten(linear(self.out_proj, v * y))

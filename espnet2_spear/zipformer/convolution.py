@@ -1,4 +1,8 @@
-"""Depthwise convolutions over time, and the gated module around them."""
+"""Convolution module of the Zipformer: gated and depthwise, causal by chunks if wanted.
+
+The module is the Conformer's (arXiv 2310.11230, figure 2); the chunk-wise causal one is
+that of the reference's streaming networks.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet2_spear.zipformer.frames import Frames, Past
-from espnet2_spear.zipformer.fusion import fusible
-from espnet2_spear.zipformer.linear import apply_linear, on_cpu, swoosh_linear
+from espnet2_spear.zipformer.fusion import fusible, replaceable
 from espnet2_spear.zipformer.regularizers import balancer, whiten, whitening_limit
-from espnet2_spear.zipformer.scaling import SWOOSH_R, scaled_linear
+from espnet2_spear.zipformer.scaling import (
+    SWOOSH_R,
+    linear,
+    scaled_linear,
+    swoosh_linear,
+)
 from espnet2_spear.zipformer.schedule import BatchCount
 
 
+@replaceable
 def depthwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """Convolve (B, T, dim) over time.
-
-    On a CPU (B, T, dim) is what a 2-D image of dim channels looks like in memory,
-    channels last, whose convolution needs no copy. Without gradients frames are its
-    columns, which is 4 times as fast as rows; their backward pass is far slower, and
-    in bfloat16 oneDNN does not come back from some (16 channels, 96 frames).
-    """
-    if x.device.type != "cpu":
-        y = F.conv1d(
-            x.transpose(1, 2), conv.weight, conv.bias, 1, conv.padding, 1, conv.groups
-        )
-        return y.transpose(1, 2)
-    columns = on_cpu(x) and not torch.is_grad_enabled()
-    axis = 2 if columns else 1  # of frames, in the image
-    image = x.unsqueeze(3 - axis).permute(0, 3, 1, 2)
-    # Its gradient then lies in memory as it does, which DDP asks for.
-    weight = conv.weight.squeeze(1)[:, None].unsqueeze(4 - axis)
-    padding = (conv.padding[0], 0) if axis == 1 else (0, conv.padding[0])
-    y = F.conv2d(image, weight, conv.bias, padding=padding, groups=conv.groups)
-    return y.permute(0, 2, 3, 1).squeeze(3 - axis)
+    """Convolve (B, T, dim) over time."""
+    return conv(x.transpose(1, 2)).transpose(1, 2)
 
 
 class ChunkCausalConv(nn.Module):
@@ -134,23 +125,13 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, frames: Frames, past: Past | None = None) -> Tensor:
         """Map (B, T, dim) to (B, T, dim); frames of padding count as 0."""
-        both = apply_linear(self.in_proj, x)
-        x, gate = both.chunk(2, dim=-1)
-        balanced, padding = self.balance_gate(gate), frames.padding[..., None]
-        if balanced is gate:  # F.glu keeps what it is given, and no gate
-            x = _glu(both, padding)
-        else:
-            x = _gated(x, balanced, padding)
+        x, gate = linear(self.in_proj, x).chunk(2, dim=-1)
+        x = _gated(x, self.balance_gate(gate), frames.padding[..., None])
         if isinstance(self.depthwise_conv, ChunkCausalConv):
             x = self.depthwise_conv(x, frames, past)
         else:
             x = depthwise(self.depthwise_conv, x)
         return swoosh_linear(self.out_proj, self.whiten(self.balance(x)), SWOOSH_R)
-
-
-@fusible
-def _glu(both: Tensor, padding: Tensor) -> Tensor:
-    return F.glu(both).masked_fill_(padding, 0.0)
 
 
 @fusible

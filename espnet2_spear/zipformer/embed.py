@@ -1,4 +1,7 @@
-"""Convolutional embedding: 100 Hz fbank to 50 Hz frames of the encoder's width."""
+"""Convolutional embedding: 100 Hz fbank to 50 Hz frames of the encoder's width.
+
+"Conv-Embed" of the Zipformer (arXiv 2310.11230, 3.1), with SPEAR's 128 mel channels.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet2_spear.zipformer.linear import (
-    linear_map,
-    on_cpu,
-    pointwise_pair,
-    swoosh_conv,
-)
+from espnet2_spear.zipformer.fusion import replaceable
 from espnet2_spear.zipformer.regularizers import (
-    Balancer,
+    SharedDropout,
     balancer,
     scale_grad,
     sequence_mask,
-    shared_dropout,
     whiten,
 )
-from espnet2_spear.zipformer.scaling import (
-    SWOOSH_R,
-    BiasNorm,
-    swoosh_,
-    swoosh_l,
-    swoosh_r,
-)
+from espnet2_spear.zipformer.scaling import BiasNorm, swoosh_l, swoosh_r
 from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
 
 CONVNEXT_SKIP: Scheduled = ((0, 0.2), (20000, 0.015))
 FIRST_GRAD_SCALE = 0.2
+MIN_FRAMES = 9  # fbank frames (100 Hz) of one output frame
 CONVNEXT_REACH = 3  # frames that the ConvNeXt block looks back and ahead
-# Without gradients, output frames (of all utterances together) computed at once, and
-# the fewest of each: 2 x 3 frames are computed twice in every block.
-BLOCK_FRAMES, MIN_BLOCK = 1024, 64
+# Without gradients, output frames (of all utterances together) computed at once: what
+# stays in the caches of a CPU, or fills another device. And the fewest of each
+# utterance: 2 x 3 frames are computed twice in every block.
+BLOCK_FRAMES = {"cpu": 1024, "other": 2**15}
+MIN_BLOCK = 64
 
 
 class ConvNeXt(nn.Module):
@@ -76,13 +70,7 @@ class ConvNeXt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, T, F) to the same shape; zeros surround the frames."""
-        return self._residual(x, self.depthwise_conv(x))
-
-    def activated(self, x: Tensor) -> Tensor:
-        """Map x to forward(swoosh_r(x)); with gradients, less is kept for them."""
-        if not (torch.is_grad_enabled() and on_cpu(x, self.depthwise_conv)):
-            return self(swoosh_r(x))
-        return self._residual(swoosh_r(x), swoosh_conv(self.depthwise_conv, x))
+        return self._residual(x, conv2d(self.depthwise_conv, x))
 
     def inner(self, x: Tensor) -> Tensor:
         """Map (B, C, 3 + T + 3, F) to the T frames that have all neighbours."""
@@ -91,21 +79,40 @@ class ConvNeXt(nn.Module):
         return self._residual(x[:, :, CONVNEXT_REACH:-CONVNEXT_REACH], y)
 
     def _residual(self, x: Tensor, y: Tensor) -> Tensor:
-        y = self._pointwise(y)
+        y = pointwise(self, y)
         if self.training and self.count is not None:
-            x = torch.addcmul(x, y, sequence_mask(y, self.count.at(CONVNEXT_SKIP)))
-        else:
-            x = x + y if torch.is_grad_enabled() else y.add_(x)
-        x = self.balance_out(x)
+            y = y * sequence_mask(y, self.count.at(CONVNEXT_SKIP))
+        x = self.balance_out(x + y)
         return self.whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def _pointwise(self, y: Tensor) -> Tensor:
-        first, second = self.pointwise_conv1, self.pointwise_conv2
-        if not on_cpu(y, first, second):
-            return second(swoosh_l(self.balance_hidden(first(y))))
-        balanced = isinstance(self.balance_hidden, Balancer) and y.requires_grad
-        limits = self.balance_hidden.draw() if balanced else None
-        return pointwise_pair(first, second, y, limits)
+
+@replaceable
+def pointwise(module: ConvNeXt, x: Tensor) -> Tensor:
+    """Map (B, C, T, F) by the two 1 x 1 convolutions of a module."""
+    hidden = module.balance_hidden(conv2d(module.pointwise_conv1, x))
+    return conv2d(module.pointwise_conv2, swoosh_l(hidden))
+
+
+@replaceable
+def swoosh_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return conv(swoosh_r(x)); the caller must not need x, unless for a gradient."""
+    return conv2d(conv, swoosh_r(x))
+
+
+def conv2d(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return conv(x).
+
+    The gradient of the weight lies in memory as the weight does, which DDP asks for;
+    those of channels-last convolutions by themselves do not.
+    """
+    weight = conv.weight.flatten(1).unflatten(1, conv.weight.shape[1:])
+    return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, 1, conv.groups)
+
+
+@replaceable
+def project(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Map (B, C, T, F) to (B, T, out) by a linear map of C times F features."""
+    return layer(x.transpose(1, 2).flatten(2))
 
 
 class ConvEmbed(nn.Module):
@@ -148,7 +155,7 @@ class ConvEmbed(nn.Module):
         self.out = nn.Linear(c3 * freq, dim)
         self.whiten = whiten(count, ((0, 4.0), (20000, 8.0)), grad_scale=0.02)
         self.out_norm = BiasNorm(dim, count)
-        self.dropout = shared_dropout(count)
+        self.dropout = SharedDropout(count)
 
     @staticmethod
     def output_lengths(lengths: Tensor | int) -> Tensor | int:
@@ -159,7 +166,7 @@ class ConvEmbed(nn.Module):
         """Embed.
 
         Args:
-            x: (B, T, num_mel_bins) fbank, T >= 9.
+            x: (B, T, num_mel_bins) fbank, T >= MIN_FRAMES.
             lengths: (B,) frames of each, if what lies behind them must not reach the
                 last frames before (``padding="exact"``).
 
@@ -167,14 +174,15 @@ class ConvEmbed(nn.Module):
             (B, (T - 7) // 2, dim).
         """
         out_lens = None if lengths is None else self.output_lengths(lengths)
+        frames = self.output_lengths(x.size(1))
+        # A graph is that of any length.
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            size = max(MIN_BLOCK, BLOCK_FRAMES // x.size(0))
-            starts = range(0, self.output_lengths(x.size(1)), size)
-            if len(starts) > 1:
-                blocks = (self._block(x, i, i + size, out_lens) for i in starts)
-                return torch.cat(list(blocks), dim=1)
-        if out_lens is None and torch.is_grad_enabled():
-            return self.project(self.convnext.activated(self.convolve(x, False)))
+            together = BLOCK_FRAMES.get(x.device.type, BLOCK_FRAMES["other"])
+            size = max(MIN_BLOCK, together // x.size(0))
+            if frames > size:
+                starts = range(0, frames, size)
+                blocks = [self._block(x, i, i + size, out_lens) for i in starts]
+                return torch.cat(blocks, dim=1)
         x = self.convolve(x)
         if out_lens is not None:
             x = silence(x, out_lens)
@@ -196,47 +204,22 @@ class ConvEmbed(nn.Module):
         y = F.pad(y, (0, 0, *around))
         return self.project(self.convnext.inner(y))
 
-    def convolve(self, x: Tensor, last: bool = True) -> Tensor:
-        """Map fbank (B, T, num_mel_bins) to (B, C, (T - 7) // 2, F).
-
-        Args:
-            x: the fbank.
-            last: whether the last activation is part of it.
-        """
+    def convolve(self, x: Tensor) -> Tensor:
+        """Map fbank (B, T, num_mel_bins) to (B, C, (T - 7) // 2, F)."""
+        first, second, third = self.conv.values()
         # Channels last: three times as fast on a CPU, forward and backward, where
         # few channels make the default layout's convolutions slow.
-        x = x[:, None].to(memory_format=torch.channels_last)
-        keeps = torch.is_grad_enabled()
-
-        def activate(x: Tensor) -> Tensor:
-            return swoosh_r(x) if keeps else swoosh_(x, SWOOSH_R)
-
-        for i, (conv, balance) in enumerate(
-            zip(self.conv.values(), self.balance, strict=True)
-        ):
-            if i > 0 and keeps and on_cpu(x, conv):
-                x = swoosh_conv(conv, x)
-            elif keeps and on_cpu(x, conv):
-                # Its gradient then lies in memory as it does, which DDP asks for.
-                weight = conv.weight.flatten(1).unflatten(1, conv.weight.shape[1:])
-                x = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
-            else:
-                x = conv(activate(x) if i > 0 else x)
-            if i == 0 and self.training and self.count is not None:
-                x = scale_grad(x, FIRST_GRAD_SCALE)
-            x = balance(x)
-        return activate(x) if last else x
+        x = conv2d(first, x[:, None].to(memory_format=torch.channels_last))
+        if self.training and self.count is not None:
+            x = scale_grad(x, FIRST_GRAD_SCALE)
+        x = self.balance[0](x)
+        x = self.balance[1](swoosh_conv(second, x))
+        x = self.balance[2](swoosh_conv(third, x))
+        return swoosh_r(x)
 
     def project(self, x: Tensor) -> Tensor:
         """Map (B, C, T, F) to (B, T, dim)."""
-        if on_cpu(x, self.out):
-            # Reorders the weight, not the much larger x, which is channels last.
-            weight = self.out.weight.unflatten(1, (x.size(1), -1))
-            weight = weight.transpose(1, 2).flatten(1)
-            x = linear_map(x.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
-        else:
-            x = self.out(x.transpose(1, 2).flatten(2))
-        x = self.whiten(x)
+        x = self.whiten(project(self.out, x))
         return self.dropout(self.out_norm(x))
 
 

@@ -1,12 +1,16 @@
-"""Zipformer: stacks of layers at several frame rates."""
+"""The Zipformer: stacks of layers at several frame rates (arXiv 2310.11230, 3.1)."""
 
 from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from espnet2_spear.zipformer.attention import RelPositionalEncoding
+from espnet2_spear.zipformer.attention import encode_positions
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.frames import Frames, Past
 from espnet2_spear.zipformer.layer import ZipformerLayer
@@ -51,11 +55,12 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, ceil(T / factor), C); the last frame is repeated."""
         b, t, c = x.shape
-        missing = -t % self.factor
-        if missing:
+        groups = (t + self.factor - 1) // self.factor
+        missing = groups * self.factor - t
+        if torch.compiler.is_compiling() or missing:  # a graph is that of any length
             x = torch.cat([x, x[:, -1:].expand(b, missing, c)], dim=1)
         weights = self.bias.softmax(dim=0).to(x.dtype)
-        x = x.unflatten(1, (-1, self.factor))
+        x = x.reshape(b, groups, self.factor, c)
         return torch.einsum("btfc,f->btc", x, weights)
 
 
@@ -65,7 +70,6 @@ class ZipformerStack(nn.Module):
     Args:
         config: sizes.
         index: which stack.
-        pos: positional encoding, shared by all stacks.
         count: given, the regularisers of training are on.
     """
 
@@ -73,12 +77,10 @@ class ZipformerStack(nn.Module):
         self,
         config: ZipformerConfig,
         index: int,
-        pos: RelPositionalEncoding,
         count: BatchCount | None = None,
     ) -> None:
         super().__init__()
-        # In a tuple so that the shared encoding is not registered once per stack.
-        self._pos = (pos,)
+        self.pos_dim = config.pos_dim
         self.count = count
         self.checkpointing = config.activation_checkpointing
         self.layers = nn.ModuleList(
@@ -107,7 +109,7 @@ class ZipformerStack(nn.Module):
         if past is not None:
             key_padding = past.extend("padding", key_padding, frames.left)
         left = key_padding.size(1) - x.size(1)
-        pos = self._pos[0](x.size(1), x.device, left).to(x.dtype)
+        pos = encode_positions(x.size(1), self.pos_dim, x.device, left).to(x.dtype)
         if self.training and self.count is not None:
             pos = nn.functional.dropout(pos, POS_DROPOUT)
         frames = frames.with_keys(pos, key_padding)
@@ -119,7 +121,9 @@ class ZipformerStack(nn.Module):
             if again:
                 # Random states are restored for the second computation, so that it
                 # drops and skips the same.
-                x = checkpoint(layer, x, frames, use_reentrant=False)
+                x = checkpoint(
+                    layer, x, frames, use_reentrant=False, context_fn=_same_coins
+                )
             else:
                 x = layer(x, frames, None if past is None else past.child(str(i)))
             hidden_states.append(x)
@@ -134,7 +138,6 @@ class DownsampledStack(nn.Module):
     Args:
         config: sizes.
         index: which stack.
-        pos: positional encoding, shared by all stacks.
         count: given, the regularisers of training are on.
     """
 
@@ -142,13 +145,12 @@ class DownsampledStack(nn.Module):
         self,
         config: ZipformerConfig,
         index: int,
-        pos: RelPositionalEncoding,
         count: BatchCount | None = None,
     ) -> None:
         super().__init__()
         self.factor = config.downsampling_factor[index]
         self.downsample = Downsample(self.factor)
-        self.encoder = ZipformerStack(config, index, pos, count)
+        self.encoder = ZipformerStack(config, index, count)
         self.out_combiner = Bypass(config.encoder_dim[index], count)
 
     def forward(self, x: Tensor, frames: Frames) -> tuple[Tensor, list[Tensor]]:
@@ -182,11 +184,8 @@ class Zipformer(nn.Module):
             self.count = BatchCount(
                 config.regularize_batch_seconds, config.regularize_start
             )
-        pos = RelPositionalEncoding(config.pos_dim)
         self.encoders = nn.ModuleList(
-            (ZipformerStack if factor == 1 else DownsampledStack)(
-                config, i, pos, self.count
-            )
+            (ZipformerStack if factor == 1 else DownsampledStack)(config, i, self.count)
             for i, factor in enumerate(config.downsampling_factor)
         )
         self.downsample_output = (
@@ -296,11 +295,10 @@ class Zipformer(nn.Module):
         dim, kept = self.config.encoder_dim[0], self.config.encoder_unmasked_dim[0]
         keep = torch.rand(2, x.size(0), 1, 1, device=x.device) >= FEATURE_MASK_PROB
         first, second = keep[0].to(x.dtype), keep.all(dim=0).to(x.dtype)
-        mask = x.new_ones(x.size(0), 1, dim)
-        middle = kept + (dim - kept) // 2
-        mask[..., kept:middle] = first
-        mask[..., middle:] = second
-        return mask
+        middle = (dim - kept) // 2
+        parts = [(torch.ones_like(first), kept), (first, middle)]
+        parts += [(second, dim - kept - middle)]
+        return torch.cat([x.expand(-1, 1, width) for x, width in parts], dim=-1)
 
 
 def _padding(x: Tensor, lengths: Tensor) -> Tensor:
@@ -316,4 +314,22 @@ def _left_chunks(left_context: int, chunk: int) -> int:
 
 
 def _draw(choices: tuple[int, ...]) -> int:
-    return choices[int(torch.randint(len(choices), ()))]
+    return choices[random.randrange(len(choices))]
+
+
+@contextmanager
+def _coins_from(state: tuple) -> Iterator[None]:
+    now = random.getstate()
+    random.setstate(state)
+    try:
+        yield
+    finally:
+        random.setstate(now)
+
+
+def _same_coins() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of the two computations of a checkpointed layer.
+
+    PyTorch restores its own generators for the second one, Python's not.
+    """
+    return nullcontext(), _coins_from(random.getstate())

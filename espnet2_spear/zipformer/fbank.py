@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.zipformer.checks import InputError, check_waveforms, outside
+from espnet2_spear.zipformer.frames import without_autocast
+from espnet2_spear.zipformer.fusion import replaceable
 
 FRAME_LENGTH = 400  # samples, 25 ms
 FRAME_SHIFT = 160  # samples, 10 ms
@@ -22,7 +23,6 @@ LOG_FLOOR = 1.1920928955078125e-07  # float32 epsilon
 PADDING_VALUE = math.log(1e-10)
 # The window of frame t is centred on sample 160 t + 80.
 LEFT = FRAME_LENGTH // 2 - FRAME_SHIFT // 2
-FBANK_FRAMES = 128  # frames computed at once on a CPU
 
 
 def mel_filterbank(num_mel_bins: int) -> Tensor:
@@ -94,43 +94,35 @@ class Fbank(nn.Module):
         Returns:
             fbank (B, T, num_mel_bins) float32, log(1e-10) in the padding, and its
             lengths (B,), (samples + 80) // 160 each.
-
-        Raises:
-            InputError: no batch of waveforms, or a length that is 0 or greater than
-                the tensor.
         """
-        check_waveforms(speech, lengths)
-        bad = outside(lengths, 1, speech.size(1))
-        if bad:
-            raise InputError(f"{bad}, must be in 1..{speech.size(1)} samples")
-        with torch.autocast(device_type=speech.device.type, enabled=False):
-            return self._fbank(speech.float(), lengths)
-
-    def _fbank(self, speech: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        out_lens = num_frames(lengths)
-        frames = int(num_frames(speech.size(1)))
         n = lengths.to(speech.device)
-        windows = _mirrored(speech, n, frames).unfold(1, FRAME_LENGTH, FRAME_SHIFT)
-        fbank = speech.new_empty(len(speech), frames, self.num_mel_bins)
-        # On a CPU so many frames that they stay in its caches.
-        size = max(1, FBANK_FRAMES // len(speech)) if speech.is_cpu else frames
-        for start in range(0, frames, size):
-            part = slice(start, start + size)
-            fbank[:, part] = self._log_mel(windows[:, part])
-        pad = torch.arange(frames, device=speech.device)[None] >= num_frames(n)[:, None]
-        return fbank.masked_fill_(pad[..., None], PADDING_VALUE), out_lens
+        frames = num_frames(speech.size(1))
+        with without_autocast(speech):
+            x = _mirrored(speech.float(), n, frames)
+            windows = x.unfold(1, FRAME_LENGTH, FRAME_SHIFT)
+            fbank = log_mel(windows, self.window, self.mel)
+        behind = torch.arange(frames, device=speech.device) >= num_frames(n)[:, None]
+        fbank = fbank.masked_fill(behind[..., None], PADDING_VALUE)
+        return fbank, num_frames(lengths)
 
-    def _log_mel(self, x: Tensor) -> Tensor:
-        """Map windows (B, T, FRAME_LENGTH) to (B, T, num_mel_bins)."""
-        x = x - x.mean(dim=-1, keepdim=True)
-        y = x.new_zeros(*x.shape[:-1], FFT_SIZE)
-        y[..., 0] = x[..., 0] * (1.0 - PREEMPHASIS)
-        y[..., 1:FRAME_LENGTH] = torch.sub(x[..., 1:], x[..., :-1], alpha=PREEMPHASIS)
-        y[..., :FRAME_LENGTH] *= self.window
-        # Squares of real and imaginary parts in turn, which share a filter's weight.
-        spectrum = torch.view_as_real(torch.fft.rfft(y)).flatten(-2)
-        fbank = torch.matmul(spectrum.square_(), self.mel)
-        return fbank.clamp_(min=LOG_FLOOR).log_()
+
+@replaceable
+def log_mel(x: Tensor, window: Tensor, mel: Tensor) -> Tensor:
+    """Map windows of samples to log-mel values.
+
+    Args:
+        x: (B, T, FRAME_LENGTH).
+        window: (FRAME_LENGTH,).
+        mel: (FFT_SIZE + 2, bins), weights of real and imaginary parts in turn.
+
+    Returns:
+        (B, T, bins).
+    """
+    x = x - x.mean(dim=-1, keepdim=True)
+    before = torch.cat([x[..., :1], x[..., :-1]], dim=-1)
+    x = torch.sub(x, before, alpha=PREEMPHASIS) * window
+    spectrum = torch.view_as_real(torch.fft.rfft(x, n=FFT_SIZE)).flatten(-2)
+    return torch.matmul(spectrum.square(), mel).clamp(min=LOG_FLOOR).log()
 
 
 def _mirrored(speech: Tensor, lengths: Tensor, frames: int) -> Tensor:
@@ -146,8 +138,7 @@ def _mirrored(speech: Tensor, lengths: Tensor, frames: int) -> Tensor:
         behind an utterance than its own frames reach, anything.
     """
     size = (frames - 1) * FRAME_SHIFT + FRAME_LENGTH
-    room = max(size, LEFT + speech.size(1)) + FRAME_LENGTH
-    x = speech.new_zeros(len(speech), room)
+    x = speech.new_zeros(len(speech), size + FRAME_LENGTH)
     x[:, LEFT : LEFT + speech.size(1)] = speech
     n = lengths[:, None]
     near = torch.arange(FRAME_LENGTH, device=speech.device)

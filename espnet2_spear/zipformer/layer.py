@@ -1,4 +1,4 @@
-"""One Zipformer layer and its feed-forward module."""
+"""A layer of the Zipformer (arXiv 2310.11230, figure 2) and its feed-forward module."""
 
 from __future__ import annotations
 
@@ -12,17 +12,11 @@ from espnet2_spear.zipformer.attention import (
 )
 from espnet2_spear.zipformer.convolution import Convolution
 from espnet2_spear.zipformer.frames import Frames, Past
-from espnet2_spear.zipformer.linear import (
-    apply_linear,
-    linear_pair,
-    on_cpu,
-    swoosh_linear,
-)
+from espnet2_spear.zipformer.fusion import replaceable
 from espnet2_spear.zipformer.regularizers import (
     SharedDropout,
     balancer,
     sequence_mask,
-    shared_dropout,
     whiten,
     whitening_limit,
 )
@@ -30,7 +24,9 @@ from espnet2_spear.zipformer.scaling import (
     SWOOSH_L,
     BiasNorm,
     Bypass,
+    linear,
     scaled_linear,
+    swoosh_linear,
 )
 from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
 
@@ -55,22 +51,23 @@ class FeedForward(nn.Module):
         self.balance = balancer(
             count, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0
         )
-        self.dropout = shared_dropout(count)
+        self.dropout = SharedDropout(count)
         self.whiten = whiten(count, whitening_limit(7.5))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, dim) to (B, T, dim)."""
-        if not (torch.is_grad_enabled() or self.training) and x.numel():
-            if on_cpu(x, self.in_proj, self.out_proj):
-                return linear_pair(self.in_proj, self.out_proj, x)
-        x = self.balance(apply_linear(self.in_proj, x))
-        dropout = self.dropout
-        keep = dropout.draw(x) if isinstance(dropout, SharedDropout) else None
-        return self.whiten(swoosh_linear(self.out_proj, x, SWOOSH_L, keep))
+        return self.whiten(feed_forward(self, x))
+
+
+@replaceable
+def feed_forward(module: FeedForward, x: Tensor) -> Tensor:
+    """Map x (B, T, dim) by the two linear maps of a module."""
+    x = module.balance(linear(module.in_proj, x))
+    return swoosh_linear(module.out_proj, x, SWOOSH_L, module.dropout.draw(x))
 
 
 class ZipformerLayer(nn.Module):
-    """One layer, in the order of Zipformer's figure 2.
+    """One layer, called a block in the paper.
 
     Args:
         dim: channels.

@@ -1,20 +1,25 @@
-"""What shapes the Zipformer's training and is absent at inference.
+"""What shapes the Zipformer's training: balancers, whitening, dropout of channels.
 
-Values are those of the published training code, as the public package zipformer 0.1.3
-has them. Everything here is the identity in
-eval mode, under ``torch.no_grad`` and where the student was built without
-regularisers (``ZipformerConfig.regularize``).
+The "activation constraints" of the Zipformer (arXiv 2310.11230, appendix A.3) with the
+values of the published training code, as the public package zipformer 0.1.3 has them.
+Everything here is the identity in eval mode, under ``torch.no_grad`` and where the
+student was built without regularisers (``ZipformerConfig.regularize``).
+
+Coins are flipped by the host, with Python's generator; what depends on a tensor's
+values is decided on the tensor's device: no call waits for it.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from espnet2_spear.zipformer.products import product_t
+from espnet2_spear.zipformer.frames import without_autocast
+from espnet2_spear.zipformer.fusion import replaceable
 from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
 
 BALANCER_PROB: Scheduled = ((0, 0.5), (8000, 0.125))
@@ -24,10 +29,8 @@ LIMIT_PROB = 0.6
 
 
 def chance(prob: float) -> bool:
-    """Flip a coin on the CPU; no random number is drawn for certain outcomes."""
-    if prob <= 0.0:
-        return False
-    return prob >= 1.0 or float(torch.rand(())) < prob
+    """Flip a coin of Python's generator: no tensor that the host would have to read."""
+    return random.random() < prob
 
 
 def sequence_mask(x: Tensor, drop: float) -> Tensor:
@@ -187,47 +190,81 @@ def whitening_metric(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Te
     """
     x = x.reshape(-1, groups, x.size(-1) // groups).transpose(0, 1)
     x = x - x.mean(dim=1, keepdim=True)
-    covar = _grouped(x.transpose(1, 2), x.transpose(1, 2))
+    covar = grouped_product(x.transpose(1, 2), x.transpose(1, 2))
     diagonal = covar.diagonal(dim1=1, dim2=2).mean()
     square = covar.square().sum() / (groups * covar.size(-1))
     return square / (diagonal.square() + 1e-20), x, covar, diagonal
 
 
-def _grouped(a: Tensor, b: Tensor) -> Tensor:
+@replaceable
+def grouped_product(a: Tensor, b: Tensor) -> Tensor:
     """a (groups, n, k) times the transposes of b (groups, m, k)."""
-    if len(a) == 1:
-        return product_t(a[0], b[0])[None]
     return torch.matmul(a, b.transpose(1, 2))
+
+
+@replaceable
+def whitening_gradient(
+    x: Tensor,
+    grad: Tensor,
+    beyond: Tensor,
+    coin: float,
+    limit: float,
+    groups: int,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Add the metric's gradient where the coin says so and the metric is too large.
+
+    Computed in any case and multiplied by 0 or 1, so that the host need not wait for
+    the metric.
+
+    Args:
+        x: (..., C).
+        grad: gradient of x.
+        beyond: () bool, whether the last check found the metric beyond its limit.
+        coin: in [0, 1).
+        limit: largest metric that goes unpunished.
+        groups, grad_scale: see :class:`Whiten`.
+
+    Returns:
+        the gradient, and ``beyond`` for the next call.
+    """
+    metric, centred, covar, diagonal = whitening_metric(x.float(), groups)
+    # d metric / d x is a positive multiple of centred (covar - tr(C^2)/tr(C)).
+    covar.diagonal(dim1=1, dim2=2).sub_(metric * diagonal)
+    penalty = grouped_product(centred, covar)  # covar is symmetric
+    del centred
+    checked = coin < torch.where(beyond, WHITEN_PROB[1], WHITEN_PROB[0])
+    above = metric > limit
+    scale = grad_scale * grad.float().norm() / (penalty.norm() + 1e-20)
+    scale = torch.where(checked & above, scale, 0.0)
+    penalty = penalty.mul_(scale).transpose(0, 1).reshape(x.shape)
+    return penalty.add_(grad).to(grad.dtype), torch.where(checked, above, beyond)
 
 
 class _Whitening(torch.autograd.Function):
     """Identity whose gradient gets the gradient of the whitening metric."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, module: Whiten) -> Tensor:
+    def forward(ctx, x: Tensor, module: Whiten, coin: float) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.module = module
+        ctx.module, ctx.coin = module, coin
         ctx.limit = module.count.at(module.limit)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,), module = ctx.saved_tensors, ctx.module
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            metric, centred, covar, diagonal = whitening_metric(
-                x.float(), module.groups
+        with without_autocast(x):
+            grad, module.beyond = whitening_gradient(
+                x,
+                grad,
+                module.beyond_on(x.device),
+                ctx.coin,
+                ctx.limit,
+                module.groups,
+                module.grad_scale,
             )
-            within = bool(metric <= ctx.limit)
-            module.prob = WHITEN_PROB[0] if within else WHITEN_PROB[1]
-            if within:
-                return grad, None
-            # d metric / d x is a positive multiple of centred (covar - tr(C^2)/tr(C)).
-            covar.diagonal(dim1=1, dim2=2).sub_(metric * diagonal)
-            penalty = _grouped(centred, covar)  # covar is symmetric
-            del centred
-            scale = module.grad_scale * grad.float().norm() / (penalty.norm() + 1e-20)
-            penalty = penalty.mul_(scale).transpose(0, 1).reshape(x.shape)
-            return penalty.add_(grad).to(grad.dtype), None
+        return grad, None, None
 
 
 class Whiten(nn.Module):
@@ -243,6 +280,10 @@ class Whiten(nn.Module):
         limit: largest metric that goes unpunished (1 is white).
         groups: groups of channels, each with a covariance of its own.
         grad_scale: size of the added gradient.
+
+    Attributes:
+        beyond: () bool, whether the last check was beyond the limit, on the device of
+            the frames; None before the first check, which counts as beyond.
     """
 
     def __init__(
@@ -257,13 +298,30 @@ class Whiten(nn.Module):
         self.limit = limit
         self.groups = groups
         self.grad_scale = grad_scale
-        self.prob = WHITEN_PROB[1]
+        self.beyond: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., C)."""
-        if not self.training or not x.requires_grad or not chance(self.prob):
+        if not self.training or not x.requires_grad:
             return x
-        return _Whitening.apply(x, self)
+        coin = random.random()
+        # The device decides between the two probabilities.
+        return _Whitening.apply(x, self, coin) if coin < WHITEN_PROB[1] else x
+
+    def beyond_on(self, device: torch.device) -> Tensor:
+        """Return ``beyond`` on a device."""
+        if self.beyond is None:
+            return torch.ones((), dtype=torch.bool, device=device)
+        return self.beyond.to(device)
+
+    @property
+    def prob(self) -> float:
+        """Probability of the next check, for checkpoints: the host waits for it."""
+        return WHITEN_PROB[int(self.beyond is None or bool(self.beyond))]
+
+    @prob.setter
+    def prob(self, value: float) -> None:
+        self.beyond = torch.tensor(value > WHITEN_PROB[0])
 
 
 def whitening_limit(start: float, ratio: float = 2.0) -> Scheduled:
@@ -327,7 +385,8 @@ class _Penalize(torch.autograd.Function):
 def penalize_large(x: Tensor, limit: float, penalty: float) -> Tensor:
     """Return x; the gradient of penalty * sum(max(|x| - limit, 0)) is added.
 
-    The added gradient does not follow the scale of the loss.
+    The added gradient does not follow the scale of the loss: the caller multiplies
+    ``penalty`` by what the loss is multiplied by (:attr:`BatchCount.loss_scale`).
     """
     return _Penalize.apply(x, limit, penalty)
 
@@ -336,11 +395,11 @@ class SharedDropout(nn.Module):
     """Dropout of whole channels: one draw for all frames of an utterance.
 
     Args:
-        count: batch count of the schedule.
+        count: batch count of the schedule; None: nothing is dropped.
         rate: share of channels dropped.
     """
 
-    def __init__(self, count: BatchCount, rate: Scheduled = DROPOUT) -> None:
+    def __init__(self, count: BatchCount | None, rate: Scheduled = DROPOUT) -> None:
         super().__init__()
         self.count = count
         self.rate = rate
@@ -352,9 +411,9 @@ class SharedDropout(nn.Module):
 
     def draw(self, x: Tensor) -> Tensor | None:
         """What x (B, T, C) is to be multiplied by, (B, 1, C); None: nothing drops."""
-        rate = self.count.at(self.rate) if self.training else 0.0
-        if rate <= 0.0:
+        if self.count is None or not self.training:
             return None
+        rate = self.count.at(self.rate)
         keep = torch.rand(x.size(0), 1, x.size(-1), device=x.device) >= rate
         return keep.to(x.dtype) / (1.0 - rate)
 
@@ -367,8 +426,3 @@ def balancer(count: BatchCount | None, **limits) -> nn.Module:
 def whiten(count: BatchCount | None, limit: Scheduled, **options) -> nn.Module:
     """Return a Whiten, or the identity for a student without regularisers."""
     return nn.Identity() if count is None else Whiten(count, limit, **options)
-
-
-def shared_dropout(count: BatchCount | None) -> nn.Module:
-    """Return a SharedDropout, or the identity for a student without regularisers."""
-    return nn.Identity() if count is None else SharedDropout(count)

@@ -1,4 +1,4 @@
-"""Activation and normalisation functions of the Zipformer."""
+"""Activation and normalisation of the Zipformer (arXiv 2310.11230, 3.3 and 3.4)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet2_spear.zipformer.fusion import fusible
+from espnet2_spear.zipformer.fusion import fusible, replaceable
 from espnet2_spear.zipformer.regularizers import limit_parameter, sequence_mask
 from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
 
@@ -28,21 +28,10 @@ SWOOSH_R = Swoosh(1.0, 0.313261687)  # eq. 4
 
 
 @fusible
+@replaceable
 def swoosh_value(x: Tensor, kind: Swoosh) -> Tensor:
     """Compute swoosh without a gradient."""
-    shift, offset = kind
-    if torch.compiler.is_compiling():
-        return F.softplus(x - shift) - 0.08 * x - offset
-    y = x - shift  # the only temporary tensor, and the result
-    torch._C._nn.softplus(y, 1.0, 20.0, out=y)
-    return y.add_(x, alpha=-0.08).sub_(offset)
-
-
-def swoosh_(x: Tensor, kind: Swoosh) -> Tensor:
-    """Compute swoosh in place, without a gradient."""
-    y = x - kind.shift
-    torch._C._nn.softplus(y, 1.0, 20.0, out=y)
-    return x.mul_(-0.08).add_(y).sub_(kind.offset)
+    return torch.sub(F.softplus(x - kind.shift), x, alpha=0.08) - kind.offset
 
 
 @fusible
@@ -175,6 +164,29 @@ class Bypass(nn.Module):
         if original.dtype == x.dtype == scale.dtype:
             return torch.lerp(original, x, scale)
         return _interpolate(original, x, scale)  # under autocast
+
+
+@replaceable
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """Return module(x) of an nn.Linear or what took its place."""
+    return module(x)
+
+
+@replaceable
+def swoosh_linear(
+    module: nn.Module, x: Tensor, kind: Swoosh, keep: Tensor | None = None
+) -> Tensor:
+    """Return module(swoosh(x) * keep) of an nn.Linear or what took its place.
+
+    Args:
+        module: the linear map.
+        x: (B, T, in); the caller must not need it any more, unless it needs a
+            gradient.
+        kind: SWOOSH_L or SWOOSH_R.
+        keep: (B, 1, in), what dropout multiplies by; None: 1.
+    """
+    y = swoosh(x, kind)
+    return module(y if keep is None else y * keep)
 
 
 def scaled_linear(in_dim: int, out_dim: int, scale: float) -> nn.Linear:

@@ -27,11 +27,14 @@ class BatchCount:
 
     Attributes:
         value: the count, a plain number; ranks differ as much as their batches do.
+        loss_scale: what the loss is multiplied by before the backward pass (float16
+            training); gradients that are added to those of the loss follow it.
     """
 
     def __init__(self, seconds_per_batch: float = 600.0, start: float = 0.0) -> None:
         self.seconds_per_batch = seconds_per_batch
         self.value = start
+        self.loss_scale = 1.0
 
     def advance(self, seconds: float) -> None:
         """Count a batch of this rank."""

@@ -1,8 +1,11 @@
-"""Attention scores with relative positions, and weights, in blocks of queries.
+"""Attention weights with relative positions (Zipformer, arXiv 2310.11230, 3.2).
 
-The weights of an utterance of T frames, (H, T, T), are the largest tensors of the
-stacks. A block of them is the same numbers, and on a CPU a block with all that it is
-computed from stays in the caches.
+weights = softmax(q k + p r): queries q, keys k, positional queries p and positional
+keys r, which are a linear map of the encoded distance between query and key. The
+weights of a layer are computed once and applied to values three times. Those of long
+utterances are the largest tensors of the network (8 heads of 30 000 frames: 27 GiB):
+there a block of queries exists at a time, every use computes the weights again, and
+so does its backward pass.
 """
 
 from __future__ import annotations
@@ -11,12 +14,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from espnet2_spear.zipformer.fusion import replaceable
 from espnet2_spear.zipformer.regularizers import penalize_large
 
 MASKED_SCORE = -1000.0  # finite, as in the reference: rows of padding stay finite
-SCORE_LIMIT, SCORE_PENALTY = 25.0, 1.0e-4
-BLOCK = 2**21  # weights of a block
+SCORE_LIMIT = 25.0
+# Weights of an utterance (all heads) from which on they are computed in blocks, and
+# weights of a block (all utterances and heads).
+MAX_WEIGHTS, BLOCK_WEIGHTS, MIN_QUERIES = 2**25, 2**27, 8
 
 
 def relative_to_absolute(scores: Tensor, keys: int) -> Tensor:
@@ -30,13 +37,12 @@ def relative_to_absolute(scores: Tensor, keys: int) -> Tensor:
     Returns:
         (..., Q, keys) view, last axis = key.
     """
-    *lead, queries, _ = scores.shape
-    *strides, row, step = scores.stride()
-    return scores.as_strided(
-        (*lead, queries, keys),
-        (*strides, row - step, step),
-        scores.storage_offset() + (queries - 1) * step,
-    )
+    queries, offsets = scores.shape[-2:]
+    if queries == 1:
+        return scores
+    # A row begins one element earlier than the row above it.
+    flat = scores.flatten(-2).narrow(-1, queries - 1, queries * (offsets - 1))
+    return flat.unflatten(-1, (queries, offsets - 1))[..., :keys]
 
 
 class Inputs(NamedTuple):
@@ -45,7 +51,7 @@ class Inputs(NamedTuple):
     Attributes:
         q: (B, H, T, d) queries.
         k: (B, H, S, d) keys.
-        p: (B, H, T, d') positional queries; None: positions have no say.
+        p: (B, H, T, d') positional queries; None: no positional term.
         r: (H, d', T + S - 1) positional keys, by key - query + T - 1.
         padding: (B, S) bool, True: no query sees this key.
         seen: (T, 2) first key that a query sees, and the first behind the last;
@@ -59,11 +65,24 @@ class Inputs(NamedTuple):
     padding: Tensor
     seen: Tensor | None
 
-    def blocks(self) -> list[tuple[int, int]]:
-        """Ranges of queries that are computed at once."""
-        b, h, t, _ = self.q.shape
-        size = max(8, BLOCK // max(1, b * h * self.k.size(2)))
-        return [(i, min(i + size, t)) for i in range(0, t, size)]
+    def first_heads(self, count: int) -> Inputs:
+        """Return the same of the first heads only."""
+        q, k, p, r = self.q[:, :count], self.k[:, :count], self.p, self.r
+        if p is not None and r is not None:
+            p, r = p[:, :count], r[:count]
+        return Inputs(q, k, p, r, self.padding, self.seen)
+
+    def scores(self, start: int, end: int) -> Tensor:
+        """Scores (B, H, queries, S) of queries start to end, before masks."""
+        (b, h, t, d), s, n = self.q.shape, self.k.size(2), end - start
+        q = self.q[:, :, start:end].reshape(b * h, n, d)
+        k = self.k.reshape(b * h, s, d).transpose(1, 2)
+        if self.p is None or self.r is None:
+            return torch.bmm(q, k).view(b, h, n, s)
+        positions = self.r[..., t - end : t - start + s - 1]
+        by_offset = torch.matmul(self.p[:, :, start:end], positions)
+        by_key = relative_to_absolute(by_offset.view(b * h, n, n + s - 1), s)
+        return torch.baddbmm(by_key, q, k).view(b, h, n, s)
 
     def masks(self, start: int, end: int) -> list[Tensor]:
         """What is masked of these queries' scores."""
@@ -74,68 +93,83 @@ class Inputs(NamedTuple):
             masks.append((key < begin) | (key >= behind))
         return masks
 
-    def scores(self, start: int, end: int) -> Tensor:
-        """Scores (B, H, queries, S) of a block of queries, before masks."""
-        q, k = self.q[:, :, start:end], self.k
-        b, h, n, d = q.shape
-        q, k = q.reshape(b * h, n, d), k.reshape(b * h, -1, d).transpose(1, 2)
-        if self.p is None or self.r is None:
-            return torch.bmm(q, k).view(b, h, n, -1)
-        by_offset = torch.matmul(self.p[:, :, start:end], self.positions(start, end))
-        by_key = relative_to_absolute(by_offset.view(b * h, n, -1), k.size(2))
-        return torch.baddbmm(by_key, q, k).view(b, h, n, -1)
+    def weights(self, start: int, end: int, penalty: float = 0.0) -> Tensor:
+        """Weights (B, H, queries, S) of queries start to end; softmax is float32.
 
-    def positions(self, start: int, end: int) -> Tensor:
-        """Positional keys (H, d', end - start + S - 1) of a block of queries."""
-        t, s = self.q.size(2), self.k.size(2)
-        return self.r[..., t - end : t - start + s - 1]
-
-    def weights(self, start: int, end: int) -> Tensor:
-        """Weights (B, H, queries, S) of a block of queries, float32."""
+        Args:
+            start, end: the queries.
+            penalty: gradient that shrinks scores beyond +-25; 0: none.
+        """
         scores = self.scores(start, end)
+        if penalty:
+            scores = penalize_large(scores, SCORE_LIMIT, penalty)
         for mask in self.masks(start, end):
-            scores.masked_fill_(mask, MASKED_SCORE)
-        return scores.softmax(dim=-1, dtype=torch.float32)
-
-    def all_weights(self) -> Tensor:
-        """Weights (B, H, T, S), float32."""
-        b, h, t, _ = self.q.shape
-        weights = self.q.new_empty(b, h, t, self.k.size(2))
-        for start, end in self.blocks():
-            weights[:, :, start:end] = self.weights(start, end)
-        return weights
+            scores = scores.masked_fill(mask, MASKED_SCORE)
+        return scores.softmax(dim=-1, dtype=torch.float32).to(self.q.dtype)
 
 
-class Uses:
-    """What the uses of some weights hand over in one backward pass.
+class Attention:
+    """Attention weights of a layer, ready to be applied to values.
 
-    The gradient of the weights is the sum of the products of these pairs. A pass that
-    asks for some gradients only may leave pairs that the next one must not count.
+    Args:
+        inputs: queries, keys, positions and masks.
+        penalty: gradient that shrinks scores beyond +-25; 0: none.
+
+    Attributes:
+        weights: (B, H, T, S), rows (queries) sum to 1; None: computed in blocks.
     """
 
-    def __init__(self) -> None:
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._pass = -1
+    def __init__(self, inputs: Inputs, penalty: float = 0.0) -> None:
+        self.inputs = inputs
+        self.penalty = penalty
+        self.weights = None
+        if not in_blocks(inputs.q, inputs.k):
+            self.weights = inputs.weights(0, inputs.q.size(2), penalty)
 
-    def add(self, grad: Tensor, values: Tensor) -> None:
-        """Hand over the gradient of a result and the values that were weighed."""
-        now = torch._C._current_graph_task_id()
-        if now != self._pass:
-            self._pairs, self._pass = [], now
-        self._pairs.append((grad, values))
-
-    def take(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the pairs of this pass, and forget them."""
-        pairs, self._pairs = self._pairs, []
-        return pairs if self._pass == torch._C._current_graph_task_id() else []
-
-
-def penalize(scores: Tensor) -> Tensor:
-    """Return scores; those beyond the limit get a gradient that shrinks them."""
-    return penalize_large(scores, SCORE_LIMIT, SCORE_PENALTY)
+    def apply(self, v: Tensor) -> Tensor:
+        """Weighted sums (B, h, T, d) of values (B, h, S, d) of the first h heads."""
+        heads = v.size(1)
+        if self.weights is not None:
+            return torch.matmul(self.weights[:, :heads], v)
+        penalty = 0.0
+        if heads == self.inputs.q.size(1):  # the first use of all heads adds it
+            penalty, self.penalty = self.penalty, 0.0
+        return apply_in_blocks(v, self.inputs.first_heads(heads), penalty)
 
 
-def add_penalty_(grad: Tensor, scores: Tensor) -> Tensor:
-    """Add to the gradient of scores, in place, what :func:`penalize` adds."""
-    grad.add_(scores > SCORE_LIMIT, alpha=SCORE_PENALTY)
-    return grad.add_(scores < -SCORE_LIMIT, alpha=-SCORE_PENALTY)
+@replaceable
+def in_blocks(q: Tensor, k: Tensor) -> bool:
+    """Whether the weights of queries (B, H, T, d) and keys (B, H, S, d) are too many.
+
+    The memory of an utterance decides: of a batch, whoever chose its size did.
+    """
+    if torch.compiler.is_compiling():
+        return False  # a graph is that of any length
+    return q.size(1) * q.size(2) * k.size(2) > MAX_WEIGHTS
+
+
+@replaceable
+def apply_in_blocks(v: Tensor, inputs: Inputs, penalty: float) -> Tensor:
+    """Weighted sums (B, h, T, d) of values (B, h, S, d), in blocks of queries.
+
+    A block is one of all utterances and heads at once.
+    """
+    b, h, s, _ = v.shape
+    frames = inputs.q.size(2)
+    size = max(MIN_QUERIES, BLOCK_WEIGHTS // (b * h * s))
+
+    def block(v: Tensor, start: int, end: int) -> Tensor:
+        return torch.matmul(inputs.weights(start, end, penalty), v)
+
+    parts = [
+        checkpoint(
+            block,
+            v,
+            start,
+            min(start + size, frames),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for start in range(0, frames, size)
+    ]
+    return torch.cat(parts, dim=2)

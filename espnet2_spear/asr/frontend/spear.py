@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields
@@ -28,6 +29,7 @@ from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.packed import check_format
 from espnet2_spear.hub.waveforms import check_scale
+from espnet2_spear.spear.checks import on_host
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.zipformer.schedule import BatchCountState
 
@@ -224,16 +226,18 @@ class SpearFrontend(AbsFrontend):
             self.train(self.training)
         if input.dim() == 3:
             channels = input.size(2) if self.training else 1
-            input = input[..., int(torch.randint(channels, ()))]
-        samples, lengths = input_lengths.tolist(), self.output_lengths(input_lengths)
-        self._check_samples(samples)
-        if self.training or self.chunks is None or self._short(samples):
+            input = input[..., random.randrange(channels)]
+        lengths = self.output_lengths(input_lengths)
+        if on_host(input_lengths):
+            self._check_samples(input_lengths.tolist())
+        whole = self.training or self.chunks is None
+        if whole or input.size(1) <= self.chunks.max_samples:
             features = self._compute(input, input_lengths)
         else:
             features = in_chunks(
                 self._compute,
                 input,
-                [self.upstream.hidden_lengths(n) for n in samples],
+                [self.upstream.hidden_lengths(n) for n in input_lengths.tolist()],
                 input_lengths,
                 self.chunks,
                 self.reduce.factor,
@@ -242,9 +246,6 @@ class SpearFrontend(AbsFrontend):
             if torch.is_grad_enabled():
                 features = self.unfreezing.attach(features)
         return features, lengths
-
-    def _short(self, samples: list[int]) -> bool:
-        return max(samples) <= self.chunks.max_samples
 
     def _check_samples(self, samples: list[int]) -> None:
         self.upstream.check_shortest(samples)

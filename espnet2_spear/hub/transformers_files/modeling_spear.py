@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.spear.checks import InputError
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.zipformer.checks import InputError
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.fbank import Fbank
 

@@ -1,4 +1,9 @@
-"""Streaming: the causal network fed piece by piece, with explicit state."""
+"""The student fed piece by piece, with explicit state.
+
+Waveforms become fbank frames (:func:`streaming_fbank`); a causal network embeds them
+(:func:`embed_piece`) and encodes them chunk by chunk (:func:`encode_chunks`).
+Over all calls the outputs are those of the whole utterances.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,107 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from espnet2_spear.zipformer.checks import InputError, check_any, check_whole
-from espnet2_spear.zipformer.embed import CONVNEXT_REACH, ConvEmbed, silence
+from espnet2_spear.spear.checks import (
+    InputError,
+    check_fbank_piece,
+    check_waveform_piece,
+    check_waveforms,
+)
+from espnet2_spear.zipformer.embed import (
+    CONVNEXT_REACH,
+    MIN_FRAMES,
+    ConvEmbed,
+    silence,
+)
 from espnet2_spear.zipformer.encoder import Zipformer
+from espnet2_spear.zipformer.fbank import (
+    FRAME_LENGTH,
+    FRAME_SHIFT,
+    LEFT,
+    PADDING_VALUE,
+    Fbank,
+    num_frames,
+)
 from espnet2_spear.zipformer.frames import Past
 
-MIN_FRAMES = 9  # fbank frames of one output frame
+
+@dataclass(frozen=True)
+class FbankState:
+    """What later frames need of the samples so far.
+
+    Attributes:
+        samples: (B, n) the last samples, from ``start`` on.
+        start: index of the first of them.
+        lengths: (B,) samples of each utterance so far.
+        frames: frames that were computed.
+    """
+
+    samples: Tensor
+    start: int
+    lengths: Tensor
+    frames: int
+
+
+def streaming_fbank(
+    fbank: Fbank,
+    speech: Tensor,
+    lengths: Tensor,
+    state: FbankState | None = None,
+    last: bool = False,
+) -> tuple[Tensor, Tensor, FbankState]:
+    """Compute the frames that a further piece of the waveforms completes.
+
+    Over all calls the frames are those of ``fbank`` on the whole waveforms. A frame
+    is complete when the 280 samples from its shift's start on have come.
+
+    Args:
+        fbank: the features.
+        speech: (B, n) float in [-1, 1], the next n samples, 16 kHz; any n.
+        lengths: (B,) how many of them belong to each utterance: n, or less where it
+            ends here; 0 from then on.
+        state: what the previous call returned; None at first.
+        last: whether all utterances end here.
+
+    Returns:
+        frames (B, T, num_mel_bins), 100 Hz, how many of them belong to each utterance,
+        and the state for the next call; frames and lengths are what the student's
+        ``streaming_forward`` takes.
+
+    Raises:
+        InputError: no batch of waveforms, samples that are no numbers, pieces that do
+            not fit together, or an utterance without samples.
+    """
+    check_waveforms(speech, lengths, None)
+    lengths = lengths.to(speech.device)
+    if state is None:
+        none = torch.zeros_like(lengths)
+        state = FbankState(speech[:, :0], 0, none, 0)
+    ended = state.lengths < state.start + state.samples.size(1)
+    check_waveform_piece(speech, lengths, state.lengths, ended, last)
+    lengths = state.lengths + lengths
+    speech = torch.cat([state.samples, speech], dim=1)
+    start, done = state.start, state.frames
+
+    # Frames of the piece, which starts a whole number of shifts into the waveform.
+    size, skip = speech.size(1), done - start // FRAME_SHIFT
+    ready = (
+        num_frames(size) if last else (size - FRAME_LENGTH + LEFT) // FRAME_SHIFT + 1
+    )
+    if ready <= skip:
+        frames = speech.new_zeros(speech.size(0), 0, fbank.num_mel_bins)
+        new = FbankState(speech, start, lengths, done)
+        return frames, torch.zeros_like(lengths), new
+    frames, _ = fbank(speech, (lengths - start).clamp(1, size))
+    frames = frames[:, skip:ready]
+    # Utterances that have not ended have no partial frame among these.
+    frame_lens = (num_frames(lengths) - done).clamp(0, frames.size(1))
+    behind = torch.arange(frames.size(1), device=frames.device) >= frame_lens[:, None]
+    frames = frames.masked_fill(behind[..., None], PADDING_VALUE)
+    done += frames.size(1)
+    # One shift more than the next frame's own, so that nothing is mirrored there.
+    keep = max(0, done - 1) * FRAME_SHIFT
+    new = FbankState(speech[:, keep - start :], keep, lengths, done)
+    return frames, frame_lens, new
 
 
 @dataclass
@@ -22,6 +122,7 @@ class StreamState:
     Attributes:
         chunk_size: frames (50 Hz) that are encoded together.
         left_context_frames: frames of attention's left context; -1: all.
+        num_mel_bins: width of the fbank.
         tensors: kept inputs, keys, values, ...; never changed in place, so that a
             state can be used again.
         fbank_lens: (B,) fbank frames received; None before the first call.
@@ -33,6 +134,7 @@ class StreamState:
 
     chunk_size: int
     left_context_frames: int
+    num_mel_bins: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
     fbank_lens: Tensor | None = None
     ended: Tensor | None = None
@@ -55,37 +157,18 @@ def continue_stream(
     Raises:
         InputError: the piece does not fit.
     """
-    b, n = fbank.shape[:2]
-    check_any(fbank)
-    check_whole(fbank_lens)
     if state.finished:
         raise InputError("the stream has ended; begin another one with start_stream()")
     total, ended = state.fbank_lens, state.ended
     if total is None or ended is None:
-        total = torch.zeros(b, dtype=torch.long, device=fbank.device)
-        ended = torch.zeros(b, dtype=torch.bool, device=fbank.device)
-    if total.size(0) != b or fbank_lens.shape != (b,):
-        raise InputError(
-            f"a stream of {total.size(0)} utterances continues with fbank "
-            f"{tuple(fbank.shape)} and lengths {tuple(fbank_lens.shape)}"
-        )
-    if bool(((fbank_lens < 0) | (fbank_lens > n)).any()):
-        raise InputError(f"lengths {fbank_lens.tolist()} must be in 0..{n} frames")
-    if bool((ended & (fbank_lens > 0)).any()):
-        raise InputError(
-            f"lengths {fbank_lens.tolist()}: utterances that had ended "
-            f"({ended.nonzero().flatten().tolist()}) go on"
-        )
-    total = total + fbank_lens
-    if last and int(total.min()) < MIN_FRAMES:
-        raise InputError(
-            f"stream of {total.tolist()} fbank frames: at least {MIN_FRAMES} are needed"
-        )
+        total = torch.zeros_like(fbank_lens)
+        ended = total.bool()
+    check_fbank_piece(fbank, fbank_lens, state.num_mel_bins, total, ended, last)
     return replace(
         state,
         tensors=dict(state.tensors),
-        fbank_lens=total,
-        ended=ended | (fbank_lens < n),
+        fbank_lens=total + fbank_lens,
+        ended=ended | (fbank_lens < fbank.size(1)),
         finished=last,
     )
 

@@ -1,0 +1,229 @@
+"""Checks of what a caller hands to a student: at its public calls, nowhere below.
+
+Shapes and types are always checked. Values (lengths, NaN) are looked at where the host
+holds them: on a GPU a look is a wait, and a graph cannot depend on it. Whoever moves a
+batch to a GPU checks it before (``as_batch``, the data loader).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from espnet2_spear.errors import UserError
+from espnet2_spear.zipformer.embed import MIN_FRAMES
+
+
+class InputError(UserError):
+    """A batch that cannot be encoded; the message names the utterances."""
+
+
+def on_host(*tensors: Tensor) -> bool:
+    """Whether values can be looked at without a wait, and outside of a graph."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return all(x.device.type == "cpu" and type(x) is Tensor for x in tensors)
+
+
+def check_waveforms(speech: Tensor, lengths: Tensor, least: int | None) -> None:
+    """Refuse what is no batch of waveforms.
+
+    Args:
+        speech: (B, samples) float.
+        lengths: (B,) samples of each, integers.
+        least: fewest samples of an utterance; None: values are not looked at.
+
+    Raises:
+        InputError: no utterances, other shapes, other kinds of numbers, lengths that
+            do not fit, or NaN and infinite samples within an utterance; names the
+            utterances by their index in the batch.
+    """
+    _check_any(speech)
+    if speech.dim() != 2 or lengths.shape != speech.shape[:1]:
+        raise InputError(
+            f"expected speech (B, samples) and lengths (B,), got "
+            f"{tuple(speech.shape)} and {tuple(lengths.shape)}"
+        )
+    if not speech.is_floating_point():
+        raise InputError(
+            f"speech is {speech.dtype}; float samples in [-1, 1] are needed: divide "
+            "16-bit samples by 32768"
+        )
+    _check_whole(lengths)
+    if least is None or not on_host(lengths):
+        return
+    check_shortest(lengths.tolist(), least)
+    bad = _outside(lengths, 1, speech.size(1))
+    if bad:
+        raise InputError(f"{bad}, must be in 1..{speech.size(1)} samples")
+    check_finite(speech, lengths)
+
+
+def check_finite(speech: Tensor, lengths: Tensor) -> None:
+    """Refuse NaN and infinite samples within the utterances.
+
+    Args:
+        speech: (B, samples).
+        lengths: (B,) samples of each; what lies behind is not looked at.
+
+    Raises:
+        InputError: such samples; names the utterances by their index in the batch.
+    """
+    if not on_host(speech, lengths):
+        return
+    bad = ~torch.isfinite(speech)
+    bad &= torch.arange(speech.size(1)) < lengths[:, None]
+    bad_items = bad.any(dim=1)
+    if bool(bad_items.any()):
+        raise InputError(
+            f"utterances {bad_items.nonzero().flatten().tolist()} of the batch hold "
+            "samples that are NaN or infinite; leave them out or repair the audio"
+        )
+
+
+def check_shortest(lengths: Sequence[int], least: int) -> None:
+    """Raise InputError unless each utterance has at least so many samples."""
+    short = [i for i, n in enumerate(lengths) if n < least]
+    if short:
+        alone = len(lengths) == 1
+        who = "an utterance" if alone else f"utterances {short} of the batch"
+        raise InputError(
+            f"{who}: {min(lengths)} samples are shorter than one output frame, at "
+            f"least {least} samples at 16 kHz are needed; leave short "
+            "utterances out"
+        )
+
+
+def check_fbank(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
+    """Refuse features and lengths that do not fit together.
+
+    Args:
+        fbank: (B, T, num_mel_bins), 100 Hz.
+        lengths: (B,) frames of each.
+        num_mel_bins: expected width.
+
+    Raises:
+        InputError: no utterances, another shape, fewer than the 9 frames that one
+            output frame needs, or a length beyond the tensor; names the utterances
+            by their index in the batch.
+    """
+    _check_features(fbank, lengths, num_mel_bins)
+    if lengths.shape != fbank.shape[:1]:
+        raise InputError(f"{fbank.size(0)} utterances, lengths {tuple(lengths.shape)}")
+    if not on_host(lengths):
+        return
+    bad = _outside(lengths, MIN_FRAMES, fbank.size(1))
+    if bad:
+        raise InputError(
+            f"{bad}, must be in {MIN_FRAMES}..{fbank.size(1)} fbank frames: leave "
+            f"shorter utterances out ({MIN_FRAMES} frames are 85 ms)"
+        )
+
+
+def check_fbank_piece(
+    fbank: Tensor,
+    lengths: Tensor,
+    num_mel_bins: int,
+    total: Tensor,
+    ended: Tensor,
+    last: bool,
+) -> None:
+    """Refuse what does not continue a stream of fbank.
+
+    Args:
+        fbank: (B, n, num_mel_bins), the next frames.
+        lengths: (B,) frames of each.
+        num_mel_bins: expected width.
+        total: (B,) frames received before.
+        ended: (B,) bool, utterances whose end was seen.
+        last: whether the stream ends here.
+
+    Raises:
+        InputError: the piece does not fit.
+    """
+    _check_features(fbank, lengths, num_mel_bins)
+    if lengths.shape != fbank.shape[:1] or total.shape != lengths.shape:
+        raise InputError(
+            f"a stream of {total.size(0)} utterances continues with fbank "
+            f"{tuple(fbank.shape)} and lengths {tuple(lengths.shape)}"
+        )
+    if not on_host(lengths, total, ended):
+        return
+    _check_piece(lengths, fbank.size(1), ended, "frames")
+    total = total + lengths
+    if last and int(total.min()) < MIN_FRAMES:
+        raise InputError(
+            f"stream of {total.tolist()} fbank frames: at least {MIN_FRAMES} are needed"
+        )
+
+
+def check_waveform_piece(
+    speech: Tensor, lengths: Tensor, total: Tensor, ended: Tensor, last: bool
+) -> None:
+    """Refuse what does not continue a stream of waveforms.
+
+    Args:
+        speech: (B, n), the next samples.
+        lengths: (B,) samples of each.
+        total: (B,) samples received before.
+        ended: (B,) bool, utterances whose end was seen.
+        last: whether the stream ends here.
+
+    Raises:
+        InputError: the piece does not fit, samples that are no numbers, or an utterance
+            without samples.
+    """
+    if total.size(0) != speech.size(0):
+        raise InputError(
+            f"a stream of {total.size(0)} utterances continues with {speech.size(0)}"
+        )
+    if not on_host(speech, lengths, total, ended):
+        return
+    _check_piece(lengths, speech.size(1), ended, "samples")
+    check_finite(speech, lengths)
+    total = total + lengths
+    if last and int(total.min()) < 1:
+        raise InputError(f"a stream of {total.tolist()} samples ends")
+
+
+def _check_piece(lengths: Tensor, most: int, ended: Tensor, unit: str) -> None:
+    if _outside(lengths, 0, most):
+        raise InputError(f"lengths {lengths.tolist()} must be in 0..{most} {unit}")
+    if bool((ended & (lengths > 0)).any()):
+        raise InputError(
+            f"lengths {lengths.tolist()}: utterances that had ended "
+            f"({ended.nonzero().flatten().tolist()}) go on"
+        )
+
+
+def _outside(lengths: Tensor, least: int, most: int) -> str:
+    """Say which of the lengths (B,) are not in ``least..most``; empty if all are."""
+    found = ((lengths < least) | (lengths > most)).nonzero().flatten()
+    if not len(found):
+        return ""
+    return (
+        f"utterances {found.tolist()} of the batch: lengths {lengths[found].tolist()}"
+    )
+
+
+def _check_features(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
+    _check_any(fbank)
+    if fbank.dim() != 3 or fbank.size(2) != num_mel_bins:
+        raise InputError(
+            f"expected fbank (B, T, {num_mel_bins}), got {tuple(fbank.shape)}"
+        )
+    if not fbank.is_floating_point():
+        raise InputError(f"fbank is {fbank.dtype}; floating point numbers are needed")
+    _check_whole(lengths)
+
+
+def _check_whole(lengths: Tensor) -> None:
+    if lengths.is_floating_point():
+        raise InputError(f"lengths are {lengths.dtype}; whole numbers are needed")
+
+
+def _check_any(batch: Tensor) -> None:
+    if batch.dim() > 0 and len(batch) == 0:
+        raise InputError("the batch is empty: it needs at least one utterance")
