@@ -225,5 +225,5 @@ def _check_whole(lengths: Tensor) -> None:
 
 
 def _check_any(batch: Tensor) -> None:
-    if batch.dim() > 0 and len(batch) == 0:
+    if batch.dim() > 0 and batch.size(0) == 0:
         raise InputError("the batch is empty: it needs at least one utterance")

@@ -57,7 +57,10 @@ class Downsample(nn.Module):
         b, t, c = x.shape
         groups = (t + self.factor - 1) // self.factor
         missing = groups * self.factor - t
-        if torch.compiler.is_compiling() or missing:  # a graph is that of any length
+        if torch.compiler.is_compiling():  # a graph is that of any length
+            index = torch.arange(groups * self.factor, device=x.device)
+            x = x.index_select(1, index.clamp(max=t - 1))
+        elif missing:
             x = torch.cat([x, x[:, -1:].expand(b, missing, c)], dim=1)
         weights = self.bias.softmax(dim=0).to(x.dtype)
         x = x.reshape(b, groups, self.factor, c)
@@ -163,6 +166,9 @@ class DownsampledStack(nn.Module):
         return self.out_combiner(x, up), hidden_states
 
     def _upsample(self, low: Tensor, like: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # a graph is that of any length
+            index = torch.arange(like.size(1), device=low.device)
+            return low.index_select(1, index // self.factor)
         return low.repeat_interleave(self.factor, dim=1)[:, : like.size(1)]
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.zipformer.frames import without_autocast
 from espnet2_spear.zipformer.fusion import replaceable
 
 FRAME_LENGTH = 400  # samples, 25 ms
@@ -97,7 +96,7 @@ class Fbank(nn.Module):
         """
         n = lengths.to(speech.device)
         frames = num_frames(speech.size(1))
-        with without_autocast(speech):
+        with torch.autocast(speech.device.type, enabled=False):
             x = _mirrored(speech.float(), n, frames)
             windows = x.unfold(1, FRAME_LENGTH, FRAME_SHIFT)
             fbank = log_mel(windows, self.window, self.mel)
@@ -138,11 +137,11 @@ def _mirrored(speech: Tensor, lengths: Tensor, frames: int) -> Tensor:
         behind an utterance than its own frames reach, anything.
     """
     size = (frames - 1) * FRAME_SHIFT + FRAME_LENGTH
-    x = speech.new_zeros(len(speech), size + FRAME_LENGTH)
+    x = speech.new_zeros(speech.size(0), size + FRAME_LENGTH)
     x[:, LEFT : LEFT + speech.size(1)] = speech
     n = lengths[:, None]
     near = torch.arange(FRAME_LENGTH, device=speech.device)
-    before = (near[:LEFT] - LEFT).expand(len(speech), -1)
+    before = (near[:LEFT] - LEFT).expand(speech.size(0), -1)
     for position in (before, n + near):
         # Very short utterances are mirrored repeatedly.
         index = torch.where(position < 0, -1 - position, position).remainder(2 * n)

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Context in which operations on the device of x keep their types."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind):  # such as meta
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 class Past:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from espnet2_spear.zipformer.frames import without_autocast
 from espnet2_spear.zipformer.fusion import replaceable
 from espnet2_spear.zipformer.schedule import BatchCount, Scheduled
 
@@ -254,7 +253,7 @@ class _Whitening(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,), module = ctx.saved_tensors, ctx.module
-        with without_autocast(x):
+        with torch.autocast(x.device.type, enabled=False):
             grad, module.beyond = whitening_gradient(
                 x,
                 grad,
