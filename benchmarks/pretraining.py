@@ -281,15 +281,15 @@ def count_operations(job: dict) -> dict[str, float]:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    from espnet2_spear.zipformer import products
+    from espnet2_spear.zipformer.cpu import use_cpu_versions
 
     model, _, _ = build({**job, "compile": False, "checkpointing": False})
     student, batch = model.student, make_batch(job, 0)
-    onednn, products.ONEDNN = products.ONEDNN, False
+    use_cpu_versions(False)
     mapping = {torch.ops.aten.convolution_backward: convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         model(**batch)[0].sum().backward()
-    products.ONEDNN = onednn
+    use_cpu_versions()
     utts, samples = batch["speech"].shape
     frames = utts * student.hidden_lengths(samples)
     seen = 0

@@ -228,15 +228,3 @@ def test_export_with_any_batch_and_length(waveforms: bool, changes: dict) -> Non
         for size, frames in ((3, 77), (2, 160), (5, 33)):
             args = inputs(waveforms, size, frames)
             assert_alike(program.module()(*args), module(*args))
-
-
-@STUDENTS
-@pytest.mark.parametrize("waveforms", [True, False])
-def test_evaluation_is_one_graph(waveforms: bool, changes: dict) -> None:
-    module = Exported(build(NARROW, **TWO_STACKS, **changes), waveforms)
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        for size, frames in ((2, 101), (3, 77)):
-            args = inputs(waveforms, size, frames)
-            assert_alike(compiled(*args), module(*args))
