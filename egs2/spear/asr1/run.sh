@@ -253,7 +253,7 @@ if wanted 3; then
             log "ERROR: --ckpt ${ckpt}: must be the file of a student; a folder in another layout becomes one by python -m espnet2_spear.bin.spear_import" >&2
             exit 1
         fi
-        args+=(--init_param "${ckpt}:student:encoder")
+        args+=(--init_param "${ckpt}:student:encoder" --encoder_conf "arch.name=${ckpt}")
         student=("${ckpt}")
     fi
     if [ -d "${ckpt}" ] && [ "${#student[@]}" -gt 0 ]; then

@@ -25,7 +25,7 @@ Stages (what is finished is done again only if its inputs or options changed)
   --ckpt FILE                 pre-trained student, a .pth file
   --config F                  training [conf/train_cls_spear_<setting>.yaml]
   --cls_args \"...\"            further options of cls_train, such as
-                              \"--encoder_conf arch.name=large\"
+                              \"--max_epoch 10\"
   --tag TAG                   name in exp/                         [setting and fold]
   --partial true|false        accept less of a corpus than was published [false]
   --inference_model NAME      [valid.total_count.ave.pth]
@@ -181,7 +181,8 @@ if wanted 3; then
         --runner "$(runner "${ngpu}" "${num_nodes}" "${nj}" "${exp}/train.log")" \
         -- ${python} -m espnet2.bin.cls_train --config "${config}" \
         --output_dir "${exp}" --token_list "${tokens}" \
-        --init_param "${ckpt}:student:encoder" "${opts[@]}" ${cls_args} \
+        --init_param "${ckpt}:student:encoder" --encoder_conf "arch.name=${ckpt}" \
+        "${opts[@]}" ${cls_args} \
         + --ngpu "${ngpu}" --resume true --multiprocessing_distributed true "${nodes[@]}"
 fi
 
