@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from espnet2_spear.codes.facts import DEFAULTS, CodesMismatch, check_codes_facts
+from espnet2_spear.codes.facts import CodesMismatch, check_codes_facts
 from espnet2_spear.codes.targets import TeacherCodes
 
 FACTS = {"num_codebooks": 4, "codebook_size": 256, "frame_rate": 50.0}
@@ -92,6 +92,14 @@ def test_codes_from_elsewhere(args, tmp_path):
         check_codes_facts(args)
 
 
-def test_defaults_are_those_of_the_targets():
-    codes = TeacherCodes(4)
-    assert {key: getattr(codes, key) for key in DEFAULTS} == DEFAULTS
+def test_shape_is_taken_from_the_facts_unless_it_is_configured(args, tmp_path):
+    """Codes of two bytes: a head of 2000 where nothing is said, none where 256 is."""
+    for part in ("train", "valid"):
+        write(tmp_path, part, codebook_size=2000, quantizer_id="aa")
+    configured = {**args.teachers["speech"], "codebook_size": 256}
+    check_codes_facts(args)
+    codes = TeacherCodes.from_dict("speech", args.teachers["speech"])
+    assert codes == TeacherCodes(4, 2000, 50.0, "aa")
+    args.teachers["speech"] = configured
+    with pytest.raises(CodesMismatch, match="codebook_size 2000, but .* 256"):
+        check_codes_facts(args)

@@ -180,6 +180,23 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not reads.where
 
 
+def test_codes_of_two_bytes() -> None:
+    """One codebook of 2000 classes, as k-means has it."""
+    teachers = {"speech": TeacherCodes(1, 2000, 50.0)}
+    model = build(teachers, loss_weights="joint").eval()
+    data = batch()
+    frames = data["codes_speech"].size(1)
+    data["codes_speech"] = torch.randint(2000, (4, frames, 1), dtype=torch.int16)
+    data["codes_speech"][0, 5] = 1999
+    loss, stats, _ = model(**data)
+    expected, figures = by_loops(model, data)
+    torch.testing.assert_close(loss, expected / int(model(**data)[2]))
+    assert model.heads["speech"].weight.size(0) == 2000
+    assert stats["speech_speech_loss"].item() == pytest.approx(
+        figures["speech_speech_loss"], rel=1e-4
+    )
+
+
 def test_heads_without_targets_get_zero_gradients() -> None:
     model = build().train()
     data = batch(SAMPLES[:2], (0, 0))  # speech only

@@ -17,7 +17,6 @@ from espnet2_spear.errors import UserError
 
 PREFIX = "codes_"
 SHAPE = ("num_codebooks", "codebook_size", "frame_rate")
-DEFAULTS = {"codebook_size": 256, "frame_rate": 50.0}  # of TeacherCodes
 
 
 class CodesMismatch(UserError):
@@ -71,7 +70,9 @@ def check_codes_facts(args: argparse.Namespace) -> None:
     """Compare all codes of a training with its teachers and with each other.
 
     The identity of each teacher's quantizer becomes a part of the configuration
-    (``teachers.<name>.quantizer``), and so of config.yaml and of packed models.
+    (``teachers.<name>.quantizer``), and so of config.yaml and of packed models. So does
+    the shape of its codes where the configuration leaves it out, such as a
+    ``codebook_size`` of 2000: the heads are made for it.
 
     Args:
         args: of the training; ``teachers`` is completed in place.
@@ -114,11 +115,13 @@ def check_codes_facts(args: argparse.Namespace) -> None:
 
 
 def _check_shape(
-    path: str, teacher: str, conf: Mapping[str, Any], facts: Mapping[str, Any]
+    path: str, teacher: str, conf: dict[str, Any], facts: Mapping[str, Any]
 ) -> None:
     for key in SHAPE:
-        configured = conf.get(key, DEFAULTS.get(key))
-        if key in facts and facts[key] != configured:
+        if key not in facts:
+            continue
+        configured = conf.setdefault(key, facts[key])
+        if facts[key] != configured:
             raise CodesMismatch(
                 f"{path}: codes with {key} {facts[key]}, but the configuration "
                 f"has teachers.{teacher}.{key} {configured}; correct the configuration "
