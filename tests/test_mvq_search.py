@@ -147,5 +147,5 @@ def test_extra_passes_that_cannot_be():
     quantizer, x = crowded(4, 16)
     with pytest.raises(QuantizerError, match="extra_passes is -1; at least 0"):
         quantizer.encode(x, extra_passes=-1)
-    with pytest.raises(QuantizerError, match="'kmeans' has no joint search"):
+    with pytest.raises(QuantizerError, match="'kmeans' has no search to repeat"):
         KMeansQuantizer(12, 16, 1).encode(x, extra_passes=1)
