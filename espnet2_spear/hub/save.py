@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import yaml
 from torch import Tensor
 
 from espnet2_spear.errors import CheckpointError
+from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.hub.infer import compact, named_size
 from espnet2_spear.spear.student import SpearEncoder
 
@@ -45,19 +45,16 @@ def save_student(
         raise CheckpointError(f"{', '.join(there)}: exists; choose another folder")
     state = model.state_dict()
     refuse_non_finite(state, source)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = weights.with_suffix(".pth.tmp")
-    torch.save({f"{PREFIX}.{k}": v for k, v in state.items()}, temporary)
-    os.replace(temporary, weights)
+    with atomic(weights) as file:
+        torch.save({f"{PREFIX}.{k}": v for k, v in state.items()}, file)
     conf = {
         "student": named_size(model.config) or "base",
         "student_conf": model.config.to_dict(),
     }
     comment = "".join(f"# {line}\n" for line in f"from {source}".splitlines())
-    config_file.write_text(
-        comment + yaml.safe_dump(conf, sort_keys=False, default_flow_style=None),
-        encoding="utf-8",
-    )
+    with atomic(config_file, "w") as file:
+        file.write(comment)
+        yaml.safe_dump(conf, file, sort_keys=False, default_flow_style=None)
     return weights
 
 
