@@ -175,9 +175,10 @@ def test_audioset_mixes_and_draws_rare_classes_often(
 ) -> None:
     """The configuration for two million clips, on 32: two epochs, in this process."""
     pytest.importorskip("torcheval")
-    from espnet2.bin.cls_train import main
     from espnet2.layers.mixup_augmentation import MixupAugment
     from espnet2.train.dataset import ESPnetDataset
+
+    from espnet2_spear.bin.cls_train import main
 
     prepare(tmp_path / "train", MANY, "--train")
     prepare(tmp_path / "test", {"v0": "high", "v1": "low"})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import BinaryIO, NamedTuple
 
@@ -124,7 +124,10 @@ def find_layout(file: ByteRange) -> Layout:
     if head[:4] == b"fLaC":
         if _flac_ends_as_promised(file, head):
             return Layout(whole)
-        return _joined(_flac_links(file) or whole, promised=False)
+        layout = _joined(_flac_links(file) or whole, promised=False)
+        if _flac_total(head) == 0 and not layout.note:
+            layout = replace(layout, note="its header tells no length")
+        return layout
     if head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
         joined = _is_joined_mp3(file, head)
         note = "recordings are joined in it" if joined else ""
@@ -311,7 +314,7 @@ def _is_joined_mp3(file: ByteRange, head: bytes) -> bool:
 
 def _flac_ends_as_promised(file: ByteRange, head: bytes) -> bool:
     """Whether the last frame of a FLAC file ends at the length in its header."""
-    total = int.from_bytes(head[21:26], "big") & (1 << 36) - 1
+    total = _flac_total(head)
     block = int.from_bytes(head[10:12], "big")
     longest = int.from_bytes(head[15:18], "big")
     size = len(file)
@@ -335,6 +338,11 @@ def _flac_links(file: ByteRange) -> Links:
             starts.append(at)
         at += 4
     return tuple(pairwise([*starts, len(file)]))
+
+
+def _flac_total(head: bytes) -> int:
+    """Samples of a FLAC file as its header tells them; 0: unknown."""
+    return int.from_bytes(head[21:26], "big") & (1 << 36) - 1
 
 
 def _flac_audio(file: ByteRange) -> int:

@@ -14,7 +14,7 @@ help_message="Usage: ./finetune.sh --setting SETTING --ckpt STUDENT.pth [options
 Stages (what is finished is done again only if its inputs or options changed)
   1  clips, 16 kHz mono, by their corpus in ../ssl1/db.sh  -> dump/raw/<set>
   2  labels, list of classes                               -> dump/raw/<set>/labels
-  3  training by espnet2.bin.cls_train                     -> exp/cls_<tag>
+  3  training by espnet2_spear.bin.cls_train               -> exp/cls_<tag>
   4  classification of the test set                        -> exp/cls_<tag>/decode/<set>
   5  accuracy, mAP                                         -> exp/cls_<tag>/RESULTS.md
 
@@ -179,7 +179,7 @@ if wanted 3; then
         --input "${tokens}" "${inputs[@]}" --output "${exp}/${inference_model}" \
         --again "goes on from its last checkpoint (another --tag starts anew)" \
         --runner "$(runner "${ngpu}" "${num_nodes}" "${nj}" "${exp}/train.log")" \
-        -- ${python} -m espnet2.bin.cls_train --config "${config}" \
+        -- ${python} -m espnet2_spear.bin.cls_train --config "${config}" \
         --output_dir "${exp}" --token_list "${tokens}" \
         --init_param "${ckpt}:student:encoder" --encoder_conf "arch.name=${ckpt}" \
         "${opts[@]}" ${cls_args} \
