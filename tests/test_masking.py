@@ -106,6 +106,7 @@ def test_zero_probability_masks_nothing() -> None:
     [
         {"time_prob": -0.1},
         {"time_prob": float("nan")},
+        {"channel_prob": 1.01},
         {"channel_prob": "0.5"},
         {"time_span": 0},
         {"time_span": 2.5},
@@ -113,7 +114,7 @@ def test_zero_probability_masks_nothing() -> None:
         {"time_min_spans": -1},
     ],
 )
-def test_options_that_are_none(options: dict) -> None:
+def test_options_out_of_range(options: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} .*expected a"):
         SpanMasker(**options)
 

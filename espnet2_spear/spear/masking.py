@@ -13,7 +13,6 @@ says: about 1 - (1 - p / L)^L, that is 49 % for p = 0.65 and 40 % for 0.5 (L = 1
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -81,8 +80,8 @@ class SpanMasker:
         channel_span: mel channels of a span.
 
     Raises:
-        ValueError: a negative share, or a span length or count that is not an integer
-            of at least 1 (``time_min_spans``: 0).
+        ValueError: a share that is not in 0..1, or a span length or count that is not
+            an integer of at least 1 (``time_min_spans``: 0).
     """
 
     time_prob: float = 0.65
@@ -94,8 +93,8 @@ class SpanMasker:
     def __post_init__(self) -> None:
         for name in ("time_prob", "channel_prob"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-                raise ValueError(f"{name} {value!r}: expected a share, such as 0.65")
+            if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+                raise ValueError(f"{name} {value!r}: expected a share in 0..1")
         least_of = {"time_span": 1, "time_min_spans": 0, "channel_span": 1}
         for name, least in least_of.items():
             value = getattr(self, name)
