@@ -120,7 +120,7 @@ class ListFile:
         """All values, whole numbers of at most nine digits, as int32 (n,).
 
         Raises:
-            ListError: a value that is none, with its line.
+            ListError: a value is not an integer; the message names the line.
         """
         result = np.empty(len(self), np.int32)
         for first, last in blocks(len(self)):

@@ -80,11 +80,12 @@ class SamplerConfig:
 class StepSampler:
     """Steps of utterances of similar length.
 
-    A step of ``shards * n`` utterances comes from one bucket (a span of lengths), n so
-    that n of its longest, each lengthened by mixing, fit a shard. Buckets take turns so
-    that all utterances of weight 1 are seen equally often; within a bucket every group
-    has its share of every step (rounded up or down, in turn), and goes through all its
-    utterances in a random order before it begins again in another.
+    A step of ``shards * n`` utterances comes from one bucket (a span of lengths); n is
+    how many of the bucket's longest utterances, after mixing, fit into
+    ``shard_samples``. Buckets take turns so that all utterances of weight 1 are seen
+    equally often. Within a bucket every group has its share of every step (rounded up
+    or down, in turn), and goes through all its utterances in a random order before it
+    begins again in another.
 
     No utterance is in a step twice, unless a group has a weight so large that a step
     needs more utterances than the group has in the bucket.

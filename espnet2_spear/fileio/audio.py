@@ -136,7 +136,7 @@ def read_pieces(
         for span in spans:
             try:
                 data = _read(path, source, window, span)
-                check_scale(path, max(peak, float(np.abs(data).max())))
+                check_scale(path, max(peak, _largest(path, data)))
                 # Decoding to the end may have shown a wrong header.
                 samples = source.samples or window.length
                 info = _checked(path, source, samples, strict)
@@ -282,13 +282,6 @@ def _mono(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """One channel or the mean of all, and what there is to say about it."""
     channels, notes = data.shape[1], ()
-    if not np.isfinite(data).all():
-        raise AudioError(
-            path,
-            "not_finite",
-            "the samples include NaN or infinity",
-            "convert the original again",
-        )
     if channel is not None and not 0 <= channel < channels:
         raise AudioError(
             path,
@@ -311,17 +304,34 @@ def _mono(
     return np.ascontiguousarray(samples, dtype=np.float32), notes
 
 
+def _largest(path: str | os.PathLike[str], data: np.ndarray) -> float:
+    """Largest absolute sample, in which NaN and infinity show.
+
+    Raises:
+        AudioError: of reason ``not_finite``.
+    """
+    peak = float(np.maximum(data.max(), -data.min()))
+    if not math.isfinite(peak):
+        raise AudioError(
+            path,
+            "not_finite",
+            "the samples include NaN or infinity",
+            "convert the original again",
+        )
+    return peak
+
+
 def check_scale(name: str | os.PathLike[str], peak: float) -> None:
     """Refuse samples that are not in the scale of [-1, 1], such as 16-bit integers.
 
     Args:
         name: of the recording, for the message.
-        peak: its largest absolute sample; NaN and infinity are not looked at.
+        peak: its largest absolute sample.
 
     Raises:
         AudioError: of reason ``scale``.
     """
-    if MAX_PEAK < peak < math.inf:
+    if peak > MAX_PEAK:
         raise AudioError(
             name,
             "scale",
@@ -334,6 +344,7 @@ def _peak(source: Source) -> float:
     """Largest absolute sample of a recording, or the first that is out of scale."""
     peak = 0.0
     for block in source.blocks():
+        block = block[np.isfinite(block)]  # others are found with their piece
         peak = max(peak, float(np.abs(block).max(initial=0.0)))
         if peak > MAX_PEAK:
             break

@@ -33,8 +33,9 @@ MAX_BAD_PACKETS = 0.01
 # Containers whose headers tell the length exactly enough for a comparison.
 _TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _TIME_SLACK = 0.2  # seconds, of a codec's delay
-# Formats whose headers have been compared with what is there.
-_COMPARED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF"}
+# Formats whose lengths have been compared with what is there, or come from the end.
+_COMPARED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC"}
+_FROM_END = {"OGG"}
 _SOUNDFILE_ERRORS = (soundfile.SoundFileError, RuntimeError, TypeError)
 
 
@@ -165,6 +166,8 @@ class Source:
             return True
         if self._said > SAMPLES_PER_BYTE * self._size:
             return False
+        if self._sound.format in _FROM_END:
+            return True
         slack = MP3_FRAME if self._sound.format == "MP3" else 0
         try:  # whether the last samples are there
             self._sound.seek(max(0, self._said - 1 - slack))
