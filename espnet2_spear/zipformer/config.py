@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from typing import Any
 
 from espnet2_spear.errors import UserError
@@ -20,16 +21,12 @@ STACK_FIELDS = (
     "num_heads",
 )
 _DRAWN = ("train_chunk_size", "train_left_context_frames")  # or one number for all
-_LISTS = ("embed_channels", *_DRAWN)
-_INTEGERS = ("num_mel_bins", "output_downsampling_factor", "pos_dim", "chunk_size")
-_INTEGERS += ("left_context_frames", "query_head_dim", "pos_head_dim")
-_INTEGERS += ("value_head_dim",)
 # Options of a run: they change no tensor of a checkpoint.
-_RUN_FIELDS = ("chunk_size", "left_context_frames", "train_chunk_size")
-_RUN_FIELDS += ("train_left_context_frames", "padding", "regularize")
-_RUN_FIELDS += ("regularize_batch_seconds", "regularize_start")
-_RUN_FIELDS += ("activation_checkpointing",)
-_FLAGS = ("causal", "regularize", "activation_checkpointing")
+_RUN_FIELDS = (
+    *("chunk_size", "left_context_frames", *_DRAWN, "padding"),
+    *("regularize", "regularize_batch_seconds", "regularize_start"),
+    "activation_checkpointing",
+)
 # Options that do nothing unless another one is on. Not chunk_size and
 # left_context_frames, which released configurations hold in any case.
 _SWITCHES = {
@@ -118,79 +115,79 @@ class ZipformerConfig:
 
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in STACK_FIELDS}
-        if len(set(lengths.values())) != 1 or not self.num_encoder_layers:
-            raise ConfigError(
-                f"every per-stack list needs one entry per stack, got lengths {lengths}"
-            )
-        if len(self.embed_channels) != 3:
-            raise ConfigError(f"embed_channels {self.embed_channels}: three widths")
-        for name in {*STACK_FIELDS, *_INTEGERS, "embed_channels"} - {*_RUN_FIELDS}:
+        _require(
+            len(set(lengths.values())) == 1 and len(self.num_encoder_layers) > 0,
+            f"every per-stack list needs one entry per stack, got lengths {lengths}",
+        )
+        widths, dim = self.embed_channels, self.encoder_dim
+        _require(len(widths) == 3, f"embed_channels {widths}: three widths")
+        for name, default in _DEFAULTS.items():
             value = getattr(self, name)
-            if min((value,) if isinstance(value, int) else value) < 1:
-                raise ConfigError(f"{name} {value}: at least 1")
-        if self.num_mel_bins < MIN_MEL_BINS:
-            raise ConfigError(
-                f"num_mel_bins {self.num_mel_bins}: at least {MIN_MEL_BINS}"
-            )
-        if len(set(self.encoder_dim)) != 1:
-            raise ConfigError(
-                f"encoder_dim must be equal in all stacks, got {self.encoder_dim}"
-            )
-        if any(
-            u > d
-            for u, d in zip(self.encoder_unmasked_dim, self.encoder_dim, strict=True)
-        ):
-            raise ConfigError(
-                f"encoder_unmasked_dim {self.encoder_unmasked_dim} exceeds encoder_dim"
-            )
-        if any(k % 2 == 0 for k in self.cnn_module_kernel):
-            raise ConfigError(f"cnn_module_kernel {self.cnn_module_kernel} must be odd")
-        if any((3 * f) % 4 or (5 * f) % 4 for f in self.feedforward_dim):
-            raise ConfigError(f"feedforward_dim {self.feedforward_dim}: multiples of 4")
-        if self.encoder_dim[0] % 4:
-            raise ConfigError(f"encoder_dim {self.encoder_dim[0]}: a multiple of 4")
-        if self.output_downsampling_factor not in (1, 2):
-            raise ConfigError("output_downsampling_factor must be 1 or 2")
-        if self.pos_dim % 2:
-            raise ConfigError(f"pos_dim {self.pos_dim} must be even")
-        self._check_options()
+            if isinstance(default, bool):
+                _require(isinstance(value, bool), f"{name} {value!r}: true or false")
+            elif isinstance(default, (int, tuple)) and name not in _RUN_FIELDS:
+                least = min((value,) if isinstance(value, int) else value)
+                _require(least >= 1, f"{name} {value}: at least 1")
+        bins, unmasked = self.num_mel_bins, self.encoder_unmasked_dim
+        kernels, hidden = self.cnn_module_kernel, self.feedforward_dim
+        _require(bins >= MIN_MEL_BINS, f"num_mel_bins {bins}: at least {MIN_MEL_BINS}")
+        _require(
+            len(set(dim)) == 1, f"encoder_dim must be equal in all stacks, got {dim}"
+        )
+        _require(
+            max(unmasked) <= dim[0],
+            f"encoder_unmasked_dim {unmasked} exceeds encoder_dim",
+        )
+        _require(
+            all(k % 2 for k in kernels), f"cnn_module_kernel {kernels} must be odd"
+        )
+        _require(
+            not any(f % 4 for f in hidden), f"feedforward_dim {hidden}: multiples of 4"
+        )
+        _require(dim[0] % 4 == 0, f"encoder_dim {dim[0]}: a multiple of 4")
+        _require(
+            self.output_downsampling_factor in (1, 2),
+            "output_downsampling_factor must be 1 or 2",
+        )
+        _require(self.pos_dim % 2 == 0, f"pos_dim {self.pos_dim} must be even")
+        _require(
+            self.padding in PADDING_MODES,
+            f"padding '{self.padding}': one of {PADDING_MODES}",
+        )
+        seconds, start = self.regularize_batch_seconds, self.regularize_start
+        _require(
+            seconds > 0 and start >= 0,
+            f"regularize_batch_seconds {seconds} must be positive, "
+            f"regularize_start {start} not negative",
+        )
+        if self.causal:
+            self._check_chunks()
 
-    def _check_options(self) -> None:
-        """Check the fields that change no tensor."""
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} {getattr(self, name)!r}: true or false")
-        if self.padding not in PADDING_MODES:
-            raise ConfigError(f"padding '{self.padding}': one of {PADDING_MODES}")
-        if not self.regularize_batch_seconds > 0 or not self.regularize_start >= 0:
-            raise ConfigError(
-                f"regularize_batch_seconds {self.regularize_batch_seconds} must be "
-                f"positive, regularize_start {self.regularize_start} not negative"
-            )
-        if not self.causal:
-            return
+    def _check_chunks(self) -> None:
         self.check_chunk(self.chunk_size, self.left_context_frames)
-        if not self.train_chunk_size or not self.train_left_context_frames:
-            raise ConfigError("train_chunk_size, train_left_context_frames: are empty")
-        for chunk in self.train_chunk_size:
-            for left in self.train_left_context_frames:
-                self.check_chunk(chunk, left)
+        drawn = [getattr(self, name) for name in _DRAWN]
+        _require(all(drawn), "train_chunk_size, train_left_context_frames: are empty")
+        for chunk, left in product(*drawn):
+            self.check_chunk(chunk, left)
 
     def check_chunk(self, chunk_size: int, left_context_frames: int) -> None:
         """Raise ConfigError unless chunks fit the downsampled stacks."""
         unit = math.lcm(*self.downsampling_factor, self.output_downsampling_factor)
-        if chunk_size != -1 and (chunk_size < 1 or chunk_size % unit):
-            raise ConfigError(f"chunk size {chunk_size}: a multiple of {unit}, or -1")
-        if left_context_frames < -1:
-            raise ConfigError(f"left context {left_context_frames}: frames, or -1")
+        _require(
+            chunk_size == -1 or (chunk_size >= 1 and chunk_size % unit == 0),
+            f"chunk size {chunk_size}: a multiple of {unit}, or -1",
+        )
+        _require(
+            left_context_frames >= -1,
+            f"left context {left_context_frames}: frames, or -1",
+        )
 
     def architecture(self) -> ZipformerConfig:
         """Return the same with the options of a run at their defaults.
 
         Checkpoints fit a network if these are equal.
         """
-        default = {f.name: f.default for f in fields(self) if f.name in _RUN_FIELDS}
-        return replace(self, **default)
+        return replace(self, **{name: _DEFAULTS[name] for name in _RUN_FIELDS})
 
     @property
     def frame_rate(self) -> float:
@@ -232,35 +229,33 @@ class ZipformerConfig:
     def changed(self, conf: Mapping[str, Any]) -> ZipformerConfig:
         """Return the same with other values, as YAML or JSON holds them.
 
-        Options that do nothing then are at their defaults, which :meth:`to_dict`
-        writes and :meth:`from_dict` takes.
+        Options without effect under the new values are reset to their defaults, so
+        that to_dict and from_dict round-trip.
 
         Raises:
             ConfigError: as of :meth:`from_dict`.
         """
         given = self.fields_from(conf)
         config = replace(self, **given)
-        default = {f.name: f.default for f in fields(self)}
         idle = {k: s for k, s in _SWITCHES.items() if not getattr(config, s)}
         for key, switch in idle.items():
-            if given.get(key, default[key]) != default[key]:
+            if given.get(key, _DEFAULTS[key]) != _DEFAULTS[key]:
                 raise ConfigError(
                     f"{key} does nothing without {switch}: set {switch}: true, or "
                     f"leave {key} out"
                 )
-        return replace(config, **{key: default[key] for key in idle})
+        return replace(config, **{key: _DEFAULTS[key] for key in idle})
 
     @classmethod
     def fields_from(cls, conf: Mapping[str, Any]) -> dict[str, Any]:
         """Turn what YAML or JSON holds into fields' values, for ``replace``.
 
         Raises:
-            ConfigError: a key that is no field, or a value that is none of its type.
+            ConfigError: an unknown key, or a value of another type.
         """
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(str(key) for key in conf if key not in known)
+        unknown = sorted(str(key) for key in conf if key not in _DEFAULTS)
         if unknown:
-            raise ConfigError(f"unknown keys {unknown}; known: {sorted(known)}")
+            raise ConfigError(f"unknown keys {unknown}; known: {sorted(_DEFAULTS)}")
         return {key: _plain(key, conf[key]) for key in conf}
 
     @classmethod
@@ -277,21 +272,30 @@ class ZipformerConfig:
         }
 
 
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+_DEFAULTS = {f.name: f.default for f in fields(ZipformerConfig)}
+
+
 def _plain(key: str, value: Any) -> Any:
-    """Turn what YAML or JSON may hold into a field's type: lists into tuples, ..."""
-    listed = key in STACK_FIELDS or key in _LISTS
+    """Turn what YAML or JSON may hold into the type of a field's default."""
+    default = _DEFAULTS[key]
+    listed = isinstance(default, tuple)
     try:
         if listed:
             parts = value.split(",") if isinstance(value, str) else value
             if key in _DRAWN and isinstance(value, int):
                 parts = [value]
             return tuple(_whole(p) for p in parts)
-        if key in _INTEGERS:
+        if isinstance(default, bool):
+            return bool(value) if value in (0, 1) else value
+        if isinstance(default, int):
             return _whole(value)
-        if key in ("regularize_batch_seconds", "regularize_start"):
+        if isinstance(default, float):
             return float(value)
-        if key in _FLAGS and value in (0, 1):
-            return bool(value)
     except (TypeError, ValueError, OverflowError):
         kind = "numbers, as 1,2,3" if listed else "a number"
         raise ConfigError(f"{key}: expected {kind}; got {value!r}") from None
