@@ -46,7 +46,7 @@ def launch(command: str, ranks: int, cwd: Path) -> list[tuple[int, str]]:
         )
     results = []
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)  # a busy machine
         results.append((process.returncode, errors))
     return results
 
