@@ -865,17 +865,14 @@ def test_processes_of_a_job_get_their_threads(tmp_path: Path) -> None:
         ("ssl1/run.sh", "--stop_stage 1", "data"),
         ("asr1/run.sh", "--stop_stage 1", "dump/raw"),
         ("asr1/run.sh", "--stage 4 --asr_tag t", "exp/asr_t"),
-        ("cls1/run.sh", "--stop_stage 1", "data/sounds"),
-        ("cls1/run.sh", "--stage 2 --stop_stage 2", "dump/raw/sounds"),
-        ("cls1/run.sh", "--stage 3 --ckpt x --tag t", "exp/t"),
         (
             "cls1/finetune.sh",
             "--setting esc50 --stop_stage 1",
             "dump/raw/esc50_fold1_train",
         ),
         ("cls1/finetune.sh", "--setting esc50 --stage 4 --tag t", "exp/cls_t"),
-        ("spk1/run.sh", "--stop_stage 1", "data/characters"),
-        ("spk1/run.sh", "--stage 3 --ckpt x --tag t", "exp/t"),
+        ("eval1/run.sh", "--stop_stage 1", "dump/eval1"),
+        ("eval1/run.sh", "--stage 3 --student x --tag t", "dump/eval1"),
     ],
 )
 def test_two_runs_at_once_are_refused(

@@ -46,8 +46,8 @@ for i in range(60):
 for name, lines in tables.items():
     (work / name).write_text("".join(lines), encoding="utf-8")
 PYTHON
-spk1=${project}/egs2/spear/spk1
-"${python}" "${spk1}/local/voxceleb_layout.py" --wav_scp "${work}/wav.scp" \
+eval1=${project}/egs2/spear/eval1
+"${python}" "${eval1}/local/voxceleb_layout.py" --wav_scp "${work}/wav.scp" \
     --labels "${work}/labels" --groups "${work}/groups" --out_dir "${work}/layout"
 cd "${work}"
 runner=("${python}" -m espnet2_spear.launcher -m s3prl.run_downstream --device cpu)
@@ -57,7 +57,7 @@ override+=",,config.downstream_expert.datarc.file_path=${work}/layout"
 override+=",,config.downstream_expert.datarc.meta_data=${work}/layout/splits.txt"
 "${runner[@]}" -m train -p exp -u spear_local \
     -k "${student:-${work}/student/valid.loss.best.pth}" --upstream_feature_normalize \
-    -d voxceleb1 -c "${spk1}/conf/s3prl_voxceleb1.yaml" -o "${override}" >train.log 2>&1 ||
+    -d voxceleb1 -c "${eval1}/conf/s3prl_voxceleb1.yaml" -o "${override}" >train.log 2>&1 ||
     { tail -n 30 train.log >&2; exit 1; }
 # Its own checkpoints hold options as objects.
 TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 "${runner[@]}" -m evaluate -e exp/dev-best.ckpt \

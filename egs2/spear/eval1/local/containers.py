@@ -6,6 +6,10 @@ from pathlib import Path
 
 _TOP_BIT = 0x80000000
 _SHDR = struct.Struct("<20sIIIIIBbHH")
+_PHDR = struct.Struct("<20sHHHIII")
+_INST = struct.Struct("<20sH")
+_PAIR = struct.Struct("<HH")
+_INSTRUMENT, _SAMPLE_ID = 41, 53  # generators
 
 
 class ContainerError(ValueError):
@@ -47,6 +51,69 @@ def read_sf3(path: Path) -> Iterator[tuple[str, bytes]]:
     Raises:
         ContainerError: no soundfont, or a sample that is no Ogg file.
     """
+    found = _soundfont(path)
+    headers = found[b"shdr"]
+    for at in range(0, len(headers) - 2 * _SHDR.size + 1, _SHDR.size):  # last: the end
+        name, start, end, *_ = _SHDR.unpack_from(headers, at)
+        sound = found[b"smpl"][start:end]
+        if sound[:4] != b"OggS":
+            raise ContainerError(f"{path}: sample {name!r} is no Ogg file")
+        yield name.partition(b"\0")[0].decode("latin-1").strip(), sound
+
+
+def read_presets(path: Path) -> dict[int, set[tuple[int, int]]]:
+    """Return sample -> (bank, program) of all presets that play it.
+
+    A preset (chunk phdr) has zones (pbag), whose generators (pgen) name an instrument
+    (generator 41); its zones (inst, ibag) have generators (igen) that name a sample
+    (53). Every header says where its zones begin, and the next one where they end.
+
+    Raises:
+        ContainerError: no soundfont, or one that is cut off.
+    """
+    found = _soundfont(path)
+    try:
+        instruments = _zones(found, b"inst", _INST, b"ibag", b"igen", _SAMPLE_ID)
+        presets = _zones(found, b"phdr", _PHDR, b"pbag", b"pgen", _INSTRUMENT)
+        players: dict[int, set[tuple[int, int]]] = {}
+        for (_, program, bank, *_), used in presets:
+            for number in used:
+                for sample in instruments[number][1]:
+                    players.setdefault(sample, set()).add((bank, program))
+    except (KeyError, IndexError, struct.error) as error:
+        raise ContainerError(f"{path}: damaged ({error!r}); unpack it again") from None
+    return players
+
+
+def _zones(
+    found: dict[bytes, bytes],
+    heads: bytes,
+    head: struct.Struct,
+    bags: bytes,
+    generators: bytes,
+    wanted: int,
+) -> list[tuple[tuple, list[int]]]:
+    """(header, amounts of one generator in its zones) of presets or instruments."""
+    headers = list(head.iter_unpack(found[heads]))
+    zones = [first for first, _ in _PAIR.iter_unpack(found[bags])]
+    values = list(_PAIR.iter_unpack(found[generators]))
+    place = 3 if heads == b"phdr" else 1  # of the first zone, in a header
+    return [
+        (
+            this,
+            [
+                amount
+                for zone in range(this[place], following[place])
+                for kind, amount in values[zones[zone] : zones[zone + 1]]
+                if kind == wanted
+            ],
+        )
+        for this, following in zip(headers, headers[1:], strict=False)
+    ]
+
+
+def _soundfont(path: Path) -> dict[bytes, bytes]:
+    """Chunks of a soundfont by tag."""
     data = path.read_bytes()
     if data[:4] != b"RIFF" or data[8:12] != b"sfbk":
         raise ContainerError(f"{path}: is no soundfont; unpack it again")
@@ -57,13 +124,7 @@ def read_sf3(path: Path) -> Iterator[tuple[str, bytes]]:
                 found[inner] = data[first : first + length]
     if b"smpl" not in found or b"shdr" not in found:
         raise ContainerError(f"{path}: has no samples; unpack it again")
-    headers = found[b"shdr"]
-    for at in range(0, len(headers) - 2 * _SHDR.size + 1, _SHDR.size):  # last: the end
-        name, start, end, *_ = _SHDR.unpack_from(headers, at)
-        sound = found[b"smpl"][start:end]
-        if sound[:4] != b"OggS":
-            raise ContainerError(f"{path}: sample {name!r} is no Ogg file")
-        yield name.partition(b"\0")[0].decode("latin-1").strip(), sound
+    return found
 
 
 def _chunks(

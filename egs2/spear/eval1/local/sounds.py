@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from containers import read_cat, read_sf3
+from unzip_audio import unzip
 
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES, audio_info
 from espnet2_spear.fileio.datadir import DataDir, DataDirError, Segment, write_table
@@ -36,6 +37,8 @@ INSTRUMENT = re.compile(
 VOICES = ("en_US_f_Allison", "es_MX_f_Allison", "fr_CA_f_June")
 VOICES += ("it_IT_m_Carlo", "ru_RU_f_IvrvoiceRU")
 SONIC_PI_DRUMS = re.compile(r"^(bd|drum|sn|perc|tabla)_")
+OPENSFX = "usr/share/games/openttd/baseset/opensfx/opensfx.cat"
+SOUNDFONT = "usr/share/sounds/sf3/MuseScore_General_Lite.sf3"
 MUSIC_PIECES = 8  # of each track
 MUSIC_SECONDS = 10.0
 MAX_CLIPS = 110  # of a class
@@ -98,6 +101,8 @@ def clips(root: Path, folder: Path, all_classes: bool) -> Iterator[Clip]:
         folder: gets the sounds of the containers.
         all_classes: animals, impacts and doors, too.
     """
+    for archive in sorted((root / "usr/share/games/ufoai/base").glob("*.pk3")):
+        unzip(archive, root / "ufoai")
     if all_classes:
         yield from animals(root)
     for label in UFOAI + UFOAI_SMALL * all_classes:
@@ -123,16 +128,14 @@ def clips(root: Path, folder: Path, all_classes: bool) -> Iterator[Clip]:
             if path.parent.name != "silence" and "beep" not in path.stem
         ]
         yield from sorted(spoken, key=order)[: MAX_CLIPS // len(VOICES)]
-    cat = root / "usr/share/games/openttd/baseset/opensfx/opensfx.cat"
-    for index, (caption, content) in enumerate(read_cat(cat)):
+    for index, (caption, content) in enumerate(read_cat(root / OPENSFX)):
         title = caption.split('"')[1] if caption.count('"') > 1 else caption
         if VEHICLE.search(title) and not NO_VEHICLE.search(title):
             path = write_sound(folder, f"opensfx_{index:02d}", ".wav", content)
             yield Clip(f"opensfx-{index:02d}", "vehicle", path, f"opensfx-{index:02d}")
     for path in audio_files(root / "ufoai/sound/ugv"):
         yield Clip(f"ufoai-ugv-{path.stem}", "vehicle", path, f"ufoai-ugv-{path.stem}")
-    font = root / "usr/share/sounds/sf3/MuseScore_General_Lite.sf3"
-    for index, (name, content) in enumerate(read_sf3(font)):
+    for index, (name, content) in enumerate(read_sf3(root / SOUNDFONT)):
         instrument = INSTRUMENT.search(name)
         if not (DRUM.search(name) or instrument):
             continue
@@ -162,6 +165,33 @@ def balanced(found: list[Clip], max_clips: int) -> list[Clip]:
     ]
 
 
+def write_clips(found: list[Clip], out_dir: Path) -> None:
+    """Write a data directory with the tables `labels` and `groups`.
+
+    Raises:
+        DataDirError: two clips get the same id.
+    """
+    data = DataDir(wav_scp={}, utt2spk={}, segments={}, path=out_dir)
+    labels, groups = {}, {}
+    for clip in found:
+        utt = re.sub(r"[^A-Za-z0-9._-]+", "_", clip.name.replace("/", "-"))
+        if utt in data.wav_scp:
+            raise DataDirError(f"{clip.path} and {data.wav_scp[utt]}: same id {utt}")
+        data.wav_scp[utt] = str(clip.path.absolute())
+        data.segments[utt] = Segment(utt, clip.start, clip.end)
+        data.utt2spk[utt] = utt
+        data.utt2domain[utt] = "speech" if clip.label == "speech" else "audio"
+        labels[utt] = clip.label
+        groups[utt] = re.sub(r"\s+", "_", clip.group)  # names a line of a table
+    data.validate(require=("utt2domain",))
+    data.write(out_dir)
+    write_table(out_dir / "labels", labels)
+    write_table(out_dir / "groups", groups)
+    counts = Counter(labels.values()).most_common()
+    named = ", ".join(f"{label} {count}" for label, count in counts)
+    logging.info("%d clips: %s", len(labels), named)
+
+
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -178,28 +208,7 @@ def main(cmd: list[str] | None = None) -> None:
     """Write the data directory."""
     args = get_parser().parse_args(cmd)
     every = list(clips(args.root, args.out_dir / "clips", args.all_classes))
-    found = balanced(every, args.max_clips)
-    data = DataDir(wav_scp={}, utt2spk={}, segments={}, path=args.out_dir)
-    labels, groups = {}, {}
-    for clip in found:
-        utt = re.sub(r"[^A-Za-z0-9._-]+", "_", clip.name.replace("/", "-"))
-        if utt in data.wav_scp:
-            raise DataDirError(f"{clip.path} and {data.wav_scp[utt]}: same id {utt}")
-        data.wav_scp[utt] = str(clip.path.absolute())
-        data.segments[utt] = Segment(utt, clip.start, clip.end)
-        data.utt2spk[utt] = utt
-        data.utt2domain[utt] = "speech" if clip.label == "speech" else "audio"
-        labels[utt], groups[utt] = clip.label, clip.group
-    data.validate(require=("utt2domain",))
-    data.write(args.out_dir)
-    write_table(args.out_dir / "labels", labels)
-    write_table(args.out_dir / "groups", groups)
-    counts = Counter(labels.values())
-    logging.info(
-        "%d clips: %s",
-        len(labels),
-        ", ".join(f"{label} {count}" for label, count in counts.most_common()),
-    )
+    write_clips(balanced(every, args.max_clips), args.out_dir)
 
 
 if __name__ == "__main__":

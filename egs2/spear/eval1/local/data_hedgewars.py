@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Phrases of a game's voices as a data directory: what is said, by whom.
+
+hedgewars-data has a folder for each voice and a file for each phrase. Kept are the
+phrases that all English voices say. Besides the usual tables it writes `labels`
+(utterance and phrase) and `groups` (its voice).
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from espnet2_spear.fileio.datadir import DataDir, DataDirError, write_table
+
+VOICES = "usr/share/games/hedgewars/Data/Sounds/voices"
+ENGLISH = ("British", "Classic", "Default", "HillBilly", "Mobster", "Pirate", "Robot")
+ENGLISH += ("Russian", "Singer", "Surfer")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line parser."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
+    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
+    return parser
+
+
+def main(cmd: list[str] | None = None) -> None:
+    """Write the data directory.
+
+    Raises:
+        DataDirError: a voice is missing, or they share no phrase.
+    """
+    args = get_parser().parse_args(cmd)
+    files: dict[str, dict[str, Path]] = {}
+    for voice in ENGLISH:
+        folder = args.root / VOICES / voice
+        files[voice] = {path.stem: path for path in sorted(folder.glob("*.ogg"))}
+        if not files[voice]:
+            raise DataDirError(f"{folder}: no .ogg files; run stage 1 of run.sh again")
+    shared = sorted(set.intersection(*(set(found) for found in files.values())))
+    if not shared:
+        raise DataDirError(f"{args.root / VOICES}: the voices share no phrase")
+    data = DataDir(wav_scp={}, utt2spk={}, path=args.out_dir)
+    labels, groups = {}, {}
+    for voice, found in files.items():
+        for phrase in shared:
+            utt = f"{voice}-{phrase}"
+            data.wav_scp[utt] = str(found[phrase].absolute())
+            data.utt2spk[utt] = groups[utt] = voice
+            data.utt2domain[utt] = "speech"
+            labels[utt] = phrase
+    data.validate(require=("utt2domain",))
+    data.write(args.out_dir)
+    write_table(args.out_dir / "labels", labels)
+    write_table(args.out_dir / "groups", groups)
+    logging.info("%d phrases of %d voices", len(shared), len(files))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="(data_hedgewars.py) %(message)s")
+    main()

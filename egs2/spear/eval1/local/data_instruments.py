@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Samples of a soundfont as a data directory: which family of instruments is it?
+
+The families are those of General MIDI (eight programs each) and drum kits; samples that
+several families play are left out. Besides the usual tables it writes `labels` (family)
+and `groups` (the first program that plays the sample; splits keep it together).
+"""
+
+import argparse
+import logging
+from collections import Counter
+from pathlib import Path
+
+from containers import read_presets, read_sf3
+from sounds import SOUNDFONT, Clip, balanced, write_clips, write_sound
+
+FAMILIES = "piano percussion organ guitar bass strings ensemble brass reed pipe".split()
+FAMILIES += "lead pad effects ethnic percussive sound_effects".split()
+DRUMS = 128  # bank of drum kits
+MAX_CLIPS, MIN_CLIPS = 60, 20  # of a family; smaller ones are left out
+
+
+def family(players: set[tuple[int, int]]) -> str | None:
+    """Family of (bank, program)s; None if there are several."""
+    found = {"drums" if b == DRUMS else FAMILIES[p // 8] for b, p in players}
+    return found.pop() if len(found) == 1 else None
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line parser."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
+    parser.add_argument("--max_clips", type=int, default=MAX_CLIPS, help="of a family")
+    parser.add_argument("--min_clips", type=int, default=MIN_CLIPS, help="of a family")
+    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
+    return parser
+
+
+def main(cmd: list[str] | None = None) -> None:
+    """Write the data directory."""
+    args = get_parser().parse_args(cmd)
+    players = read_presets(args.root / SOUNDFONT)
+    clips = []
+    for index, (_, content) in enumerate(read_sf3(args.root / SOUNDFONT)):
+        label = family(players.get(index, set()))
+        if label is not None:
+            bank, program = min(players[index])
+            group = f"drums-{program}" if bank == DRUMS else f"program-{program}"
+            path = write_sound(
+                args.out_dir / "clips", f"sf3_{index:04d}", ".ogg", content
+            )
+            clips.append(Clip(f"sf3-{index:04d}", label, path, group))
+    sizes = Counter(clip.label for clip in clips)
+    clips = [clip for clip in clips if sizes[clip.label] >= args.min_clips]
+    write_clips(balanced(clips, args.max_clips), args.out_dir)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="(data_instruments.py) %(message)s")
+    main()

@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""The sounds of OpenSFX (trains, ships, cows, ...) as a data directory of noise."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from containers import read_cat
+from sounds import OPENSFX, write_sound
+
+from espnet2_spear.fileio.datadir import DataDir
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line parser."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
+    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
+    return parser
+
+
+def main(cmd: list[str] | None = None) -> None:
+    """Write the data directory."""
+    args = get_parser().parse_args(cmd)
+    data = DataDir(wav_scp={}, utt2spk={}, path=args.out_dir)
+    for index, (_, content) in enumerate(read_cat(args.root / OPENSFX)):
+        utt = f"opensfx-{index:02d}"
+        path = write_sound(args.out_dir / "clips", utt, ".wav", content)
+        data.wav_scp[utt] = str(path.absolute())
+        data.utt2spk[utt] = utt
+        data.utt2domain[utt] = "audio"
+    data.validate(require=("utt2domain",))
+    data.write(args.out_dir)
+    logging.info("%d sounds", len(data.wav_scp))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="(data_opensfx.py) %(message)s")
+    main()

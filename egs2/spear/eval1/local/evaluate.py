@@ -1,0 +1,304 @@
+#!/usr/bin/env python3
+"""Evaluate the frozen features of a student on all tasks, beside what it must beat.
+
+Called by run.sh. Stages: 1 data, 2 formatting, 3 features, 4 probes and table. Stages
+1 and 2 are steps with marks (step.py). Features and scores are kept, and made again if
+what they depend on has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from features import Features, kept_features
+from heads import Score, run_probe
+from systems import System, logmel, student, teacher
+from table import draw, environment, table
+from tasks import Clips, Data, Task, TaskError, divide
+
+from espnet2_spear.fileio.datadir import read_table
+from espnet2_spear.fileio.explain import main_with_one_line_errors
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Folders:
+    """Where things lie: data directories, formatted clips, results, packages."""
+
+    data: Path
+    dump: Path
+    exp: Path
+    downloads: Path
+
+    def source(self, data: Data) -> Path:
+        """Data directory."""
+        return HERE / data.dir if data.dir else self.data / data.name
+
+    def raw(self, data: Data) -> Path:
+        """Formatted and filtered clips."""
+        return self.dump / "raw" / data.name
+
+
+def all_data(tasks: Sequence[Task]) -> list[Data]:
+    """Every set of clips once; those that others are made of come first.
+
+    Raises:
+        TaskError: two tasks mean different clips by one name, or clips that no task
+            describes.
+    """
+    found: dict[str, Data] = {}
+    for task in tasks:
+        for data in (task.data, *([task.noise.data] if task.noise else [])):
+            if found.setdefault(data.name, data) != data:
+                raise TaskError(
+                    f"{task.path}: data '{data.name}' is described differently by "
+                    "another task; give it a name of its own"
+                )
+    ordered: list[Data] = []
+
+    def add(data: Data) -> None:
+        for name in data.needs:
+            if name not in found:
+                raise TaskError(
+                    f"data '{data.name}' needs '{name}': add the task that makes it"
+                )
+            add(found[name])
+        if data not in ordered:
+            ordered.append(data)
+
+    for data in found.values():
+        add(data)
+    return ordered
+
+
+def step(dry_run: bool, *words: str | Path) -> None:
+    """Run a step of the recipe, unless it is done."""
+    command = [sys.executable, "local/step.py", "--dry_run", str(dry_run).lower()]
+    subprocess.run([*command, *map(str, words)], cwd=HERE, check=True)
+
+
+def prepare(data: Data, folders: Folders, dry_run: bool) -> None:
+    """Fetch the packages and make the data directory."""
+    if data.packages and not dry_run:
+        fetch = ["local/fetch_debs.sh", "../ssl1/local/debs.sha256", folders.downloads]
+        subprocess.run([*map(str, fetch), *data.packages], cwd=HERE, check=True)
+    source = folders.source(data)
+    if data.dir:
+        if not dry_run and not (source / "wav.scp").exists():
+            raise TaskError(
+                f"{source}: no data directory (no wav.scp); name another dir"
+            )
+        return
+    places = {
+        "root": folders.downloads / "root",
+        "out": source,
+        "raw": folders.dump / "raw",
+        "data": folders.data,
+    }
+    inputs = [w for n in data.needs for w in ("--input", folders.dump / "raw" / n)]
+    words = shlex.split(data.command.format(**places))
+    mark = source / ".done.json"
+    step(dry_run, "--mark", mark, *inputs, "--output", source / "wav.scp", "--", *words)
+
+
+def format_clips(data: Data, folders: Folders, nj: int, dry_run: bool) -> None:
+    """Make 16 kHz mono files; leave silence and clicks out."""
+    source, raw = folders.source(data), folders.raw(data)
+    org = raw.with_name(raw.name + "_org")
+    python = ("--", sys.executable, "-m")
+    step(
+        *(dry_run, "--mark", org / ".done.json", "--input", source),
+        *("--output", org / "wav.scp", *python, "espnet2_spear.bin.spear_format"),
+        *("--in_dir", source, "--out_dir", org, "+", "--nj", str(nj)),
+    )
+    step(
+        *(dry_run, "--mark", raw / ".done.json", "--input", org),
+        *("--output", raw / "wav.scp", *python, "espnet2_spear.bin.spear_filter"),
+        *("--in_dir", org, "--out_dir", raw, "--max_seconds", "inf"),
+        *("--min_seconds", str(data.min_seconds)),
+    )
+
+
+def clips_of(task: Task, folders: Folders) -> tuple[Clips, dict[str, str]]:
+    """The divided clips of a task, and the files of all its data."""
+    wavs = read_table(folders.raw(task.data) / "wav.scp", "utterance file")
+    clips = divide(task, folders.source(task.data), list(wavs), HERE)
+    return clips, {utt: wavs[utt] for utt in clips.all}
+
+
+def systems(args: argparse.Namespace) -> Iterator[Callable[[], System]]:
+    """What is compared; each is built when its turn comes."""
+    yield lambda: logmel(args.device)
+    yield lambda: student(args.student, args.device, random_seed=0)
+    yield lambda: student(args.student, args.device)
+    for entry in args.teachers.split():
+        name, _, path = entry.partition("=")
+        yield lambda name=name, path=path: teacher(name, path, args.device)
+
+
+def score(task: Task, clips: Clips, features: Features, seed: int, kept: Path) -> Score:
+    """Score of a probe, from a file if it was made of the same features and split."""
+    digest = hashlib.sha256(repr((task.head, task.metric, clips)).encode())
+    for utt in clips.all:
+        digest.update(features.values[features.rows[utt]].tobytes())
+    identity = digest.hexdigest()
+    try:
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if found.pop("identity") == identity:
+            return Score(**found)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # made again
+    result = run_probe(task, clips, features, seed)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_name(kept.name + ".part")
+    part.write_text(json.dumps({"identity": identity, **asdict(result)}) + "\n")
+    part.replace(kept)
+    return result
+
+
+def evaluate(
+    args: argparse.Namespace, tasks: Sequence[Task], folders: Folders, probes: bool
+) -> None:
+    """Stage 3 and, with ``probes``, 4."""
+    divided = {task.name: clips_of(task, folders) for task in tasks}
+    results: dict[str, dict[str, list[Score]]] = {}
+    for build in systems(args):
+        system = build()
+        # Features of what does not depend on the student are shared by all students.
+        own = system.name.startswith(("student", "random"))
+        cache = (folders.exp if own else folders.exp.parent) / "features" / system.name
+        for task in tasks:
+            clips, wavs = divided[task.name]
+            noise, suffix = None, f"{task.data.name}.{task.head}"
+            if task.noise is not None:
+                table_ = folders.raw(task.noise.data) / "wav.scp"
+                noise = (read_table(table_, "utterance file"), task.noise.snr)
+                suffix += f".{task.noise.data.name}{task.noise.snr:g}dB"
+            found = kept_features(
+                cache / suffix, system, wavs, task.head, noise, args.device
+            )
+            if not probes:
+                continue
+            for seed in args.seeds:
+                kept = folders.exp / "scores" / f"{task.name}.{system.name}.{seed}.json"
+                one = score(task, clips, found, seed, kept)
+                logging.info("%s, %s: %s", task.name, system.name, one)
+                by_task = results.setdefault(system.title, {})
+                by_task.setdefault(task.name, []).append(one)
+    if probes:
+        write(tasks, divided, results, args, folders.exp)
+
+
+def write(
+    tasks: Sequence[Task],
+    divided: dict[str, tuple[Clips, dict[str, str]]],
+    results: dict[str, dict[str, list[Score]]],
+    args: argparse.Namespace,
+    exp: Path,
+) -> None:
+    """Write RESULTS.md, RESULTS.json and the picture."""
+    lines = []
+    for task in tasks:
+        clips = divided[task.name][0]
+        counts = ", ".join(f"{part} {len(utts)}" for part, utts in clips.utts.items())
+        kind = "characters" if task.head == "ctc" else "classes"
+        lines.append(f"- {task.name}: clips: {counts}; {len(clips.classes)} {kind}")
+    text = [
+        "# RESULTS",
+        environment(),
+        f"Student `{args.student}`. Mean and standard deviation over seeds "
+        f"{', '.join(map(str, args.seeds))} of the probe; choices are made on dev.",
+        table(tasks, results),
+        "\n".join(lines) + "\n",
+    ]
+    (exp / "RESULTS.md").write_text("\n\n".join(text), encoding="utf-8")
+    content = {
+        system: {name: [asdict(s) for s in scores] for name, scores in by_task.items()}
+        for system, by_task in results.items()
+    }
+    (exp / "RESULTS.json").write_text(json.dumps(content, indent=1) + "\n")
+    draw(tasks, results, exp / "RESULTS.png")
+    print(table(tasks, results))
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line parser."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--student", default="")
+    parser.add_argument("--tag", default="")
+    parser.add_argument("--tasks", default="", help="names or paths; empty: all")
+    parser.add_argument("--full", choices=["true", "false"], default="false")
+    parser.add_argument("--teachers", default="")
+    parser.add_argument("--seeds", default="0 1 2")
+    parser.add_argument("--stage", type=int, default=1)
+    parser.add_argument("--stop_stage", type=int, default=4)
+    parser.add_argument("--nj", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dry_run", choices=["true", "false"], default="false")
+    for name in ("data", "dump", "exp"):
+        parser.add_argument(f"--{name}dir", type=Path, default=Path(name))
+    parser.add_argument("--downloads", type=Path, default=Path("../ssl1/downloads"))
+    return parser
+
+
+def chosen_tasks(args: argparse.Namespace) -> list[Task]:
+    """The tasks that were asked for; by default those without a large package."""
+    if args.tasks:
+        names = [Path(name) for name in args.tasks.split()]
+        paths = [p if p.suffix else HERE / "tasks" / f"{p}.yaml" for p in names]
+        return [Task.read(path) for path in paths]
+    tasks = [Task.read(path) for path in sorted((HERE / "tasks").glob("*.yaml"))]
+    chosen = [t for t in tasks if args.full == "true" or not t.data.large]
+    return sorted(chosen, key=lambda t: (t.domain != "speech", t.name))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the stages.
+
+    Raises:
+        TaskError: a task that cannot be evaluated.
+    """
+    args.seeds = [int(seed) for seed in args.seeds.split()]
+    tasks = chosen_tasks(args)
+    path = Path(args.student)
+    tag = args.tag or (path.name if path.is_dir() else path.parent.name)
+    folders = Folders(
+        args.datadir.resolve(),
+        args.dumpdir.resolve(),
+        args.expdir.resolve() / tag,
+        args.downloads.resolve(),
+    )
+    wanted = range(args.stage, args.stop_stage + 1)
+    dry_run = args.dry_run == "true"
+    for data in all_data(tasks):
+        # Both stages of one before the next: some are made of others' formatted clips.
+        if 1 in wanted:
+            prepare(data, folders, dry_run)
+        if 2 in wanted:
+            format_clips(data, folders, args.nj, dry_run)
+    if dry_run:
+        names = ", ".join(task.name for task in tasks)
+        print(f"features and probes of {names}: {folders.exp}")
+    elif 3 in wanted or 4 in wanted:
+        torch.set_num_threads(max(1, args.nj))
+        evaluate(args, tasks, folders, 4 in wanted)
+
+
+def main(cmd: list[str] | None = None) -> None:
+    """Command line entry point."""
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Features of clips, computed once for each system and set of clips, and kept on disk.
+
+Clips are embedded one by one, so that no padding counts, and only their first 10 s;
+silence follows clips shorter than 0.5 s. Kept are, for the head `linear`, mean and
+standard deviation over time of every layer, (clips, layers, 2 channels) float32; and
+for `ctc` all frames, (frames, layers, channels) float16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from systems import System
+from tasks import TaskError
+from torch import Tensor
+
+from espnet2_spear.fileio.audio import read_audio
+
+RATE = 16000
+SHORTEST, LONGEST = RATE // 2, 10 * RATE  # samples
+
+
+@dataclass
+class Features:
+    """Features of clips.
+
+    Attributes:
+        values: (clips, layers, 2 channels), or all frames (frames, layers, channels).
+        rows: utterance -> its rows.
+    """
+
+    values: np.ndarray
+    rows: dict[str, slice]
+
+
+def kept_features(
+    cache: Path,
+    system: System,
+    wavs: Mapping[str, str],
+    head: str,
+    noise: tuple[Mapping[str, str], float] | None = None,
+    device: str = "cpu",
+) -> Features:
+    """Read features from the cache, or compute and keep them.
+
+    Args:
+        cache: path without suffix: `.npy` holds the values, `.json` what they are of.
+        system: what computes them.
+        wavs: utterance -> file at 16 kHz.
+        head: what they are for.
+        noise: files of noise, and the SNR (dB) it is added at.
+        device: to compute on.
+    """
+    facts = {
+        "system": system.identity,
+        "head": head,
+        "clips": _digest(wavs),
+        "noise": noise and [_digest(noise[0]), noise[1]],
+    }
+    array, index = cache.with_suffix(".npy"), cache.with_suffix(".json")
+    if (found := _read(array, index, facts)) is not None:
+        return found
+    logging.info("%s: features of %d clips", cache, len(wavs))
+    parts, rows, begin = [], {}, 0
+    with torch.inference_mode():
+        for utt, speech in _waveforms(wavs, noise):
+            layers = torch.stack(system.embed(speech[None].to(device)), dim=1)
+            part = _pool(layers) if head == "linear" else layers.half()
+            part = part.cpu().numpy()
+            if not np.isfinite(part).all():
+                raise TaskError(
+                    f"{wavs[utt]}: {system.title} gives values that are not finite"
+                )
+            parts.append(part)
+            rows[utt] = [begin, begin + len(part)]
+            begin += len(part)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    index.unlink(missing_ok=True)
+    values = np.concatenate(parts)
+    with array.open("wb") as file:
+        np.save(file, values)
+    facts |= {"bytes": array.stat().st_size, "rows": rows}
+    part_file = index.with_name(index.name + ".part")
+    part_file.write_text(json.dumps(facts), encoding="utf-8")
+    part_file.replace(index)  # last: whole or not there
+    return Features(values, {utt: slice(*ends) for utt, ends in rows.items()})
+
+
+def _read(array: Path, index: Path, facts: Mapping[str, object]) -> Features | None:
+    """Features that are whole and of the same system and clips, or None; logs why."""
+    if not index.exists():
+        return None
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))
+        changed = [name for name, value in facts.items() if found.get(name) != value]
+        if not array.exists() or array.stat().st_size != found["bytes"]:
+            changed.append("file")
+        if changed:
+            logging.info("%s: made again, other %s", array, ", ".join(changed))
+            return None
+        rows = {utt: slice(*ends) for utt, ends in found["rows"].items()}
+        return Features(np.load(array, mmap_mode="r", allow_pickle=False), rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logging.warning("%s: made again, it is damaged (%s)", array, error)
+        return None
+
+
+def _digest(wavs: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for utt, path in wavs.items():
+        digest.update(f"{utt} {Path(path).stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _pool(layers: Tensor) -> Tensor:
+    """Mean and standard deviation over time: (1, layers, 2 channels)."""
+    layers = layers.float()
+    return torch.cat([layers.mean(0), layers.std(0, correction=0)], dim=-1)[None]
+
+
+def _waveforms(
+    wavs: Mapping[str, str], noise: tuple[Mapping[str, str], float] | None
+) -> Iterator[tuple[str, Tensor]]:
+    sources = [] if noise is None else [_samples(path) for path in noise[0].values()]
+    for utt, path in wavs.items():
+        speech = _samples(path)[:LONGEST]
+        speech = F.pad(speech, (0, max(0, SHORTEST - len(speech))))
+        if noise is not None:
+            speech = add_noise(speech, sources, noise[1], utt)
+        yield utt, speech
+
+
+def _samples(path: str) -> Tensor:
+    samples, rate = read_audio(path)
+    if rate != RATE:
+        raise TaskError(f"{path}: is at {rate} Hz; run stage 2 of run.sh again")
+    return torch.from_numpy(samples)
+
+
+def add_noise(speech: Tensor, sources: list[Tensor], snr: float, utt: str) -> Tensor:
+    """Add noise at an SNR; which noise is added depends on the name of the clip alone.
+
+    Args:
+        speech: (samples,).
+        sources: noise clips; one after another until the speech is covered.
+        snr: dB, of mean squares.
+        utt: the clip's name.
+    """
+    seed = int.from_bytes(hashlib.sha256(utt.encode()).digest()[:8], "big")
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    order = torch.randperm(len(sources), generator=generator).tolist()
+    noise = torch.cat([sources[i] for i in order])
+    noise = noise.repeat(-(-len(speech) // len(noise)))[: len(speech)]
+    power = noise.square().mean().clamp(min=1e-10)
+    gain = (speech.square().mean() / power * 10 ** (-snr / 10)).sqrt()
+    return speech + gain * noise

@@ -1,0 +1,191 @@
+"""Probes of frozen features: a weighted sum of the layers, and one linear map.
+
+Features are standardised by mean and deviation of the training clips, for each channel
+of each layer. Then softmax weights sum the layers, and a linear map gives the scores of
+classes (`linear`), or of characters in every frame (`ctc`). Regularisation and epoch
+are chosen on the part dev.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from features import Features
+from sklearn.metrics import average_precision_score
+from tasks import PARTS, Clips, Task
+from torch import Tensor, nn
+from torchaudio.functional import edit_distance
+
+DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the weights, head linear
+STEPS = 60  # of L-BFGS
+EPOCHS, EVERY, BATCH, RATE = 30, 3, 16, 4e-3  # head ctc
+
+
+@dataclass
+class Score:
+    """What a probe reached on dev and test, in percent, and its layer weights."""
+
+    seed: int
+    dev: float
+    test: float
+    layers: list[float]
+
+
+class Probe(nn.Module):
+    """Weighted sum of standardised layers, and a linear map.
+
+    Args:
+        mean, std: (layers, channels) of the training clips.
+        classes: number of outputs.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, classes: int, seed: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.layer = nn.Parameter(torch.zeros(len(mean)))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.linear = nn.Linear(mean.size(1), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores (..., classes) of features (..., layers, channels)."""
+        x = (x.float() - self.mean) / self.std
+        return self.linear(torch.einsum("...lc,l->...c", x, self.layer.softmax(0)))
+
+
+def run_probe(task: Task, clips: Clips, features: Features, seed: int) -> Score:
+    """Train, choose and test a probe."""
+    return (_linear if task.head == "linear" else _ctc)(task, clips, features, seed)
+
+
+def _statistics(values: Tensor) -> tuple[Tensor, Tensor]:
+    values = values.float()
+    return values.mean(0), values.std(0, correction=0).clamp(min=1e-5)
+
+
+# ------------------------------------------------------------
+# One set of labels a clip.
+
+
+def _linear(task: Task, clips: Clips, features: Features, seed: int) -> Score:
+    x, y = {}, {}
+    for part in PARTS:
+        rows = [features.rows[utt].start for utt in clips.utts[part]]
+        x[part] = torch.from_numpy(np.asarray(features.values[rows]))
+        y[part] = targets(clips, part)
+    several = bool((y["train"].sum(1) != 1).any())
+
+    def loss_of(scores: Tensor) -> Tensor:
+        if several:
+            return F.binary_cross_entropy_with_logits(scores, y["train"])
+        return F.cross_entropy(scores, y["train"])
+
+    best: Score | None = None
+    for decay in DECAYS:
+        probe = Probe(*_statistics(x["train"]), len(clips.classes), seed)
+        optimizer = torch.optim.LBFGS(
+            probe.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()  # noqa: B023
+            loss = loss_of(probe(x["train"]))  # noqa: B023
+            loss = loss + decay * probe.linear.weight.square().sum() / 2  # noqa: B023
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            dev, test = (
+                measure(task.metric, probe(x[part]), y[part])
+                for part in ("dev", "test")
+            )
+        if best is None or dev > best.dev:
+            best = Score(seed, dev, test, probe.layer.softmax(0).tolist())
+    assert best is not None
+    return best
+
+
+def targets(clips: Clips, part: str) -> Tensor:
+    """(clips, classes) of 0 and 1."""
+    index = {name: i for i, name in enumerate(clips.classes)}
+    y = torch.zeros(len(clips.utts[part]), len(index))
+    for row, utt in enumerate(clips.utts[part]):
+        for name in clips.labels[utt].split():
+            y[row, index[name]] = 1.0
+    return y
+
+
+def measure(metric: str, scores: Tensor, y: Tensor) -> float:
+    """Accuracy, or mean average precision over the classes that occur, in percent."""
+    if metric == "accuracy":
+        return 100 * (scores.argmax(1) == y.argmax(1)).float().mean().item()
+    known = [k for k in range(y.size(1)) if y[:, k].any()]
+    values = [average_precision_score(y[:, k], scores[:, k]) for k in known]
+    return 100 * float(np.mean(values))
+
+
+# ------------------------------------------------------------
+# Characters, by connectionist temporal classification.
+
+
+def _ctc(task: Task, clips: Clips, features: Features, seed: int) -> Score:
+    index = {char: i + 1 for i, char in enumerate(clips.classes)}  # 0: blank
+    texts = {utt: [index[c] for c in clips.labels[utt]] for utt in clips.all}
+
+    def frames(utt: str) -> Tensor:
+        return torch.from_numpy(np.asarray(features.values[features.rows[utt]]))
+
+    train = clips.utts["train"]
+    probe = Probe(
+        *_statistics(torch.cat([frames(u) for u in train])), len(index) + 1, seed
+    )
+    optimizer = torch.optim.Adam(probe.parameters(), lr=RATE)
+    generator = torch.Generator().manual_seed(seed)
+    best: Score | None = None
+    for epoch in range(1, EPOCHS + 1):
+        order = torch.randperm(len(train), generator=generator).tolist()
+        for start in range(0, len(order), BATCH):
+            utts = [train[i] for i in order[start : start + BATCH]]
+            parts = [frames(u) for u in utts]
+            scores = probe(torch.cat(parts)).log_softmax(-1)
+            scores = nn.utils.rnn.pad_sequence(scores.split([len(p) for p in parts]))
+            loss = F.ctc_loss(
+                scores,
+                torch.tensor([c for u in utts for c in texts[u]]),
+                torch.tensor([len(p) for p in parts]),
+                torch.tensor([len(texts[u]) for u in utts]),
+                zero_infinity=True,  # a clip with fewer frames than characters
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if epoch % EVERY:
+            continue
+        with torch.no_grad():
+            dev, test = (
+                character_errors(
+                    [probe(frames(u)).argmax(-1).tolist() for u in clips.utts[part]],
+                    [texts[u] for u in clips.utts[part]],
+                )
+                for part in ("dev", "test")
+            )
+        if best is None or dev < best.dev:
+            best = Score(seed, dev, test, probe.layer.softmax(0).tolist())
+    assert best is not None
+    return best
+
+
+def character_errors(paths: Sequence[list[int]], texts: Sequence[list[int]]) -> float:
+    """Edits in percent of the characters, of the most likely label in every frame."""
+    errors = 0
+    for path, text in zip(paths, texts, strict=True):
+        merged = [c for i, c in enumerate(path) if c and (i == 0 or c != path[i - 1])]
+        errors += edit_distance(merged, text)
+    return 100 * errors / sum(map(len, texts))

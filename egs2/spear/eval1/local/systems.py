@@ -1,0 +1,81 @@
+"""The systems that are compared, each a function from audio to layers of frames."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from espnet2_spear import load_model
+from espnet2_spear.spear.student import SpearEncoder
+from espnet2_spear.teachers import build_teacher, load_teacher_config
+from espnet2_spear.zipformer.fbank import Fbank
+
+# (1, samples) -> layers, each (frames, channels); all of one rate, 50 Hz or slower.
+Embed = Callable[[Tensor], list[Tensor]]
+
+
+@dataclass
+class System:
+    """A way to turn audio into layers of frames.
+
+    Attributes:
+        name: in tables and file names.
+        title: in tables.
+        identity: what its features depend on, beside the audio.
+        embed: the function.
+    """
+
+    name: str
+    title: str
+    identity: str
+    embed: Embed
+
+
+def logmel(device: str) -> System:
+    """Two neighbouring frames of 128 mel channels: 256 values at 50 Hz."""
+    fbank = Fbank().to(device)
+
+    def embed(speech: Tensor) -> list[Tensor]:
+        frames = fbank(speech, _count(speech))[0][0]
+        frames = frames[: len(frames) // 2 * 2]
+        return [frames.reshape(len(frames) // 2, -1)]
+
+    return System("logmel", "log-mel", "128 channels, two frames", embed)
+
+
+def student(path: str, device: str, random_seed: int | None = None) -> System:
+    """All layers of a student at 50 Hz, or of its network with random weights."""
+    model = load_model(path)
+    name, title = "student", "student"
+    if random_seed is not None:
+        torch.manual_seed(random_seed)
+        model = SpearEncoder(model.config).eval()
+        name, title = f"random{random_seed}", "student, random weights"
+    digest = hashlib.sha256(repr(model.config).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    model = model.eval().to(device)
+
+    def embed(speech: Tensor) -> list[Tensor]:
+        return [h[0] for h in model(speech, _count(speech)).hidden_states]
+
+    return System(name, title, digest.hexdigest(), embed)
+
+
+def teacher(name: str, path: str, device: str) -> System:
+    """Embeddings of a teacher, as its quantizer sees them."""
+    model = build_teacher(*load_teacher_config(path)).to(device)
+    identity = repr(sorted(model.describe().items()))
+
+    def embed(speech: Tensor) -> list[Tensor]:
+        return [model(speech, _count(speech))[0][0]]
+
+    return System(f"teacher_{name}", f"teacher {name}", identity, embed)
+
+
+def _count(speech: Tensor) -> Tensor:
+    return torch.tensor([speech.size(1)], device=speech.device)

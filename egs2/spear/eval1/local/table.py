@@ -1,0 +1,110 @@
+"""The table of all systems and tasks, in Markdown, and its picture."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from heads import Score
+from scipy.stats import rankdata
+from tasks import DOMAINS, LOWER_IS_BETTER, Task
+
+Results = Mapping[
+    str, Mapping[str, Sequence[Score]]
+]  # title of system -> task -> seeds
+METRIC = {"accuracy": "accuracy, %", "map": "mAP, %", "cer": "CER, % (lower is better)"}
+
+
+def spread(scores: Sequence[Score]) -> str:
+    """Mean and standard deviation over the seeds of the probe."""
+    values = [score.test for score in scores]
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def mean_ranks(
+    tasks: Sequence[Task], results: Results
+) -> dict[str, list[float | None]]:
+    """Mean rank of every system over speech, audio and all tasks; 1 is the best."""
+    systems = list(results)
+    ranks: dict[str, list] = {}
+    for task in tasks:
+        means = [
+            statistics.fmean(s.test for s in results[system][task.name])
+            for system in systems
+        ]
+        sign = 1 if task.metric in LOWER_IS_BETTER else -1
+        ranks[task.name] = rankdata([sign * m for m in means]).tolist()
+    chosen = [[t for t in tasks if t.domain == domain] for domain in DOMAINS]
+    chosen.append(list(tasks))
+    return {
+        system: [
+            statistics.fmean(ranks[t.name][i] for t in some) if some else None
+            for some in chosen
+        ]
+        for i, system in enumerate(systems)
+    }
+
+
+def table(tasks: Sequence[Task], results: Results) -> str:
+    """Markdown, a line a system."""
+    heads = [f"{t.title}, {METRIC[t.metric]}" for t in tasks]
+    heads += [f"mean rank, {which}" for which in (*DOMAINS, "all")]
+    lines = [f"| system | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
+    ranks = mean_ranks(tasks, results)
+    for system, scores in results.items():
+        cells = [spread(scores[t.name]) for t in tasks]
+        cells += ["-" if r is None else f"{r:.1f}" for r in ranks[system]]
+        lines.append(f"| {system} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def environment() -> str:
+    """Where and when, as ESPnet's RESULTS.md say it."""
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    return "\n".join(
+        [
+            "## Environments",
+            f"- date: `{datetime.datetime.now():%Y-%m-%d %H:%M}`",
+            f"- python: `{platform.python_version()}`, torch: `{version('torch')}`, "
+            f"espnet: `{version('espnet')}`",
+            f"- commit: `{git.stdout.strip() or 'unknown'}`",
+        ]
+    )
+
+
+def draw(tasks: Sequence[Task], results: Results, path: Path) -> None:
+    """Bars of all systems, a group a task; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(1.2 + 1.6 * len(tasks), 4), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(results)
+    for i, (system, scores) in enumerate(results.items()):
+        values = [[s.test for s in scores[t.name]] for t in tasks]
+        axes.bar(
+            [k + i * width for k in range(len(tasks))],
+            [statistics.fmean(v) for v in values],
+            width,
+            yerr=[statistics.stdev(v) if len(v) > 1 else 0.0 for v in values],
+            label=system,
+        )
+    labels = [
+        f"{t.title}\n{METRIC[t.metric].replace(' (', chr(10) + '(')}" for t in tasks
+    ]
+    axes.set_xticks(
+        [k + 0.4 - width / 2 for k in range(len(tasks))], labels, fontsize=7
+    )
+    axes.set_ylim(0, 100)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=100)

@@ -1,1 +1,0 @@
-../../cls1/local/features.py

@@ -1,1 +1,0 @@
-../../cls1/local/probe.py

@@ -1,1 +1,0 @@
-../../cls1/local/probe_options.sh

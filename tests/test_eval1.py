@@ -1,0 +1,366 @@
+"""The benchmark of frozen features (egs2/spear/eval1): tasks, caches, probes, table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from conftest import ROOT
+
+from espnet2_spear.fileio.datadir import DataDir, write_table
+from espnet2_spear.spear.student import SpearEncoder
+from espnet2_spear.zipformer.config import ZipformerConfig
+
+EVAL = ROOT / "egs2/spear/eval1"
+sys.path.insert(0, str(EVAL / "local"))
+import evaluate  # noqa: E402
+import features  # noqa: E402
+import heads  # noqa: E402
+import make_split  # noqa: E402
+import systems  # noqa: E402
+import table  # noqa: E402
+import tasks  # noqa: E402
+
+TASKS = sorted((EVAL / "tasks").glob("*.yaml"))
+WORDS = ("AB", "BA", "ABBA")  # of three tones each: A low, B high
+
+
+def task_file(folder: Path, **changes: object) -> Path:
+    """A task on the data directory `folder`/toy."""
+    conf = {
+        "title": "toy",
+        "domain": "audio",
+        "data": {"name": "toy", "dir": str(folder / "toy")},
+        "label": "labels",
+        "split": "splits",
+        "head": "linear",
+        "metric": "accuracy",
+    } | changes
+    path = folder / f"{conf['title']}.yaml"
+    path.write_text(yaml.safe_dump(conf))
+    return path
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """45 clips of 3 words, spoken as tones in noise; every fifth is for dev or test."""
+    folder = tmp_path_factory.mktemp("eval1")
+    rng = np.random.default_rng(0)
+    data = DataDir(wav_scp={}, utt2spk={})
+    labels, splits = {}, {}
+    for i in range(45):
+        utt, word = f"u{i:02d}", WORDS[i % 3]
+        time = np.arange(3200) / 16000
+        tones = [np.sin(2 * np.pi * (400 if c == "A" else 2000) * time) for c in word]
+        wave = 0.3 * np.concatenate(tones)
+        wave = wave + 0.003 * rng.standard_normal(len(wave))
+        path = folder / f"{utt}.wav"
+        soundfile.write(path, wave, 16000)
+        data.wav_scp[utt] = str(path)
+        data.utt2spk[utt] = utt
+        data.utt2domain[utt] = "audio"
+        data.text[utt] = labels[utt] = word
+        splits[utt] = {3: "dev", 4: "test"}.get(i // 3 % 5, "train")
+    data.write(folder / "toy")
+    write_table(folder / "toy/labels", labels)
+    write_table(folder / "toy/splits", splits)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(clips: Path) -> Path:
+    torch.manual_seed(5)
+    model = SpearEncoder(ZipformerConfig.from_name("tiny"))
+    state = {f"student.{k}": v for k, v in model.state_dict().items()}
+    (clips / "student").mkdir()
+    torch.save(state, clips / "student/m.pth")
+    config = {"student": "tiny", "student_conf": model.config.to_dict()}
+    (clips / "student/config.yaml").write_text(yaml.safe_dump(config))
+    return clips / "student/m.pth"
+
+
+# --- Tasks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda p: p.stem)
+def test_tasks_of_the_repository(path: Path) -> None:
+    task = tasks.Task.read(path)
+    names = [task.split] if isinstance(task.split, str) else task.split.values()
+    assert all(name == "splits" or (EVAL / name).is_file() for name in names)
+    assert f"`{task.name}`" in (EVAL / "README.md").read_text()
+    known = (EVAL / "../ssl1/local/debs.sha256").read_text()
+    assert all(f"  {package}_" in known for package in task.data.packages)
+    if task.noise is not None:
+        assert task.noise.snr in (0, 10) and task.head == (
+            tasks.Task.read(path.with_name(path.stem.split("_")[0] + ".yaml")).head
+        )
+
+
+def test_split_files_have_all_parts() -> None:
+    for path in (EVAL / "splits").glob("*.txt"):
+        parts = [line.split()[1] for line in path.read_text().splitlines()]
+        assert set(parts) == set(tasks.PARTS), path
+        assert 0.4 < parts.count("train") / len(parts) < 0.75
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": "mlp"}, "head 'mlp'; one of linear, ctc"),
+        ({"metric": "cer"}, "metric 'cer'; one of accuracy, map"),
+        ({"domain": "music"}, "domain 'music'; one of speech, audio"),
+        ({"seeds": 3}, r"unknown keys \['seeds'\]"),
+        ({"data": {"name": "x"}}, "data 'x': give a command, or a dir"),
+        ({"data": {"name": "x", "folder": "y"}}, "data: expected some of name"),
+        ({"noise": {"snr": 0}}, "noise: expected data and snr"),
+        ({"like": "nothing"}, "nothing.yaml: no such task; there are"),
+    ],
+)
+def test_bad_tasks(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(tasks.TaskError, match=message):
+        tasks.Task.read(task_file(tmp_path, **changes))
+
+
+def test_incomplete_tasks(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("title: a\n")
+    with pytest.raises(tasks.TaskError, match=r"lacks \['data', 'domain', 'head'"):
+        tasks.Task.read(path)
+    path.write_text("- a\n")
+    with pytest.raises(tasks.TaskError, match="expected keys such as title"):
+        tasks.Task.read(path)
+    first = tasks.Task.read(task_file(tmp_path))
+    other = task_file(tmp_path, title="b", data={"name": "toy", "dir": "elsewhere"})
+    with pytest.raises(tasks.TaskError, match="'toy' is described differently"):
+        evaluate.all_data([first, tasks.Task.read(other)])
+    needy = {"name": "c", "command": "true", "needs": ["classes"]}
+    path = task_file(tmp_path, title="c", data=needy)
+    with pytest.raises(tasks.TaskError, match="needs 'classes': add the task"):
+        evaluate.all_data([tasks.Task.read(path)])
+
+
+def divided(clips: Path, tmp_path: Path, **tables: dict[str, str]) -> tasks.Clips:
+    """Divide the toy clips with some lines of its tables changed."""
+    source = tmp_path / "toy"
+    source.mkdir()
+    for name in ("labels", "splits", "groups"):
+        path = clips / "toy" / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        content = dict(line.split(maxsplit=1) for line in lines)
+        content |= tables.get(name, {})
+        if content:
+            write_table(source / name, {k: v for k, v in content.items() if v})
+    task = tasks.Task.read(task_file(tmp_path))
+    return tasks.divide(task, source, [f"u{i:02d}" for i in range(45)], EVAL)
+
+
+def test_parts_and_classes(clips: Path, tmp_path: Path) -> None:
+    found = divided(clips, tmp_path)
+    assert [len(found.utts[p]) for p in tasks.PARTS] == [27, 9, 9]
+    assert found.classes == sorted(WORDS) and len(found.all) == 45
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"labels": {"u07": ""}}, "has no label of 'u07'; add it"),
+        ({"splits": {"u07": ""}}, "no part of 'u07'"),
+        ({"splits": {"u07": "fold1"}}, "part 'fold1'; one of train, dev, test"),
+        ({"labels": {"u12": "X"}}, "'X' has clips in test, but none in train"),
+        (
+            {"groups": {f"u{i:02d}": f"speaker{i % 10}" for i in range(45)}},
+            "'speaker[0-9]' is in .* and .*, which must not share it",
+        ),
+        (
+            {"splits": {f"u{i:02d}": "train" for i in range(45)}},
+            "no clip is in part dev",
+        ),
+    ],
+)
+def test_bad_tables(
+    clips: Path, tmp_path: Path, changed: dict[str, dict[str, str]], message: str
+) -> None:
+    with pytest.raises(tasks.TaskError, match=message):
+        divided(clips, tmp_path, **changed)
+
+
+def test_split_of_new_data(clips: Path, tmp_path: Path) -> None:
+    make_split.main(["--data_dir", str(clips / "toy"), "--output", str(tmp_path / "s")])
+    parts = [line.split()[1] for line in (tmp_path / "s").read_text().splitlines()]
+    assert [parts.count(p) for p in tasks.PARTS] == [27, 9, 9]
+
+
+# --- Features -------------------------------------------------------------------------
+
+
+def test_features_are_kept_while_nothing_changes(
+    clips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    lines = (clips / "toy/wav.scp").read_text().splitlines()
+    wavs = dict(line.split() for line in lines[:4])
+    cache = tmp_path / "logmel" / "toy"
+
+    def made(head: str = "ctc", chosen: dict[str, str] = wavs) -> bool:
+        caplog.clear()
+        found = features.kept_features(cache, systems.logmel("cpu"), chosen, head)
+        assert list(found.rows) == list(chosen)
+        expected = (1, 512) if head == "linear" else (1, 256)
+        assert found.values.shape[1:] == expected and np.isfinite(found.values).all()
+        return "features of" in caplog.text
+
+    assert made() and not made()
+    assert made(head="linear") and made()
+    assert made(chosen=dict(list(wavs.items())[:3])) and "other clips" in caplog.text
+    array, index = cache.with_suffix(".npy"), cache.with_suffix(".json")
+    array.write_bytes(array.read_bytes()[:-8])
+    assert made(chosen=dict(list(wavs.items())[:3])) and "other file" in caplog.text
+    index.write_text("{")
+    assert made(chosen=dict(list(wavs.items())[:3])) and "is damaged" in caplog.text
+
+
+def test_systems(student: Path) -> None:
+    speech = torch.randn(1, 16000) * 0.1
+    (mel,) = systems.logmel("cpu").embed(speech)
+    assert mel.shape == (50, 256)
+    with torch.inference_mode():
+        trained, again = (systems.student(str(student), "cpu") for _ in range(2))
+        random = systems.student(str(student), "cpu", random_seed=0)
+        layers = [s.embed(speech) for s in (trained, again, random)]
+    assert [x.shape for x in layers[0]] == [(46, 32)] * 3
+    torch.testing.assert_close(layers[0], layers[1])
+    assert not torch.allclose(layers[0][0], layers[2][0])
+    assert trained.identity == again.identity != random.identity
+
+
+def test_noise_has_its_ratio_and_depends_on_the_clip() -> None:
+    torch.manual_seed(0)
+    speech, sources = torch.randn(4000), [torch.randn(700), torch.randn(900) * 5]
+    noisy = [features.add_noise(speech, sources, 10.0, utt) for utt in ("a", "a", "b")]
+    assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
+    noise = noisy[0] - speech
+    ratio = speech.square().mean() / noise.square().mean()
+    assert 10 * ratio.log10().item() == pytest.approx(10.0, abs=1e-3)
+
+
+# --- Probes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_linear_probe_finds_the_layer_that_knows(tmp_path: Path, several: bool) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"u{i}" for i in range(120)]
+    labels = {u: f"c{i % 3}" for i, u in enumerate(names)}
+    if several:
+        labels |= {u: labels[u] + " c3" for u in names[::4]}
+    utts = {"train": names[:72], "dev": names[72:96], "test": names[96:]}
+    classes = ["c0", "c1", "c2", *(["c3"] if several else [])]
+    values = rng.standard_normal((120, 3, 8)).astype(np.float32)
+    for i, utt in enumerate(names):
+        for label in labels[utt].split():
+            values[i, 1, int(label[1])] += 5
+    found = features.Features(values, {u: slice(i, i + 1) for i, u in enumerate(names)})
+    metric = "map" if several else "accuracy"
+    task = tasks.Task.read(task_file(tmp_path, metric=metric))
+    clips = tasks.Clips(utts, labels, classes)
+    scores = [heads.run_probe(task, clips, found, seed) for seed in (0, 0, 1)]
+    assert scores[0] == scores[1] != scores[2]
+    for score in scores:
+        assert score.test > 90 and np.argmax(score.layers) == 1
+
+
+def test_character_errors() -> None:
+    paths = [[0, 1, 1, 0, 1, 2], [0, 0], [3]]
+    texts = [[1, 1, 2], [2], [3]]
+    assert heads.character_errors(paths, texts) == pytest.approx(20.0)
+
+
+def test_mean_ranks(tmp_path: Path) -> None:
+    def scores(*values: float) -> list[heads.Score]:
+        return [heads.Score(i, v, v, []) for i, v in enumerate(values)]
+
+    some = [
+        tasks.Task.read(task_file(tmp_path, title="a")),
+        tasks.Task.read(task_file(tmp_path, title="b")),
+        tasks.Task.read(
+            task_file(tmp_path, title="c", domain="speech", head="ctc", metric="cer")
+        ),
+    ]
+    results = {
+        "x": {"a": scores(50, 60), "b": scores(70), "c": scores(10)},
+        "y": {"a": scores(90, 90), "b": scores(70), "c": scores(20)},
+    }
+    ranks = table.mean_ranks(some, results)
+    assert ranks == {"x": [1.0, 1.75, 1.5], "y": [2.0, 1.25, 1.5]}
+    text = table.table(some, results)
+    assert "| x | 55.0 ± 7.1 | 70.0 | 10.0 | 1.0 | 1.8 | 1.5 |" in text
+
+
+# --- The recipe -----------------------------------------------------------------------
+
+
+def test_a_task_of_ones_own(clips: Path, student: Path) -> None:
+    """One YAML file, as README.md says: all stages, then nothing is made again."""
+    words = task_file(clips, title="words")
+    spelled = task_file(
+        clips,
+        title="spelled",
+        domain="speech",
+        split="splits",
+        label="labels",
+        head="ctc",
+        metric="cer",
+    )
+    noisy = clips / "noisy.yaml"
+    noise = {"data": {"name": "toy", "dir": str(clips / "toy")}, "snr": 20}
+    noisy.write_text(
+        yaml.safe_dump({"like": "words", "title": "noisy", "noise": noise})
+    )
+    command = [
+        *(EVAL / "run.sh", "--student", student, "--seeds", "0 1", "--nj", "1"),
+        *("--tasks", f"{words} {spelled} {noisy}", "--teachers", "", "--tag", "t"),
+        *("--datadir", clips / "data", "--dumpdir", clips / "dump"),
+        *("--expdir", clips / "exp"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    results = json.loads((clips / "exp/t/RESULTS.json").read_text())
+    assert list(results) == ["log-mel", "student, random weights", "student"]
+    assert results["log-mel"]["words"][0]["test"] == 100
+    assert results["log-mel"]["noisy"][0]["test"] > 80
+    assert results["log-mel"]["spelled"][0]["test"] < 50
+    text = (clips / "exp/t/RESULTS.md").read_text()
+    assert "words, accuracy, %" in text and "train 27, dev 9, test 9" in text
+    assert (clips / "exp/t/RESULTS.png").stat().st_size < 200_000
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "features of" not in again.stderr
+    assert json.loads((clips / "exp/t/RESULTS.json").read_text()) == results
+
+
+def test_recipe_lists_what_it_would_do(tmp_path: Path) -> None:
+    options = ["--dry_run", "true", "--student", "exp/my_student/x.pth"]
+    for name in ("data", "dump", "exp"):
+        options += [f"--{name}dir", tmp_path / name]
+    result = subprocess.run([EVAL / "run.sh", *options], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for word in ("local/data_fotaq.py", "local/sounds.py", "local/mix_clips.py"):
+        assert word in result.stdout
+    assert "large" not in result.stdout and "hedgewars" not in result.stdout
+    assert list(tmp_path.iterdir()) == []
+    result = subprocess.run([EVAL / "run.sh"], capture_output=True, text=True)
+    assert result.returncode == 2 and "--student is needed" in result.stdout
+
+
+def test_errors_are_a_line(tmp_path: Path) -> None:
+    path = task_file(tmp_path, data={"name": "x", "dir": str(tmp_path / "nowhere")})
+    command = [sys.executable, "local/evaluate.py", "--tasks", str(path)]
+    for name in ("data", "dump", "exp"):
+        command += [f"--{name}dir", str(tmp_path / name)]
+    result = subprocess.run(command, cwd=EVAL, capture_output=True, text=True)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "nowhere: no data directory (no wav.scp)" in result.stderr
