@@ -158,6 +158,7 @@ def add_noise(speech: Tensor, sources: list[Tensor], snr: float, utt: str) -> Te
     generator = torch.Generator().manual_seed(seed % 2**63)
     order = torch.randperm(len(sources), generator=generator).tolist()
     noise = torch.cat([sources[i] for i in order])
+    noise = noise.roll(int(torch.randint(len(noise), (), generator=generator)))
     noise = noise.repeat(-(-len(speech) // len(noise)))[: len(speech)]
     power = noise.square().mean().clamp(min=1e-10)
     gain = (speech.square().mean() / power * 10 ** (-snr / 10)).sqrt()
