@@ -65,7 +65,7 @@ def kept_features(
         "clips": _digest(wavs),
         "noise": noise and [_digest(noise[0]), noise[1]],
     }
-    array, index = cache.with_suffix(".npy"), cache.with_suffix(".json")
+    array, index = (cache.with_name(cache.name + end) for end in (".npy", ".json"))
     if (found := _read(array, index, facts)) is not None:
         return found
     logging.info("%s: features of %d clips", cache, len(wavs))
