@@ -165,7 +165,7 @@ def damage(folder: Path) -> dict[str, str]:
     return {
         "u-04": "audio_unreadable",
         "u-06": "audio_empty",
-        "u-07": "audio_unreadable",
+        "u-07": "audio_length",  # what is there is read, which is too little
         "u-08": "audio_length",
         "u-10": "audio_rate",
         "u-01": "codes_unreadable",

@@ -284,7 +284,10 @@ class Window:
         """Samples first..last (None: to the end), fewer where they are not there."""
         if first < self._start:
             self._restart()
-        while self.length is None and (last is None or self._end < last):
+        # A little further, so that a piece that ends with the recording meets its end,
+        # where a header shows that is wrong.
+        margin = self._source.rate // 10
+        while self.length is None and (last is None or self._end <= last + margin):
             block = next(self._blocks, None)
             if block is None:
                 self.length = self._end
