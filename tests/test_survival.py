@@ -103,6 +103,7 @@ def test_killed_anywhere_and_resumed(data, whole, tmp_path):
         assert train(cmd, tmp_path / "log", signal_at(where, call, number)) == code
     assert train(cmd, tmp_path / "log") == 0
     assert_same(whole, tmp_path / "exp")
+    assert not list((tmp_path / "exp").rglob(".*.part"))
     log = (tmp_path / "log").read_text()
     for position in ("after 2 batches of epoch 1", "after 4 batches of epoch 1"):
         assert f"the training goes on {position}" in log
@@ -201,7 +202,7 @@ def test_full_disk(data, whole, tmp_path):
     log = (tmp_path / "log").read_text()
     assert "CheckpointWriteError" in log and "MiB are free on that disk" in log
     assert "TensorBoard's curves: cannot be written" in log
-    assert not list((tmp_path / "exp").glob("*.tmp"))
+    assert not list((tmp_path / "exp").rglob(".*.part"))
     content, _ = read_last_good(tmp_path / "exp")[::-1]
     assert content["spear"]["position"] == 4
 

@@ -26,7 +26,7 @@ import torch
 from espnet2.train.reporter import SubReporter
 from torch import nn
 
-from espnet2_spear.train.average import RunningAverage
+from espnet2_spear.train.average import FOLDER, RunningAverage
 from espnet2_spear.train.reporter import SpearReporter, statistics_state
 from espnet2_spear.train.writing import save_whole
 from espnet2_spear.zipformer.regularizers import Whiten
@@ -205,8 +205,10 @@ def prepare_folder(state: RunState, resume: bool) -> bool:
             for pattern in LISTS:
                 for left in state.output_dir.glob(pattern):
                     left.unlink()
-        for left in state.output_dir.glob("*.pth.tmp"):
-            left.unlink()
+        folders = (state.output_dir, state.output_dir / FOLDER)
+        for pattern in (".*.part", "*.pth.tmp"):  # of processes that were killed
+            for left in (p for folder in folders for p in folder.glob(pattern)):
+                left.unlink()
     if state.world_size > 1:
         torch.distributed.barrier()
     return resume and (checkpoint.exists() or previous.exists())

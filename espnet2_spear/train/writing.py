@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.fileio.optional_output import warn_on_oserror
 
 
@@ -29,20 +30,17 @@ def save_whole(content: Any, path: Path, keep_as: Path | None = None) -> None:
     Raises:
         CheckpointWriteError: the disk is full, or the folder is not writable.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with atomic(path) as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        if keep_as is not None and path.exists():
-            with warn_on_oserror(keep_as):
-                _rename_into(keep_as, lambda name: os.link(path, name))
-        os.replace(temporary, path)
+            if keep_as is not None and path.exists():
+                with warn_on_oserror(keep_as):
+                    _rename_into(keep_as, lambda name: os.link(path, name))
         _sync_folder(path.parent)
     # torch's writer turns errors of the file into RuntimeErrors.
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20
         raise CheckpointWriteError(
             f"{path}: cannot be written ({error}); {free:.0f} MiB are free on that "
