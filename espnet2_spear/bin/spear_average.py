@@ -6,11 +6,14 @@ of all its steps, and two of them give the mean over what lies between. The file
 state dict as ``Nepoch.pth`` is: give it to --ckpt, --init_param or load_model().
 """
 
+from __future__ import annotations
+
 import argparse
 import logging
 from pathlib import Path
 
-from espnet2_spear.train.average import AverageError, average_between
+from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.train.average import average_between
 from espnet2_spear.train.writing import save_whole
 
 
@@ -36,20 +39,19 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd=None) -> None:
+def main(cmd: list[str] | None = None) -> None:
     """Average.
 
     Example:
         % python -m espnet2_spear.bin.spear_average --exp exp/spear_base \
             --from_epoch 96 --to_epoch 100
     """
-    parser = get_parser()
-    args = parser.parse_args(cmd)
-    logging.basicConfig(level="INFO", format="%(levelname)s: %(message)s")
-    try:
-        state = average_between(args.exp, args.from_epoch, args.to_epoch)
-    except AverageError as error:
-        parser.error(str(error))
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Average, and write the mean."""
+    state = average_between(args.exp, args.from_epoch, args.to_epoch)
     output = args.output
     if output is None:
         output = args.exp / f"average_{args.from_epoch}_{args.to_epoch}.pth"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from espnet2_spear.fileio.datadir import RAW
 from espnet2_spear.fileio.datadir_stream import Entry, EntryWriter, entries
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.fileio.external_sorter import c_order
 from espnet2_spear.fileio.tables import DataDirError, TableWriter, sorted_rows
 
@@ -137,11 +137,11 @@ def main(cmd: list[str] | None = None) -> None:
         % python -m espnet2_spear.bin.spear_filter \\
             --in_dir dump/raw/org/train --out_dir dump/raw/train --max_seconds 30
     """
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Filter, and say what was left out and why."""
     reasons, seconds, kept = filter_entries(args)
     if reasons:
         logging.warning(
@@ -154,4 +154,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

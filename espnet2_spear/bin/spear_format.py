@@ -40,7 +40,7 @@ from espnet2_spear.fileio.convert import (
 )
 from espnet2_spear.fileio.datadir import RAW
 from espnet2_spear.fileio.datadir_stream import EntryWriter, check, entries
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
 from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare, add_job_share_option
 from espnet2_spear.fileio.tables import DataDirError, TableWriter
@@ -220,11 +220,11 @@ def main(cmd: list[str] | None = None) -> None:
         % python -m espnet2_spear.bin.spear_format \\
             --in_dir data/train --out_dir dump/raw/org/train --nj 4
     """
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), format_directory, cmd)
+
+
+def format_directory(args: argparse.Namespace) -> None:
+    """Convert, and say what was skipped."""
     total = check(args.in_dir)
     options = Options(
         str(args.out_dir), args.audio_format, args.fs, args.shard_utts, args.strict
@@ -269,4 +269,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

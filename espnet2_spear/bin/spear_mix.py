@@ -17,12 +17,12 @@ import yaml
 from espnet2_spear.codes.facts import codes_shape
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.data.collate import SpearCollateFn
-from espnet2_spear.data.noise import NoiseError, NoiseList
+from espnet2_spear.data.noise import NoiseList
 from espnet2_spear.data.preprocessor import SpearPreprocessor
-from espnet2_spear.fileio.ark import ArkError, read_matrix, read_scp
+from espnet2_spear.fileio.ark import read_matrix, read_scp
 from espnet2_spear.fileio.audio import AudioError, Span, read_pieces, resample
 from espnet2_spear.fileio.datadir import DOMAINS, DataDir
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.spear.mixing import PRESETS, Mixer, MixerConfig, Mixture
 
 TABLE = "mixtures.tsv"
@@ -34,7 +34,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--log_level", default="INFO")
     parser.add_argument("--data_dir", required=True, help="with wav.scp, utt2domain")
     parser.add_argument(
         "--codes",
@@ -176,11 +175,11 @@ def main(cmd=None):
             --codes speech=dump/codes/train/speech.scp \
             --noise_scp data/noise/wav.scp --out_dir exp/mixtures
     """
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=args.log_level,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Mix and write."""
     data = DataDir.load(args.data_dir)
     data.validate(require=("utt2domain",))
     teachers = {name: codes_shape(scp) for name, scp in args.codes}
@@ -251,4 +250,4 @@ def main(cmd=None):
 
 
 if __name__ == "__main__":
-    run_command(main, AudioError, ArkError, NoiseError)
+    main()
