@@ -5,7 +5,7 @@ SHELL_SCRIPTS = $(shell git ls-files '*.sh' .ci/run)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test demo demo-full lint setup-espnet202511 check-hear check-xares \
-	check-s3prl
+	check-s3prl check-espnet
 
 help: ## this list
 	@echo "espnet2-spear: SPEAR pre-training and its students in ESPnet2"
@@ -40,3 +40,6 @@ check-xares: setup ## XARES' own check, in an environment of its own
 
 check-s3prl: setup ## s3prl's runner on SUPERB's speaker task, in an environment of its own
 	@tools/check_s3prl.sh
+
+check-espnet: setup ## ESPnet's own asr.sh, from its source package, to the packed model
+	@tools/check_espnet.sh

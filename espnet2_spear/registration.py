@@ -57,6 +57,10 @@ FUNCTIONS = {
 }
 
 
+# Packages that ESPnet's models import, and what stands in where they are absent.
+STAND_INS = {"warprnnt_pytorch": "espnet2_spear.asr.transducer_loss"}
+
+
 class RegistrationWarning(RuntimeWarning):
     """A class of the plugin could not be registered; ESPnet works without it."""
 
@@ -97,6 +101,8 @@ def register_into(module: object) -> None:
             vars(module).setdefault(name, load(spec))
         except Exception as error:
             _warn(f"{name!r} in {module.__name__}: {type(error).__name__}: {error}")
+    if module.__name__ in TARGETS:
+        _stand_in()
     for variable in TARGETS.get(module.__name__, ()):
         for name, spec in CLASSES[variable].items():
             try:
@@ -105,6 +111,16 @@ def register_into(module: object) -> None:
                 message = f"not registered, {type(error).__name__}: {error}"
             if message:
                 _warn(f"{name!r} in {module.__name__}.{variable}: {message}")
+
+
+def _stand_in() -> None:
+    import sys
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    for name, ours in STAND_INS.items():
+        if name not in sys.modules and find_spec(name) is None:
+            sys.modules[name] = import_module(ours)
 
 
 def _warn(message: str) -> None:

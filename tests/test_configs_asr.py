@@ -1,11 +1,16 @@
 """Configurations of recognizers and of tagging pass ESPnet's own check."""
 
+import math
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import espnet2_spear  # noqa: F401 (registers the frontend)
+from espnet2_spear.asr import transducer_loss
+from espnet2_spear.asr.transducer_loss import RNNTLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -27,7 +32,6 @@ def test_every_configuration_is_of_a_kind_that_is_checked() -> None:
 
 
 @pytest.mark.parametrize("path", TRAIN, ids=lambda p: p.stem)
-@pytest.mark.usefixtures("transducer_loss")
 def test_training_passes_espnets_dry_run(path: Path, tmp_path: Path) -> None:
     from espnet2.bin.asr_train import main
 
@@ -45,6 +49,45 @@ def test_training_passes_espnets_dry_run(path: Path, tmp_path: Path) -> None:
     for key, value in conf.items():
         if key not in ("frontend_conf", "encoder_conf", "best_model_criterion"):
             assert written[key] == value, key
+
+
+def test_loss_of_the_transducer_is_the_sum_over_alignments() -> None:
+    """Against all ways through two frames and two tokens, one by one."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 2, 3, 4, requires_grad=True)
+    targets = torch.tensor([[2, 3]])
+    logp = logits.detach().double().log_softmax(-1)[0]
+    total = 0.0
+    for moves in ("tt-", "t-t", "-tt"):  # tokens and a blank; the last blank follows
+        frame = token = 0
+        score = 0.0
+        for move in (*moves, "-"):
+            symbol = 0 if move == "-" else int(targets[0, token])
+            score += float(logp[frame, token, symbol])
+            frame, token = frame + (move == "-"), token + (move == "t")
+        total += math.exp(score)
+    lengths = torch.tensor([2]), torch.tensor([2])
+    loss = RNNTLoss(blank=0)(logits, targets, *lengths)
+    assert float(loss) == pytest.approx(-math.log(total), rel=1e-5)
+    loss.backward()
+    assert logits.grad.abs().sum() > 0
+    half = RNNTLoss(blank=0)(logits.bfloat16(), targets, *lengths)  # under autocast
+    assert float(half) == pytest.approx(float(loss), rel=0.02)
+    with pytest.raises(ValueError, match="fastemit_lambda 0.1: torchaudio's"):
+        RNNTLoss(fastemit_lambda=0.1)
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_a_missing_loss_is_told_at_once(
+    absent: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    if absent:
+        monkeypatch.setitem(sys.modules, "torchaudio.functional", None)
+        with pytest.raises(SystemExit, match="needs torchaudio's rnnt_loss .pip inst"):
+            transducer_loss.main()
+    else:
+        transducer_loss.main()
+        assert "transducer loss: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", CLS, ids=lambda p: p.stem)

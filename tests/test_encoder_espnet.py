@@ -166,7 +166,7 @@ def test_waveforms_are_not_normalised(data: Path, tmp_path: Path) -> None:
         run(main, data, tmp_path / "exp", {"decoder": None, **conf})
 
 
-def test_transducer_decoder(data: Path, tmp_path: Path, transducer_loss) -> None:
+def test_transducer_decoder(data: Path, tmp_path: Path) -> None:
     from espnet2.bin.asr_train import main
 
     conf = {

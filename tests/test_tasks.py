@@ -8,7 +8,6 @@ it is packed. What ESPnet cannot do is in docs/tasks.md.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -22,7 +21,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import torchaudio
 import yaml
 from student_files import write_student
 
@@ -353,30 +351,6 @@ def data_options(case: Case, files: dict[str, str]) -> list[str]:
             options += [f"{files[key]},{name},{kind}"]
         options += [f"--{split}_shape_file", files[prefix + "shape"]]
     return options
-
-
-class RNNTLoss(torch.nn.Module):
-    """torchaudio's transducer loss with the interface of warprnnt_pytorch's."""
-
-    def __init__(self, reduction: str, fastemit_lambda: float) -> None:
-        super().__init__()
-        assert fastemit_lambda == 0.0
-        self.reduction = reduction
-
-    def forward(self, logits, targets, logit_lengths, target_lengths):
-        lengths = [x.int() for x in (targets, logit_lengths, target_lengths)]
-        return torchaudio.functional.rnnt_loss(
-            logits, *lengths, blank=0, reduction=self.reduction
-        )
-
-
-@pytest.fixture(autouse=True)
-def transducer_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ESPnet's transducer task needs a package that must be compiled."""
-    if find_spec("warprnnt_pytorch") is None:
-        module = ModuleType("warprnnt_pytorch")
-        module.RNNTLoss = RNNTLoss
-        monkeypatch.setitem(sys.modules, "warprnnt_pytorch", module)
 
 
 @pytest.mark.second_env

@@ -156,6 +156,10 @@ prepare_set() {
         --min_peak_db -60
 }
 
+if wanted 3 && [ "${dry_run}" = false ] && grep -Eq '^decoder: *transducer' "${asr_config}"; then
+    ${python} -m espnet2_spear.asr.transducer_loss
+fi
+
 if wanted 1; then
     log "Stage 1: data"
     lock "${dumpdir}/raw"

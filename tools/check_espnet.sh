@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# Run the scripts of ESPnet's source package, unmodified: the asr.sh commands of
+# egs2/spear/README.md and egs2/spear/asr1/README.md as they stand there, and mini_an4,
+# with a tiny student and two updates, from the data to the packed model. Then open that
+# model in another folder, with everything it was made of gone, and compare its text.
+#   tools/check_espnet.sh [folder to keep]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+project=${PWD}
+work=${1:-$(mktemp -d)}
+[ $# -gt 0 ] || trap 'rm -rf "${work}"' EXIT
+mkdir -p "${work}"
+work=$(cd "${work}" && pwd)
+. tools/own_env.sh
+export LC_ALL=C PYTHONUTF8=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PATH=${project}/.venv/bin:${PATH}
+say() { echo "=== $(date '+%H:%M:%S') check_espnet: $*"; }
+
+# The package leaves out links to folders.
+espnet=${work}/espnet
+version=$(python -c "from importlib.metadata import version; print(version('espnet'))")
+if [ ! -e "${espnet}/.complete" ]; then
+    say "source package of ESPnet ${version}"
+    python -m pip download -q --no-deps --no-build-isolation --no-binary :all: \
+        --dest "${work}" "espnet==${version}"
+    rm -rf "${espnet}" && mkdir "${espnet}"
+    tar -xzf "${work}/espnet-${version}.tar.gz" -C "${espnet}" --strip-components 1
+    for name in utils steps scripts pyscripts; do
+        for recipe in TEMPLATE/{cls1,ssl1} mini_an4/asr1; do
+            ln -sfT ../../TEMPLATE/asr1/${name} "${espnet}/egs2/${recipe}/${name}"
+        done
+    done
+    touch "${espnet}/.complete"
+fi
+
+# A copy of this checkout, whose recipes write beside themselves.
+spear=${work}/spear
+rm -rf "${spear}" "${espnet}/egs2/spear" "${work}"/{gone,elsewhere}
+mkdir "${spear}"
+git ls-files -z --cached --others --exclude-standard egs2 conf espnet2_spear |
+    xargs -0 cp -P --parents -t "${spear}"
+export PYTHONPATH=${spear}${PYTHONPATH:+:${PYTHONPATH}}
+export DOWNLOADS=${DOWNLOADS:-${project}/egs2/spear/ssl1/downloads}
+
+# What asr.sh calls besides Python: sclite, and sph2pipe for the files of mini_an4.
+bin=${work}/bin
+mkdir -p "${bin}"
+if ! command -v sclite >/dev/null; then
+    "${spear}/egs2/spear/ssl1/local/fetch_debs.sh" tools/debs.sha256 "${work}/debs" sctk
+    ln -sf "${work}/debs/root/usr/lib/sctk/bin/sclite" "${bin}/sclite"
+fi
+cat >"${bin}/sph2pipe" <<'PYTHON'
+#!/usr/bin/env python3
+import io, sys, soundfile
+samples, rate = soundfile.read(sys.argv[-1], dtype="int16")
+file = io.BytesIO()
+soundfile.write(file, samples, rate, format="WAV")
+sys.stdout.buffer.write(file.getvalue())
+PYTHON
+chmod +x "${bin}/sph2pipe"
+# An environment on top of .venv, in which alone the plugin is switched on by itself.
+if [ ! -e "${work}/env/bin/python3" ]; then
+    python -m venv --without-pip "${work}/env"
+    packages=$(python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+    own=$("${work}/env/bin/python3" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+    echo "import site; site.addsitedir('${packages}')" >"${own}/main.pth"
+fi
+echo "export PATH=${bin}:${work}/env/bin:${project}/.venv/bin:\${PATH}" \
+    >"${espnet}/tools/activate_python.sh"
+
+student=${work}/student/valid.loss.best.pth
+PYTHONPATH=${PYTHONPATH}:${project}/tests python - "${work}/student" <<'PYTHON'
+import sys
+from pathlib import Path
+from student_files import write_student
+write_student(Path(sys.argv[1]))
+PYTHON
+
+# snippet <page> <first words of a line>: the block of shell commands that has it, with
+# the student above, on a CPU, with few data and updates
+snippet() {
+    python - "$1" "$2" <<'PYTHON'
+import re, sys
+page, words = sys.argv[1:]
+blocks = re.findall(r"```sh\n(.*?)```", open(page, encoding="utf-8").read(), re.S)
+(block,) = (b for b in blocks if any(x.startswith(words) for x in b.splitlines()))
+for pattern, value in (
+    (r"^spear=.*$", ""),
+    (r"(ssl1 && \./run\.sh)", r"\1 --max_utts 12 --speech_langs en --audio_sets ufoai"),
+    (r"(\./(?:asr|run)\.sh) --python", r"\1 --ngpu 0 --nj 2 --inference_nj 2 --python"),
+    (r"arch=NAME", "arch=tiny --max_epoch 1 --num_iters_per_epoch 2 --num_workers 0"),
+):
+    block = re.sub(pattern, value, block, flags=re.M)
+if words.startswith("./run.sh"):
+    block = block.replace("--python spear-python", "")
+print(block)
+PYTHON
+}
+
+# run_block <name> <page> <first words>
+run_block() {
+    say "$1: commands of $2"
+    snippet "$2" "$3" >"${work}/$1.sh"
+    # shellcheck disable=SC2097,SC2098
+    ESPNET_ROOT=${espnet} spear=${spear} student=${student} \
+        bash -e "${work}/$1.sh" >"${work}/$1.log" 2>&1 || {
+        tail -n 40 "${work}/$1.log" >&2
+        say "FAILED: $1" >&2
+        exit 1
+    }
+}
+
+run_block asr egs2/spear/README.md "./asr.sh"
+# The other one by plain python, after autoload.
+"${work}/env/bin/python3" -m espnet2_spear.autoload on
+run_block mini_an4 egs2/spear/asr1/README.md "./run.sh --python"
+"${work}/env/bin/python3" -m espnet2_spear.autoload off
+
+say "the packed models, elsewhere"
+for recipe in spear/asr1 mini_an4/asr1; do
+    data=${spear}/egs2/spear/asr1/dump/raw/en_test
+    [ "${recipe}" = spear/asr1 ] || data=dump/raw/test
+    (cd "${espnet}/egs2/${recipe}" && python "${project}/tools/espnet_packed.py" take \
+        "${work}/elsewhere/${recipe}" "${data}" "${spear}/conf/decode_asr_ctc.yaml")
+done
+mkdir "${work}/gone" # what they were made of
+mv "${espnet}" "${spear}/egs2" "${work}/student" "${work}/gone"
+for recipe in spear/asr1 mini_an4/asr1; do
+    python tools/espnet_packed.py compare "${work}/elsewhere/${recipe}"
+done
+mv "${work}/gone/espnet" "${espnet}"
+say "all texts are the same"
