@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run the scripts of ESPnet's source package, unmodified: the asr.sh commands of
-# egs2/spear/README.md and egs2/spear/asr1/README.md as they stand there, and mini_an4,
-# with a tiny student and two updates, from the data to the packed model. Then open that
-# model in another folder, with everything it was made of gone, and compare its text.
+# Run the scripts of ESPnet's source package, unmodified: the commands with asr.sh and cls.sh
+# of egs2/spear/README.md, and with mini_an4 of egs2/spear/asr1/README.md, as they stand
+# there, but with a tiny student, few data and two updates, to the packed model. Then open
+# the recognizers in another folder, with all that they were made of gone, and compare text.
 #   tools/check_espnet.sh [folder to keep]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -70,11 +70,24 @@ echo "export PATH=${bin}:${work}/env/bin:${project}/.venv/bin:\${PATH}" \
     >"${espnet}/tools/activate_python.sh"
 
 student=${work}/student/valid.loss.best.pth
-PYTHONPATH=${PYTHONPATH}:${project}/tests python - "${work}/student" <<'PYTHON'
+PYTHONPATH=${PYTHONPATH}:${project}/tests python - "${work}" <<'PYTHON'
 import sys
 from pathlib import Path
+import numpy, soundfile
 from student_files import write_student
-write_student(Path(sys.argv[1]))
+
+work = Path(sys.argv[1])
+write_student(work / "student")
+for folder in ("audio", "meta"):
+    (work / "esc50" / folder).mkdir(parents=True, exist_ok=True)
+rows = ["filename,fold,target,category,esc10,src_file,take"]
+for fold in range(1, 6):
+    for i in range(4):
+        name = f"{fold}-{1000 + i}-A-{i % 2}.wav"
+        wave = numpy.random.default_rng(i).uniform(-0.3, 0.3, 16000)
+        soundfile.write(work / "esc50/audio" / name, wave, 16000)
+        rows.append(f"{name},{fold},{i % 2},{'ab'[i % 2]},False,{1000 + i},A")
+(work / "esc50/meta/esc50.csv").write_text("\n".join(rows) + "\n")
 PYTHON
 
 # snippet <page> <first words of a line>: the block of shell commands that has it, with
@@ -87,9 +100,10 @@ blocks = re.findall(r"```sh\n(.*?)```", open(page, encoding="utf-8").read(), re.
 (block,) = (b for b in blocks if any(x.startswith(words) for x in b.splitlines()))
 for pattern, value in (
     (r"^spear=.*$", ""),
-    (r"(ssl1 && \./run\.sh)", r"\1 --max_utts 12 --speech_langs en --audio_sets ufoai"),
-    (r"(\./(?:asr|run)\.sh) --python", r"\1 --ngpu 0 --nj 2 --inference_nj 2 --python"),
-    (r"arch=NAME", "arch=tiny --max_epoch 1 --num_iters_per_epoch 2 --num_workers 0"),
+    (r"(ssl1 && \./run\.sh)", r"\1 --max_utts 60 --speech_langs en --audio_sets ufoai"),
+    (r"--setting esc50", "--setting esc50 --partial true"),
+    (r"(\./(?:asr|cls|run)\.sh) --python", r"\1 --ngpu 0 --nj 2 --inference_nj 2 --python"),
+    (r"arch(\.name)?=NAME", r"arch\1=tiny --max_epoch 1 --num_iters_per_epoch 2 --num_workers 0"),
 ):
     block = re.sub(pattern, value, block, flags=re.M)
 if words.startswith("./run.sh"):
@@ -103,7 +117,7 @@ run_block() {
     say "$1: commands of $2"
     snippet "$2" "$3" >"${work}/$1.sh"
     # shellcheck disable=SC2097,SC2098
-    ESPNET_ROOT=${espnet} spear=${spear} student=${student} \
+    ESC50=${work}/esc50 ESPNET_ROOT=${espnet} spear=${spear} student=${student} \
         bash -e "${work}/$1.sh" >"${work}/$1.log" 2>&1 || {
         tail -n 40 "${work}/$1.log" >&2
         say "FAILED: $1" >&2
@@ -112,7 +126,8 @@ run_block() {
 }
 
 run_block asr egs2/spear/README.md "./asr.sh"
-# The other one by plain python, after autoload.
+run_block cls egs2/spear/README.md "./cls.sh"
+# This one by plain python, after autoload.
 "${work}/env/bin/python3" -m espnet2_spear.autoload on
 run_block mini_an4 egs2/spear/asr1/README.md "./run.sh --python"
 "${work}/env/bin/python3" -m espnet2_spear.autoload off
