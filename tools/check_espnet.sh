@@ -41,7 +41,6 @@ mkdir "${spear}"
 git ls-files -z --cached --others --exclude-standard egs2 conf espnet2_spear |
     xargs -0 cp -P --parents -t "${spear}"
 export PYTHONPATH=${spear}${PYTHONPATH:+:${PYTHONPATH}}
-export DOWNLOADS=${DOWNLOADS:-${project}/egs2/spear/ssl1/downloads}
 
 # What asr.sh calls besides Python: sclite, and sph2pipe for the files of mini_an4.
 bin=${work}/bin
@@ -100,7 +99,8 @@ blocks = re.findall(r"```sh\n(.*?)```", open(page, encoding="utf-8").read(), re.
 (block,) = (b for b in blocks if any(x.startswith(words) for x in b.splitlines()))
 for pattern, value in (
     (r"^spear=.*$", ""),
-    (r"(ssl1 && \./run\.sh)", r"\1 --max_utts 60 --speech_langs en --audio_sets ufoai"),
+    (r"(ssl1 && \./run\.sh)", r"\1 --max_utts 60 --speech_langs en --audio_sets ufoai"
+     " --downloads $project/egs2/spear/ssl1/downloads"),
     (r"--setting esc50", "--setting esc50 --partial true"),
     (r"(\./(?:asr|cls|run)\.sh) --python", r"\1 --ngpu 0 --nj 2 --inference_nj 2 --python"),
     (r"arch(\.name)?=NAME", r"arch\1=tiny --max_epoch 1 --num_iters_per_epoch 2 --num_workers 0"),
@@ -117,7 +117,7 @@ run_block() {
     say "$1: commands of $2"
     snippet "$2" "$3" >"${work}/$1.sh"
     # shellcheck disable=SC2097,SC2098
-    ESC50=${work}/esc50 ESPNET_ROOT=${espnet} spear=${spear} student=${student} \
+    project=${project} ESC50=${work}/esc50 ESPNET_ROOT=${espnet} spear=${spear} student=${student} \
         bash -e "${work}/$1.sh" >"${work}/$1.log" 2>&1 || {
         tail -n 40 "${work}/$1.log" >&2
         say "FAILED: $1" >&2
