@@ -99,7 +99,7 @@ blocks = re.findall(r"```sh\n(.*?)```", open(page, encoding="utf-8").read(), re.
 (block,) = (b for b in blocks if any(x.startswith(words) for x in b.splitlines()))
 for pattern, value in (
     (r"^spear=.*$", ""),
-    (r"(ssl1 && \./run\.sh)", r"\1 --max_utts 60 --speech_langs en --audio_sets ufoai"
+    (r"(ssl1 && \./run\.sh)", r"\1 --max_utts 24 --speech_langs en --audio_sets ufoai"
      " --downloads $project/egs2/spear/ssl1/downloads"),
     (r"--setting esc50", "--setting esc50 --partial true"),
     (r"(\./(?:asr|cls|run)\.sh) --python", r"\1 --ngpu 0 --nj 2 --inference_nj 2 --python"),
