@@ -355,6 +355,15 @@ def _flac_audio(file: ByteRange) -> int:
     return at
 
 
+# Samples of a frame by the code in its header (RFC 9639, 9.1.1); 6 and 7 are followed by
+# the number itself, 0 is reserved.
+_FLAC_BLOCKS = {
+    1: 192,
+    **{code: 576 << (code - 2) for code in range(2, 6)},
+    **{code: 1 << code for code in range(8, 16)},
+}
+
+
 def _flac_frame(head: bytes, block: int) -> tuple[int, int] | None:
     """First sample and number of samples of a frame, None if it is none."""
     if len(head) < 6 or head[1] & 0xFE != 0xF8:
@@ -366,9 +375,7 @@ def _flac_frame(head: bytes, block: int) -> tuple[int, int] | None:
     for byte in head[5 : 4 + length]:
         number = number << 6 | byte & 0x3F
     at = 4 + length
-    samples = {0: 0, 1: 192}.get(code) or (
-        576 << (code - 2) if code < 6 else 1 << code if code > 7 else 0
-    )
+    samples = _FLAC_BLOCKS.get(code, 0)
     if code in (6, 7):
         width = code - 5
         samples = int.from_bytes(head[at : at + width], "big") + 1
