@@ -355,8 +355,8 @@ def _flac_audio(file: ByteRange) -> int:
     return at
 
 
-# Samples of a frame by the code in its header (RFC 9639, 9.1.1); 6 and 7 are followed by
-# the number itself, 0 is reserved.
+# Samples of a frame by the code in its header (RFC 9639, 9.1.1). The number itself
+# follows 6 and 7; 0 is reserved.
 _FLAC_BLOCKS = {
     1: 192,
     **{code: 576 << (code - 2) for code in range(2, 6)},
