@@ -123,11 +123,14 @@ class RankMonitor(threading.Thread):
         while not dist.is_initialized():
             if self._end.wait(0.05):
                 return
-        self._connect()
+        self.rank = dist.get_rank()
         self._last_answer = time.monotonic()
+        # Before the first call of the store: rank 0 may be frozen already.
         threading.Thread(
             target=self._watch_store, name="rank-monitor-store", daemon=True
         ).start()
+        self._connect()
+        self._last_answer = time.monotonic()
         beats = 0
         while not self._end.wait(self.period):
             beats += 1
