@@ -170,8 +170,7 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         model(**data)
     assert on_the_host.where  # it does see them
     monkeypatch.setattr(codebook_loss, "HOST", ())
-    # What the network itself checks of its input is not this room's.
-    monkeypatch.setattr("espnet2_spear.spear.student.check_batch", lambda *_: None)
+    monkeypatch.setattr("espnet2_spear.spear.checks.on_host", lambda *_: False)
     fbank = model.student.fbank(data["speech"], data["speech_lengths"])
     monkeypatch.setattr(model.student.fbank, "forward", lambda *_: fbank)
     with HostReads() as reads:
