@@ -2,11 +2,17 @@
 
 import datetime
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from espnet2_spear.bin import asr_ctc_greedy, asr_score, asr_table
+LOCAL = Path(__file__).resolve().parent.parent / "egs2/spear/asr1/local"
+sys.path.insert(0, str(LOCAL))
+import asr_ctc_greedy  # noqa: E402
+import asr_score  # noqa: E402
+import asr_table  # noqa: E402
 
 
 def _write(path, lines):

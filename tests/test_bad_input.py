@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from embedding_files import structured_vectors, write_embeddings
 from teacher_files import WHISPER, whisper_tensors, write_ctranslate2
-from test_local_data import noise, run_sh
+from test_local_data import RECIPE, noise, run_sh
 
 from espnet2_spear.fileio.datadir import DataDir
 
@@ -167,10 +167,10 @@ def test_damaged_audio_and_segments_past_the_end(tmp_path: Path) -> None:
     assert sorted(noted) == [[name, "length"] for name in names]
 
 
-def limited(limit: int, module: str, *options: str | Path) -> str:
+def limited(limit: int, program: str, *options: str | Path) -> str:
     """The last line of a command that fails for a limit on the size of its files."""
     done = subprocess.run(
-        [sys.executable, "-m", f"espnet2_spear.bin.{module}", *options],
+        [sys.executable, *program.split(), *options],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         capture_output=True,
         text=True,
@@ -185,10 +185,11 @@ def test_no_space_left_for_scores(tmp_path: Path) -> None:
     (tmp_path / "scores").write_text("u1 0.9 0.1\nu2 0.1 0.9\n")
     options = ["--exp_dir", tmp_path, "--token_list", tmp_path / "classes"]
     options += ["--score_set", "test", tmp_path / "labels", tmp_path / "scores"]
-    last = limited(20, "cls_score", *options)
+    score = str(RECIPE.parent / "cls1/local/cls_score.py")
+    last = limited(20, score, *options)
     assert last.startswith("ERROR (cls_score.py): [Errno 27]")
     (tmp_path / "labels").write_text("u1 a\nu2 c\n")
-    last = limited(10**6, "cls_score", *options)
+    last = limited(10**6, score, *options)
     assert last.startswith("ERROR (cls_score.py): ") and "has the label 'c'" in last
 
 
@@ -196,10 +197,11 @@ def test_no_space_left_for_a_quantizer(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "embeddings", [structured_vectors(1000)])
     options = ["--embeddings", tmp_path / "embeddings", "--quantizer", "random"]
     options += ["--num_codebooks", "2", "--output", tmp_path / "out/quantizer.pt"]
-    last = limited(2000, "mvq_train", *options)
+    train = "-m espnet2_spear.bin.mvq_train"
+    last = limited(2000, train, *options)
     assert last.startswith("ERROR (mvq_train.py): ") and "make room" in last
     (tmp_path / "embeddings/embeddings.json").unlink()
-    assert limited(10**6, "mvq_train", *options).startswith("ERROR (mvq_train.py): ")
+    assert limited(10**6, train, *options).startswith("ERROR (mvq_train.py): ")
 
 
 def test_no_space_left_is_told_and_made_up_for(tmp_path: Path) -> None:

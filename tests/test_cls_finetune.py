@@ -13,14 +13,14 @@ import soundfile
 import yaml
 from student_files import write_student
 
-from espnet2_spear.bin import cls_score
-from espnet2_spear.bin.asr_score import ScoreError
 from espnet2_spear.fileio.datadir import DataDirError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "egs2/spear/cls1"
 sys.path.insert(0, str(RECIPE / "local"))
+import cls_score  # noqa: E402
 import cls_sets  # noqa: E402
+from asr_score import ScoreError  # noqa: E402
 
 SOUNDS = {"low": 200, "high": 3000}  # Hz
 

@@ -295,16 +295,16 @@ if wanted 4; then
             --data_path_and_name_and_type "${raw}/wav.scp,speech,sound"
             --asr_train_config "${asr_exp}/config.yaml"
             --asr_model_file "${asr_exp}/${inference_asr_model}")
-        module=espnet2_spear.bin.asr_ctc_greedy
+        program=local/asr_ctc_greedy.py
         if [ "${search}" = beam ]; then
-            module=espnet2.bin.asr_inference
+            program="-m espnet2.bin.asr_inference"
             args+=(--config "${inference_config}")
             inputs+=(--input "${inference_config}")
         fi
         # shellcheck disable=SC2086
         step --mark "${out}/decode.json" "${inputs[@]}" --output "${out}/1best_recog/text" \
             --runner "$(runner "${gpus}" 1 1 "${out}/decode.log")" \
-            -- ${python} -m "${module}" "${args[@]}" + --ngpu "${gpus}"
+            -- ${python} ${program} "${args[@]}" + --ngpu "${gpus}"
     done
 fi
 
@@ -321,7 +321,7 @@ if wanted 5; then
     step --mark "${asr_exp}/score_mark.json" "${inputs[@]}" \
         --output "${asr_exp}/RESULTS.md" --output "${asr_exp}/score.json" \
         --runner "$(runner 0 1 1 "${asr_exp}/score.log")" \
-        -- ${python} -m espnet2_spear.bin.asr_score "${args[@]}"
+        -- ${python} local/asr_score.py "${args[@]}"
     [ "${dry_run}" = true ] || sed -n '/^## asr_/,$p' "${asr_exp}/RESULTS.md"
 fi
 

@@ -206,7 +206,7 @@ if wanted 5; then
     log "Stage 5: accuracy, mAP -> ${exp}/RESULTS.md"
     step --mark "${exp}/score_mark.json" --input "${decode}/prediction/score" \
         --input "${dumpdir}/raw/${test_set}/labels" --output "${exp}/RESULTS.md" \
-        -- python -m espnet2_spear.bin.cls_score --exp_dir "${exp}" \
+        -- python local/cls_score.py --exp_dir "${exp}" \
         --token_list "${tokens}" --score_set "${test_set}" \
         "${dumpdir}/raw/${test_set}/labels" "${decode}/prediction/score"
     [ "${dry_run}" = true ] || sed -n '/^## cls_/,$p' "${exp}/RESULTS.md"

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from espnet2_spear.bin import asr_table
+import asr_table
 
 
 def get_parser() -> argparse.ArgumentParser:

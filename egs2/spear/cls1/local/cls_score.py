@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from asr_score import ScoreError, environments
 
-from espnet2_spear.bin.asr_score import ScoreError, environments
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.fileio.explain import run_command
 
