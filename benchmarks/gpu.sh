@@ -13,8 +13,8 @@ help_message="Usage: benchmarks/gpu.sh [options]
 device=cuda
 peer=
 rehearse=false
-# shellcheck source=egs2/spear/asr1/local/parse_options.sh
-. egs2/spear/asr1/local/parse_options.sh
+# shellcheck source=egs2/spear/ssl1/local/parse_options.sh
+. egs2/spear/ssl1/local/parse_options.sh
 
 encoder=(--device "${device}" --bf16 --compile)
 encoding=(--device "${device}" --frames 65536 --peer_frames 512)

@@ -47,7 +47,7 @@ class Recipe:
         self.env = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.env["PYTHONPATH"] = str(ROOT)
         run_pl = folder / "run.pl"
-        run_pl.write_text(RUN_PL.format(job=ROOT / "egs2/spear/asr1/local/run_job.sh"))
+        run_pl.write_text(RUN_PL.format(job=ROOT / "egs2/spear/ssl1/local/run_job.sh"))
         run_pl.chmod(0o755)
         rng = np.random.default_rng(0)
         for name, utts in SETS.items():

@@ -637,7 +637,7 @@ def test_help_names_every_option(tmp_path: Path) -> None:
     result = run_sh("--help", cwd=tmp_path)
     assert result.returncode == 0
     script = (RECIPE / "run.sh").read_text()
-    defaults = script[script.index('\nhelp_message="') : script.index("parse_options")]
+    defaults = script[script.index('\nhelp_message="') : script.index("recipe.sh")]
     defaults = defaults[defaults.index('"\n\n') :]
     names = [
         line.partition("=")[0]

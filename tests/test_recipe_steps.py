@@ -868,7 +868,7 @@ def test_processes_of_a_job_get_their_threads(tmp_path: Path) -> None:
         (
             "cls1/finetune.sh",
             "--setting esc50 --stop_stage 1",
-            "dump/raw/esc50_fold1_train",
+            "dump/raw",
         ),
         ("cls1/finetune.sh", "--setting esc50 --stage 4 --tag t", "exp/cls_t"),
         ("eval1/run.sh", "--stop_stage 1", "dump/eval1"),

@@ -75,12 +75,7 @@ expdir=exp
 python="python -m espnet2_spear.launcher"
 dry_run=false
 
-. local/parse_options.sh
-. local/lock.sh
-if [ $# -gt 0 ]; then
-    log "ERROR: unexpected argument '$1' (see --help)"
-    exit 2
-fi
+. ../ssl1/local/recipe.sh
 
 if [ -z "${ngpu}" ]; then
     ngpu=$(nvidia-smi -L 2>/dev/null | grep -c "^GPU" || true)
@@ -112,48 +107,11 @@ beam) decode_dir=${asr_exp}/$(basename "${inference_config}" .yaml) ;;
 esac
 all_sets=$(tr ' ' '\n' <<<"${train_set} ${valid_set} ${test_sets}" | sort -u)
 
-wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
-
-# step <options of local/step.py> -- <command>: run it unless it was done before
-step() { python local/step.py --dry_run "${dry_run}" "$@"; }
-
-# runner <gpus> <machines> <cores> <log>: words for step --runner
-runner() {
-    echo "${cuda_cmd} --gpu $1 --num_nodes $2 --num_threads $3 $(printf %q "$4")" \
-        "env OMP_NUM_THREADS=${OMP_NUM_THREADS}"
-}
-
 need() { # need <file> <stage that makes it>
     if [ "${dry_run}" = false ] && [ ! -e "$1" ]; then
         log "ERROR: $1 is missing; run stage $2 first"
         exit 1
     fi
-}
-
-# prepare_set <set> <corpus> <parts>: read, format and filter, as ../ssl1 does
-prepare_set() {
-    local source=${datadir}/local/$1 org=${dumpdir}/raw/org/$1 raw=${dumpdir}/raw/$1 parts
-    read -ra parts <<<"${3//,/ }"
-    [ "${partial}" = false ] || parts+=(--partial)
-    # In a shell of its own: the folders of corpora are exported there.
-    (
-        . ../ssl1/db.sh
-        root=${2^^} # name of the variable that holds the folder
-        input=()
-        [ ! -e "${!root:-}" ] || input=(--input "${!root}")
-        step --mark "${source}/.done.json" "${input[@]}" --output "${source}/wav.scp" \
-            -- python "../ssl1/local/data_$2.py" --root "${!root:-}" \
-            --out_dir "${source}" --parts "${parts[@]}"
-    )
-    step --mark "${org}/.done.json" --input "${source}" --input "${source}/.done.json" \
-        --output "${org}/wav.scp" \
-        -- python -m espnet2_spear.bin.spear_format --in_dir "${source}" \
-        --out_dir "${org}" --audio_format flac --fs 16000 + --nj "${nj}"
-    step --mark "${raw}/.done.json" --input "${org}" --output "${raw}/wav.scp" \
-        --output "${raw}/feats_type" \
-        -- python -m espnet2_spear.bin.spear_filter --in_dir "${org}" \
-        --out_dir "${raw}" --fs 16000 --min_seconds 0.3 --max_seconds 40 \
-        --min_peak_db -60
 }
 
 if wanted 3 && [ "${dry_run}" = false ] && grep -Eq '^decoder: *transducer' "${asr_config}"; then
@@ -170,7 +128,8 @@ if wanted 1; then
             log "ERROR: --prepare '${item}': must be SET=CORPUS:PART,PART with a corpus of ../ssl1/local/data_corpora.py --list"
             exit 2
         fi
-        prepare_set "${set}" "${corpus%%:*}" "${corpus#*:}"
+        prepare_corpus "${set}" "${corpus%%:*}" "${corpus#*:}" \
+            --min_seconds 0.3 --max_seconds 40 --min_peak_db -60
     done
     for set in ${all_sets}; do
         [[ " ${prepare//$'\n'/ } " != *" ${set}="* ]] || continue
@@ -266,17 +225,13 @@ if wanted 3; then
             -regex '.*\.\(yaml\|json\|pth\|pt\|bin\|safetensors\)' | sort)
     fi
     for file in "${student[@]}"; do inputs+=(--input "${file}"); done
-    launch=(--ngpu "${ngpu}" --multiprocessing_distributed true --resume true)
-    if [ "${num_nodes}" -gt 1 ]; then
-        launch+=(--dist_launcher slurm
-            --dist_init_method "file://$(realpath -m "${asr_exp}")/.dist_init.$$")
-    fi
+    launch_options "${asr_exp}"
     # shellcheck disable=SC2086
     step --mark "${asr_exp}/train.json" "${inputs[@]}" --adopt \
         --output "${asr_exp}/${inference_asr_model}" \
         --refuse "give another --asr_tag, or remove ${asr_exp} to train it anew" \
         --again "goes on from its last checkpoint" \
-        --runner "$(runner "${ngpu}" "${num_nodes}" "${nj}" "${asr_exp}/train.log")" \
+        --runner "$(train_runner "${ngpu}" "${num_nodes}" "${nj}" "${asr_exp}/train.log")" \
         -- ${python} -m espnet2.bin.asr_train "${args[@]}" --config "${asr_config}" \
         --output_dir "${asr_exp}" --seed "${seed}" ${asr_args} \
         + "${launch[@]}"
@@ -303,7 +258,7 @@ if wanted 4; then
         fi
         # shellcheck disable=SC2086
         step --mark "${out}/decode.json" "${inputs[@]}" --output "${out}/1best_recog/text" \
-            --runner "$(runner "${gpus}" 1 1 "${out}/decode.log")" \
+            --runner "$(train_runner "${gpus}" 1 1 "${out}/decode.log")" \
             -- ${python} ${program} "${args[@]}" + --ngpu "${gpus}"
     done
 fi
@@ -320,7 +275,7 @@ if wanted 5; then
     # shellcheck disable=SC2086
     step --mark "${asr_exp}/score_mark.json" "${inputs[@]}" \
         --output "${asr_exp}/RESULTS.md" --output "${asr_exp}/score.json" \
-        --runner "$(runner 0 1 1 "${asr_exp}/score.log")" \
+        --runner "$(train_runner 0 1 1 "${asr_exp}/score.log")" \
         -- ${python} local/asr_score.py "${args[@]}"
     [ "${dry_run}" = true ] || sed -n '/^## asr_/,$p' "${asr_exp}/RESULTS.md"
 fi

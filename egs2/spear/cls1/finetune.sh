@@ -56,12 +56,7 @@ dumpdir=dump
 expdir=exp
 python="python -m espnet2_spear.launcher"
 dry_run=false
-. local/parse_options.sh
-. local/lock.sh
-if [ $# -gt 0 ]; then
-    log "ERROR: unexpected argument '$1' (see --help)"
-    exit 2
-fi
+. ../ssl1/local/recipe.sh
 
 case ${setting} in
 esc50)
@@ -91,43 +86,14 @@ if [ -z "${ngpu}" ]; then
     ngpu=$(nvidia-smi -L 2>/dev/null | grep -c "^GPU" || true)
 fi
 
-wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
-step() { python local/step.py --dry_run "${dry_run}" "$@"; }
-# runner <gpus> <machines> <cores> <log>: words for step --runner
-runner() {
-    echo "${cuda_cmd} --gpu $1 --num_nodes $2 --num_threads $3 $(printf %q "$4")" \
-        "env OMP_NUM_THREADS=${OMP_NUM_THREADS}"
-}
-
-# prepare <set> <parts>: read a corpus, format and filter
-prepare() {
-    local source=${datadir}/local/$1 raw=${dumpdir}/raw/$1 parts
-    read -ra parts <<<"$2"
-    lock "${raw}"
-    [ "${partial}" = false ] || parts+=(--partial)
-    # In a shell of its own: the folders of corpora are exported there.
-    (
-        . ../ssl1/db.sh
-        root=${corpus^^}
-        step --mark "${source}/.done.json" --input "${!root:-${corpus}}" \
-            --output "${source}/wav.scp" --output "${source}/labels" \
-            -- python "../ssl1/local/data_${corpus}.py" --out_dir "${source}" \
-            --parts "${parts[@]}"
-    )
-    step --mark "${raw}_org/.done.json" --input "${source}" --output "${raw}_org/wav.scp" \
-        -- python -m espnet2_spear.bin.spear_format --in_dir "${source}" \
-        --out_dir "${raw}_org" + --nj "${nj}"
-    step --mark "${raw}/.done.json" --input "${raw}_org" --output "${raw}/wav.scp" \
-        --output "${raw}/feats_type" \
-        -- python -m espnet2_spear.bin.spear_filter --in_dir "${raw}_org" \
-        --out_dir "${raw}" --min_seconds 0.3 --max_seconds inf --min_peak_db -120
-    unlock
-}
-
 if wanted 1; then
     log "Stage 1: clips of ${corpus}"
-    prepare "${train_set}" "${train_parts}"
-    prepare "${test_set}" "${test_parts}"
+    lock "${dumpdir}/raw"
+    for item in "${train_set} ${train_parts}" "${test_set} ${test_parts}"; do
+        prepare_corpus "${item%% *}" "${corpus}" "${item#* }" \
+            --min_seconds 0.3 --max_seconds inf --min_peak_db -120
+    done
+    unlock
 fi
 
 if wanted 2; then
@@ -169,21 +135,17 @@ if wanted 3; then
             "--${part}_data_path_and_name_and_type" "${raw}/labels,label,text"
             "--${part}_shape_file" "${raw}/utt2num_samples")
     done
-    nodes=()
-    if [ "${num_nodes}" -gt 1 ]; then
-        nodes=(--dist_launcher slurm
-            --dist_init_method "file://$(realpath -m "${exp}")/.dist_init.$$")
-    fi
+    launch_options "${exp}"
     # shellcheck disable=SC2086
     step --mark "${exp}/train.json" --input "${config}" --input "${ckpt}" \
         --input "${tokens}" "${inputs[@]}" --output "${exp}/${inference_model}" \
         --again "goes on from its last checkpoint (another --tag starts anew)" \
-        --runner "$(runner "${ngpu}" "${num_nodes}" "${nj}" "${exp}/train.log")" \
+        --runner "$(train_runner "${ngpu}" "${num_nodes}" "${nj}" "${exp}/train.log")" \
         -- ${python} -m espnet2_spear.bin.cls_train --config "${config}" \
         --output_dir "${exp}" --token_list "${tokens}" \
         --init_param "${ckpt}:student:encoder" --encoder_conf "arch.name=${ckpt}" \
         "${opts[@]}" ${cls_args} \
-        + --ngpu "${ngpu}" --resume true --multiprocessing_distributed true "${nodes[@]}"
+        + "${launch[@]}"
 fi
 
 decode=${exp}/decode/${test_set}
@@ -194,7 +156,7 @@ if wanted 4; then
     step --mark "${decode}/done.json" --input "${exp}/${inference_model}" \
         --input "${exp}/config.yaml" --input "${dumpdir}/raw/${test_set}/wav.scp" \
         --output "${decode}/prediction/score" \
-        --runner "$(runner "${gpus}" 1 1 "${decode}/decode.log")" \
+        --runner "$(train_runner "${gpus}" 1 1 "${decode}/decode.log")" \
         -- ${python} -m espnet2.bin.cls_inference --output_dir "${decode}" \
         --classification_train_config "${exp}/config.yaml" \
         --classification_model_file "${exp}/${inference_model}" \

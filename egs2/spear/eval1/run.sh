@@ -45,12 +45,7 @@ expdir=exp
 downloads=../ssl1/downloads
 dry_run=false
 
-. local/parse_options.sh
-. local/lock.sh
-if [ $# -gt 0 ]; then
-    log "ERROR: unexpected argument '$1' (see --help)"
-    exit 2
-fi
+. ../ssl1/local/recipe.sh
 if [ "${stop_stage}" -ge 3 ] && [ -z "${student}" ]; then
     log "ERROR: --student is needed: a pre-trained student, such as ../ssl1/exp/spear_mini/valid.loss.best.pth"
     exit 2

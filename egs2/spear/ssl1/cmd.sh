@@ -8,13 +8,13 @@ cmd_backend=${cmd_backend:-local}
 case ${cmd_backend} in
 local)
     # All jobs of an array at once on this machine.
-    train_cmd=local/run_job.sh
-    cuda_cmd=local/run_job.sh
+    train_cmd=../ssl1/local/run_job.sh
+    cuda_cmd=../ssl1/local/run_job.sh
     ;;
 slurm)
     # sbatch is given these options besides; e.g. --partition=gpu --time=24:00:00
-    train_cmd="local/slurm_job.sh ${slurm_cpu_opts:-}"
-    cuda_cmd="local/slurm_job.sh ${slurm_gpu_opts:-}"
+    train_cmd="../ssl1/local/slurm_job.sh ${slurm_cpu_opts:-}"
+    cuda_cmd="../ssl1/local/slurm_job.sh ${slurm_gpu_opts:-}"
     ;;
 *)
     echo "cmd.sh: cmd_backend must be local or slurm, not '${cmd_backend}'" >&2

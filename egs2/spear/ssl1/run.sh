@@ -158,18 +158,8 @@ pack_args=
 hf_repo=
 skip_upload=true
 
-. local/parse_options.sh
-. local/lock.sh
-if [ $# -gt 0 ]; then
-    log "ERROR: unexpected argument '$1' (see --help)"
-    exit 2
-fi
+. ../ssl1/local/recipe.sh
 fs=16000 # Hz; the teachers and the student expect it
-
-wanted() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
-
-# step <options of local/step.py> -- <command>: run it unless it was done before
-step() { python local/step.py --dry_run "${dry_run}" "$@"; }
 
 # runner <gpus> <threads> <log> [options]: words for step --runner
 runner() { echo "${cuda_cmd} --gpu $1 --num_threads $2 ${4:-} $(printf %q "$3")"; }

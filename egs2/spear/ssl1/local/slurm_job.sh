@@ -56,8 +56,9 @@ script=${log//JOB/all}.sbatch
 {
     echo "#!/usr/bin/env bash"
     printf 'cd %q\n' "${PWD}"
+    printf 'exec %q ' "$(dirname "$0")/run_job.sh"
     # shellcheck disable=SC2016  # expanded on the node
-    printf 'exec local/run_job.sh %s JOB="${SLURM_ARRAY_TASK_ID}:${SLURM_ARRAY_TASK_ID}"' \
+    printf '%s JOB="${SLURM_ARRAY_TASK_ID}:${SLURM_ARRAY_TASK_ID}"' \
         "${job_opts[*]}"
     printf ' %q' "${log}" "${launcher[@]}" "$@"
     echo

@@ -1,1 +1,0 @@
-../../ssl1/local/step.py
