@@ -21,6 +21,7 @@ from espnet2_spear.mvq.quantizer import Quantizer
 
 load("check_training")
 load("figures")
+training_config = load("training_config")
 plan = load("plan")
 step = load("step")
 CONF = RECIPE / "conf"
@@ -218,9 +219,9 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_plan_reads_presets_of_loss_weights() -> None:
     config = {"teachers": {"speech": {}, "audio": {}}, "loss_weights": "disjoint"}
-    plan.restrict(config, ["speech", "audio"], Path("x.yaml"))
-    assert plan.domains_of(config, "speech") == ["speech"]
-    assert plan.domains_of(config, "audio") == ["audio"]
+    training_config.restrict(config, ["speech", "audio"], Path("x.yaml"))
+    assert training_config.domains_of(config, "speech") == ["speech"]
+    assert training_config.domains_of(config, "audio") == ["audio"]
 
 
 def test_plan_says_that_noise_will_be_needed(

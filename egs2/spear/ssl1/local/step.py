@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run a command of the recipe, unless it was done before on the same inputs.
 
-    step.py --mark M --input A --output B [--runner "../ssl1/local/run_job.sh LOG"] -- COMMAND
+    step.py --mark M --input A --output B [--runner "run_job.sh LOG"] -- COMMAND
 
 A mark remembers the command and the hashes of its inputs. The command is run again
 when one of them differs or an output is gone, and it is said which. Words of the
