@@ -1,7 +1,7 @@
 """The commands of ESPnet's asr.sh, cls.sh and ssl.sh, with ``--python spear-python``.
 
-What follows issues their command lines, with default options (tools/check_espnet.sh runs
-the scripts), on noise in sets that spear_format, spear_filter and cls_sets.py made: of
+What follows issues their command lines, with default options, on noise in sets that
+spear_format, spear_filter and cls_sets.py made (check_espnet.sh runs the scripts): of
 egs2/TEMPLATE/asr1/asr.sh (espnet/espnet at 004c30c; characters; without
 ``launch --debug``, which is newer than ESPnet 202611) stages 5 and 10 to 14, of
 cls1/cls.sh (000bf3f) 4 to 7 and 9, of ssl1/ssl.sh (20e3471) 6 to 8. Their ``run.pl`` is
