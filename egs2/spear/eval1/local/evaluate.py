@@ -84,7 +84,12 @@ def all_data(tasks: Sequence[Task]) -> list[Data]:
 
 def step(dry_run: bool, *words: str | Path) -> None:
     """Run a step of the recipe, unless it is done."""
-    command = [sys.executable, "../ssl1/local/step.py", "--dry_run", str(dry_run).lower()]
+    command = [
+        sys.executable,
+        "../ssl1/local/step.py",
+        "--dry_run",
+        str(dry_run).lower(),
+    ]
     subprocess.run([*command, *map(str, words)], cwd=HERE, check=True)
 
 
