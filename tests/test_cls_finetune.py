@@ -115,7 +115,7 @@ def test_dry_run_lists_what_is_not_there_yet(tmp_path: Path) -> None:
         "Stage 5: ",
         f"reads   {tmp_path}/later.pth (not there yet)",
         # A process a GPU, not threads of one (DataParallel).
-        "--ngpu 8 --resume true --multiprocessing_distributed true",
+        "--ngpu 8 --multiprocessing_distributed true --resume true",
         "--dist_launcher slurm "
         f"--dist_init_method file://{tmp_path}/exp/cls_audioset2m/.dist_init.",
         "--gpu 8 --num_nodes 2 --num_threads 32 ",
@@ -255,7 +255,7 @@ def test_scores(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_help_names_every_option() -> None:
     shown = finetune("--help").stdout
     script = (RECIPE / "finetune.sh").read_text()
-    defaults = script[script.index("\nstage=1") : script.index(". local/parse")]
+    defaults = script[script.index("\nstage=1") : script.index(". ../ssl1/local/recipe.sh")]
     for line in defaults.split():
         name, equals, _ = line.partition("=")
         if equals and name.isidentifier():
