@@ -255,7 +255,9 @@ def test_scores(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_help_names_every_option() -> None:
     shown = finetune("--help").stdout
     script = (RECIPE / "finetune.sh").read_text()
-    defaults = script[script.index("\nstage=1") : script.index(". ../ssl1/local/recipe.sh")]
+    defaults = script[
+        script.index("\nstage=1") : script.index(". ../ssl1/local/recipe.sh")
+    ]
     for line in defaults.split():
         name, equals, _ = line.partition("=")
         if equals and name.isidentifier():
