@@ -524,7 +524,7 @@ def test_plan_of_another_student_in_a_configuration(planned) -> None:
         ({"config_override": "optim.lr=1"}, "optim of optim.lr is no table"),
         (
             {"config_override": "loss_weights.audio.audio=0"},
-            "teacher 'audio' has no weight in loss_weights",
+            "loss_weights: no domain uses the teacher 'audio': give it a weight",
         ),
         ({"tokenize_domains": "some"}, "--tokenize_domains some: must be needed or"),
         ({"teachers": "speech=wavlm_large"}, "name the teacher's weights"),

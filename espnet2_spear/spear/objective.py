@@ -79,7 +79,10 @@ def resolve_loss_weights(
         raise ValueError(f"loss_weights: unknown domain '{name}' of {list(domains)}")
     for name in teachers:
         if not any(row.get(name, 0.0) > 0 for row in table.values()):
-            raise ValueError(f"no domain uses the teacher '{name}': remove it")
+            raise ValueError(
+                f"loss_weights: no domain uses the teacher '{name}': give it a weight "
+                "or remove it"
+            )
     return table
 
 
