@@ -417,8 +417,6 @@ def plan_teacher(
     """
     weights, options = read_teacher(file, args.check_teachers)
     domains = domains_of(config, name)
-    if not domains:
-        raise PlanError(f"teacher '{name}' has no weight in loss_weights")
     if args.tokenize_domains == "all":
         domains = list(config["loss_weights"])
     domains = [d for d in domains if present is None or d in present]
