@@ -105,7 +105,7 @@ def test_batches_do_not_count(tmp_path: Path, student: Path, audio: Path) -> Non
     extract(student, tmp_path / "all", "--batch_seconds", 100, scp)
     single, together = read(tmp_path / "one"), read(tmp_path / "all")
     for utt, matrix in single.items():
-        np.testing.assert_allclose(matrix, together[utt], rtol=1e-5, atol=2e-5)
+        np.testing.assert_allclose(matrix, together[utt], rtol=1e-4, atol=1e-4)
     # The published way of padding is another one, so the test can fail.
     extract(
         student,
@@ -231,7 +231,7 @@ def test_killed_run_goes_on(tmp_path: Path, student: Path) -> None:
     resumed = read(out)
     for utt, matrix in read(tmp_path / "whole").items():
         # Two threads may add in another order than in the process before.
-        np.testing.assert_allclose(resumed[utt], matrix, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(resumed[utt], matrix, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("rate", [16000, 22050])

@@ -239,7 +239,7 @@ def test_two_processes_freeze_and_unfreeze_alike(ckpt: str, tmp_path: Path) -> N
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, env=env, **pipes))
     for process in processes:
-        out, errors = process.communicate(timeout=100)
+        out, errors = process.communicate(timeout=300)
         assert out.endswith("done\n"), errors
 
 

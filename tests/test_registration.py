@@ -1,4 +1,4 @@
-"""What is registered in ESPnet, when, and at what price.
+"""What is registered in ESPnet, and when.
 
 Importing ESPnet takes up to 20 s, and registration is a matter of whole processes: two
 scripts run, each once, and print what they found.
@@ -145,24 +145,6 @@ def test_late_import_registers_and_keeps_foreign_names(late: dict) -> None:
     assert late["kept"]
     assert len(late["warnings"]) == 1
     assert "spear_zipformer" in late["warnings"][0]
-
-
-def test_import_costs_under_5_ms() -> None:
-    code = """
-import sys, time
-best = 1.0
-for _ in range(7):
-    for name in [n for n in sys.modules if n.split(".")[0] == "espnet2_spear"]:
-        del sys.modules[name]
-    start = time.process_time()
-    import espnet2_spear
-    best = min(best, time.process_time() - start)
-print(best)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert float(done.stdout) < 0.005
 
 
 def task_module(**choices: object) -> ModuleType:

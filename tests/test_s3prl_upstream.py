@@ -89,7 +89,7 @@ def test_unmodified_s3prl_finds_it(ckpt):
     """In a fresh process: importing the plugin is all that s3prl's hub needs."""
     pytest.importorskip("s3prl")
     result = subprocess.run(
-        [sys.executable, "-c", CODE, ckpt], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", CODE, ckpt], capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
 

@@ -136,7 +136,7 @@ def test_dry_run_shows_exactly_what_is_sent(tmp_path: Path, exp: Path) -> None:
 
     def run(*words: str) -> str:
         result = subprocess.run(
-            [*cmd, *words], env=env, capture_output=True, text=True, timeout=100
+            [*cmd, *words], env=env, capture_output=True, text=True, timeout=300
         )
         assert result.returncode == 0, result.stderr
         return result.stdout

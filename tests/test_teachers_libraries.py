@@ -74,7 +74,7 @@ def test_hf_layers_are_the_hidden_states(hf_folder, name):
         teacher = hf_speech(folder, layer)
         frames, frame_lengths = teacher(speech, lengths)
         expected = out.hidden_states[layer] if layer < 4 else out.last_hidden_state
-        torch.testing.assert_close(frames, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(frames, expected, atol=1e-4, rtol=1e-4)
         assert frame_lengths.tolist() == [49] and teacher.frame_rate == 50.0
         assert len(teacher.model.encoder.layers) == layer
 

@@ -361,7 +361,7 @@ def test_atst_is_the_published_network(files):
         frames, counts = teacher(wave, lengths)
         assert teacher.frame_rate == 25.0 and counts.tolist() == [12345 // 640]
         expected = torch.tensor(files.reference[key])
-        torch.testing.assert_close(frames[0], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(frames[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_atst_windows_keep_the_frames_in_place(files):

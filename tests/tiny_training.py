@@ -174,7 +174,9 @@ def launch(
     return processes
 
 
-def end(processes: Sequence[multiprocessing.Process], seconds: float = 60) -> list[int]:
+def end(
+    processes: Sequence[multiprocessing.Process], seconds: float = 300
+) -> list[int]:
     """Wait, and kill what still runs then; the exit codes before that."""
     deadline = time.monotonic() + seconds
     for process in processes:
