@@ -241,12 +241,30 @@ def test_recordings_without_their_end(tmp_path: Path, form: str, cut: int) -> No
     read, _ = read_audio(path)
     assert len(read) == audio_info(path).samples
     assert abs(len(read) - (16000 - cut // 2)) <= (cut > 2 and form == "CAF") * 4096
-    if form != "NIST":
-        assert bool(audio_info(path).notes) == (cut > 2)
+    assert bool(audio_info(path).notes) == (cut > 2)
     with pytest.raises(AudioError) as error:
         read_audio(path, 0.9, 1.4)
     assert error.value.reason == "segment_past_end"
     assert len(read_audio(path, 0.0, 0.25)[0]) == 4000  # before the damage
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "ULAW", "PCM_24"])
+@pytest.mark.parametrize(
+    ("said", "noted"), [(0, True), (16000, True), (31999, False), (99999, True)]
+)
+def test_lengths_that_sphere_headers_get_wrong(
+    tmp_path: Path, subtype: str, said: int, noted: bool
+) -> None:
+    path = tmp_path / "a.sph"
+    stereo = np.full((32000, 2), 0.25)
+    soundfile.write(path, stereo, 16000, subtype, format="NIST")
+    count = f"sample_count -i {said:05}".encode()
+    path.write_bytes(path.read_bytes().replace(b"sample_count -i 32000", count))
+    assert audio_info(path).samples == len(read_audio(path)[0]) == 32000
+    assert bool(audio_info(path).notes) == noted
+    if noted:
+        with pytest.raises(AudioError, match=f"tells of {said} samples; 32000 are"):
+            audio_info(path, strict=True)
 
 
 def test_other_chunks_behind_the_samples_are_no_audio(tmp_path: Path) -> None:

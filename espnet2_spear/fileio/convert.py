@@ -303,9 +303,7 @@ def audio_path(utt: str, options: Options) -> str:
     """Return an utterance's file; 256 folders keep each of them small."""
     key = hashlib.sha256(utt.encode("utf-8", "surrogateescape")).hexdigest()[:2]
     folder = os.path.join(options.out_dir, options.codec, key)
-    # Another id may differ by case only, and nobody here knows all of them.
-    name = file_name(utt, f".{options.codec}", hashed=utt != utt.casefold())
-    return os.path.join(folder, name)
+    return os.path.join(folder, file_name(utt, f".{options.codec}"))
 
 
 def peak_db(pcm: np.ndarray) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 from abc import abstractmethod
-from collections.abc import Container
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
@@ -95,13 +94,12 @@ class NpyFeatures(FeatureFiles):
     """One ``.npy`` (rows, columns) an utterance, there whole or not at all.
 
     Args:
-        folder: gets ``<utterance>.npy``; a name that is too long is shortened.
+        folder: gets ``<utterance>.npy``, see :func:`file_name`.
         dtype: as stored.
-        alike: utterances that differ from others only by case.
     """
 
-    def __init__(self, folder: Path, dtype: str, alike: Container[str] = ()) -> None:
-        self.folder, self.dtype, self.alike = folder, np.dtype(dtype), alike
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self.folder, self.dtype = folder, np.dtype(dtype)
         folder.mkdir(parents=True, exist_ok=True)
         self._paths: list[Path] = []
         self._whole: AtomicFile | None = None
@@ -111,7 +109,7 @@ class NpyFeatures(FeatureFiles):
             self._whole.discard()
 
     def begin(self, utt: str) -> None:
-        self._path = self.folder / file_name(utt, ".npy", utt in self.alike)
+        self._path = self.folder / file_name(utt, ".npy")
         self._shape = (0, 0)
         self._whole = AtomicFile(self._path)
         self._file: BinaryIO = self._whole.file

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import unicodedata
 
 LONGEST = 200  # bytes of a file's name; file systems take 255, and we add some
 
 
-def file_name(utt: str, suffix: str, hashed: bool = False) -> str:
+def file_name(utt: str, suffix: str) -> str:
     """Return the name of an utterance's file: the same for the same id everywhere.
+
+    Ids that are too long get a hash, and those with capitals or composed letters, too:
+    another id, even of another run, may differ in these only, and some file systems
+    take both names for one.
 
     Args:
         utt: its id.
         suffix: with its dot.
-        hashed: add a hash of the id, because another id differs only by case (some
-            file systems take both names for one). Ids that are too long get it anyway.
     """
     raw = utt.encode("utf-8", "surrogateescape")
-    if len(raw) + len(suffix) <= LONGEST and not hashed:
+    plain = unicodedata.normalize("NFD", utt).casefold()
+    if len(raw) + len(suffix) <= LONGEST and utt == plain:
         return utt + suffix
+    return _hashed(raw, suffix)
+
+
+def short_id(utt: str) -> str:
+    """Return an id that is short enough to name files, the same for the same id."""
+    raw = utt.encode("utf-8", "surrogateescape")
+    return utt if len(raw) <= LONGEST else _hashed(raw, "")
+
+
+def _hashed(raw: bytes, suffix: str) -> str:
     digest = hashlib.sha256(raw).hexdigest()[:16]
     kept = raw[: LONGEST - len(suffix) - 17].decode("utf-8", "ignore")
     return f"{kept}-{digest}{suffix}"
-
-
-def differ_by_case(utts: Iterable[str]) -> set[str]:
-    """Return the ids that differ from another one only by case."""
-    first: dict[str, str] = {}
-    found: set[str] = set()
-    for utt in utts:
-        other = first.setdefault(utt.casefold(), utt)
-        if other != utt:
-            found |= {other, utt}
-    return found

@@ -24,7 +24,6 @@ from espnet2_spear.fileio.feature_files import (
     FeatureFiles,
     NpyFeatures,
 )
-from espnet2_spear.fileio.names import differ_by_case
 from espnet2_spear.fileio.shards import (
     Batches,
     DoneMarks,
@@ -241,7 +240,6 @@ class ExtractionRun:
         self.names = names if len(names) > 1 else ["feats"]
         self.frames: dict[str, int] = {}
         self.skipped: Failures = {}
-        self.alike: set[str] = set()
 
     def describe(self) -> dict[str, Any]:
         """What the features depend on besides the recordings."""
@@ -277,7 +275,6 @@ class ExtractionRun:
         """
         if self.options.format == "npy":
             check_names(recordings)
-            self.alike = differ_by_case(recording.utt for recording in recordings)
         self.folder.mkdir(parents=True, exist_ok=True)
         shards = self._shards(recordings)
         marks = DoneMarks(
@@ -346,7 +343,7 @@ class ExtractionRun:
     def _files(self, shard: int, name: str) -> FeatureFiles:
         if self.options.format == "ark":
             return ArkFeatures(self.folder / f"feats.{shard}.{name}.ark")
-        return NpyFeatures(self.folder / name, self.options.dtype, self.alike)
+        return NpyFeatures(self.folder / name, self.options.dtype)
 
     def _encoded(
         self, batches: Batches, failed: Failures

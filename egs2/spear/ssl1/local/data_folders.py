@@ -22,7 +22,7 @@ from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.folders import audio_files, find_audio
 from espnet2_spear.fileio.hashes import name_hash
-from espnet2_spear.fileio.names import file_name
+from espnet2_spear.fileio.names import short_id
 from espnet2_spear.fileio.tables import DataDirError
 
 
@@ -63,7 +63,7 @@ def from_audio_files(folder: Path, label: str, domain: str) -> ExternalSorter[En
     for file in audio_files(folder):
         relative = file.relative_to(folder).with_suffix("").as_posix()
         # Ids also name files, whose names cannot be of any length.
-        name = file_name(f"{label}-{safe_id(relative)}", "")
+        name = short_id(f"{label}-{safe_id(relative)}")
         utt, number = name, 1
         # a.wav beside a.flac, or "a b.wav" beside "a_b.wav"
         while not is_new(utt):
