@@ -685,6 +685,9 @@ def test_dry_run_tells_what_there_is_to_do(tmp_path: Path) -> None:
         f"500000 steps of 0.6667 h, {500000 * 2400 / 3600:.0f} h in all, "
     )
     assert "after every 4000 steps 0.0" in plan_lines["training"]
+    # Two checkpoints of 20 bytes a parameter; ten averages, the best four, two more.
+    size = 326_951_472 * (2 * 20 + 16 * 4)
+    assert plan_lines["exp"].startswith(f"{size / 1e9:.3g} GB of checkpoints")
 
 
 def test_quantizers_on_data_of_their_own(tmp_path: Path) -> None:

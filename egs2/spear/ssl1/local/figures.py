@@ -4,8 +4,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.shards import shard_count
+from espnet2_spear.spear.student import SpearEncoder
+from espnet2_spear.zipformer.config import ZipformerConfig
 
 # Bytes of an hour of 16 kHz mono: of flac on the demo's data, of wav by its format.
 BYTES_PER_HOUR = {"flac": 83e6, "wav": 2 * SAMPLE_RATE * 3600}
@@ -65,6 +69,20 @@ def figures(
             f"{steps * batch / hours['train']:.3g} times the data; after every {every} "
             f"steps {hours['valid']:.2f} h of validation"
         )
+    yield f"exp: {_size(checkpoint_bytes(config))} of checkpoints while it trains"
+
+
+def checkpoint_bytes(config: Mapping[str, Any]) -> int:
+    """Size of what a training keeps (docs/pretraining.md, "Disk"), without the heads."""
+    options = {"name": config["student"], **config.get("student_conf", {})}
+    with torch.device("meta"):  # no memory, whatever the size
+        student = SpearEncoder(ZipformerConfig.from_dict(options))
+    averages = config.get("average_period", 200) > 0  # defaults of the options
+    best = config.get("keep_nbest_models", 10)
+    models = best if isinstance(best, int) else max(best)
+    models += config.get("keep_averages", 10) * averages + 2  # the last, and the mean
+    bytes_each = 2 * (4 + 8 + 8 * averages) + 4 * models
+    return bytes_each * sum(p.numel() for p in student.parameters())
 
 
 def _sum(table: Mapping[str, Mapping[str, float]], key: str) -> float:
