@@ -321,6 +321,7 @@ def test_plan_of_the_default(planned, tmp_path: Path) -> None:
         ({}, "embeddings quantizer codes audio"),
         ({"config_override": "teachers.speech.num_codebooks=4"}, "embeddings audio"),
         ({"quantizer": "rvq"}, "embeddings"),
+        ({"quantizer_tag": "long", "quantizer_iters": "9"}, ""),
         ({"quantizer": "kmeans"}, "embeddings"),
         ({"quantizer": "kmeans", "quantizer_args": "--codebook_size 64"}, "embeddings"),
         ({"config_override": "loss_weights=joint"}, "embeddings quantizer codes"),
@@ -708,6 +709,23 @@ def test_quantizers_on_data_of_their_own(tmp_path: Path) -> None:
     result = run_sh(*options, cwd=tmp_path)
     assert result.returncode == 1
     assert f"--quantizer_data: {libri}/wav.scp is not there" in result.stderr
+
+
+def test_quantizers_are_not_made_again_in_their_place(tmp_path: Path) -> None:
+    folder = tmp_path / "exp/teachers/speech_whisper_tiny_en"
+    folder.mkdir(parents=True)
+    mark = {"version": step.VERSION, "command": ["--max_frames", "9"], "inputs": {}}
+    (folder / "embed.json").write_text(json.dumps(mark))
+    options = ["--stage", "4", "--stop_stage", "4", "--dry_run", "true"]
+    options += [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
+    result = run_sh(*options, cwd=tmp_path)
+    assert result.returncode == 1 and "--max_frames was 9, is not" in result.stderr
+    assert f"--quantizer_tag NAME to make another beside it, or remove {folder}" in (
+        result.stderr
+    )
+    result = run_sh(*options, "--quantizer_tag", "more", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"{folder}_more/mvq8/quantizer.pt" in result.stdout
 
 
 @pytest.mark.parametrize(

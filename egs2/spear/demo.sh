@@ -26,7 +26,7 @@ tag=spear_mini
 ssl_opts=(--quantizer_iters 600 --quantizer_frames 150000)
 if [ "${full}" = true ]; then
     tag=spear_mini_full
-    ssl_opts=(--quantizer_iters 2000 --quantizer_frames 500000)
+    ssl_opts=(--quantizer_iters 2000 --quantizer_frames 500000 --quantizer_tag full)
     ssl_opts+=(--train_args "--max_epoch 24 --scheduler_conf warmup_steps_list=[0,300,12000]")
     say "all of the data and three times the steps, up to two hours on 2 CPU cores"
 else

@@ -87,6 +87,8 @@ Student and teachers (stages 4 to 7)
                               [dump/raw/train, in the teacher's domain]
   --quantizer_iters N         steps in each of its two phases (mvq) [as the teacher's YAML]
   --quantizer_args \"...\"      further options of mvq_train, such as \"--batch_frames 128\"
+  --quantizer_tag NAME        a name more for quantizers, their embeddings and codes; one
+                              that is there is not made in another way without it
   --teacher_dtype T           of the teachers' computation: float32, bfloat16 or float16;
                               the share of codes as in float32 is told   [float32]
   --min_agreement X           with a smaller share nothing is tokenized  [0.5]
@@ -145,6 +147,7 @@ quantizer_frames=
 quantizer_data=
 quantizer_iters=
 quantizer_args=
+quantizer_tag=
 teacher_dtype=float32
 min_agreement=0.5
 shard_seconds=
@@ -184,6 +187,7 @@ plan() {
         --train_config "${given_config}" --teachers "${teachers}" --tag "${tag}" \
         --quantizer "${quantizer}" --quantizer_iters "${quantizer_iters}" \
         --quantizer_data "${quantizer_data}" --quantizer_args "${quantizer_args}" \
+        --quantizer_tag "${quantizer_tag}" \
         --tokenize_domains "${tokenize_domains}" --config_override "${config_override}" \
         --min_seconds "${min_seconds}" --max_seconds "${max_seconds}" \
         --max_piece_seconds "${max_piece_seconds}" \
@@ -315,11 +319,12 @@ train_quantizer() {
         # A cluster gives every job a GPU; here all jobs see the same ones.
         [ "${cmd_backend:-}" != local ] || device=cuda:$3
     fi
+    local remedy="give --quantizer_tag NAME to make another beside it, or remove ${dir}"
     log "teacher '${name}': embeddings, log in ${dir}/embed.log"
     step --mark "${dir}/embed.json" --input "${yamls[$1]}" \
         ${weights[$1]:+--input "${weights[$1]}"} --input "${raw}/wav.scp" \
         --input "${raw}/utt2num_samples" ${kinds:+--input "${raw}/utt2domain"} \
-        --output "${dir}/embeddings/embeddings.json" \
+        --output "${dir}/embeddings/embeddings.json" --refuse "${remedy}" \
         --runner "$(runner "${gpus}" "$2" "${dir}/embed.log")" \
         -- python -m espnet2_spear.bin.spear_embed --teacher_config "${yamls[$1]}" \
         --wav_scp "${raw}/wav.scp" "${kinds[@]}" \
@@ -329,7 +334,7 @@ train_quantizer() {
     log "teacher '${name}': quantizer ${out##*/}, log in ${out}/train.log"
     # shellcheck disable=SC2086
     step --mark "${out}/train.json" --input "${dir}/embeddings/embeddings.json" \
-        --output "${out}/quantizer.pt" \
+        --output "${out}/quantizer.pt" --refuse "${remedy}" \
         --runner "$(runner "${gpus}" "$2" "${out}/train.log")" \
         -- python -m espnet2_spear.bin.mvq_train --embeddings "${dir}/embeddings" \
         --output "${out}/quantizer.pt" ${mvq_options[$1]} \

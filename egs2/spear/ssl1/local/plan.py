@@ -16,6 +16,7 @@ the options of SECONDS, and arrays with a value for each teacher.
 import argparse
 import json
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Collection
@@ -303,6 +304,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quantizer_iters", default="")
     parser.add_argument("--quantizer_data", default="")
     parser.add_argument("--quantizer_args", default="")
+    parser.add_argument("--quantizer_tag", default="")
     parser.add_argument("--tokenize_domains", default="needed")
     parser.add_argument("--config_override", default="")
     parser.add_argument("--tag", default="")
@@ -327,6 +329,10 @@ def plan(args: argparse.Namespace) -> tuple[Config, dict[str, str], list[Teacher
     if args.quantizer not in QUANTIZERS:
         raise PlanError(
             f"--quantizer {args.quantizer}: must be one of {', '.join(QUANTIZERS)}"
+        )
+    if not re.fullmatch(r"[\w.-]*", args.quantizer_tag):
+        raise PlanError(
+            f"--quantizer_tag {args.quantizer_tag!r}: letters, digits, '_', '.' and '-'"
         )
     if args.tokenize_domains not in ("needed", "all"):
         raise PlanError(
@@ -425,6 +431,8 @@ def plan_teacher(
     codebooks = config["teachers"][name]["num_codebooks"]
     size = size_of(args, codebooks)
     folder = args.expdir / "teachers" / f"{name}_{file.stem}"
+    if args.quantizer_tag:
+        folder = folder.with_name(f"{folder.name}_{args.quantizer_tag}")
     if own != [name]:
         folder = folder.with_name(f"{folder.name}_on_{'-'.join(own)}")
     teacher = TeacherPlan(
