@@ -417,6 +417,39 @@ def test_specaug_masks_the_fbank_in_training_only() -> None:
         ZipformerEncoder(1, "tiny", specaug={"freq": 1})
 
 
+class Recognizer(nn.Module):
+    """What ESPnet's trainer sees of a model."""
+
+    def __init__(self, as_dict: bool) -> None:
+        super().__init__()
+        self.encoder = ZipformerEncoder(128, {"name": "tiny", "regularize": True})
+        self.as_dict = as_dict
+
+    def forward(self, feats: torch.Tensor, lengths: torch.Tensor) -> dict | tuple:
+        loss = self.encoder(feats, lengths)[0].square().mean()
+        return {"loss": loss} if self.as_dict else (loss, {}, torch.ones(1))
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+def test_penalties_know_the_scale_of_espnets_trainer(
+    batch, as_dict: bool, copied: bool
+) -> None:
+    """Which it has for bfloat16, too; they follow with a step's delay."""
+    model, scaler = Recognizer(as_dict), torch.amp.GradScaler("cpu", init_scale=65536.0)
+    trained = copy.deepcopy(model) if copied else model
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-6)
+    found = trained(*batch)
+    loss = found["loss"] if as_dict else found[0]
+    loss /= 2  # accum_grad, as ESPnet divides
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    assert trained.encoder.encoder.count.loss_scale == 65536.0 / 2
+    assert model.encoder.encoder.count.loss_scale == (1.0 if copied else 65536.0 / 2)
+    with torch.no_grad():
+        trained(*batch)
+
+
 @pytest.mark.parametrize("start", [0.0, 700.0])
 def test_schedules_of_loaded_weights_are_at_their_end(start: float) -> None:
     regular = {"regularize": True, "regularize_start": start}

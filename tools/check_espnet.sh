@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Run the scripts of ESPnet's source package, unmodified: the commands with asr.sh and cls.sh
-# of egs2/spear/README.md, and with mini_an4 of egs2/spear/asr1/README.md, as they stand
-# there, but with a tiny student, few data and two updates, to the packed model. Then open
-# the recognizers in another folder, with all that they were made of gone, and compare text.
+# Run the scripts of ESPnet's source package, unmodified: the commands with asr.sh, cls.sh and
+# ssl.sh of egs2/spear/README.md, and with mini_an4 of egs2/spear/asr1/README.md, as they
+# stand there, but with a tiny student, few data and two updates, to the packed model. Then
+# open the recognizers in another folder, with all that they were made of gone, and compare
+# text.
 #   tools/check_espnet.sh [folder to keep]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -69,13 +70,14 @@ echo "export PATH=${bin}:${work}/env/bin:${project}/.venv/bin:\${PATH}" \
     >"${espnet}/tools/activate_python.sh"
 
 student=${work}/student/valid.loss.best.pth
-PYTHONPATH=${PYTHONPATH}:${project}/tests python - "${work}" <<'PYTHON'
+PYTHONPATH=${PYTHONPATH}:${project}/tests python - "${work}" "${espnet}/egs2/spear/ssl1" <<'PYTHON'
 import sys
 from pathlib import Path
 import numpy, soundfile
 from student_files import write_student
+from test_tasks import CASES
 
-work = Path(sys.argv[1])
+work, ssl = map(Path, sys.argv[1:])
 write_student(work / "student")
 for folder in ("audio", "meta"):
     (work / "esc50" / folder).mkdir(parents=True, exist_ok=True)
@@ -87,6 +89,22 @@ for fold in range(1, 6):
         soundfile.write(work / "esc50/audio" / name, wave, 16000)
         rows.append(f"{name},{fold},{i % 2},{'ab'[i % 2]},False,{1000 + i},A")
 (work / "esc50/meta/esc50.csv").write_text("\n".join(rows) + "\n")
+
+# What ssl.sh is given: audio with a target a frame, a configuration, and the targets.
+wavs = sorted((work / "esc50/audio").glob("*.wav"))
+for name, part in (("train", wavs[:8]), ("valid", wavs[8:12])):
+    folder = work / "targets/raw" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "feats_type").write_text("raw\n")
+    frames = " ".join("ab"[i % 2] for i in range((16000 - 1040) // 320))
+    for table, value in (("wav.scp", None), ("text", frames), ("utt2spk", "a")):
+        lines = "".join(f"{wav.stem} {value or wav}\n" for wav in part)
+        (folder / table).write_text(lines)
+ssl.mkdir(parents=True)
+conf = CASES["ssl-frontend"].conf.replace("CKPT", str(work / "student"))
+conf += "num_classes: 6\nbatch_type: unsorted\nbatch_size: 2\nnum_att_plot: 0\n"
+(ssl / "train.yaml").write_text(conf + "max_epoch: 1\nnum_workers: 0\n")
+(ssl / "tokens.txt").write_text("\n".join(["<blank>", "<unk>", "a", "b", "<sos/eos>", ""]))
 PYTHON
 
 # snippet <page> <first words of a line>: the block of shell commands that has it, with
@@ -99,10 +117,12 @@ blocks = re.findall(r"```sh\n(.*?)```", open(page, encoding="utf-8").read(), re.
 (block,) = (b for b in blocks if any(x.startswith(words) for x in b.splitlines()))
 for pattern, value in (
     (r"^spear=.*$", ""),
-    (r"(ssl1 && \./run\.sh)", r"\1 --max_utts 24 --speech_langs en --audio_sets ufoai"
+    (r"/path/to/dump", "$targets"),
+    (r"(ssl1 && \./run\.sh)", r"\1 --max_utts 12 --speech_langs en --audio_sets ufoai"
      " --downloads $project/egs2/spear/ssl1/downloads"),
     (r"--setting esc50", "--setting esc50 --partial true"),
-    (r"(\./(?:asr|cls|run)\.sh) --python", r"\1 --ngpu 0 --nj 2 --inference_nj 2 --python"),
+    (r"(\./(?:asr|cls|run)\.sh) --python", r"\1 --ngpu 0 --nj 1 --inference_nj 1 --python"),
+    (r"(\./ssl\.sh) --python", r"\1 --ngpu 0 --nj 1 --python"),
     (r"arch(\.name)?=NAME", r"arch\1=tiny --max_epoch 1 --num_iters_per_epoch 2 --num_workers 0"),
 ):
     block = re.sub(pattern, value, block, flags=re.M)
@@ -118,19 +138,30 @@ run_block() {
     snippet "$2" "$3" >"${work}/$1.sh"
     # shellcheck disable=SC2097,SC2098
     project=${project} ESC50=${work}/esc50 ESPNET_ROOT=${espnet} spear=${spear} student=${student} \
-        bash -e "${work}/$1.sh" >"${work}/$1.log" 2>&1 || {
+        targets=${work}/targets bash -e "${work}/$1.sh" >"${work}/$1.log" 2>&1 || {
         tail -n 40 "${work}/$1.log" >&2
         say "FAILED: $1" >&2
-        exit 1
+        return 1
     }
+    say "$1: done"
 }
 
-run_block asr egs2/spear/README.md "./asr.sh"
-run_block cls egs2/spear/README.md "./cls.sh"
-# This one by plain python, after autoload.
+# Most of it is starts of Python: side by side.
 "${work}/env/bin/python3" -m espnet2_spear.autoload on
-run_block mini_an4 egs2/spear/asr1/README.md "./run.sh --python"
+jobs=()
+run_block asr egs2/spear/README.md "./asr.sh" &
+jobs+=("$!")
+run_block cls egs2/spear/README.md "./cls.sh" &
+jobs+=("$!")
+run_block ssl egs2/spear/README.md "iter=0 ./ssl.sh" &
+jobs+=("$!")
+# This one by plain python, which autoload is for; spear-python is another.
+run_block mini_an4 egs2/spear/asr1/README.md "./run.sh --python" &
+jobs+=("$!")
+failed=false
+for job in "${jobs[@]}"; do wait "${job}" || failed=true; done
 "${work}/env/bin/python3" -m espnet2_spear.autoload off
+[ "${failed}" = false ] || exit 1
 
 say "the packed models, elsewhere"
 for recipe in spear/asr1 mini_an4/asr1; do

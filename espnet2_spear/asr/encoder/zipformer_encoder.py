@@ -14,15 +14,15 @@ from espnet2.asr.specaug.specaug import SpecAug
 from torch import Tensor, nn
 
 from espnet2_spear.asr.freezing import FreezeSchedule
-from espnet2_spear.asr.normalizers import watch_normalizers
 from espnet2_spear.asr.pretrained import end_schedules_of_loaded, read_architecture
+from espnet2_spear.asr.surroundings import watch_models
 from espnet2_spear.hub.packed import check_format
 from espnet2_spear.hub.waveforms import check_scale
 from espnet2_spear.optimizers.lr_scale import check_lr_scale, scale_lr
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.frames import Frames
 
-watch_normalizers()
+watch_models()
 
 
 class ZipformerEncoder(SpearEncoder, AbsEncoder):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from espnet2_spear.asr.features import Featurizer, FrameReducer, LogMelFusion
 from espnet2_spear.asr.freezing import FreezeSchedule
-from espnet2_spear.asr.normalizers import watch_normalizers
 from espnet2_spear.asr.pieces import FRAME, Chunks, in_chunks
 from espnet2_spear.asr.pretrained import (
     brings_weights,
@@ -22,6 +21,7 @@ from espnet2_spear.asr.pretrained import (
     end_schedules_of_loaded,
     keep_layers,
 )
+from espnet2_spear.asr.surroundings import watch_models
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named
@@ -32,7 +32,7 @@ from espnet2_spear.spear.checks import on_host
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.zipformer.schedule import BatchCountState
 
-watch_normalizers()
+watch_models()
 AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # What `mask` takes for options that it does not name: much less than pre-training.
 MASK_DEFAULTS = {

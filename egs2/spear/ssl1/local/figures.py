@@ -73,7 +73,7 @@ def figures(
 
 
 def checkpoint_bytes(config: Mapping[str, Any]) -> int:
-    """Size of what a training keeps (docs/pretraining.md, "Disk"), without the heads."""
+    """Size of what a training keeps (docs/pretraining.md, "Disk"), heads aside."""
     options = {"name": config["student"], **config.get("student_conf", {})}
     with torch.device("meta"):  # no memory, whatever the size
         student = SpearEncoder(ZipformerConfig.from_dict(options))
