@@ -274,8 +274,11 @@ def test_other_chunks_behind_the_samples_are_no_audio(tmp_path: Path) -> None:
     assert audio_info(path).samples == 16000 and not audio_info(path).notes
 
 
+@pytest.mark.parametrize("tag", [b"", b"ID3\x04\0\0\0\0\1\0" + bytes(128)])
 @pytest.mark.parametrize("said", [0, 8000, 64000, 2**36 - 1])
-def test_lengths_that_flac_headers_get_wrong(tmp_path: Path, said: int) -> None:
+def test_lengths_that_flac_headers_get_wrong(
+    tmp_path: Path, said: int, tag: bytes
+) -> None:
     path = tmp_path / "a.flac"
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, 32000)
     soundfile.write(path, noise, 16000)
@@ -283,7 +286,7 @@ def test_lengths_that_flac_headers_get_wrong(tmp_path: Path, said: int) -> None:
     content = path.read_bytes()
     length = (content[21] & 0xF0).to_bytes(1, "big") + bytes(4)
     length = (int.from_bytes(length, "big") + said).to_bytes(5, "big")
-    path.write_bytes(patched(content, (21, length)))
+    path.write_bytes(tag + patched(content, (21, length)))
     info = audio_info(path)
     assert info.samples == 32000 and info.notes[0].startswith("length its header tells")
     np.testing.assert_array_equal(read_audio(path)[0], whole)
@@ -302,6 +305,42 @@ def test_marks_within_flac_frames(tmp_path: Path, code: int) -> None:
     soundfile.write(path, np.random.default_rng(0).uniform(-0.3, 0.3, 2000), 16000)
     path.write_bytes(path.read_bytes() + bytes([255, 0xF8, code, *[255] * 13]))
     assert audio_info(path).samples == 2000
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype"), [("WAV", "GSM610"), ("AU", "G721_32"), ("CAF", "ALAC_16")]
+)
+def test_codings_that_libsndfile_does_not_seek_in(
+    tmp_path: Path, form: str, subtype: str
+) -> None:
+    path = tmp_path / "a.x"
+    soundfile.write(path, tone(), 16000, subtype, format=form)
+    whole, _ = read_audio(path)
+    assert audio_info(path).samples == len(whole) and 16000 <= len(whole) <= 16320
+    assert len(read_audio(path, 0.25, 0.5)[0]) == 4000
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    try:
+        assert audio_info(path).samples == len(read_audio(path)[0]) < 8200
+    except AudioError:
+        assert subtype == "ALAC_16"  # whose packets are listed at the end
+
+
+def test_ogg_whose_positions_fall(tmp_path: Path) -> None:
+    """The last one is the length that decoders believe."""
+    path = tmp_path / "a.ogg"
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 64000)
+    soundfile.write(path, noise, 16000)
+    content = path.read_bytes()
+    last = content.rindex(b"OggS")
+    page = patched(content[last:], (6, (1000).to_bytes(8, "little")), (22, bytes(4)))
+    crc = 0
+    for byte in page:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ (0x04C11DB7 if crc >> 31 else 0)) & 0xFFFFFFFF
+    path.write_bytes(content[:last] + patched(page, (22, crc.to_bytes(4, "little"))))
+    assert audio_info(path).samples == len(read_audio(path)[0]) == 64000
+    assert "tells of 1000 samples; 64000 are there" in audio_info(path).notes[0]
 
 
 def test_damaged_flac(tmp_path: Path) -> None:
@@ -338,18 +377,22 @@ def write_by_av(path: Path, codec: str, samples: np.ndarray, rate: int = 16000) 
         file.mux(stream.encode(None))
 
 
-@pytest.mark.parametrize("kind", ["vorbis", "opus", "flac", "wav", "flac alone", "mp3"])
+@pytest.mark.parametrize(
+    "kind",
+    "vorbis opus oga wav flac mp3 aiff w64 caf m4a".split(),
+)
 def test_joined_recordings_are_read_to_their_end(tmp_path: Path, kind: str) -> None:
     """Chained Ogg as radio streams have it, and files that were put together."""
     parts = tmp_path / "1", tmp_path / "2"
     low, high = tone(2.0), tone(1.0, freq=1000.0)
     for part, samples in zip(parts, (low, high), strict=True):
-        if kind == "flac":
-            write_by_av(part.with_suffix(".ogg"), "flac", samples)
-            part.with_suffix(".ogg").rename(part)
+        if kind in ("oga", "m4a"):
+            codec = "flac" if kind == "oga" else "aac"
+            write_by_av(part.with_suffix(f".{kind}"), codec, samples)
+            part.with_suffix(f".{kind}").rename(part)
         else:
-            form = {"wav": "WAV", "flac alone": "FLAC", "mp3": "MP3"}.get(kind, "OGG")
             subtype = {"vorbis": "VORBIS", "opus": "OPUS"}.get(kind)
+            form = "OGG" if subtype else kind.upper()
             soundfile.write(part, samples, 16000, subtype, format=form)
     first, second = (part.read_bytes() for part in parts)
     path = tmp_path / "joined"

@@ -82,9 +82,11 @@ class ByteRange(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer) -> int:
-        self._file.seek(self._start + self._at)
         view = memoryview(buffer).cast("B")
-        length = max(0, min(len(view), len(self) - self._at))
+        length = min(len(view), len(self) - self._at)
+        if length <= 0:  # sizes in headers lead anywhere
+            return 0
+        self._file.seek(self._start + self._at)
         count = self._file.readinto(view[:length])
         for offset, content in self._patches:
             first = max(offset, self._at)
@@ -120,20 +122,24 @@ def find_layout(file: ByteRange) -> Layout:
     head = file.read_at(0, 64)
     whole = ((0, len(file)),)
     if head[:4] == b"OggS":
-        links = _ogg_links(file)
-        return Layout(links or whole, promised=len(links) < 2)
-    if head[:4] == b"fLaC":
-        if _flac_ends_as_promised(file, head):
+        links, in_order = _ogg_links(file)
+        return Layout(links or whole, promised=len(links) < 2 and in_order)
+    if head[4:8] == b"ftyp":
+        return _joined(_mp4_links(file), promised=False)
+    tag = _id3_size(head)
+    if file.read_at(tag, 4) == b"fLaC":
+        head = file.read_at(tag, 64)
+        if tag == 0 and _flac_ends_as_promised(file, head):
             return Layout(whole)
         layout = _joined(_flac_links(file) or whole, promised=False)
         if _flac_total(head) == 0 and not layout.note:
             layout = replace(layout, note="its header tells no length")
         return layout
-    if head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
-        joined = _is_joined_mp3(file, head)
+    if tag or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
+        joined = _is_joined_mp3(file, tag)
         note = "recordings are joined in it" if joined else ""
         return Layout(whole, promised=not joined, note=note)
-    if (links := _wave_links(file)) is not None:
+    if len(links := _chunk_links(file)) > 1:
         return _joined(links, promised=False)
     if head[:7] == b"NIST_1A":
         return Layout(whole, note=_sphere_note(file, head))
@@ -279,19 +285,47 @@ def _sphere_note(file: ByteRange, head: bytes) -> str:
     return f"its header tells of {said} samples; {there} are there"
 
 
-def _wave_links(file: ByteRange) -> Links | None:
-    """Byte ranges of WAV files that were put one behind the other."""
-    links, at = [], 0
-    while (head := file.read_at(at, 12))[:4] == b"RIFF" and head[8:] == b"WAVE":
-        end = at + 8 + int.from_bytes(head[4:8], "little")
-        links.append((at, end))
-        at = end
-    return tuple(links) if len(links) > 1 and links[-1][1] <= len(file) else None
+def _chunk_links(file: ByteRange) -> Links:
+    """Byte ranges of WAV, AIFF or like files that were put one behind the other."""
+    starts, at = [], 0
+    while len(content := file.read_at(at, 24)) >= 8:
+        if content[:4] in _FORMS:
+            starts.append(at)
+            form = _FORMS[content[:4]]
+            at += form.first
+            continue
+        if not starts or not all(32 <= byte < 127 for byte in content[:4]):
+            break
+        length = struct.calcsize(form.header)
+        _, size = struct.unpack(form.header, content[:length].ljust(length, b"\0"))
+        at += max(size, length) if form.counts_header else size + length
+        # Not all writers fill up the last chunk.
+        behind = file.read_at(at, 12)
+        new = [i for i in range(8) if behind[i : i + 4] in _FORMS]
+        at += new[0] if new else -(at - starts[-1]) % form.padding
+    return tuple(pairwise([*starts, len(file)]))
 
 
-def _ogg_links(file: ByteRange) -> Links:
-    """Byte ranges of the links of an Ogg stream: each begins with first pages."""
-    starts, at, first_before = [], 0, False
+def _mp4_links(file: ByteRange) -> Links:
+    """The same of MP4 files, each of which begins with its type."""
+    starts, at, size = [], 0, 8
+    while size >= 8 and len(head := file.read_at(at, 16)) >= 8:
+        if head[4:8] == b"ftyp":
+            starts.append(at)
+        size = int.from_bytes(head[:4], "big")
+        if size == 1:
+            size = int.from_bytes(head[8:], "big")
+        at += size
+    return tuple(pairwise([*starts, len(file)]))
+
+
+def _ogg_links(file: ByteRange) -> tuple[Links, bool]:
+    """Byte ranges of the links of an Ogg stream: each begins with first pages.
+
+    And whether the positions that pages tell rise, the last of which is the length.
+    """
+    starts, at, first_before, in_order = [], 0, False, True
+    positions: dict[bytes, int] = {}  # of each stream within a link
     while len(head := file.read_at(at, 27 + 255)) >= 27:
         if head[:4] != b"OggS":  # damaged: look for the next page
             at = file.find(b"OggS", at + 1)
@@ -301,19 +335,28 @@ def _ogg_links(file: ByteRange) -> Links:
         first = bool(head[5] & 2)
         if first and not first_before:
             starts.append(at)
+            positions = {}
         first_before = first
+        position = int.from_bytes(head[6:14], "little", signed=True)
+        if position >= 0:  # else no packet ends in this page
+            in_order &= position >= positions.get(head[14:18], 0)
+            positions[head[14:18]] = position
         at += 27 + head[26] + sum(head[27 : 27 + head[26]])
-    return tuple(pairwise([*starts, len(file)]))
+    return tuple(pairwise([*starts, len(file)])), in_order
 
 
-def _is_joined_mp3(file: ByteRange, head: bytes) -> bool:
+def _id3_size(head: bytes) -> int:
+    """Bytes of an ID3 tag at the beginning of a file, 0: there is none."""
+    if head[:3] != b"ID3":
+        return 0
+    size = 0
+    for byte in head[6:10]:
+        size = size << 7 | byte & 0x7F
+    return 10 + size
+
+
+def _is_joined_mp3(file: ByteRange, at: int) -> bool:
     """Whether more follows what the first frame of an MP3 file counts."""
-    at = 0
-    if head[:3] == b"ID3":
-        size = 0
-        for byte in head[6:10]:
-            size = size << 7 | byte & 0x7F
-        at = 10 + size
     frame = file.read_at(at, 256)
     for mark in (b"Xing", b"Info"):
         place = frame.find(mark)

@@ -153,16 +153,18 @@ class Source:
     ) -> soundfile.SoundFile | None:
         file: Any = os.fsencode(self._name) if self._name else self._range(link, stack)
         try:
-            return stack.enter_context(soundfile.SoundFile(file))
+            sound = stack.enter_context(soundfile.SoundFile(file))
         except _SOUNDFILE_ERRORS:
             return None
+        return sound if sound.seekable() else None  # GSM in WAV is not
 
     def _range(self, link: tuple[int, int], stack: ExitStack) -> ByteRange:
         return stack.enter_context(ByteRange(self._path, *link, self._patches))
 
     def _is_plausible(self) -> bool:
         """Whether the length that soundfile tells can be true."""
-        if self._sound.format in _COMPARED or self._said == 0:
+        compressed = self._sound.subtype.startswith("ALAC")
+        if self._said == 0 or (self._sound.format in _COMPARED and not compressed):
             return True
         if self._said > SAMPLES_PER_BYTE * self._size:
             return False
