@@ -230,6 +230,9 @@ if wanted 1; then
             [ -z "${root}" ] || inputs+=(--input "${root}")
         done <<<"${roots}"
     fi
+    # Of the embedded default: what is held out of training.
+    [ -n "${data_config}${speech_dirs}${audio_dirs}" ] ||
+        inputs+=(--input local/held_out.txt)
     command=(local/data.sh --data_config "${data_config}"
         --speech_dirs "${speech_dirs}" --audio_dirs "${audio_dirs}"
         --downloads "${downloads}" --speech_langs "${speech_langs}"

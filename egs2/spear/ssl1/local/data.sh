@@ -98,7 +98,7 @@ else
             --max_utts "${max_utts}" --out_dir "${datadir}"
         sets+=" en_train en_dev en_test"
     fi
-    pool_opts=(--exclude local/split_en_dev.txt local/split_en_test.txt --)
+    pool_opts=(--exclude local/{split_en_dev,split_en_test,held_out}.txt --)
 fi
 
 python local/pool_data.py --out_dir "${datadir}" --nj "${nj}" \
