@@ -22,6 +22,7 @@ Stages (what is finished is done again only if its inputs or options changed)
                               [all that need no package of more than 100 MB]
   --full true|false           the others, too (310 MB more)     [false]
   --teachers \"NAME=F ...\"     to compare with, YAML             [whisper_tiny_en, yamnet]
+  --systems \"A B\"             what is compared              [logmel random student teachers]
   --seeds \"0 1 2\"             of the probe
   --stage N, --stop_stage N   first and last stage              [1, 4]
   --nj N                      processes of stage 2, threads of 3 and 4 [number of CPUs]
@@ -37,6 +38,7 @@ tag=
 tasks=
 full=false
 teachers="whisper_tiny_en=../ssl1/conf/teachers/whisper_tiny_en.yaml yamnet=../ssl1/conf/teachers/yamnet.yaml"
+systems="logmel random student teachers"
 seeds="0 1 2"
 device=cpu
 datadir=data
@@ -51,10 +53,10 @@ if [ "${stop_stage}" -ge 3 ] && [ -z "${student}" ]; then
     exit 2
 fi
 
-# Two runs would make the same clips and features.
-lock "${dumpdir}/eval1"
+# Two runs would make the same clips, and the same features of what all students share.
+if [ "${stage}" -le 2 ] || [ "${systems}" != student ]; then lock "${dumpdir}/eval1"; fi
 python local/evaluate.py --student "${student}" --tag "${tag}" --tasks "${tasks}" \
-    --full "${full}" --teachers "${teachers}" --seeds "${seeds}" --stage "${stage}" \
-    --stop_stage "${stop_stage}" --nj "${nj}" --device "${device}" \
+    --full "${full}" --teachers "${teachers}" --systems "${systems}" --seeds "${seeds}" \
+    --stage "${stage}" --stop_stage "${stop_stage}" --nj "${nj}" --device "${device}" \
     --datadir "${datadir}" --dumpdir "${dumpdir}" --expdir "${expdir}" \
     --downloads "${downloads}" --dry_run "${dry_run}"

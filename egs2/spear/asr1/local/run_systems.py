@@ -6,20 +6,14 @@ what is finished is skipped and what was interrupted goes on.
 """
 
 import argparse
-import contextlib
-import os
-import shlex
-import signal
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import asr_table
+from lanes import Job, Lanes
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the command line parser."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,82 +33,24 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Runs:
-    """Calls of run.sh, which end with this process.
-
-    Args:
-        args: of the command line.
-    """
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.running: set[subprocess.Popen] = set()
-        self.stopped = False
-
-    def __call__(self, system: str, seed: int) -> bool:
-        """Train, decode and score one recognizer; whether that went well."""
-        tag, args = f"{system}_s{seed}", self.args
-        log = args.expdir / f"asr_{tag}" / "run.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        cmd = ["./run.sh", "--stage", "3", "--stop_stage", "5", "--asr_tag", tag]
-        cmd += ["--asr_config", f"conf/train_asr_{system}.yaml", "--seed", str(seed)]
-        cmd += ["--expdir", str(args.expdir), *args.run_args]
-        if args.ckpt is not None:
-            cmd += ["--ckpt", args.ckpt]
-        start = time.monotonic()
-        with log.open("a") as stream:
-            if self.stopped:
-                return False
-            print("#", shlex.join(cmd), file=stream, flush=True)
-            # A session of its own: a signal reaches all that run.sh has started.
-            process = subprocess.Popen(
-                cmd, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            self.running.add(process)
-            if self.stopped:  # since the check above
-                self.stop()
-            status = process.wait()
-            self.running.discard(process)
-        minutes = (time.monotonic() - start) / 60
-        if status == 0:
-            print(f"{tag}: done in {minutes:.1f} minutes", flush=True)
-        else:
-            last = log.read_text(errors="replace").splitlines()[-1]
-            print(f"{tag}: FAILED, see {log}: {last}", flush=True)
-        return status == 0
-
-    def stop(self) -> None:
-        """End what is running."""
-        self.stopped = True
-        for process in list(self.running):
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
-                os.killpg(process.pid, signal.SIGTERM)
-
-
-def stop(number: int, _: object) -> None:
-    """Signal handler: end once, undisturbed by a signal that follows."""
-    signal.signal(number, signal.SIG_IGN)
-    sys.exit(128 + number)
+def job(args: argparse.Namespace, system: str, seed: int) -> Job:
+    """Train, decode and score one recognizer."""
+    tag = f"{system}_s{seed}"
+    command = ["./run.sh", "--stage", "3", "--stop_stage", "5", "--asr_tag", tag]
+    command += ["--asr_config", f"conf/train_asr_{system}.yaml", "--seed", str(seed)]
+    command += ["--expdir", str(args.expdir), *args.run_args]
+    if args.ckpt is not None:
+        command += ["--ckpt", args.ckpt]
+    return Job(tag, [command], args.expdir / f"asr_{tag}" / "run.log")
 
 
 def main() -> None:
+    """Run all, then print the table."""
     args = get_parser().parse_args()
-    runs = Runs(args)
-    signal.signal(signal.SIGTERM, stop)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        try:
-            # All seeds of a system before the next would leave slow ones to the end.
-            jobs = [
-                pool.submit(runs, system, seed)
-                for seed in args.seeds
-                for system in reversed(args.systems)
-            ]
-            good = [job.result() for job in jobs]
-        except BaseException:
-            runs.stop()
-            raise
-    if not all(good):
-        sys.exit(f"run_systems.py: {good.count(False)} of {len(good)} failed")
+    # All seeds of a system before the next would leave slow ones to the end.
+    Lanes(args.jobs).run(
+        [job(args, s, seed) for seed in args.seeds for s in reversed(args.systems)]
+    )
     folders = [
         args.expdir / f"asr_{s}_s{seed}" for s in args.systems for seed in args.seeds
     ]

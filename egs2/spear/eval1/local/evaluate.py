@@ -26,10 +26,12 @@ from systems import System, logmel, student, teacher
 from table import draw, environment, table
 from tasks import Clips, Data, Task, TaskError, divide
 
+from espnet2_spear.fileio.atomic import AtomicFile
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.fileio.explain import main_with_one_line_errors
 
 HERE = Path(__file__).resolve().parent.parent
+SYSTEMS = "logmel random student teachers"
 
 
 @dataclass
@@ -143,13 +145,25 @@ def clips_of(task: Task, folders: Folders) -> tuple[Clips, dict[str, str]]:
 
 
 def systems(args: argparse.Namespace) -> Iterator[Callable[[], System]]:
-    """What is compared; each is built when its turn comes."""
-    yield lambda: logmel(args.device)
-    yield lambda: student(args.student, args.device, random_seed=0)
-    yield lambda: student(args.student, args.device)
-    for entry in args.teachers.split():
-        name, _, path = entry.partition("=")
-        yield lambda name=name, path=path: teacher(name, path, args.device)
+    """What --systems names; each is built when its turn comes.
+
+    Raises:
+        TaskError: no such system.
+    """
+    teachers = [entry.partition("=")[::2] for entry in args.teachers.split()]
+    builders: dict[str, list[Callable[[], System]]] = {
+        "logmel": [lambda: logmel(args.device)],
+        "random": [lambda: student(args.student, args.device, random_seed=0)],
+        "student": [lambda: student(args.student, args.device)],
+        "teachers": [
+            lambda name=name, path=path: teacher(name, path, args.device)
+            for name, path in teachers
+        ],
+    }
+    for name in args.systems.split():
+        if name not in builders:
+            raise TaskError(f"--systems {name}: one of {', '.join(builders)}")
+        yield from builders[name]
 
 
 def score(task: Task, clips: Clips, features: Features, seed: int, kept: Path) -> Score:
@@ -165,10 +179,8 @@ def score(task: Task, clips: Clips, features: Features, seed: int, kept: Path) -
     except (OSError, ValueError, KeyError, TypeError):
         pass  # made again
     result = run_probe(task, clips, features, seed)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_name(kept.name + ".part")
-    part.write_text(json.dumps({"identity": identity, **asdict(result)}) + "\n")
-    part.replace(kept)
+    with AtomicFile(kept, "w") as file:
+        file.write(json.dumps({"identity": identity, **asdict(result)}) + "\n")
     return result
 
 
@@ -245,6 +257,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", default="", help="names or paths; empty: all")
     parser.add_argument("--full", choices=["true", "false"], default="false")
     parser.add_argument("--teachers", default="")
+    parser.add_argument("--systems", default=SYSTEMS)
     parser.add_argument("--seeds", default="0 1 2")
     parser.add_argument("--stage", type=int, default=1)
     parser.add_argument("--stop_stage", type=int, default=4)

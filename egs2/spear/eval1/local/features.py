@@ -22,6 +22,7 @@ from systems import System
 from tasks import TaskError
 from torch import Tensor
 
+from espnet2_spear.fileio.atomic import AtomicFile
 from espnet2_spear.fileio.audio import read_audio
 
 RATE = 16000
@@ -82,15 +83,13 @@ def kept_features(
             parts.append(part)
             rows[utt] = [begin, begin + len(part)]
             begin += len(part)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    index.unlink(missing_ok=True)
+    index.unlink(missing_ok=True)  # of other features
     values = np.concatenate(parts)
-    with array.open("wb") as file:
+    with AtomicFile(array) as file:
         np.save(file, values)
     facts |= {"bytes": array.stat().st_size, "rows": rows}
-    part_file = index.with_name(index.name + ".part")
-    part_file.write_text(json.dumps(facts), encoding="utf-8")
-    part_file.replace(index)  # last: whole or not there
+    with AtomicFile(index, "w") as file:
+        file.write(json.dumps(facts))
     return Features(values, {utt: slice(*ends) for utt, ends in rows.items()})
 
 

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The claims of the paper on small students: one command, one table a claim.
+# shellcheck source-path=SCRIPTDIR
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') (evidence.sh) $*"; }
+
+. ./path.sh
+
+help_message="Usage: ./evidence.sh [options]
+
+Trains students that differ in one idea (evidence/*.yaml) on the same data, for the same
+number of steps, with the same seeds, and compares their frozen features (run.sh): tables
+with paired differences -> exp/<tag>/RESULTS.md. What is finished is not done again.
+
+  --quick true|false          only the five students that tell most  [false]
+  --only \"A B\"                only these files of evidence/, and what they are compared with
+  --seeds \"0 1 2\"             of pre-training
+  --steps N                   of pre-training; 0: as the configuration has it [800]
+  --tasks \"A B\"               files of tasks/
+  --probe_seeds \"0\"           of the probe
+  --jobs N                    students at once, a thread each       [number of CPUs]
+  --ssl_args \"...\"            more options of ../ssl1/run.sh, such as --data_config F
+  --tag TAG                   in the names of results and students  [evidence]
+  --dry_run true|false        only list the students and their commands [false]"
+
+quick=false
+only=
+seeds="0 1 2"
+steps=800
+tasks="prompts speakers classes mixtures instruments"
+probe_seeds=0
+jobs=$(env -u OMP_NUM_THREADS nproc)
+ssl_args=
+tag=evidence
+dry_run=false
+stage=1 stop_stage=1
+
+. ../ssl1/local/recipe.sh
+lock "exp/${tag}"
+python local/evidence.py --quick "${quick}" --only "${only}" --seeds "${seeds}" \
+    --steps "${steps}" --tasks "${tasks}" --probe_seeds "${probe_seeds}" \
+    --jobs "${jobs}" --ssl_args "${ssl_args}" --tag "${tag}" --dry_run "${dry_run}"

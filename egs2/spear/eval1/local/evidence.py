@@ -1,0 +1,353 @@
+#!/usr/bin/env python3
+"""Train students that differ in one idea, and compare their frozen features.
+
+Called by evidence.sh. A student is a YAML file of evidence/ (options of ../ssl1/run.sh)
+and a seed of pre-training; evidence/tables.yaml says which students answer a question.
+All share data, codes where they can, steps, and seeds, so that differences can be taken
+seed by seed. What is finished is kept: each part is a stage of ssl1 or of eval1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import shlex
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from heads import Score
+from lanes import Job, Lanes
+from scipy.stats import t as student_t
+from table import Results, draw, environment, table
+from tasks import LOWER_IS_BETTER, Task, TaskError
+
+from espnet2_spear.fileio.datadir import read_table, write_table
+from espnet2_spear.fileio.explain import main_with_one_line_errors
+
+HERE = Path(__file__).resolve().parent.parent
+ARMS, SSL1 = HERE / "evidence", HERE.parent / "ssl1"
+# Options of ssl1 for all: quantizers as the demo trains them; codes that tables share.
+SHARED = {
+    "tokenize_domains": "all",
+    "quantizer_iters": "600",
+    "quantizer_args": "--batch_frames 128 --lr 0.01",
+    "quantizer_frames": "150000",
+}
+EPOCHS, WARM_UP = 2, 300  # of the students; steps
+MODEL = "valid.loss.best.pth"
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to pre-train a student.
+
+    Attributes:
+        name: of its file.
+        title: in tables.
+        options: of ../ssl1/run.sh, beside those of all.
+    """
+
+    name: str
+    title: str
+    options: Mapping[str, str]
+
+    @classmethod
+    def read(cls, name: str) -> Arm:
+        """Read a file of evidence/.
+
+        Raises:
+            TaskError: no such file, or other keys than title and options.
+        """
+        path = ARMS / f"{name}.yaml"
+        if not path.exists():
+            known = sorted(p.stem for p in ARMS.glob("*.yaml") if p.stem != "tables")
+            raise TaskError(f"{path}: no such file; there are: {', '.join(known)}")
+        conf = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(conf, dict) or not {"title"} <= set(conf) <= {
+            "title",
+            "options",
+        }:
+            raise TaskError(f"{path}: expected title, and options of ssl1/run.sh")
+        options = {k: str(v or "") for k, v in (conf.get("options") or {}).items()}
+        return cls(name, conf["title"], options)
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """Options that its codes depend on; equal for arms with the same codes."""
+        changes = shlex.split(self.options.get("config_override", ""))
+        others = {k: v for k, v in self.options.items() if k != "config_override"}
+        tables = [word for word in changes if word.startswith("teachers.")]
+        return (*tables, *(f"{k}={v}" for k, v in others.items()))
+
+
+@dataclass(frozen=True)
+class Question:
+    """Arms that are compared with the first of them."""
+
+    title: str
+    arms: Sequence[Arm]
+
+
+def questions(only: Sequence[str], quick: bool) -> list[Question]:
+    """Read tables.yaml; of each question the arms that are wanted and its first.
+
+    Raises:
+        TaskError: ``only`` names what is in no table.
+    """
+    path = ARMS / "tables.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    wanted = list(only) or (content["quick"] if quick else [])
+    every = {name for entry in content["tables"] for name in entry["arms"]}
+    if unknown := sorted(set(wanted) - every):
+        raise TaskError(
+            f"--only {' '.join(unknown)}: in no table of {path}, which has "
+            f"{', '.join(sorted(every))}"
+        )
+    found = []
+    for entry in content["tables"]:
+        first, *others = entry["arms"]
+        others = [name for name in others if not wanted or name in wanted]
+        if others or first in wanted:
+            arms = [Arm.read(name) for name in (first, *others)]
+            found.append(Question(entry["title"], arms))
+    return found
+
+
+# ------------------------------------------------------------
+# Commands
+
+
+def ssl1(
+    args: argparse.Namespace, arm: Arm, stages: tuple[int, int], more: Mapping[str, str]
+) -> list[str]:
+    """A call of ssl1/run.sh."""
+    first, last = map(str, stages)
+    options = {**SHARED, **arm.options, **more, "stage": first, "stop_stage": last}
+    words = [str(w) for key, value in options.items() for w in (f"--{key}", value)]
+    return ["./run.sh", *words, *shlex.split(args.ssl_args)]
+
+
+def eval1(args: argparse.Namespace, **options: str | Path | int) -> list[str]:
+    """A call of eval1/run.sh."""
+    options = {"tasks": args.tasks, **options}
+    words = [str(w) for key, value in options.items() for w in (f"--{key}", value)]
+    return [str(HERE / "run.sh"), *words]
+
+
+def student_of(args: argparse.Namespace, arm: Arm, seed: int) -> Path:
+    """Folder of a student."""
+    return SSL1 / "exp" / f"{args.tag}_{arm.name}_s{seed}"
+
+
+def student_job(args: argparse.Namespace, arm: Arm, seed: int) -> Job:
+    """Pre-train a student and score its features."""
+    exp = student_of(args, arm, seed)
+    train_args = ["--seed", str(seed)]
+    if args.steps:
+        train_args += [f"--max_epoch {EPOCHS}"]
+        train_args += [f"--num_iters_per_epoch {args.steps // EPOCHS}"]
+        marks = f"[0,{min(WARM_UP, args.steps // 2)},{args.steps}]"
+        train_args += [f"--scheduler_conf warmup_steps_list={marks}"]
+    more = {"tag": exp.name, "nj": "1", "train_args": " ".join(train_args)}
+    score = eval1(
+        args,
+        student=exp / MODEL,
+        stage=3,
+        systems="student",
+        seeds=args.probe_seeds,
+        nj=1,
+    )
+    commands = [ssl1(args, arm, (7, 7), more), score]
+    return Job(f"{arm.name}, seed {seed}", commands, exp / "evidence.log", SSL1)
+
+
+def prepare(args: argparse.Namespace, arms: Sequence[Arm]) -> None:
+    """Make the data of both recipes, and the codes of all arms."""
+    every = Arm("all", "", {})
+    subprocess.run(ssl1(args, every, (1, 3), {}), cwd=SSL1, check=True)
+    write_noise(SSL1 / "dump/raw/train", SSL1 / "data/noise")
+    subprocess.run([*eval1(args), "--stop_stage", "2"], cwd=SSL1, check=True)
+    for arm in {arm.codes: arm for arm in arms}.values():
+        logging.info("codes of %s", arm.name)
+        subprocess.run(ssl1(args, arm, (4, 6), {}), cwd=SSL1, check=True)
+
+
+def write_noise(raw: Path, noise: Path) -> None:
+    """List the general audio of the training set as noise, for students that mix."""
+    domains = read_table(raw / "utt2domain", "utterance domain")
+    wavs = read_table(raw / "wav.scp", "utterance file")
+    noise.mkdir(parents=True, exist_ok=True)
+    chosen = {utt: file for utt, file in wavs.items() if domains[utt] == "audio"}
+    write_table(noise / "wav.scp", chosen)
+
+
+# ------------------------------------------------------------
+# Tables
+
+
+def read_scores(tag: str) -> dict[str, dict[str, list[Score]]]:
+    """RESULTS.json of an evaluation: system -> task -> a score a seed of the probe."""
+    path = HERE / "exp" / tag / "RESULTS.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        system: {name: [Score(**s) for s in scores] for name, scores in tasks.items()}
+        for system, tasks in content.items()
+    }
+
+
+def mean_score(scores: Sequence[Score], seed: int) -> Score:
+    """Mean over the seeds of the probe, as one score of the student's seed."""
+    dev, test = (
+        statistics.fmean(getattr(s, part) for s in scores) for part in ("dev", "test")
+    )
+    return Score(seed, dev, test, [])
+
+
+def results_of(args: argparse.Namespace, arm: Arm) -> dict[str, list[Score]]:
+    """Task -> a score for every seed of pre-training."""
+    found: dict[str, list[Score]] = {}
+    for seed in args.seeds:
+        scores = read_scores(student_of(args, arm, seed).name)["student"]
+        for name, values in scores.items():
+            found.setdefault(name, []).append(mean_score(values, seed))
+    return found
+
+
+def differences(tasks: Sequence[Task], results: Results) -> str:
+    """Markdown: paired differences to the first row, and what they tell.
+
+    The standard error of a mean difference over n seeds comes from the variance of the
+    differences around their means, pooled over the rows: a spread from three seeds alone
+    would be too uncertain. A difference counts if zero is outside of its interval of 95 %
+    by Student's t, for one comparison at a time.
+    """
+    (base, first), *others = results.items()
+    lines = [
+        f"| minus {base} | {' | '.join(t.title for t in tasks)} |",
+        "|---|" + "--:|" * len(tasks),
+    ]
+    cells: dict[str, list[str]] = {name: [] for name, _ in others}
+    for task in tasks:
+        pairs = {
+            name: [
+                a.test - b.test
+                for a, b in zip(rows[task.name], first[task.name], strict=True)
+            ]
+            for name, rows in others
+        }
+        count = len(first[task.name])
+        error, bound = math.nan, math.inf
+        if count > 1:
+            freedom = len(pairs) * (count - 1)
+            pooled = statistics.fmean(statistics.variance(d) for d in pairs.values())
+            error = math.sqrt(pooled / count)
+            bound = student_t.ppf((1 + CONFIDENCE) / 2, freedom) * error
+        better = -1 if task.metric in LOWER_IS_BETTER else 1
+        for name, values in pairs.items():
+            mean = statistics.fmean(values)
+            verdict = "equal" if abs(mean) <= bound else "worse"
+            if verdict == "worse" and mean * better > 0:
+                verdict = "better"
+            cells[name].append(f"{mean:+.1f} ± {error:.1f} {verdict}")
+    lines += [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
+    return "\n".join(lines)
+
+
+def report(
+    args: argparse.Namespace, tasks: Sequence[Task], asked: Sequence[Question]
+) -> None:
+    """Write RESULTS.md and its pictures."""
+    controls = {
+        name: {task: [mean_score(s, 0)] for task, s in scores.items()}
+        for name, scores in read_scores(f"{args.tag}_controls").items()
+    }
+    out = HERE / "exp" / args.tag
+    out.mkdir(parents=True, exist_ok=True)
+    steps = f"{args.steps} steps" if args.steps else "the configuration's steps"
+    text = [
+        "# RESULTS",
+        environment(),
+        f"Students of {steps}, seeds {', '.join(map(str, args.seeds))} of pre-training; "
+        f"probe: seeds {args.probe_seeds}. Rows with seeds: mean and standard deviation "
+        "over them. Differences: mean of the paired ones and its standard error; "
+        "'equal' is what so many seeds cannot tell apart (95 %).",
+        "## Controls",
+        table(tasks, controls),
+    ]
+    for number, question in enumerate(asked, 1):
+        results: dict[str, Mapping[str, Sequence[Score]]] = {
+            arm.title: results_of(args, arm) for arm in question.arms
+        }
+        draw(tasks, {**controls, **results}, out / f"table{number}.png")
+        text += [f"## {question.title}", table(tasks, results)]
+        if len(results) > 1:
+            text.append(differences(tasks, results))
+    (out / "RESULTS.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    print("\n\n".join(text[2:]))
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line parser; evidence.sh --help explains the options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--quick", choices=["true", "false"], default="false")
+    parser.add_argument("--seeds", default="0 1 2")
+    parser.add_argument("--probe_seeds", default="0")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--tasks", required=True)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--tag", default="evidence")
+    parser.add_argument("--ssl_args", default="")
+    parser.add_argument("--dry_run", choices=["true", "false"], default="false")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, score and compare all students.
+
+    Raises:
+        TaskError: an arm or a task that there is not.
+    """
+    args.seeds = [int(seed) for seed in args.seeds.split()]
+    tasks: list[Any] = [
+        Task.read(HERE / "tasks" / f"{name}.yaml") for name in args.tasks.split()
+    ]
+    asked = questions(args.only.split(), args.quick == "true")
+    arms = list({arm.name: arm for q in asked for arm in q.arms}.values())
+    # Seed by seed, so that all questions have an answer early.
+    jobs = [student_job(args, arm, seed) for seed in args.seeds for arm in arms]
+    if args.dry_run == "true":
+        for job in jobs:
+            print(f"{job.name}:", *map(shlex.join, job.commands), sep="\n  ")
+        return
+    prepare(args, arms)
+    Lanes(args.jobs).run(jobs)
+    controls = eval1(
+        args,
+        student=student_of(args, arms[0], args.seeds[0]) / MODEL,
+        stage=3,
+        systems="logmel random teachers",
+        tag=f"{args.tag}_controls",
+        seeds=args.probe_seeds,
+        nj=args.jobs,
+    )
+    subprocess.run(controls, cwd=SSL1, check=True)
+    report(args, tasks, asked)
+
+
+def main(cmd: list[str] | None = None) -> None:
+    """Command line entry point."""
+    logging.basicConfig(level=logging.INFO, format="(evidence.py) %(message)s")
+    main_with_one_line_errors(get_parser(), run, cmd)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Long commands of a recipe, some at once; they end with the program that started them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Job:
+    """Commands that run one after another.
+
+    Attributes:
+        name: for people.
+        commands: lists of words.
+        log: gets all that they print, behind what is there.
+        folder: that they run in.
+    """
+
+    name: str
+    commands: Sequence[Sequence[str]]
+    log: Path
+    folder: Path = Path(".")
+
+
+class Lanes:
+    """Runs jobs, ``count`` at once, and tells when one ends and how long the rest takes.
+
+    Args:
+        count: of jobs at once.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = False
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run all jobs; the others go on when one fails.
+
+        Raises:
+            SystemExit: some have failed, or a SIGTERM came; names them.
+        """
+        signal.signal(signal.SIGTERM, _exit_once)
+        start, failed = time.monotonic(), []
+        with ThreadPoolExecutor(self.count) as pool:
+            try:
+                waiting = {pool.submit(self._run, job): job for job in jobs}
+                for done, future in enumerate(as_completed(waiting), 1):
+                    job, error = waiting[future], future.result()
+                    passed = (time.monotonic() - start) / 60
+                    rest = passed / done * (len(jobs) - done)
+                    if error:
+                        failed.append(job.name)
+                    print(
+                        f"{job.name}: {error or 'done'} ({done} of {len(jobs)} in "
+                        f"{passed:.1f} minutes, about {rest:.0f} minutes left)",
+                        flush=True,
+                    )
+            except BaseException:
+                self._stop()
+                raise
+        if failed:
+            sys.exit(f"{len(failed)} of {len(jobs)} failed: {', '.join(failed)}")
+
+    def _run(self, job: Job) -> str:
+        """Run a job; what went wrong, or nothing."""
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("a", encoding="utf-8") as stream:
+            for command in job.commands:
+                if self._stopped:
+                    return "stopped"
+                print("#", shlex.join(command), file=stream, flush=True)
+                # A session of its own: a signal reaches all that the command starts.
+                process = subprocess.Popen(
+                    command,
+                    cwd=job.folder,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                self._running.add(process)
+                if self._stopped:  # since the check above
+                    self._stop()
+                status = process.wait()
+                self._running.discard(process)
+                if status:
+                    lines = job.log.read_text(errors="replace").splitlines()
+                    return f"FAILED, see {job.log}: {lines[-1]}"
+        return ""
+
+    def _stop(self) -> None:
+        self._stopped = True
+        for process in list(self._running):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGTERM)
+
+
+def _exit_once(number: int, _: object) -> None:
+    """Signal handler: end once, undisturbed by a signal that follows."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
