@@ -224,10 +224,10 @@ def results_of(args: argparse.Namespace, arm: Arm) -> dict[str, list[Score]]:
 def differences(tasks: Sequence[Task], results: Results) -> str:
     """Markdown: paired differences to the first row, and what they tell.
 
-    The standard error of a mean difference over n seeds comes from the variance of the
-    differences around their means, pooled over the rows: a spread from three seeds alone
-    would be too uncertain. A difference counts if zero is outside of its interval of 95 %
-    by Student's t, for one comparison at a time.
+    The standard error of a mean over n seeds comes from the variance of the differences
+    around their means, pooled over the rows: a spread of three seeds alone would be too
+    uncertain. A difference counts if zero is outside of its interval of 95 % by Student's
+    t, for one comparison at a time.
     """
     (base, first), *others = results.items()
     lines = [
@@ -275,9 +275,9 @@ def report(
     text = [
         "# RESULTS",
         environment(),
-        f"Students of {steps}, seeds {', '.join(map(str, args.seeds))} of pre-training; "
-        f"probe: seeds {args.probe_seeds}. Rows with seeds: mean and standard deviation "
-        "over them. Differences: mean of the paired ones and its standard error; "
+        f"Students of {steps}; seeds of pre-training: {', '.join(map(str, args.seeds))}; "
+        f"of the probe: {args.probe_seeds}. Mean and standard deviation over the seeds of "
+        "pre-training. Differences: mean of the paired ones and its standard error; "
         "'equal' is what so many seeds cannot tell apart (95 %).",
         "## Controls",
         table(tasks, controls),

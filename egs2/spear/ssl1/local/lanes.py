@@ -1,4 +1,4 @@
-"""Long commands of a recipe, some at once; they end with the program that started them."""
+"""Long commands, some at once, that end with the program which started them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Job:
 
 
 class Lanes:
-    """Runs jobs, ``count`` at once, and tells when one ends and how long the rest takes.
+    """Runs jobs, ``count`` at once; says when one ends and how long the rest takes.
 
     Args:
         count: of jobs at once.
