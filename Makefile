@@ -5,7 +5,7 @@ SHELL_SCRIPTS = $(shell git ls-files '*.sh' .ci/run)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test demo demo-full lint setup-espnet202511 check-hear check-xares \
-	check-s3prl check-espnet
+	check-s3prl check-espnet evidence
 
 help: ## this list
 	@echo "espnet2-spear: SPEAR pre-training and its students in ESPnet2"
@@ -23,6 +23,9 @@ demo: setup ## set up and run the main job on the embedded data (about 40 minute
 
 demo-full: setup ## the same on all of the embedded data, without a limit of time
 	bash egs2/spear/demo.sh --full true
+
+evidence: setup ## the paper's claims on small students: tables with spreads (a night)
+	bash egs2/spear/eval1/evidence.sh
 
 lint: setup ## ruff and shellcheck
 	$(PYTHON_VENV) -m ruff format --check .

@@ -369,3 +369,31 @@ def test_voxceleb_layout(tmp_path: Path) -> None:
         splits.setdefault(group, set()).add(number)
     assert all(len(numbers) == 1 for numbers in splits.values())
     assert set.union(*splits.values()) == {"1", "2", "3"}
+
+
+def test_dev_and_test_sounds_are_not_trained_on() -> None:
+    """Of the packages that ssl1 trains on; voices have other prefixes there."""
+    ssl1 = ROOT / "egs2/spear/ssl1/local"
+    held = {
+        line.split()[0]
+        for name in ("held_out", "split_en_dev", "split_en_test")
+        for line in (ssl1 / f"{name}.txt").read_text().splitlines()
+    }
+    voices = {"en_US_f_Allison": "en_allison", "es_MX_f_Allison": "es_allison"}
+    voices |= {"fr_CA_f_June": "fr_june", "it_IT_m_Carlo": "it_carlo"}
+    voices |= {"ru_RU_f_IvrvoiceRU": "ru_ivrvoiceru"}
+    lines = (ROOT / "egs2/spear/eval1/splits/classes.txt").read_text().splitlines()
+    count = 0
+    for name, part in map(str.split, lines):
+        package, _, stem = name.partition("-")
+        if part == "train" or package not in {"ufoai", "sonicpi", "moh", *voices}:
+            continue
+        count += 1
+        if package in voices:
+            assert any(
+                utt.startswith(voices[package]) and utt.endswith(f"-{stem}")
+                for utt in held
+            ), name
+        else:
+            assert name in held
+    assert count == 177

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The main job on the embedded data: audio -> teachers -> codes -> student -> recognizers.
+# The main job on the embedded data: audio -> teachers -> codes -> student -> its features
+# on a task of speech and one of general audio -> recognizers.
 # What is finished is not done again; an interrupted run goes on where it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -35,26 +36,38 @@ fi
 # Small batches: on a CPU many small steps give more in the same time.
 ssl_opts+=(--quantizer_args "--batch_frames 128 --lr 0.01")
 
-say "1/3 data, teachers, codes, pre-training (exp/${tag}), packed student"
+say "1/4 data, teachers, codes, pre-training (exp/${tag}), packed student"
 ssl1/run.sh --stage 1 --stop_stage 8 --tag "${tag}" "${ssl_opts[@]}"
 pretraining=$(((SECONDS - start) / 60))
 
-say "2/3 recognizers: log-mel, frozen student, fine-tuned student, three seeds each"
+say "2/4 frozen features of log-mel, the student and its teachers: speakers and sounds"
+student=$(cd ssl1 && pwd)/exp/${tag}/valid.loss.best.pth
+eval1/run.sh --student "${student}" --tasks "speakers classes"
+
+say "3/4 recognizers: log-mel, frozen student, fine-tuned student, three seeds each"
 cd asr1
 ./run.sh --stage 1 --stop_stage 2
 (
     # shellcheck source=asr1/path.sh
     . ./path.sh
-    python local/run_systems.py --ckpt "../ssl1/exp/${tag}/valid.loss.best.pth" \
+    python local/run_systems.py --ckpt "${student}" \
         --expdir "exp/${tag}" --jobs "${jobs}" --table "exp/${tag}/table.md"
 )
 
-say "3/3 the fine-tuned recognizer, packed, unpacked elsewhere, decoding a file there"
+say "4/4 the fine-tuned recognizer, packed, unpacked elsewhere, decoding a file there"
 ./run.sh --stage 6 --stop_stage 7 --expdir "exp/${tag}" --asr_tag spear_finetune_s0 \
     --asr_config conf/train_asr_spear_finetune.yaml
 cd ..
 
-say "results on en_test (also in asr1/exp/${tag}/table.md)"
+say "recognizers on en_test (also in asr1/exp/${tag}/table.md)"
 cat "asr1/exp/${tag}/table.md"
+say "both worlds (also in eval1/exp/${tag}/demo.md)"
+(
+    cd eval1
+    # shellcheck source=eval1/path.sh
+    . ./path.sh
+    python local/demo_table.py --asr "../asr1/exp/${tag}/table.json" --tasks speakers classes \
+        --features "exp/${tag}/RESULTS.json" --output "exp/${tag}/demo.md"
+)
 say "curves of pre-training: ssl1/exp/${tag}/images/*.png"
 say "$(((SECONDS - start) / 60)) minutes, of which ${pretraining} up to the packed student"

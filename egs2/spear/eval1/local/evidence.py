@@ -226,8 +226,8 @@ def differences(tasks: Sequence[Task], results: Results) -> str:
 
     The standard error of a mean over n seeds comes from the variance of the differences
     around their means, pooled over the rows: a spread of three seeds alone would be too
-    uncertain. A difference counts if zero is outside of its interval of 95 % by Student's
-    t, for one comparison at a time.
+    uncertain. A difference counts if zero is outside of its interval of 95 % by
+    Student's t, for one comparison at a time.
     """
     (base, first), *others = results.items()
     lines = [
@@ -272,11 +272,12 @@ def report(
     out = HERE / "exp" / args.tag
     out.mkdir(parents=True, exist_ok=True)
     steps = f"{args.steps} steps" if args.steps else "the configuration's steps"
+    seeds = ", ".join(map(str, args.seeds))
     text = [
         "# RESULTS",
         environment(),
-        f"Students of {steps}; seeds of pre-training: {', '.join(map(str, args.seeds))}; "
-        f"of the probe: {args.probe_seeds}. Mean and standard deviation over the seeds of "
+        f"Students of {steps}; seeds of pre-training: {seeds}; of the probe: "
+        f"{args.probe_seeds}. Mean and standard deviation over the seeds of "
         "pre-training. Differences: mean of the paired ones and its standard error; "
         "'equal' is what so many seeds cannot tell apart (95 %).",
         "## Controls",

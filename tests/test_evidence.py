@@ -1,0 +1,130 @@
+"""The comparison of students (egs2/spear/eval1/evidence.sh): its files and tables."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from espnet2_spear.spear.mixing import MixerConfig
+
+EVAL, SSL1 = ROOT / "egs2/spear/eval1", ROOT / "egs2/spear/ssl1"
+for folder in (EVAL, SSL1):
+    sys.path.insert(0, str(folder / "local"))
+import demo_table  # noqa: E402
+import evidence  # noqa: E402
+import heads  # noqa: E402
+import plan  # noqa: E402
+import tasks  # noqa: E402
+
+TABLES = yaml.safe_load((EVAL / "evidence/tables.yaml").read_text())
+NAMES = sorted({name for entry in TABLES["tables"] for name in entry["arms"]})
+
+
+def test_every_file_answers_a_question() -> None:
+    files = {path.stem for path in (EVAL / "evidence").glob("*.yaml")}
+    assert files == {*NAMES, "tables"}
+    assert set(TABLES["quick"]) < set(NAMES)
+
+
+def test_options_are_those_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conf").symlink_to(SSL1 / "conf")
+    (tmp_path / "data/noise").mkdir(parents=True)
+    (tmp_path / "data/noise/wav.scp").write_text("a a.wav\n")
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        options = evidence.SHARED | dict(evidence.Arm.read(name).options)
+        del options["quantizer_frames"]  # of the stage alone
+        words = [f"--{key}={value}" for key, value in options.items()]
+        words += ["--begin", "--expdir=exp", "--dumpdir=dump"]
+        config, run, teachers = plan.plan(plan.get_parser().parse_args(words))
+        # All domains are tokenized, so that arms share codes.
+        assert {t.domains for t in teachers} == {"speech,audio"}, name
+        assert run["heard"] == "speech,audio"
+        names = [t.names for t in teachers]
+        assert list(config["teachers"]) == names
+        MixerConfig.from_dict(
+            config.get("mixer_conf", {}), list(config["loss_weights"]), names
+        )
+
+
+@pytest.mark.parametrize(
+    ("only", "quick", "expected"),
+    [
+        (["lambda_1"], False, [["asymmetric", "lambda_1"]]),
+        (["rvq", "noise"], True, [["asymmetric", "rvq"], ["asymmetric", "noise"]]),
+        (["nothing"], False, "--only nothing: in no table"),
+    ],
+)
+def test_questions(only: list[str], quick: bool, expected: object) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(tasks.TaskError, match=expected):
+            evidence.questions(only, quick)
+        return
+    found = evidence.questions(only, quick)
+    assert [[arm.name for arm in q.arms] for q in found] == expected
+    assert len(evidence.questions([], False)) == len(TABLES["tables"])
+
+
+def test_differences_are_paired_and_pooled() -> None:
+    task = tasks.Task.read(EVAL / "tasks/prompts.yaml")  # errors: less is better
+
+    def row(*values: float) -> dict[str, list[heads.Score]]:
+        return {"prompts": [heads.Score(i, 0, v, []) for i, v in enumerate(values)]}
+
+    results = {
+        "a": row(50, 60, 70),
+        "b": row(45, 56, 65),  # -5, -4, -5: variance 1/3
+        "c": row(55, 66, 75),  # 5, 6, 5: the same
+        "d": row(51, 58, 71),  # 1, -2, 1: variance 3
+    }
+    # Pooled over b, c and d: 11/9; of a mean of three: 0.64; t of 6 degrees: 2.45.
+    assert evidence.differences([task], results).splitlines()[2:] == [
+        "| b | -4.7 ± 0.6 better |",
+        "| c | +5.3 ± 0.6 worse |",
+        "| d | +0.0 ± 0.6 equal |",
+    ]
+
+
+def test_lists_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    evidence.main(
+        ["--dry_run", "true", "--only", "kmeans", "--seeds", "0 7", "--steps", "40"]
+        + ["--tasks", "prompts"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "seed" in line and not line.startswith(" ")] == [
+        f"{arm}, seed {seed}:" for seed in (0, 7) for arm in ("asymmetric", "kmeans")
+    ]
+    assert "warmup_steps_list=[0,20,40]" in lines[1]
+
+
+def test_table_of_the_demo(tmp_path: Path) -> None:
+    def scores(*values: float) -> list[dict[str, object]]:
+        return [
+            {"seed": i, "dev": 0, "test": v, "layers": []} for i, v in enumerate(values)
+        ]
+
+    features = {
+        "log-mel": {"speakers": scores(50, 52), "classes": scores(70)},
+        "student": {"speakers": scores(60), "classes": scores(80)},
+        "teacher x": {"speakers": scores(61), "classes": scores(90)},
+    }
+    names = ("logmel", "spear_frozen", "spear_finetune")
+    asr = {name: {"wer": {"values": [80 - i]}} for i, name in enumerate(names)}
+    for name, content in (("asr", asr), ("features", features)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    demo_table.main(
+        ["--asr", str(tmp_path / "asr.json"), "--tasks", "speakers", "classes"]
+        + ["--features", str(tmp_path / "features.json")]
+        + ["--output", str(tmp_path / "demo.md")]
+    )
+    assert (tmp_path / "demo.md").read_text().splitlines()[2:] == [
+        "| log-mel | 80.0 | 51.0 ± 1.4 | 70.0 |",
+        "| student, frozen | 79.0 | 60.0 | 80.0 |",
+        "| student, fine-tuned | 78.0 | - | - |",
+        "| teacher x | - | 61.0 | 90.0 |",
+    ]
