@@ -169,15 +169,25 @@ def student_job(args: argparse.Namespace, arm: Arm, seed: int) -> Job:
     return Job(f"{arm.name}, seed {seed}", commands, exp / "evidence.log", SSL1)
 
 
+def call(command: Sequence[str]) -> None:
+    """Run a recipe.
+
+    Raises:
+        TaskError: it failed; what it printed says why.
+    """
+    if status := subprocess.run(command, cwd=SSL1).returncode:
+        raise TaskError(f"exit code {status} (see above): {shlex.join(command)}")
+
+
 def prepare(args: argparse.Namespace, arms: Sequence[Arm]) -> None:
     """Make the data of both recipes, and the codes of all arms."""
     every = Arm("all", "", {})
-    subprocess.run(ssl1(args, every, (1, 3), {}), cwd=SSL1, check=True)
+    call(ssl1(args, every, (1, 3), {}))
     write_noise(SSL1 / "dump/raw/train", SSL1 / "data/noise")
-    subprocess.run([*eval1(args), "--stop_stage", "2"], cwd=SSL1, check=True)
+    call(eval1(args, stop_stage=2))
     for arm in {arm.codes: arm for arm in arms}.values():
         logging.info("codes of %s", arm.name)
-        subprocess.run(ssl1(args, arm, (4, 6), {}), cwd=SSL1, check=True)
+        call(ssl1(args, arm, (4, 6), {}))
 
 
 def write_noise(raw: Path, noise: Path) -> None:
@@ -340,7 +350,7 @@ def run(args: argparse.Namespace) -> None:
         seeds=args.probe_seeds,
         nj=args.jobs,
     )
-    subprocess.run(controls, cwd=SSL1, check=True)
+    call(controls)
     report(args, tasks, asked)
 
 
