@@ -259,6 +259,8 @@ def fisher(root: Path) -> Miniature:
         lines += ["0.50 1.25 A: hello [laughter] you", "1.10 2.00 B: (( eh ))"]
         lines += ["1.40 2.60 B: hi"]
         path.with_suffix(".txt").write_text("\n".join(lines))
+    disc = root / "fe_03_p1_sph1"  # a disc that is mounted elsewhere
+    disc.symlink_to(disc.rename(root / ".disc"))
     utts = ["fisher-fe_03_00001-A-000050-000125", "fisher-fe_03_00001-B-000140-000260"]
     later = [utt.replace("00001", "05851") for utt in utts]
     return {"p1": (utts, "", "hello you"), "p2": (later, "", "hello you")}

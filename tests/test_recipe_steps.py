@@ -71,6 +71,17 @@ def test_step_is_done_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None
     assert "out.txt: gone since" in capfd.readouterr().out
 
 
+def test_files_behind_links_are_seen_to_change(tmp_path: Path) -> None:
+    folder, other = tmp_path / "in", tmp_path / "other"
+    folder.mkdir(), other.mkdir()
+    for name, target in (("linked", other), ("loop", folder), ("gone", "nowhere")):
+        (folder / name).symlink_to(target)
+    before = step.digest_of(folder)
+    assert before == step.digest_of(folder)
+    (other / "a.wav").write_text("more")
+    assert before != step.digest_of(folder)
+
+
 def test_step_that_is_not_made_again(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

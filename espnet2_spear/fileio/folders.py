@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
@@ -13,13 +13,22 @@ SUFFIXES = tuple(AUDIO_SUFFIXES)
 
 
 def audio_files(folder: Path) -> Iterator[Path]:
-    """Yield the audio files below a folder, but hidden ones and those in such folders.
+    """Yield the audio files below a folder, as :func:`files_below` does."""
+    return files_below(folder, _is_audio)
+
+
+def files_below(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
+    """Yield files below a folder, but none in hidden folders.
 
     Links are followed. What can be reached in several ways, also by links that lead
     back to a folder above them, is taken once, and where it really is if that is below
     the folder. Real folders come first, sorted one by one, then what links lead to: no
     more than one folder's names are in memory, and a number for each folder and for
     each link to a file.
+
+    Args:
+        folder: where to begin.
+        wanted: whether a file's name is one of those that are looked for.
     """
     walked: set[tuple[int, int]] = set()
     linked: set[tuple[int, int]] = set()
@@ -34,7 +43,7 @@ def audio_files(folder: Path) -> Iterator[Path]:
                 folders[:] = sorted(n for n in folders if not n.startswith("."))
                 later += [Path(parent, n) for n in folders if _is_link(parent, n)]
                 for name in sorted(names):
-                    if not _is_audio(name):
+                    if not wanted(name):
                         continue
                     path = Path(parent, name)
                     if path.is_symlink():
@@ -43,7 +52,7 @@ def audio_files(folder: Path) -> Iterator[Path]:
                         yield path
     for path in file_links:
         target = path.resolve()
-        is_there = _id(target.parent) in walked and _is_audio(target.name)
+        is_there = _id(target.parent) in walked and wanted(target.name)
         if target.is_file() and not is_there and not _is_known(target, linked):
             yield path
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
+
+from espnet2_spear.fileio.folders import files_below
 
 LIST = Path(__file__).with_name("archives.txt")
 ALGORITHMS = {32: "md5", 64: "sha256"}  # by the number of hexadecimal digits
@@ -35,9 +36,7 @@ def published() -> dict[str, tuple[str, str]]:
 def archives(folders: list[Path], names: dict[str, tuple[str, str]]) -> Iterator[Path]:
     """Files of these names in folders and all their subfolders."""
     for folder in folders:
-        for root, subfolders, files in os.walk(folder):
-            subfolders.sort()
-            yield from (Path(root, name) for name in sorted(files) if name in names)
+        yield from files_below(folder, names.__contains__)
 
 
 def hash_of(path: Path, algorithm: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from corpus import Corpus, Found, needed
 
 from espnet2_spear.fileio.datadir import DataDirError, Segment
+from espnet2_spear.fileio.folders import files_below
 from espnet2_spear.fileio.tables import open_text
 
 LAYOUT = (
@@ -45,8 +46,10 @@ def read(root: Path, part: str) -> Found:
         return match is not None and (int(match[1]) <= LAST_OF_P1) == (part == "p1")
 
     found = Found()
-    files = {p.stem: p for p in root.rglob("fe_03_*") if p.suffix in SUFFIXES}
-    transcripts = sorted(p for p in root.rglob("fe_03_*.txt") if of_part(p))
+    # LDC's discs may be linked folders.
+    found_files = [*files_below(root, lambda name: name.startswith("fe_03_"))]
+    files = {p.stem: p for p in found_files if p.suffix in SUFFIXES}
+    transcripts = sorted(p for p in found_files if p.suffix == ".txt" and of_part(p))
     needed(root / "trans" if not transcripts else root, LAYOUT)
     for path in transcripts:
         recording = f"fisher-{path.stem}"

@@ -44,11 +44,17 @@ def digest_of(path: Path) -> str:
             if (path / name).exists():
                 digest.update(f"{name} {digest_of(path / name)}\n".encode())
     elif path.is_dir():
-        for folder, folders, names in os.walk(path):
+        walked = set()
+        for folder, folders, names in os.walk(path, followlinks=True):
             folders.sort()
+            if (real := os.path.realpath(folder)) in walked:  # a link back
+                folders.clear()
+                continue
+            walked.add(real)
             for name in sorted(names):
                 file = os.path.join(folder, name)
-                line = f"{os.path.relpath(file, path)} {os.stat(file).st_size}\n"
+                size = os.stat(file).st_size if os.path.exists(file) else None
+                line = f"{os.path.relpath(file, path)} {size}\n"
                 digest.update(line.encode("utf-8", "surrogateescape"))
     elif path.suffix == ".yaml":
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
