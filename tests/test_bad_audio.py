@@ -63,6 +63,9 @@ def test_refused(door: tuple[str, Door], monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(InputError, match=r"1 s; in one piece.*cut it.*chunk_seconds"):
         encode(noise)
     monkeypatch.undo()
+    for integers in (noise * 32767, (noise * 32767).to(torch.int16)):
+        with pytest.raises(InputError, match="divide 16-bit samples by 32768"):
+            encode(integers)
     noise[1, 300] = torch.nan
     with pytest.raises(InputError, match=r"utterances \[1\].*NaN"):
         encode(noise)

@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from espnet2_spear.zipformer.schedule import BatchCount
 
 _PARTS = ("encoder", "frontend")
-REMEDY = "set `normalize: null` (asr.sh: --feats_normalize null)"
+REMEDY = "set `normalize: null` (asr.sh: --feats_normalize none)"
 
 
 def check_normalizer(model: nn.Module, name: str, part: nn.Module | None) -> None:

@@ -23,8 +23,9 @@ out.encoder_out, out.encoder_out_lens, out.hidden_states
 """
 
 TABLES = """In an ESPnet recipe: `frontend: spear`, `frontend_conf: {{ckpt: PATH}}`,
-`normalize: null`. Features of files: `python -m espnet2_spear.bin.spear_extract --model
-PATH --out DIR wav.scp`.
+`normalize: null`; for recognition `asr.sh --feats_normalize none` and
+`model_conf: {{extract_feats_in_collect_stats: false}}`. Features of files: `python -m
+espnet2_spear.bin.spear_extract --model PATH --out DIR wav.scp`.
 
 | student | parameters, millions | hidden size | layers | frames per second | epochs |
 |---|---|---|---|---|---|

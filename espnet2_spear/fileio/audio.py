@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import soxr
 
+from espnet2_spear.constants import MAX_PEAK
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.decode import DecodeError, Source, Window, split_ark
 
@@ -25,7 +26,6 @@ AUDIO_SUFFIXES = frozenset(
     " .wma .amr .g722 .gsm".split()
 )
 MIN_RATE, MAX_RATE = 4000, 384000  # Hz; outside, a header is taken for damaged
-MAX_PEAK = 8.0  # of float samples; beyond, they are not in the scale of [-1, 1]
 CANCELLED = 0.03  # power of the mean of channels, of theirs: they are in opposite phase
 MAX_SAID = 20  # notes of a process that are logged
 _said = 0

@@ -89,6 +89,9 @@ As an encoder, fine-tuned:
     encoder: zipformer
     encoder_conf: {{arch: {arch}}}
   and {source}encoder
+Either way in speech recognition, that stage 10 of asr.sh does not run the student:
+    model_conf: {{extract_feats_in_collect_stats: false}}
+  and for asr.sh --feats_normalize none
 To go on with pre-training (spear_train), the student alone:
     {source}student
 """

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.fileio.audio import MAX_PEAK, MAX_RATE, MIN_RATE, resample
-from espnet2_spear.spear.checks import InputError
+from espnet2_spear.fileio.audio import MAX_RATE, MIN_RATE, resample
+from espnet2_spear.spear.checks import InputError, check_scale
 
 OTHER_RATE = ("refuse", "resample")
 
@@ -84,28 +84,3 @@ def as_batch(
         ]
     lengths = torch.tensor([len(item) for item in items], device=items[0].device)
     return pad_sequence(items, batch_first=True), lengths
-
-
-def check_scale(speech: Tensor, who: str = "waveforms") -> None:
-    """Refuse samples that are not in the scale of [-1, 1], by the rule for files.
-
-    ESPnet's inference turns 16-bit integers into floats without scaling them. Nothing
-    is looked at while a graph is made. On a GPU the host waits once.
-
-    Args:
-        speech: of any shape.
-        who: for the message.
-
-    Raises:
-        InputError: a sample beyond +-8.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not speech.numel():
-        return
-    if type(speech) is not Tensor:  # without values, such as a fake one
-        return
-    low, high = torch.stack(speech.detach().aminmax()).tolist()
-    if max(-low, high) > MAX_PEAK:
-        raise InputError(
-            f"{who}: samples from {low:.6g} to {high:.6g}, where float samples lie in "
-            "[-1, 1]: divide 16-bit samples by 32768"
-        )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from espnet2_spear.constants import MAX_PEAK
 from espnet2_spear.errors import UserError
 from espnet2_spear.zipformer.embed import MIN_FRAMES
 
@@ -62,7 +63,7 @@ def check_waveforms(speech: Tensor, lengths: Tensor, least: int | None) -> None:
 
 
 def check_finite(speech: Tensor, lengths: Tensor) -> None:
-    """Refuse NaN and infinite samples within the utterances.
+    """Refuse NaN, infinite samples and other scales within the utterances.
 
     Args:
         speech: (B, samples).
@@ -80,6 +81,32 @@ def check_finite(speech: Tensor, lengths: Tensor) -> None:
         raise InputError(
             f"utterances {bad_items.nonzero().flatten().tolist()} of the batch hold "
             "samples that are NaN or infinite; leave them out or repair the audio"
+        )
+    check_scale(speech)
+
+
+def check_scale(speech: Tensor, who: str = "waveforms") -> None:
+    """Refuse samples that are not in the scale of [-1, 1], by the rule for files.
+
+    ESPnet's inference turns 16-bit integers into floats without scaling them. Nothing
+    is looked at while a graph is made. On a GPU the host waits once.
+
+    Args:
+        speech: of any shape.
+        who: for the message.
+
+    Raises:
+        InputError: a sample beyond +-8.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not speech.numel():
+        return
+    if type(speech) is not Tensor:  # without values, such as a fake one
+        return
+    low, high = torch.stack(speech.detach().aminmax()).tolist()
+    if max(-low, high) > MAX_PEAK:
+        raise InputError(
+            f"{who}: samples from {low:.6g} to {high:.6g}, where float samples lie in "
+            "[-1, 1]: divide 16-bit samples by 32768"
         )
 
 

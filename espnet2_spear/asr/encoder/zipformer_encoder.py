@@ -17,8 +17,8 @@ from espnet2_spear.asr.freezing import FreezeSchedule
 from espnet2_spear.asr.pretrained import end_schedules_of_loaded, read_architecture
 from espnet2_spear.asr.surroundings import watch_models
 from espnet2_spear.hub.packed import check_format
-from espnet2_spear.hub.waveforms import check_scale
 from espnet2_spear.optimizers.lr_scale import check_lr_scale, scale_lr
+from espnet2_spear.spear.checks import check_scale
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.frames import Frames
 

@@ -27,8 +27,7 @@ from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.packed import check_format
-from espnet2_spear.hub.waveforms import check_scale
-from espnet2_spear.spear.checks import on_host
+from espnet2_spear.spear.checks import check_scale, on_host
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.zipformer.schedule import BatchCountState
 
