@@ -488,6 +488,27 @@ def test_options_of_quantizers_are_read_at_the_beginning(
             planned("--begin", **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"teacher_dtype": "float8"},
+        {"audio_format": "mp3"},
+        {"min_agreement": "2"},
+        {"shard_seconds": "0"},
+        {"quantizer_iters": "many"},
+        {"quantizer_frames": "0.5"},
+        {"max_seconds": "long"},
+    ],
+)
+def test_options_of_later_stages_are_read_at_the_beginning(
+    planned, options: dict[str, str], capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        planned(**options)
+    (name,) = options
+    assert f"error: argument --{name}: invalid" in capsys.readouterr().err
+
+
 def test_plan_overrides(planned) -> None:
     config, _, _ = planned(
         student="base",

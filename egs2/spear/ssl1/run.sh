@@ -186,11 +186,16 @@ plan() {
     assignments=$(python local/plan.py --student "${student}" \
         --train_config "${given_config}" --teachers "${teachers}" --tag "${tag}" \
         --quantizer "${quantizer}" --quantizer_iters "${quantizer_iters}" \
+        --quantizer_frames "${quantizer_frames}" --quantizer_tag "${quantizer_tag}" \
         --quantizer_data "${quantizer_data}" --quantizer_args "${quantizer_args}" \
-        --quantizer_tag "${quantizer_tag}" \
         --tokenize_domains "${tokenize_domains}" --config_override "${config_override}" \
         --min_seconds "${min_seconds}" --max_seconds "${max_seconds}" \
-        --max_piece_seconds "${max_piece_seconds}" \
+        --max_piece_seconds "${max_piece_seconds}" --min_peak_db="${min_peak_db}" \
+        --valid_fraction "${valid_fraction}" --max_valid_hours "${max_valid_hours}" \
+        --max_hours_speech "${max_hours_speech}" --max_hours_audio "${max_hours_audio}" \
+        --max_utts "${max_utts}" --audio_format "${audio_format}" \
+        --teacher_dtype "${teacher_dtype}" --min_agreement "${min_agreement}" \
+        --shard_seconds "${shard_seconds}" \
         --expdir "${expdir}" --dumpdir "${dumpdir}" "$@")
     eval "${assignments}"
 }
@@ -215,8 +220,7 @@ exp=${expdir}/${tag}
 show_figures() {
     [ -e "$1" ] || return 0
     log "What there is to do:"
-    plan --new_data --summary "$1" --audio_format "${audio_format}" \
-        --shard_seconds "${shard_seconds}"
+    plan --new_data --summary "$1"
 }
 
 if wanted 1; then

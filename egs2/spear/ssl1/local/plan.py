@@ -16,10 +16,11 @@ the options of SECONDS, and arrays with a value for each teacher.
 import argparse
 import json
 import logging
+import math
 import re
 import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -37,6 +38,8 @@ from training_config import (
     restrict,
     take_over,
 )
+
+from espnet2_spear.fileio.convert import AUDIO_FORMATS
 
 QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
 TEACHERS_OF_MINI = "speech=whisper_tiny_en audio=yamnet"
@@ -294,14 +297,44 @@ def tell_of_earlier_folders(teacher: TeacherPlan, dumpdir: Path) -> None:
         )
 
 
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], str]:
+    """Return what reads a number of an option, which may be empty, and leaves it so."""
+
+    def check(text: str) -> str:
+        if text and not least <= kind(text) <= most:
+            raise ValueError
+        return text
+
+    whole = "whole number" if kind is int else "number"
+    check.__name__ = f"{whole} from {least:g} to {most:g}"  # of argparse's message
+    return check
+
+
+# Of the other options of stages 1 to 5.
+NUMBERS = {
+    "valid_fraction": number(float, 0, 1),
+    "max_valid_hours": number(float, 0),
+    "max_hours_speech": number(float, 0),
+    "max_hours_audio": number(float, 0),
+    "max_utts": number(int, 0),
+    "min_peak_db": number(float, -math.inf, 0),
+    "min_agreement": number(float, 0, 1),
+    "shard_seconds": number(float, 1),
+}
+
+
 def get_parser() -> argparse.ArgumentParser:
-    """Return the command line parser; run.sh --help explains the options."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Return the command line parser; run.sh --help explains the options.
+
+    Options of later stages are read as well: a wrong one ends the run here.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, usage="see run.sh --help")
     parser.add_argument("--student", default="")
     parser.add_argument("--train_config", default="")
     parser.add_argument("--teachers", default="")
     parser.add_argument("--quantizer", default="mvq")
-    parser.add_argument("--quantizer_iters", default="")
+    parser.add_argument("--quantizer_iters", default="", type=number(int, 1))
+    parser.add_argument("--quantizer_frames", default="", type=number(int, 0))
     parser.add_argument("--quantizer_data", default="")
     parser.add_argument("--quantizer_args", default="")
     parser.add_argument("--quantizer_tag", default="")
@@ -309,7 +342,13 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config_override", default="")
     parser.add_argument("--tag", default="")
     for option, (small, large) in SECONDS.items():
-        parser.add_argument(f"--{option}", default="", help=f"[{small}, {large}]")
+        parser.add_argument(
+            f"--{option}", default="", type=number(float, 0), help=f"[{small}, {large}]"
+        )
+    for option, kind in NUMBERS.items():
+        parser.add_argument(f"--{option}", default="", type=kind)
+    parser.add_argument("--teacher_dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--audio_format", choices=AUDIO_FORMATS, default="flac")
     parser.add_argument("--expdir", type=Path, required=True)
     parser.add_argument("--dumpdir", type=Path, required=True)
     parser.add_argument("--new_data", action="store_true", help="what is there will go")
@@ -319,8 +358,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check_training", help="its options; these are more of them")
     parser.add_argument("--write", type=Path, help="the configuration, completed")
     parser.add_argument("--summary", type=Path, help="of stage 1: print what is to do")
-    parser.add_argument("--audio_format", default="flac", help="with --summary")
-    parser.add_argument("--shard_seconds", default="", help="with --summary")
     return parser
 
 
@@ -449,7 +486,7 @@ def plan_teacher(
     )
     if args.begin:
         tell_of_earlier_folders(teacher, args.dumpdir)
-        if args.quantizer_args:
+        if args.quantizer_args or args.quantizer_iters:
             check_training_options(teacher.mvq_options, codebooks)
     quantizer = teacher.quantizers / "quantizer.pt"
     if args.check_quantizers and not quantizer.with_name("train.json").exists():
