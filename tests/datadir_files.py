@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import DataDir
-from espnet2_spear.fileio.datadir_stream import Entry
+from espnet2_spear.fileio.datadir import DataDir, Entry
 
 
 def gather(found: Iterable[Entry], path: Path = Path(".")) -> DataDir:

@@ -20,7 +20,7 @@ from espnet2_spear.fileio.ark import (
 @pytest.fixture
 def codes():
     rng = np.random.default_rng(0)
-    names = [f"utt{i:03d}" for i in range(40)] + ["é with space", "x"]
+    names = [f"utt{i:03d}" for i in range(40)] + ["é", "x"]
     return {name: rng.integers(0, 256, (rng.integers(1, 60), 4)) for name in names}
 
 
@@ -65,7 +65,7 @@ def test_crop_reads_no_other_bytes(store, codes):
     """Whatever stands around a crop in the file is not looked at."""
     utt = list(codes)[1]
     before = store.crop(utt, 0, 1)
-    first = int(store._rows[1]) * 4
+    first = store._span(utt)[0] * 4
     path = store.folder / "codes.0.bin"
     data = bytearray(path.read_bytes())
     data[first + 4 :] = bytes(255 - b for b in data[first + 4 :])
@@ -133,7 +133,7 @@ def test_interrupted_writing_leaves_no_store(store, tmp_path):
 
 def test_damaged_files(store):
     folder = store.folder
-    damage = ("codes.1.bin", "names.bin", "rows.npy", "hashes.npy", "store.json")
+    damage = ("codes.1.bin", "rows", "store.json")
     for name in damage:
         path = folder / name
         content = path.read_bytes()
@@ -152,7 +152,6 @@ def test_damaged_files(store):
 
 
 def test_command_copies_arks(codes, tmp_path):
-    del codes["é with space"]  # scp files cannot name it
     with CodesWriter(tmp_path / "c.ark", tmp_path / "speech.scp") as writer:
         for utt, value in codes.items():
             writer.write(utt, value)

@@ -30,8 +30,7 @@ from test_local_data import LOCAL, RECIPE, load, run_sh
 
 from espnet2_spear.fileio.audio import read_pieces
 from espnet2_spear.fileio.convert import recordings_of
-from espnet2_spear.fileio.datadir import DataDir, DataDirError
-from espnet2_spear.fileio.datadir_stream import entries
+from espnet2_spear.fileio.datadir import DataDir, DataDirError, entries
 
 corpus = load("corpus")
 load("data_folders")

@@ -143,7 +143,7 @@ def test_a_killed_run_continues_to_the_same_result(
 ) -> None:
     format_dir(tmp_path, "--shard_utts", "2")
     complete = contents(tmp_path / "org")
-    marks = list((tmp_path / "org/.shards").rglob("*.jsonl"))
+    marks = list((tmp_path / "org/.shards").rglob("*.done"))
     assert len(marks) == 6
     # As if killed: a shard without its mark, a file of another not moved into place.
     with_good = next(mark for mark in marks if '"good"' in mark.read_text())
@@ -168,7 +168,7 @@ def test_an_array_of_jobs_makes_the_same(
     for number in (1, 2, 3, 4):
         spear_format.main([*folders, "--part", f"{number}/4"])
         # Six shards, so two for the first and the second job.
-        marks = list((tmp_path / "org/.shards").rglob("*.jsonl"))
+        marks = list((tmp_path / "org/.shards").rglob("*.done"))
         assert len(marks) == (2, 4, 5, 6)[number - 1]
     assert not (tmp_path / "org/wav.scp").exists()
     with monkeypatch.context() as patch:

@@ -101,7 +101,7 @@ def test_a_list_that_goes_during_the_training(scp: Path) -> None:
     noise = NoiseList(scp)
     copy = pickle.dumps(noise)
     scp.write_text("")  # in place, as a full disk leaves it
-    with pytest.raises(NoiseError, match="gone or was changed.*--resume true"):
+    with pytest.raises(DataDirError, match="gone or was changed.*--resume true"):
         noise.draw(np.random.default_rng(0), 1)
     scp.unlink()
     with pytest.raises(NoiseError, match="no such list"):  # a worker that starts
@@ -126,7 +126,7 @@ def test_bad_lists_are_refused(tmp_path: Path) -> None:
 
 
 def test_long_lists_are_not_kept_as_objects(scp: Path) -> None:
-    """Every rank and every worker has the list: 9 bytes a line, not 228."""
+    """Every rank and every worker has the list: 8 bytes a line, not 228."""
     count, file = 50_000, scp.parent / "n0.wav"
     lines = [f"noise-{i:07d} {file}\n" for i in range(count)]
     scp.write_text("".join(lines))

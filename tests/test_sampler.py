@@ -10,10 +10,10 @@ from espnet2.train.distributed_utils import DistributedOption
 from tiny_training import options, write_data
 
 from espnet2_spear.data.iter_factory import StepBatches
-from espnet2_spear.data.lists import ListError
 from espnet2_spear.data.manifest import Lists, Manifest, open_manifest
 from espnet2_spear.data.permutation import hash64, permuted
 from espnet2_spear.data.sampler import SamplerConfig, StepSampler, validation_batches
+from espnet2_spear.fileio.tables import DataDirError
 from espnet2_spear.tasks.spear import SpearTask
 
 RATE = 16000
@@ -190,7 +190,7 @@ def test_weight_zero_leaves_out(manifest: Manifest) -> None:
     domains = {manifest.group(r).domain for s in take(sampler, 50) for r in s.tolist()}
     assert domains == {"speech"}
     weights = {"speech": 0, "audio": 0}
-    with pytest.raises(ListError, match="all utterances have weight 0"):
+    with pytest.raises(DataDirError, match="all utterances have weight 0"):
         StepSampler(manifest, config(domain_weights=weights), 100 * RATE, 1)
 
 
@@ -205,9 +205,9 @@ def test_little_data(tmp_path: Path) -> None:
     weights = SamplerConfig(corpus_weights={"a": 1.0})
     for rows in take(StepSampler(few, weights, 100 * RATE, 4), 20):
         assert len(set(rows.tolist())) == len(rows) == 4  # less than would fit
-    with pytest.raises(ListError, match="5 utterances for steps of 8 shards"):
+    with pytest.raises(DataDirError, match="5 utterances for steps of 8 shards"):
         StepSampler(few, weights, 100 * RATE, 8)
-    with pytest.raises(ListError, match=r"'a-0.*longer than a shard of 2\.0 s"):
+    with pytest.raises(DataDirError, match=r"'a-0.*longer than a shard of 2\.0 s"):
         StepSampler(few, weights, 2 * RATE, 1)
 
 
@@ -287,7 +287,7 @@ def test_validation_sees_everything_once(manifest: Manifest, world_size: int) ->
     for batch in batches:
         assert 1 <= len(batch) <= 50
         assert len(batch) * int(manifest.samples[batch].max()) <= 100 * RATE
-    with pytest.raises(ListError, match="raise valid_batch_bins"):
+    with pytest.raises(DataDirError, match="raise valid_batch_bins"):
         validation_batches(manifest.samples, 10 * RATE, None, 1)
-    with pytest.raises(ListError, match="2 utterances to validate with 3 ranks"):
+    with pytest.raises(DataDirError, match="2 utterances to validate with 3 ranks"):
         validation_batches(np.array([5, 6]), 100, None, 3)

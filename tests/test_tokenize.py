@@ -320,10 +320,8 @@ def test_a_table_of_utterances_and_its_parts(data_dir):
     assert len(everyone) == 12 and everyone[8] == Utterance("utt08", wav, 8731)
     audio = select_domains(everyone, data_dir / "utt2domain", ["audio"])
     assert [u.utt for u in audio] == ["utt00", "utt03", "utt06", "utt09"]
-    some = everyone.take([3, 4])
-    assert [u.utt for u in some.union([audio])] == [
-        *("utt00", "utt03", "utt04", "utt06", "utt09")
-    ]
+    some = everyone.take(np.array([3, 4]))
+    assert [u.utt for u in some] == ["utt03", "utt04"]
     batches = make_batches(everyone, 1.5)
     assert list(batches) == list(make_batches(list(everyone)[::-1], 1.5))
     places = np.concatenate([batches.places(i) for i in range(len(batches))])

@@ -7,19 +7,14 @@ Reads what spear_format wrote; the audio files stay where they are.
 from __future__ import annotations
 
 import argparse
-import heapq
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from itertools import zip_longest
-from operator import itemgetter
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import RAW
-from espnet2_spear.fileio.datadir_stream import Entry, EntryWriter, entries
+from espnet2_spear.fileio.datadir import RAW, Entry, entries, entry_writer
 from espnet2_spear.fileio.explain import main_with_one_line_errors
-from espnet2_spear.fileio.external_sorter import c_order
-from espnet2_spear.fileio.tables import DataDirError, TableWriter, sorted_rows
+from espnet2_spear.fileio.tables import DataDirError, join, sorted_rows, table_writer
 
 
 def reason_to_skip(
@@ -39,27 +34,28 @@ def reason_to_skip(
     return ""
 
 
-def skipped_before(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield the utterances that spear_format left out, with the reason."""
-    return sorted_rows(folder / "skipped.txt", "utterance reason")
+def formatted(folder: Path) -> Iterator[tuple[str, Entry | None, str, float]]:
+    """Yield what spear_format wrote of every utterance.
 
-
-def with_peaks(folder: Path) -> Iterator[tuple[Entry, float]]:
-    """Yield utterances, and the largest deviation from the mean in dB.
+    Yields:
+        id; entry, None if it was skipped; the reason of that; the largest deviation
+        from the mean in dB.
 
     Raises:
         DataDirError: utt2peak_db is of other utterances.
     """
-    peaks = sorted_rows(folder / "utt2peak_db", "utterance peak")
-    found = entries(folder, require=("utt2num_samples",))
-    for entry, peak in zip_longest(found, peaks):
-        if entry is None or peak is None or entry.utt != peak[0]:
-            utt = entry.utt if entry is not None else peak[0]
+    for utt, (entry, peak, skipped) in join(
+        entries(folder, require=("utt2num_samples",)),
+        sorted_rows(folder / "utt2peak_db", "utterance peak"),
+        sorted_rows(folder / "skipped.txt", "utterance reason"),
+    ):
+        if (entry is None) != (peak is None):
             raise DataDirError(
                 f"{folder}/utt2peak_db: does not have the utterances of wav.scp, e.g. "
                 f"'{utt}'; remove the folder's wav.scp and run stage 2 again"
             )
-        yield entry, float(peak[1])
+        reason = "" if skipped is None else skipped[1]
+        yield utt, entry, reason, 0.0 if peak is None else float(peak[1])
 
 
 def filter_entries(args: argparse.Namespace) -> tuple[Counter[str], float, int]:
@@ -74,37 +70,23 @@ def filter_entries(args: argparse.Namespace) -> tuple[Counter[str], float, int]:
     limits = (args.min_seconds, args.max_seconds, args.min_peak_db)
     reasons: Counter[str] = Counter()
     samples = 0
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    skipped = TableWriter(args.out_dir / "skipped.txt")
-    before = (
-        (c_order(utt), utt, None, line) for utt, line in skipped_before(args.in_dir)
-    )
-    good = (
-        (c_order(entry.utt), entry.utt, entry, peak)
-        for entry, peak in with_peaks(args.in_dir)
-    )
-    try:
-        with EntryWriter(args.out_dir, RAW) as writer:
-            for _, utt, entry, found in heapq.merge(before, good, key=itemgetter(0)):
-                reason = found
+    with entry_writer(args.out_dir, RAW) as writer:
+        with table_writer(args.out_dir / "skipped.txt") as skipped:
+            for utt, entry, reason, peak in formatted(args.in_dir):
                 if entry is not None:
-                    seconds = entry.samples / args.fs
-                    reason = reason_to_skip(seconds, found, *limits)
+                    reason = reason_to_skip(entry.samples / args.fs, peak, *limits)
                 if reason:
                     skipped.add(utt, reason)
                     reasons[reason.split()[0]] += 1
                 else:
                     writer.add(entry)
                     samples += entry.samples
-            skipped.finish()
-            if not writer.count:
-                raise DataDirError(
-                    f"{args.in_dir}: no utterance is left ({summary(reasons)}); see "
-                    f"{args.out_dir}/skipped.txt and the limits --min_seconds, "
-                    "--max_seconds, --min_peak_db"
-                )
-    finally:
-        skipped.discard()
+        if not writer.count:
+            raise DataDirError(
+                f"{args.in_dir}: no utterance is left ({summary(reasons)}); see "
+                f"{args.out_dir}/skipped.txt and the limits --min_seconds, "
+                "--max_seconds, --min_peak_db"
+            )
     return reasons, samples / args.fs, writer.count
 
 

@@ -14,18 +14,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Future,
-    ProcessPoolExecutor,
-    as_completed,
-    wait,
-)
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from espnet2_spear.fileio.convert import (
@@ -35,18 +28,14 @@ from espnet2_spear.fileio.convert import (
     Result,
     finish_shard,
     recordings_of,
-    shard_mark,
     shards_of,
 )
-from espnet2_spear.fileio.datadir import RAW
-from espnet2_spear.fileio.datadir_stream import EntryWriter, check, entries
+from espnet2_spear.fileio.datadir import RAW, check, entries, entry_writer
 from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
 from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare, add_job_share_option
-from espnet2_spear.fileio.tables import DataDirError, TableWriter
-
-Finished = tuple[list[Result], bool]  # of a shard, and whether it was done before
-SAY_SECONDS = 30.0  # between two lines about the progress
+from espnet2_spear.fileio.shards import Progress, in_processes
+from espnet2_spear.fileio.tables import DataDirError, table_writer
 
 
 def run(
@@ -65,48 +54,20 @@ def run(
         OSError: e.g. no space left; what is finished is kept.
         RuntimeError: a process was killed.
     """
-    before = done = 0
-    started = said = time.monotonic()
-
-    def collect(finished: Iterable[Future[Finished]]) -> Iterator[Result]:
-        nonlocal before, done, said
-        for job in finished:
-            results, was_done = job.result()
-            if was_done:
-                before += len(results)
-            else:
-                done += len(results)
-            yield from results
-        now = time.monotonic()
-        if now > said + SAY_SECONDS:
-            said = now
-            left = (now - started) * (total - before - done) / max(done, 1)
-            logging.info(
-                "%d of %d utterances, %.0f s to go", before + done, total, left
-            )
-
-    with ProcessPoolExecutor(max(1, nj)) as pool:
-        jobs: set[Future[Finished]] = set()
-        try:
-            recordings = recordings_of(entries(in_dir))
-            shards = enumerate(shards_of(recordings, options.shard_utterances))
-            for shard in (shard for i, shard in shards if part.has(i)):
-                mark = shard_mark(shard, options)
-                jobs.add(pool.submit(finish_shard, shard, options, mark))
-                # Not all at once, so that memory does not grow with their number.
-                if len(jobs) >= 4 * nj:
-                    ready, jobs = wait(jobs, return_when=FIRST_COMPLETED)
-                    yield from collect(ready)
-            yield from collect(as_completed(jobs))
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"{in_dir}: a process was killed while converting audio, probably "
-                "for lack of memory; run again with a smaller --nj (finished parts are "
-                "kept)"
-            ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    recordings = recordings_of(entries(in_dir))
+    shards = enumerate(shards_of(recordings, options.shard_utterances))
+    mine = (shard for number, shard in shards if part.has(number))
+    finish = partial(finish_shard, options=options)
+    progress, before = Progress(total, "utterances"), 0
+    for results, was_done in in_processes(
+        ProcessPoolExecutor(max(1, nj)), finish, mine, nj, in_dir
+    ):
+        if was_done:
+            before += len(results)
+            progress.total -= len(results)
+        else:
+            progress.add(len(results))
+        yield from results
     if before:
         logging.info("%d utterances were already done", before)
 
@@ -151,12 +112,14 @@ def write_results(
         DataDirError: not one utterance could be converted.
     """
     totals = Totals()
-    peaks, skipped, notes = (
-        TableWriter(out_dir / name)
-        for name in ("utt2peak_db", "skipped.txt", "notes.txt")
-    )
-    try:
-        with EntryWriter(out_dir, RAW) as writer:
+    with (
+        entry_writer(out_dir, RAW) as writer,
+        table_writer(out_dir / "utt2peak_db") as peaks,
+    ):
+        with (
+            table_writer(out_dir / "skipped.txt") as skipped,
+            table_writer(out_dir / "notes.txt") as notes,
+        ):
             for entry, result in zip(entries(in_dir), results, strict=True):
                 totals.add(result, fs)
                 if result.reason:
@@ -165,23 +128,13 @@ def write_results(
                 peaks.add(entry.utt, f"{result.peak_db:.2f}")
                 for note in result.notes:
                     notes.add(entry.utt, note)
-                writer.add(
-                    entry._replace(
-                        path=result.file, segment=None, samples=result.samples
-                    )
-                )
-            skipped.finish()
-            notes.finish()
-            if not totals.good:
-                raise DataDirError(
-                    f"{in_dir}: none of its {sum(totals.reasons.values())} utterances "
-                    f"could be converted; the reasons are in {out_dir}/skipped.txt"
-                )
-            peaks.finish()
-    finally:
-        peaks.discard()
-        skipped.discard()
-        notes.discard()
+                new = {"path": result.file, "segment": None, "samples": result.samples}
+                writer.add(entry._replace(**new))
+        if not totals.good:
+            raise DataDirError(
+                f"{in_dir}: none of its {sum(totals.reasons.values())} utterances "
+                f"could be converted; the reasons are in {out_dir}/skipped.txt"
+            )
     return totals
 
 

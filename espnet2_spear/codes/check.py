@@ -14,8 +14,8 @@ import torch
 from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.constants import MISSING, SAMPLE_RATE
 from espnet2_spear.fileio.ark import ArkError, read_matrix
-from espnet2_spear.fileio.datadir_stream import Entry
-from espnet2_spear.fileio.external_sorter import c_order
+from espnet2_spear.fileio.datadir import Entry
+from espnet2_spear.fileio.tables import Row, join
 from espnet2_spear.mvq.report import code_entropy_bits
 
 
@@ -66,7 +66,7 @@ class CodesCheck:
 
 def check_codes(
     utterances: Iterable[Entry],
-    specs: Iterable[tuple[str, str]],
+    specs: Iterable[Row],
     teacher: TeacherCodes,
     domains: Collection[str] | None,
     tolerance: int,
@@ -75,7 +75,7 @@ def check_codes(
 
     Args:
         utterances: with lengths and domains, in the order of names (C locale).
-        specs: utterance and ``ark:offset``, in the same order.
+        specs: rows of an scp file, in the same order.
         teacher: shape of the codes.
         domains: whose utterances must have codes, None for all; others may have the
             row of -1.
@@ -83,24 +83,19 @@ def check_codes(
     """
     result = CodesCheck(teacher)
     missing = np.full((1, teacher.num_codebooks), MISSING)
-    unknown = []
-    rows = iter(specs)
-    row = next(rows, None)
-    for count, entry in enumerate(utterances, 1):
+    for count, (utt, (entry, row)) in enumerate(join(utterances, specs), 1):
         if count % 10000 == 0:
             logging.info(f"{count} utterances")
-        utt = entry.utt
+        if entry is None:
+            result.problems.append((utt, "unknown", "not in the data directory"))
+            continue
         required = domains is None or entry.domain in domains
         result.required += required
-        while row is not None and c_order(row[0]) < c_order(utt):
-            unknown.append(row[0])
-            row = next(rows, None)
-        if row is None or row[0] != utt:
+        if row is None:
             result.problems.append((utt, "no entry", "no line in the scp file"))
             continue
-        spec, row = row[1], next(rows, None)
         try:
-            codes = read_matrix(spec, utt)
+            codes = read_matrix(row[1], utt)
         except ArkError as error:
             result.problems.append((utt, "unreadable", str(error)))
             continue
@@ -117,10 +112,6 @@ def check_codes(
         places = (codes.astype(np.int64) + first).ravel()
         usage = np.bincount(places, minlength=result.usage.size)
         result.usage += usage.reshape(result.usage.shape)
-    unknown += [utt for utt, _ in ([row] if row else [])]
-    unknown += [utt for utt, _ in rows]
-    for utt in unknown:
-        result.problems.append((utt, "unknown", "not in the data directory"))
     return result
 
 

@@ -6,14 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Future,
-    ProcessPoolExecutor,
-    as_completed,
-    wait,
-)
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,9 +32,10 @@ from espnet2_spear.fileio.shards import (
     Progress,
     Shards,
     fingerprint,
+    in_processes,
     split_into_shards,
 )
-from espnet2_spear.fileio.tables import TableWriter
+from espnet2_spear.fileio.tables import join, table_writer
 from espnet2_spear.fileio.utterances import UtteranceTable, make_batches
 from espnet2_spear.teachers.base import TeacherError
 
@@ -113,7 +107,8 @@ class TokenizeRun:
         marks.clear_stale(share)
         for options in self.teachers:
             (self.folder / f"{options.name}.scp").unlink(missing_ok=True)
-        union = chosen[0].union(chosen[1:])
+        of_any = np.concatenate([table.places for table in chosen])
+        union = everyone.take(np.flatnonzero(np.isin(everyone.places, of_any)))
         shards = split_into_shards(
             make_batches(union, self.batch_seconds), self.shard_seconds
         )
@@ -127,13 +122,20 @@ class TokenizeRun:
             check_agreement(tokenizer, utterances, devices[0], self.min_agreement)
             for tokenizer, utterances in zip(tokenizers, chosen, strict=True)
         ]
-        wanted = [np.isin(union.numbers, table.numbers) for table in chosen]
+        wanted = [np.isin(union.places, table.places) for table in chosen]
         jobs = (self._job(shards, i, wanted) for i in todo)
-        if min(nj, len(todo)) > 1:
-            done = self._in_processes(jobs, min(nj, len(todo)), num_threads, devices)
+        nj = min(nj, len(todo))
+        if nj > 1:
+            pool = ProcessPoolExecutor(
+                nj,
+                mp_context=get_context("spawn"),
+                initializer=start_worker,
+                initargs=(self.teachers, devices, num_threads),
+            )
+            done = in_processes(pool, work, jobs, nj, self.folder)
         else:
             done = _here(tokenizers, jobs, num_threads, devices[0])
-        progress = Progress(sum(shards.seconds(i) for i in todo), len(todo))
+        progress = Progress(sum(shards.seconds(i) for i in todo), "s of audio")
         for i, record in done:
             stems = self._stems(i)
             marks.write(i, record, [f"{s}.{x}" for s in stems for x in ("ark", "scp")])
@@ -191,35 +193,6 @@ class TokenizeRun:
         ]
         return Shard(number, batches, names, self._stems(number))
 
-    def _in_processes(
-        self, jobs: Iterable[Shard], nj: int, num_threads: int, devices: Sequence[str]
-    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Shards and their records, as processes finish them."""
-        with ProcessPoolExecutor(
-            nj,
-            mp_context=get_context("spawn"),
-            initializer=start_worker,
-            initargs=(self.teachers, devices, num_threads),
-        ) as pool:
-            running: set[Future[tuple[int, list[dict[str, Any]]]]] = set()
-            try:
-                for job in jobs:
-                    running.add(pool.submit(work, job))
-                    # Not all at once, so that memory does not grow with their number.
-                    if len(running) >= 3 * nj:
-                        ready, running = wait(running, return_when=FIRST_COMPLETED)
-                        yield from (future.result() for future in ready)
-                yield from (future.result() for future in as_completed(running))
-            except BrokenProcessPool as error:
-                raise RuntimeError(
-                    f"{self.folder}: a process was killed, perhaps for lack of memory; "
-                    "run it again with a smaller --nj or --batch_seconds (finished "
-                    "shards are kept)"
-                ) from error
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
     def _merge(
         self,
         tokenizer: Tokenizer,
@@ -266,16 +239,10 @@ class TokenizeRun:
                 unknown = math.isnan(agreement)
                 summary["float32_agreement"] = None if unknown else agreement
             self._write(f"{name}.json", json.dumps(summary, indent=1) + "\n")
-            rows = iter(codes)
-            row = next(rows, None)
-            scp = TableWriter(self.folder / f"{name}.scp")
-            for utterance in everyone:  # in the order of names, as the rows
-                if row is not None and row[0] == utterance.utt:
-                    scp.add(*row)
-                    row = next(rows, None)
-                else:
-                    scp.add(utterance.utt, missing)
-            scp.finish()
+            names = ((utterance.utt,) for utterance in everyone)
+            with table_writer(self.folder / f"{name}.scp") as scp:
+                for utt, (_, row) in join(names, codes):
+                    scp.add(utt, row[1] if row else missing)
         return summary
 
     def _write(self, name: str, text: str) -> None:

@@ -22,10 +22,10 @@ from espnet2_spear.data.iter_factory import (
     SpearIterFactory,
     StepBatches,
 )
-from espnet2_spear.data.lists import ListError
 from espnet2_spear.data.manifest import Lists, Manifest, open_manifest
 from espnet2_spear.data.sampler import SamplerConfig, StepSampler, validation_batches
 from espnet2_spear.data.skipping import SkipLimits, SkipLog, SkippingDataset
+from espnet2_spear.fileio.tables import DataDirError
 
 Config = TypeVar("Config")
 TYPES = {"speech": ("sound",), "domain": ("text",)}
@@ -75,7 +75,8 @@ def build_iter_factory(
             its longest utterance.
 
     Raises:
-        ListError: lists that do not fit together, or data that does not fit the bounds.
+        DataDirError: lists that do not fit together, or data that does not fit the
+            bounds.
         ValueError: options that do not fit together.
     """
     if iter_options.batch_type not in ("numel", "length") and mode != "plot_att":
@@ -239,7 +240,7 @@ def _check_store(manifest: Manifest, name: str, store: CodeStore) -> None:
     for row in range(0, len(manifest), max(1, len(manifest) // 100)):
         utt, _ = manifest.entry(row)
         if utt not in store:
-            raise ListError(
+            raise DataDirError(
                 f"{store.folder}: has no codes of utterance '{utt}' ({name}); write "
                 "the store again (spear_store_codes) from codes of all data"
             )

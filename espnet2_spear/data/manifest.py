@@ -16,12 +16,12 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import mmap
 import os
 import shutil
 import socket
 import tempfile
 import time
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,8 +30,15 @@ from typing import Any
 
 import numpy as np
 
-from espnet2_spear.data.lists import ListError, ListFile, blocks, lines_of
+from espnet2_spear.fileio.datadir import parse_count
 from espnet2_spear.fileio.hashes import digest_of
+from espnet2_spear.fileio.tables import (
+    DataDirError,
+    Differences,
+    Lines,
+    join,
+    sorted_rows,
+)
 
 INDEX = "manifest.json"
 FORMAT = "espnet2_spear.iterators.Manifest 1"
@@ -76,7 +83,7 @@ class Lists:
         """Path, size and time of each file: what shows that one has changed.
 
         Raises:
-            ListError: a file that is not there.
+            DataDirError: a file that is not there.
         """
         paths = {"lengths": self.lengths, "domain": self.domain, **self.files}
         facts = {}
@@ -84,7 +91,7 @@ class Lists:
             try:
                 stat = os.stat(path)
             except OSError as error:
-                raise ListError(
+                raise DataDirError(
                     f"{path}: cannot be read ({error.strerror}); run the stage that "
                     "writes it, or correct the option that names it"
                 ) from error
@@ -109,7 +116,7 @@ class Manifest:
         groups: the groups, in the order of their rows.
 
     Raises:
-        ListError: a missing or damaged file of the manifest, or a list that is gone.
+        DataDirError: a missing or damaged file of the manifest, or a list that is gone.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -120,13 +127,19 @@ class Manifest:
             self.groups = [Group(**group) for group in content["groups"]]
             self.files = {name: content["lists"][name] for name in content["files"]}
             self.samples = self._load("samples")
-            self._offsets = {name: self._load(name) for name in self.files}
+            self._places = {name: self._load(name) for name in self.files}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ListError(
+            raise DataDirError(
                 f"{path}: missing or damaged ({error!r}); remove the folder, and it is "
                 "made again"
             ) from error
-        self._lists = {name: _map(facts) for name, facts in self.files.items()}
+        self._lists = {n: Lines(facts["path"]) for n, facts in self.files.items()}
+        for name, facts in self.files.items():
+            if self._lists[name].size != facts["size"]:
+                raise DataDirError(
+                    f"{facts['path']}: has another size since the training began; "
+                    "start again with --resume true"
+                )
 
     def _load(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
@@ -145,22 +158,18 @@ class Manifest:
         """An utterance's id, and what each list says of it.
 
         Raises:
-            ListError: lists that disagree, because one was changed in place while it
+            DataDirError: lists that disagree, because one was changed in place while it
                 was in use.
         """
         utt, values = None, {}
-        for name, offsets in self._offsets.items():
-            begin = int(offsets[row])
-            text = self._lists[name]
-            end = text.find(b"\n", begin)
-            line = text[begin : end if end >= 0 else len(text)].decode("utf-8")
-            key, value = line.split(maxsplit=1)
+        for name, places in self._places.items():
+            key, value = self._lists[name].at(int(places[row]))
             if utt not in (None, key):
-                raise ListError(
+                raise DataDirError(
                     f"{self.files[name]['path']}: changed during the training ('{key}' "
                     f"instead of '{utt}'); start again with --resume true"
                 )
-            utt, values[name] = key, value.rstrip()
+            utt, values[name] = key, value
         return utt, values
 
 
@@ -185,7 +194,7 @@ def open_manifest(
             ids that begin with its name and a hyphen.
 
     Raises:
-        ListError: a list that is missing, malformed, or lacks utterances; a domain
+        DataDirError: a list that is missing, malformed, or lacks utterances; a domain
             that is unknown; utterances of none of the corpora.
     """
     folder = Path(folder)
@@ -216,7 +225,7 @@ def _build_at(target: Path, lists: Lists, identity: Mapping[str, Any]) -> None:
     try:
         groups = _build(part, lists, identity["domains"], identity["corpora"])
         if lists.facts() != identity["lists"]:
-            raise ListError(
+            raise DataDirError(
                 f"{target}: a list was changed while it was read; start again"
             )
         content = {**identity, "groups": [asdict(group) for group in groups]}
@@ -239,75 +248,78 @@ def _build_at(target: Path, lists: Lists, identity: Mapping[str, Any]) -> None:
 def _build(
     folder: Path, lists: Lists, domains: Sequence[str], corpora: Sequence[str]
 ) -> list[Group]:
-    reference = ListFile(lists.lengths)
-    reference.check_unique()
-    samples = reference.integers()
-    if (empty := np.flatnonzero(samples == 0)).size:
-        raise ListError(
-            f"{reference.path}: '{reference.key(int(empty[0]))}' has no samples; run "
-            "the filter (stage 3)"
-        )
-    domain = _domains(reference, ListFile(lists.domain), domains)
-    corpus = _corpora(reference, corpora)
-    group = corpus * len(domains) + domain
-    order = np.argsort((group << 32) | samples, kind="stable")
-    samples = samples[order]
-    np.save(folder / "samples.npy", samples)
-    for name, path in lists.files.items():
-        other = ListFile(path)
-        lines = lines_of(reference, other)
-        lines = order if lines is None else lines[order]
-        np.save(folder / f"{name}.npy", other.starts[lines])
+    lengths, domain = Path(lists.lengths), Path(lists.domain)
+    files = {name: Path(path) for name, path in lists.files.items()}
+    samples, groups = array("i"), array("q")
+    places = {name: array("q") for name in files}
+    # A group's number: of its corpus, of its domain.
+    numbers = {name: i * len(domains) for i, name in enumerate(corpora, 1)}
+    differences = Differences()
+    for utt, (length, kind, *found) in join(
+        sorted_rows(lengths, "utterance samples"),
+        sorted_rows(domain, "utterance domain"),
+        *(sorted_rows(path, "utterance file") for path in files.values()),
+    ):
+        if length is None:
+            continue
+        for path, row in zip((domain, *files.values()), (kind, *found), strict=True):
+            if row is None:
+                differences.add(path, utt, missing=True)
+        if differences:
+            continue  # only to count them
+        if kind[1] not in domains:
+            raise DataDirError(
+                f"{domain}: utterance '{utt}' has domain '{kind[1]}', which is none of "
+                f"{list(domains)}; correct it or the option --domains"
+            )
+        samples.append(parse_count(lengths, utt, length[1]))
+        if not samples[-1]:
+            raise DataDirError(
+                f"{lengths}: '{utt}' has no samples; run the filter (stage 3)"
+            )
+        corpus = numbers.get(utt.partition("-")[0], 0)
+        groups.append(corpus + domains.index(kind[1]))
+        for row, starts in zip(found, places.values(), strict=True):
+            starts.append(row[2])
+    differences.check()
+    if not samples:
+        raise DataDirError(f"{lengths}: is empty; run the stage that writes it")
+    group, length = np.array(groups), np.array(samples)
+    order = np.argsort((group << 32) | length, kind="stable")
+    np.save(folder / "samples.npy", length[order])
+    for name, starts in places.items():
+        np.save(folder / f"{name}.npy", np.array(starts)[order])
+    return _groups(group, length, domains, corpora, lengths)
+
+
+def _groups(
+    group: np.ndarray,
+    samples: np.ndarray,
+    domains: Sequence[str],
+    corpora: Sequence[str],
+    source: Path,
+) -> list[Group]:
+    """List the groups that have utterances, by the group and length of each."""
     names = [OTHERS, *corpora]
-    ends = np.cumsum(np.bincount(group, minlength=len(names) * len(domains)))
-    groups = []
-    for number, last in enumerate(ends.tolist()):
-        first = int(ends[number - 1]) if number else 0
-        if first < last:
-            total = int(samples[first:last].sum(dtype=np.int64))
-            name, place = divmod(number, len(domains))
-            groups.append(Group(names[name], domains[place], first, last, total))
+    counts = np.bincount(group, minlength=len(names) * len(domains))
+    totals = np.zeros(len(counts), np.int64)
+    np.add.at(totals, group, samples)
+    groups, first = [], 0
+    for number in np.flatnonzero(counts).tolist():
+        name, place = divmod(number, len(domains))
+        last, total = first + int(counts[number]), int(totals[number])
+        groups.append(Group(names[name], domains[place], first, last, total))
+        first = last
     absent = sorted(set(corpora) - {one.corpus for one in groups})
     if absent:
         message = (
-            f"{reference.path}: no utterance of corpus '{absent[0]}', whose ids would "
-            f"begin with '{absent[0]}-'"
+            f"{source}: no utterance of corpus '{absent[0]}', whose ids would begin "
+            f"with '{absent[0]}-'"
         )
         if len(absent) == len(corpora):
-            raise ListError(f"{message}, nor of any other that has a weight")
+            raise DataDirError(f"{message}, nor of any other that has a weight")
         logging.warning(message)
     return groups
-
-
-def _domains(
-    reference: ListFile, table: ListFile, domains: Sequence[str]
-) -> np.ndarray:
-    """Index into ``domains`` of every utterance, int64 (n,)."""
-    width = max(len(name.encode()) for name in domains) + 1
-    result = np.full(len(table), -1, np.int64)
-    for first, last in blocks(len(table)):
-        values = table.values(first, last, width)
-        for number, name in enumerate(domains):
-            result[first:last][values == name.encode()] = number
-    if (unknown := np.flatnonzero(result < 0)).size:
-        number = int(unknown[0])
-        raise ListError(
-            f"{table.path}, line {number + 1}: '{table.line(number)}' has a domain "
-            f"that is none of {list(domains)}; correct it or the option --domains"
-        )
-    lines = lines_of(reference, table)
-    return result if lines is None else result[lines]
-
-
-def _corpora(reference: ListFile, corpora: Sequence[str]) -> np.ndarray:
-    """1 + index into ``corpora`` of every utterance, 0 for the others, int64 (n,)."""
-    result = np.zeros(len(reference), np.int64)
-    prefixes = [f"{name}-".encode() for name in corpora]
-    for first, last in blocks(len(reference)):
-        for number, prefix in enumerate(prefixes, 1):
-            keys = reference.keys(first, last, len(prefix))
-            result[first:last][keys == prefix] = number
-    return result
 
 
 @contextmanager
@@ -316,17 +328,3 @@ def _lock(path: Path) -> Iterator[None]:
     with open(path, "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _map(facts: Mapping[str, Any]) -> mmap.mmap:
-    try:
-        with open(facts["path"], "rb") as file:
-            if os.fstat(file.fileno()).st_size == facts["size"]:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        problem = "has another size"
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-    raise ListError(
-        f"{facts['path']}: {problem} since the training began; start again with "
-        "--resume true"
-    )

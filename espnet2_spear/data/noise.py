@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
-from espnet2_spear.fileio.tables import Lookup, rows
+from espnet2_spear.fileio.tables import Lines, sorted_rows
 
 
 class NoiseError(UserError):
@@ -23,7 +24,7 @@ class NoiseList:
 
     A recording that cannot be read is skipped: it is counted, named once in the log,
     and another is drawn in its place. Lines are read when they are drawn, too: memory
-    is 9 bytes a line, which the workers of a loader share.
+    is 8 bytes a line, which the workers of a loader share.
 
     Args:
         scp: ``name file`` lines; files of any format and rate.
@@ -51,15 +52,16 @@ class NoiseList:
         if max_seconds <= 0:
             raise NoiseError(f"max_seconds {max_seconds} of noise: must be above 0")
         self.max_seconds = max_seconds
-        self._table = Lookup(self.scp, "name file")
-        if not len(self._table):
-            raise NoiseError(f"{self.scp}: no recordings; list some, or mix no noise")
-        for name, file in rows(self.scp, "name file"):
+        self._lines, self._places = Lines(self.scp), array("q")
+        for name, file, place in sorted_rows(self.scp, "name file"):
+            self._places.append(place)
             if file.endswith("|"):
                 raise NoiseError(
                     f"{self.scp}: '{name}' is a command; commands in data files are "
                     "not run: decode to files and give their paths"
                 )
+        if not self._places:
+            raise NoiseError(f"{self.scp}: no recordings; list some, or mix no noise")
         self.skipped: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[type[NoiseList], tuple[Path, float]]:
@@ -67,7 +69,7 @@ class NoiseList:
         return NoiseList, (self.scp, self.max_seconds)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._places)
 
     def draw(
         self, rng: np.random.Generator, count: int
@@ -82,13 +84,14 @@ class NoiseList:
             (name, float32 samples at 16 kHz) each.
 
         Raises:
-            NoiseError: one after the other could not be read, or the list is gone.
+            NoiseError: one after the other could not be read.
+            DataDirError: the list was changed since it was opened.
         """
         return [self._draw_one(rng) for _ in range(count)]
 
     def _draw_one(self, rng: np.random.Generator) -> tuple[str, np.ndarray]:
         for _ in range(self.MAX_ATTEMPTS):
-            name, file = self._row(int(rng.integers(len(self))))
+            name, file = self._lines.at(self._places[rng.integers(len(self))])
             where = rng.random()
             try:
                 return name, self._read(file, where)
@@ -104,15 +107,6 @@ class NoiseList:
             f"{self.scp}: {self.MAX_ATTEMPTS} recordings drawn one after the other "
             f"could not be read, one of them because: {reason}"
         )
-
-    def _row(self, number: int) -> tuple[str, str]:
-        try:
-            return self._table.row(number)
-        except (OSError, ValueError) as error:  # a file server, or cut in place
-            raise NoiseError(
-                f"{self.scp}: the list is gone or was changed since the training began "
-                f"({error}); restore it, and start again with --resume true"
-            ) from error
 
     def _read(self, file: str, where: float) -> np.ndarray:
         info = audio_info(file)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.data.lists import ListError
 from espnet2_spear.data.manifest import OTHERS, Group, Manifest
 from espnet2_spear.data.permutation import hash64, permuted
+from espnet2_spear.fileio.tables import DataDirError
 
 BLOCK = 1024  # steps whose buckets are drawn at once
 CHUNK = 16  # steps whose rows are looked up at once
@@ -104,7 +104,7 @@ class StepSampler:
         steps_per_pass: steps in which utterances of weight 1 are seen once.
 
     Raises:
-        ListError: an utterance that is longer than a shard, fewer utterances than
+        DataDirError: an utterance that is longer than a shard, fewer utterances than
             shards, or nothing with a weight.
     """
 
@@ -121,7 +121,7 @@ class StepSampler:
         self.headroom = round((config.mix_headroom_seconds or 0.0) * SAMPLE_RATE)
         self.groups = [g for g in manifest.groups if config.weight(g) > 0]
         if not self.groups:
-            raise ListError("sampler_conf: all utterances have weight 0")
+            raise DataDirError("sampler_conf: all utterances have weight 0")
         self._weights = np.array([config.weight(group) for group in self.groups])
         self._place_buckets()
         rows = self._counts * self._weights
@@ -142,7 +142,7 @@ class StepSampler:
         if self._fitting(longest) < 1:
             group = max(self.groups, key=lambda g: self.manifest.samples[g.last - 1])
             utt, _ = self.manifest.entry(group.last - 1)
-            raise ListError(
+            raise DataDirError(
                 f"utterance '{utt}' of {longest / SAMPLE_RATE:.1f} s (and "
                 f"{self.headroom / SAMPLE_RATE:.1f} s for mixing) is longer than a "
                 f"shard of {self.shard_samples / SAMPLE_RATE:.1f} s (batch_bins * "
@@ -155,7 +155,7 @@ class StepSampler:
         ends = np.where(lasts > firsts, lasts - 1, 0)
         lengths = np.where(lasts > firsts, self.manifest.samples[ends], 0)
         if rows.sum() < self.shards:
-            raise ListError(
+            raise DataDirError(
                 f"{rows.sum()} utterances for steps of {self.shards} shards; use fewer "
                 "GPUs, or more data"
             )
@@ -364,17 +364,19 @@ def validation_batches(
         rows of each.
 
     Raises:
-        ListError: an utterance over the bound, or fewer utterances than ranks.
+        DataDirError: an utterance over the bound, or fewer utterances than ranks.
     """
     samples = np.asarray(samples, np.int64)
     order = np.argsort(samples, kind="stable")
     if samples[order[-1]] > bound:
-        raise ListError(
+        raise DataDirError(
             f"an utterance of {samples[order[-1]] / SAMPLE_RATE:.1f} s is longer than "
             f"a batch of {bound / SAMPLE_RATE:.1f} s; raise valid_batch_bins"
         )
     if len(order) < world_size:
-        raise ListError(f"{len(order)} utterances to validate with {world_size} ranks")
+        raise DataDirError(
+            f"{len(order)} utterances to validate with {world_size} ranks"
+        )
     most = max_utts or len(order)
     batches, first = [], 0
     for last in range(1, len(order) + 1):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -16,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from espnet2_spear.fileio.atomic import atomic
+from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.audio import (
     AudioError,
     AudioInfo,
@@ -25,11 +23,12 @@ from espnet2_spear.fileio.audio import (
     resample,
     to_int16,
 )
-from espnet2_spear.fileio.datadir_stream import Entry
-from espnet2_spear.fileio.decode import DecodeError, open_bytes, split_ark
+from espnet2_spear.fileio.datadir import Entry
+from espnet2_spear.fileio.decode import split_ark
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.hashes import digest_of
 from espnet2_spear.fileio.names import file_name
+from espnet2_spear.fileio.shards import DoneMarks
 
 SHARD_UTTERANCES = 100
 AUDIO_FORMATS = ("flac", "wav", "flac.ark", "wav.ark")
@@ -48,8 +47,8 @@ class Recording:
 class Result:
     """What became of an utterance; ``reason`` is set where it was skipped.
 
-    ``peak_db`` is the largest deviation from the mean in dB of full scale, ``crc32`` of
-    the file's content, ``notes`` what is wrong with the recording though it was read.
+    ``peak_db`` is the largest deviation from the mean in dB of full scale, ``notes``
+    what is wrong with the recording though it was read.
     """
 
     utt: str
@@ -59,7 +58,6 @@ class Result:
     source_rate: int = 0
     source_channels: int = 0
     clipped: int = 0
-    crc32: int = 0
     notes: tuple[str, ...] = ()
     reason: str = ""
     detail: str = ""
@@ -94,17 +92,18 @@ class Files:
     """Writes audio as one file an utterance."""
 
     def __init__(self, options: Options) -> None:
-        self._options = options
+        self._options, self._paths = options, list[Path]()
 
     def write(self, utt: str, content: bytes) -> str:
         """Write the content of an audio file; returns what wav.scp says of it."""
         path = audio_path(utt, self._options)
-        with atomic(path) as file:
-            file.write(content)
+        write_atomically(path, content)
+        self._paths.append(Path(path))
         return path
 
-    def finish(self) -> None:
-        """Nothing is left to do."""
+    def finish(self) -> list[Path]:
+        """Return what was written."""
+        return self._paths
 
 
 class Ark:
@@ -127,11 +126,12 @@ class Ark:
         self._content += content
         return f"{self._path}:{offset}"
 
-    def finish(self) -> None:
+    def finish(self) -> list[Path]:
         """Write the ark, if it has entries."""
-        if self._content:
-            with atomic(self._path) as file:
-                file.write(self._content)
+        if not self._content:
+            return []
+        write_atomically(self._path, self._content)
+        return [self._path]
 
 
 def recordings_of(found: Iterable[Entry]) -> Iterator[Recording]:
@@ -165,8 +165,8 @@ def shards_of(recordings: Iterable[Recording], size: int) -> Iterator[list[Recor
         yield shard
 
 
-def shard_mark(shard: list[Recording], options: Options) -> Path:
-    """Return the file of a shard's results, named by a hash of all it depends on."""
+def shard_digest(shard: list[Recording], options: Options) -> str:
+    """Return a hash of all that a shard's results depend on."""
     stamps = []
     for recording in shard:
         try:
@@ -174,26 +174,38 @@ def shard_mark(shard: list[Recording], options: Options) -> Path:
             stamps.append((stat.st_size, stat.st_mtime_ns))
         except OSError:
             stamps.append((-1, -1))
-    digest = digest_of([[asdict(r) for r in shard], stamps, asdict(options)])[:32]
-    # 256 folders keep each of them small.
-    return Path(options.out_dir) / ".shards" / digest[:2] / f"{digest}.jsonl"
+    return digest_of([[asdict(r) for r in shard], stamps, asdict(options)])[:32]
 
 
-def format_shard(shard: list[Recording], options: Options, mark: Path) -> list[Result]:
-    """Convert the recordings of a shard, write their results to ``mark``.
+def finish_shard(shard: list[Recording], options: Options) -> tuple[list[Result], bool]:
+    """Convert a shard unless it is done; returns its results, and if it was done.
+
+    It is done again if one of its files does not hold what was written to it.
+    """
+    digest = shard_digest(shard, options)
+    folder = digest[:2]  # 256 folders keep each of them small
+    marks = DoneMarks(options.out_dir, f".shards/{folder}/{digest}", digest)
+    before = marks.read(0)
+    if before is not None:
+        return [Result(**record) for record in before], True
+    ark = Path(options.out_dir) / options.codec / folder / f"{digest}.ark"
+    out = Files(options) if options.codec == options.audio_format else Ark(ark)
+    results = format_shard(shard, options, out)
+    marks.write(0, [asdict(result) for result in results], out.finish())
+    return results, False
+
+
+def format_shard(
+    shard: list[Recording], options: Options, out: Files | Ark
+) -> list[Result]:
+    """Convert the recordings of a shard.
 
     What fails is tried once more at the end: a file server may have been busy for a
     moment.
     """
-    ark = Path(options.out_dir) / options.codec / mark.parent.name / f"{mark.stem}.ark"
-    out = Files(options) if options.codec == options.audio_format else Ark(ark)
     results = {r.utt: r for rec in shard for r in format_recording(rec, options, out)}
     for recording in failed_part(shard, results):
         results |= {r.utt: r for r in format_recording(recording, options, out)}
-    out.finish()
-    lines = "".join(json.dumps(asdict(result)) + "\n" for result in results.values())
-    with atomic(mark) as file:
-        file.write(lines.encode())
     return list(results.values())
 
 
@@ -205,38 +217,6 @@ def failed_part(
         failed = [piece for piece in recording.pieces if results[piece[0]].reason]
         if failed:
             yield replace(recording, pieces=tuple(failed))
-
-
-def finished_shard(mark: Path) -> list[Result] | None:
-    """Return the results of a shard that is done.
-
-    None if it is not, or one of its audio files does not hold what was written to it.
-    """
-    if not mark.exists():
-        return None
-    results = [Result(**json.loads(line)) for line in mark.read_text().splitlines()]
-    if any(not r.reason and _crc32(r.file) != r.crc32 for r in results):
-        return None
-    return results
-
-
-def finish_shard(
-    shard: list[Recording], options: Options, mark: Path
-) -> tuple[list[Result], bool]:
-    """Convert a shard unless it is done; returns its results, and if it was done."""
-    before = finished_shard(mark)
-    if before is not None:
-        return before, True
-    return format_shard(shard, options, mark), False
-
-
-def _crc32(file: str) -> int | None:
-    """CRC-32 of an audio file or of an ark's entry, None if it cannot be read."""
-    try:
-        with open_bytes(file) as content:
-            return zlib.crc32(content.read())
-    except (OSError, DecodeError):
-        return None
 
 
 def format_recording(
@@ -264,8 +244,7 @@ def format_recording(
                 notes += (f"clipped {share:.1%} of its samples are over full scale",)
             buffer = io.BytesIO()
             soundfile.write(buffer, pcm, options.fs, "PCM_16", format=options.codec)
-            content = buffer.getvalue()
-            file = out.write(utt, content)
+            file = out.write(utt, buffer.getvalue())
             yield Result(
                 utt,
                 file,
@@ -274,7 +253,6 @@ def format_recording(
                 info.rate,
                 info.channels,
                 clipped,
-                zlib.crc32(content),
                 notes,
             )
     except AudioError as error:

@@ -1,23 +1,44 @@
-"""Kaldi data directories in memory: reading, checking, selecting and writing.
+"""Kaldi data directories: a stream of utterances in the order of their ids.
 
-Those of millions of utterances are read and written by
-:mod:`espnet2_spear.fileio.datadir_stream`.
+What is kept in memory are the rows that
+:class:`~espnet2_spear.fileio.external_sorter.ExternalSorter` sorts at a time, whatever
+the size of the directory. :class:`DataDir` holds a small one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from espnet2_spear.fileio.external_sorter import c_order
-from espnet2_spear.fileio.tables import DataDirError, TableWriter, rows
+from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
+from espnet2_spear.fileio.tables import (
+    DataDirError,
+    Differences,
+    Lines,
+    TableWriter,
+    join,
+    rows,
+    sorted_rows,
+    table_writer,
+)
 
 DOMAINS = ("speech", "audio")
 # Content of ESPnet's `feats_type` in a set whose wav.scp names files in its final form.
 RAW = "raw"
+# Tables of utterances beside wav.scp and segments, and what their lines hold.
+COLUMNS = {
+    "utt2spk": "utterance speaker",
+    "utt2domain": "utterance domain",
+    "text": "utterance transcript",
+    "utt2num_samples": "utterance samples",
+}
+SEGMENTS = "utterance recording start end [channel]"
 
 
 class Segment(NamedTuple):
@@ -41,9 +62,331 @@ class Segment(NamedTuple):
         return f"{self.recording} {self.start:.6f} {self.end:.6f}{channel}"
 
 
+class Entry(NamedTuple):
+    """What a data directory says of one utterance.
+
+    Attributes:
+        utt: its id.
+        path: of the audio file.
+        speaker: who is heard; the utterance's id where that is not known.
+        domain: ``speech`` or ``audio``; empty where not given.
+        segment: the piece of a recording that it is; None: a whole file.
+        text: transcript, None where there is none.
+        samples: at 16 kHz, None where not known yet.
+        labels: for tagging, separated by spaces; not read back.
+        part: of its corpus, such as a fold; empty where it does not count; not read
+            back.
+    """
+
+    utt: str
+    path: str
+    speaker: str
+    domain: str = ""
+    segment: Segment | None = None
+    text: str | None = None
+    samples: int | None = None
+    labels: str = ""
+    part: str = ""
+
+    @property
+    def recording(self) -> str:
+        """Id of the recording that it is taken from."""
+        return self.utt if self.segment is None else self.segment.recording
+
+
+# --- Reading --------------------------------------------------------------------------
+
+
+def entries(
+    path: str | os.PathLike[str], require: Collection[str] = ()
+) -> Iterator[Entry]:
+    """Yield the utterances of a data directory in the order of the C locale.
+
+    Recordings that no segment is taken from are left out.
+
+    Args:
+        path: of the data directory.
+        require: files that must list every utterance although they are optional:
+            ``utt2domain``, ``text``, ``utt2num_samples``.
+
+    Raises:
+        DataDirError: a missing file, a malformed line, files that contradict each
+            other. What the end of a file says comes up at the end: call
+            :func:`check` first where that is too late.
+    """
+    path = Path(path)
+    tables = {
+        name: sorted_rows(path / name, columns, empty_values=name == "text")
+        for name, columns in COLUMNS.items()
+        if name == "utt2spk" or (path / name).exists()
+    }
+    if (path / "segments").exists():
+        recordings = Lines.by_key(path / "wav.scp", "recording file")
+        segments = sorted_rows(path / "segments", SEGMENTS)
+        yield from _entries(path, segments, tables, require, recordings.find)
+    else:
+        files = sorted_rows(path / "wav.scp", "utterance file")
+        yield from _entries(path, files, tables, require)
+
+
+def check(path: str | os.PathLike[str], require: Collection[str] = ()) -> int:
+    """Read a whole data directory; returns the number of its utterances.
+
+    Raises:
+        DataDirError: see :func:`entries`.
+    """
+    return sum(1 for _ in entries(path, require))
+
+
+def _entries(
+    path: Path,
+    utterances: Iterable[tuple],
+    tables: Mapping[str, Iterable[tuple]],
+    require: Collection[str],
+    find: Callable[[str], str | None] | None = None,
+) -> Iterator[Entry]:
+    """Join the tables of a data directory; see :func:`entries`.
+
+    Args:
+        path: of the directory, for messages.
+        utterances: rows of ``segments``, or of wav.scp if ``find`` is None.
+        tables: rows of the others, by name.
+        require: as for :func:`entries`.
+        find: returns the file of a recording.
+    """
+    differences, count = Differences(), 0
+    columns = [tables.get(name, ()) for name in COLUMNS]
+    complete = {name for name in tables if name != "text"} | {*require}
+    for utt, (first, *found) in join(utterances, *columns):
+        count += 1
+        for name, row in zip(COLUMNS, found, strict=True):
+            if first is None:
+                if row is not None:
+                    differences.add(path / name, utt, missing=False)
+            elif row is None and name in complete:
+                differences.add(path / name, utt, missing=True)
+        if differences:
+            continue  # only to count them
+        file, segment = first[1], None
+        if find is not None:
+            segment = _parse_segment(path, utt, first[1])
+            file = find(segment.recording)
+            if file is None:
+                raise DataDirError(
+                    f"{path}/wav.scp: recording '{segment.recording}' of utterance "
+                    f"'{utt}' is missing; add its line, or remove the utterance from "
+                    "the other files"
+                )
+        speaker, domain, text, samples = (row and row[1] for row in found)
+        if samples is not None:
+            samples = parse_count(path / "utt2num_samples", utt, samples)
+        entry = Entry(utt, file, speaker, domain or "", segment, text, samples)
+        _check_entry(path, entry)
+        yield entry
+    differences.check()
+    if not count:
+        raise DataDirError(
+            f"{path}: the data directory has no utterances; prepare it again (stage 1)"
+        )
+
+
+def _parse_segment(path: Path, utt: str, rest: str) -> Segment:
+    """Read what a line of segments holds behind the utterance's id."""
+    try:
+        recording, start, end, *channel = rest.split()
+        numbers = map(int, channel)  # of Kaldi's optional last column
+        return Segment(recording, float(start), float(end), *numbers)
+    except (TypeError, ValueError):
+        raise DataDirError(
+            f"{path}/segments: the line of utterance '{utt}' should be 'utterance "
+            "recording start end [channel]' with times in seconds and channels from "
+            f"0, found '{utt} {rest}'"
+        ) from None
+
+
+def parse_count(file: str | Path, utt: str, value: str) -> int:
+    """Read a value of utt2num_samples.
+
+    Raises:
+        DataDirError: it is no number, or none that four bytes hold.
+    """
+    if not value.isdecimal() or int(value) >= 1 << 31:
+        raise DataDirError(
+            f"{file}: utterance '{utt}' has {value!r} instead of a number of samples; "
+            "remove the file and run stages 2 and 3 again"
+        )
+    return int(value)
+
+
+def _check_entry(path: Path, entry: Entry) -> None:
+    """Raise DataDirError for what cannot be used of an utterance."""
+    utt, segment = entry.utt, entry.segment
+    for name in {utt, entry.recording}:
+        if any("\udc80" <= character <= "\udcff" for character in name):
+            raise DataDirError(
+                f"{path}: the id {name!r} is not UTF-8, which ESPnet reads ids as; "
+                "convert the tables to UTF-8 (names of audio files may be as they are)"
+            )
+        if "/" in name or name in (".", ".."):
+            raise DataDirError(
+                f"{path}: the id '{name}' cannot name a file; replace '/' in ids, e.g. "
+                "by '-'"
+            )
+    if entry.path.endswith("|"):
+        raise DataDirError(
+            f"{path}/wav.scp: '{entry.recording}' is a command; commands in data files "
+            "are not run: decode to files and give their paths"
+        )
+    if segment and not (0 <= segment.start < segment.end or segment.end == -1):
+        raise DataDirError(
+            f"{path}/segments: utterance '{utt}' goes from {segment.start} to "
+            f"{segment.end} s; the start must be at least 0 and before the end (-1: to "
+            "the end of the recording)"
+        )
+    if entry.domain not in ("", *DOMAINS):
+        raise DataDirError(
+            f"{path}/utt2domain: utterance '{utt}' has domain '{entry.domain}'; "
+            f"the domains are {' and '.join(DOMAINS)}"
+        )
+
+
+# --- Writing --------------------------------------------------------------------------
+
+
+class EntryWriter:
+    """Writes the tables of a data directory; see :func:`entry_writer`.
+
+    Attributes:
+        count: entries written.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, TableWriter],
+        speakers: ExternalSorter[tuple[str, str]],
+        recordings: ExternalSorter[tuple[str, str]],
+    ) -> None:
+        self._tables, self._speakers, self._recordings = tables, speakers, recordings
+        self._last: Entry | None = None
+        self.count = 0
+
+    def add(self, entry: Entry) -> None:
+        """Write an utterance.
+
+        Raises:
+            DataDirError: its id is that of the one before, or only one of them is a
+                segment.
+            ValueError: not in the order of ids.
+        """
+        last = self._last
+        if last is not None:
+            if entry.utt == last.utt:
+                raise _same_id(entry.utt, last.path, entry.path)
+            if c_order(entry.utt) < c_order(last.utt):
+                raise ValueError(f"{entry.utt} after {last.utt}: not in order")
+            if (entry.segment is None) != (last.segment is None):
+                raise DataDirError(
+                    f"cannot join with and without segments: {last.path}, {entry.path}"
+                )
+        values = {
+            "utt2spk": entry.speaker,
+            "utt2domain": entry.domain or None,
+            "text": entry.text,
+            "utt2num_samples": entry.samples,
+            "labels": entry.labels or None,
+            "splits": entry.part or None,
+        }
+        if entry.segment is None:
+            values["wav.scp"] = entry.path
+        else:
+            values["segments"] = entry.segment.line()
+            row = entry.recording, entry.path
+            if last is None or row != (last.recording, last.path):
+                self._recordings.add(row)
+        for name, value in values.items():
+            if value is not None:
+                self._tables[name].add(entry.utt, value)
+        self._speakers.add((entry.speaker, entry.utt))
+        self._last = entry
+        self.count += 1
+
+    def finish(self) -> None:
+        """Write what depends on all utterances."""
+        for speaker, group in groupby(self._speakers, key=itemgetter(0)):
+            self._tables["spk2utt"].add_words(speaker, (utt for _, utt in group))
+        before = ("", "")
+        for row in self._recordings:
+            if row[0] == before[0] and row[1] != before[1]:
+                raise _same_id(row[0], before[1], row[1])
+            if row != before:
+                self._tables["wav.scp"].add(*row)
+            before = row
+
+
+def _same_id(key: str, first: str, second: str) -> DataDirError:
+    return DataDirError(
+        f"the id '{key}' is in both {first} and {second}; give the utterances of one "
+        "of them a prefix of their own, or keep one"
+    )
+
+
+@contextmanager
+def entry_writer(
+    path: str | os.PathLike[str], feats_type: str = ""
+) -> Iterator[EntryWriter]:
+    """Write a data directory of entries that come in the order of their ids.
+
+    Its files appear at the end of the context, wav.scp last, or not at all. Files of an
+    earlier version that are no longer needed are removed. Where an entry has labels or
+    a part, a file ``labels`` or ``splits`` is written.
+
+    Args:
+        path: of the data directory; made if it is not there.
+        feats_type: ``raw`` where the audio is in its final form, as ESPnet's scripts
+            expect it of a set in dump/raw.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "wav.scp").unlink(missing_ok=True)
+    with ExitStack() as stack:
+        # What is opened first is closed, and so appears, last.
+        names = ("wav.scp", "segments", *COLUMNS, "spk2utt", "labels", "splits")
+        tables = {n: stack.enter_context(table_writer(path / n)) for n in names}
+        speakers, recordings = (
+            stack.enter_context(ExternalSorter[tuple[str, str]](folder=path))
+            for _ in range(2)
+        )
+        writer = EntryWriter(tables, speakers, recordings)
+        yield writer
+        writer.finish()
+        (path / "feats_type").unlink(missing_ok=True)
+        if feats_type:
+            (path / "feats_type").write_text(f"{feats_type}\n", encoding="utf-8")
+    for name, table in tables.items():
+        if not table.lines:
+            (path / name).unlink()
+
+
+def write_entries(
+    found: Iterable[Entry], path: str | os.PathLike[str], feats_type: str = ""
+) -> int:
+    """Write a data directory of sorted entries; returns their number.
+
+    Raises:
+        DataDirError: see :meth:`EntryWriter.add`.
+    """
+    with entry_writer(path, feats_type) as writer:
+        for entry in found:
+            writer.add(entry)
+        return writer.count
+
+
+# --- In memory ------------------------------------------------------------------------
+
+
 @dataclass
 class DataDir:
-    """One data set in Kaldi's form.
+    """One data set in Kaldi's form, small enough for memory.
 
     Attributes:
         wav_scp: Recording -> audio file (without segments: utterance -> audio file).
@@ -74,130 +417,72 @@ class DataDir:
         return sorted(ids, key=c_order)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> DataDir:
-        """Read a directory; files other than wav.scp and utt2spk are optional.
+    def load(
+        cls, path: str | os.PathLike[str], require: Collection[str] = ()
+    ) -> DataDir:
+        """Read and check a directory; see :func:`entries`."""
+        data = cls({}, {}, path=Path(path))
+        for entry in entries(path, require):
+            data.wav_scp[entry.recording] = entry.path
+            data.utt2spk[entry.utt] = entry.speaker
+            if entry.segment is not None:
+                data.segments = data.segments or {}
+                data.segments[entry.utt] = entry.segment
+            if entry.domain:
+                data.utt2domain[entry.utt] = entry.domain
+            if entry.text is not None:
+                data.text[entry.utt] = entry.text
+            if entry.samples is not None:
+                data.utt2num_samples[entry.utt] = entry.samples
+        if (data.path / "feats_type").exists():
+            data.feats_type = (data.path / "feats_type").read_text().strip()
+        return data
 
-        Raises:
-            DataDirError: a missing file, a malformed line or a repeated key.
-        """
-        path = Path(path)
-        segments = None
-        if (path / "segments").exists():
-            table = read_table(path / "segments", "utterance recording start end")
-            segments = {
-                utt: parse_segment(path, utt, rest) for utt, rest in table.items()
-            }
-        return cls(
-            wav_scp=read_table(path / "wav.scp", "utterance file"),
-            utt2spk=read_table(path / "utt2spk", "utterance speaker"),
-            segments=segments,
-            utt2domain=_optional(path / "utt2domain", "utterance domain"),
-            text=_optional(path / "text", "utterance transcript", empty_values=True),
-            utt2num_samples={
-                utt: parse_count(path, utt, value)
-                for utt, value in _optional(
-                    path / "utt2num_samples", "utterance samples"
-                ).items()
-            },
-            feats_type=read_feats_type(path),
-            path=path,
-        )
+    def entries(self, require: Collection[str] = ()) -> Iterator[Entry]:
+        """Yield the utterances; see the function :func:`entries`."""
+        tables = {
+            name: _rows(getattr(self, name))
+            for name in COLUMNS
+            if name == "utt2spk" or getattr(self, name)
+        }
+        if self.segments is None:
+            yield from _entries(self.path, _rows(self.wav_scp), tables, require)
+        else:
+            segments = _rows({utt: s.line() for utt, s in self.segments.items()})
+            find = self.wav_scp.get
+            yield from _entries(self.path, segments, tables, require, find)
 
-    def validate(self, require: Iterable[str] = ()) -> None:
-        """Check that the files agree with each other.
-
-        Args:
-            require: Files that must list every utterance although they are optional:
-                ``utt2domain``, ``text``, ``utt2num_samples``.
+    def validate(self, require: Collection[str] = ()) -> None:
+        """Check that the tables agree with each other.
 
         Raises:
             DataDirError: naming the file, an example and the remedy.
         """
-        utterances = set(self.utterances)
-        if not utterances:
-            raise DataDirError(
-                f"{self.path}: the data directory has no utterances; "
-                "prepare it again (stage 1)"
-            )
-        if self.segments is not None:
-            recordings = {segment.recording for segment in self.segments.values()}
-            _agree(self.path, "wav.scp", set(self.wav_scp), recordings, "recording")
-            for utt, segment in self.segments.items():
-                check_segment(self.path, utt, segment)
-        for recording, file in self.wav_scp.items():
-            check_file(self.path, recording, file)
-        _agree(self.path, "utt2spk", set(self.utt2spk), utterances)
-        for name in ("utt2domain", "text", "utt2num_samples"):
-            keys = set(getattr(self, name))
-            if name in require or (keys and name != "text"):
-                _agree(self.path, name, keys, utterances)
-            elif keys - utterances:
-                extra = keys - utterances
-                raise unknown_lines(self.path / name, len(extra), min(extra))
-        for utt, domain in self.utt2domain.items():
-            check_domain(self.path, utt, domain)
-        for utt in utterances | set(self.wav_scp):
-            check_id(self.path, utt)
+        for _ in self.entries(require):
+            pass
 
     def select(self, utterances: Iterable[str]) -> DataDir:
         """Return a copy with these utterances (and the recordings they need)."""
         keep = set(utterances)
-        segments = None
-        recordings = keep
+        segments, recordings = None, keep
         if self.segments is not None:
-            segments = {utt: s for utt, s in self.segments.items() if utt in keep}
+            segments = _only(self.segments, keep)
             recordings = {segment.recording for segment in segments.values()}
-        return replace(
-            self,
-            wav_scp=_only(self.wav_scp, recordings),
-            segments=segments,
-            utt2spk=_only(self.utt2spk, keep),
-            utt2domain=_only(self.utt2domain, keep),
-            text=_only(self.text, keep),
-            utt2num_samples=_only(self.utt2num_samples, keep),
-        )
+        tables = {name: _only(getattr(self, name), keep) for name in COLUMNS}
+        wav_scp = _only(self.wav_scp, recordings)
+        return replace(self, wav_scp=wav_scp, segments=segments, **tables)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write all files, sorted as in the C locale, with spk2utt; files of an
-        earlier version that are no longer needed are removed.
-
-        wav.scp is written last, so that a directory with wav.scp is complete.
-        """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "wav.scp").unlink(missing_ok=True)
-        write_feats_type(path, self.feats_type)
-        spk2utt: dict[str, list[str]] = {}
-        for utt in self.utterances:
-            spk2utt.setdefault(self.utt2spk[utt], []).append(utt)
-        tables: dict[str, Mapping[str, object]] = {
-            "utt2spk": self.utt2spk,
-            "spk2utt": {spk: " ".join(utts) for spk, utts in spk2utt.items()},
-            "utt2domain": self.utt2domain,
-            "text": self.text,
-            "utt2num_samples": self.utt2num_samples,
-            "segments": {utt: s.line() for utt, s in (self.segments or {}).items()},
-            "wav.scp": self.wav_scp,
-        }
-        for name, table in tables.items():
-            if table:
-                write_table(path / name, table)
-            else:
-                (path / name).unlink(missing_ok=True)
+        """Write all files; see :func:`entry_writer`."""
+        write_entries(self.entries(), path, self.feats_type)
 
 
-def read_feats_type(path: Path) -> str:
-    """Return what a data directory's ``feats_type`` says, "" where there is none."""
-    file = path / "feats_type"
-    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
+def _rows(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key, str(table[key])) for key in sorted(table, key=c_order)]
 
 
-def write_feats_type(path: Path, feats_type: str) -> None:
-    """Write a data directory's ``feats_type``, or remove it where it is empty."""
-    if feats_type:
-        (path / "feats_type").write_text(f"{feats_type}\n", encoding="utf-8")
-    else:
-        (path / "feats_type").unlink(missing_ok=True)
+def _only(table: Mapping[str, Any], keep: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key in keep}
 
 
 def read_table(path: Path, columns: str, empty_values: bool = False) -> dict[str, str]:
@@ -212,7 +497,7 @@ def read_table(path: Path, columns: str, empty_values: bool = False) -> dict[str
         DataDirError: missing file, malformed line, repeated key.
     """
     table: dict[str, str] = {}
-    for number, (key, value) in enumerate(rows(path, columns, empty_values), 1):
+    for number, (key, value, _) in enumerate(rows(path, columns, empty_values), 1):
         if key in table:
             raise DataDirError(
                 f"{path}, line {number}: '{key}' appears twice; keep one of its lines"
@@ -223,116 +508,6 @@ def read_table(path: Path, columns: str, empty_values: bool = False) -> dict[str
 
 def write_table(path: Path, table: Mapping[str, object]) -> None:
     """Write sorted ``key value`` lines; the file appears complete or not at all."""
-    writer = TableWriter(path)
-    try:
+    with table_writer(path) as writer:
         for key in sorted(table, key=c_order):
             writer.add(key, table[key])
-        writer.finish()
-    except BaseException:
-        writer.discard()
-        raise
-
-
-def _optional(path: Path, columns: str, empty_values: bool = False) -> dict[str, str]:
-    return read_table(path, columns, empty_values) if path.exists() else {}
-
-
-def _only(table: Mapping[str, object], keep: set[str]) -> dict:
-    return {key: value for key, value in table.items() if key in keep}
-
-
-def check_segment(path: Path, utt: str, segment: Segment) -> None:
-    """Raise DataDirError unless a segment has a length."""
-    start, end = segment.start, segment.end
-    if not (0 <= start and (start < end or end == -1)):
-        raise DataDirError(
-            f"{path}/segments: utterance '{utt}' goes from {start} to {end} s; the "
-            "start must be at least 0 and before the end (-1: to the end of the "
-            "recording)"
-        )
-
-
-def check_file(path: Path, recording: str, file: str) -> None:
-    """Raise DataDirError for a command in wav.scp."""
-    if file.endswith("|"):
-        raise DataDirError(
-            f"{path}/wav.scp: '{recording}' is a command; commands in data files are "
-            "not run: decode to files and give their paths"
-        )
-
-
-def check_domain(path: Path, utt: str, domain: str) -> None:
-    """Raise DataDirError for an unknown domain."""
-    if domain not in DOMAINS:
-        raise DataDirError(
-            f"{path}/utt2domain: utterance '{utt}' has domain '{domain}'; "
-            f"the domains are {' and '.join(DOMAINS)}"
-        )
-
-
-def check_id(path: Path, utt: str) -> None:
-    """Raise DataDirError for an id that could not name a file, or is not UTF-8."""
-    if any("\udc80" <= character <= "\udcff" for character in utt):
-        raise DataDirError(
-            f"{path}: the id {utt!r} is not UTF-8, which ESPnet reads ids as; convert "
-            "the tables to UTF-8 (names of audio files may be as they are)"
-        )
-    if "/" in utt or utt in (".", ".."):
-        raise DataDirError(
-            f"{path}: the id '{utt}' cannot name a file; "
-            "replace '/' in ids, e.g. by '-'"
-        )
-
-
-def parse_segment(path: Path, utt: str, rest: str) -> Segment:
-    """Read what a line of segments holds behind the utterance's id."""
-    try:
-        recording, start, end, *channel = rest.split()
-        numbers = map(int, channel)  # of Kaldi's optional last column
-        return Segment(recording, float(start), float(end), *numbers)
-    except (TypeError, ValueError):
-        raise DataDirError(
-            f"{path}/segments: the line of utterance '{utt}' should be 'utterance "
-            "recording start end [channel]' with times in seconds and channels from "
-            f"0, found '{utt} {rest}'"
-        ) from None
-
-
-def parse_count(path: Path, utt: str, value: str) -> int:
-    """Read a value of utt2num_samples."""
-    if not value.isdecimal():
-        raise DataDirError(
-            f"{path}/utt2num_samples: utterance '{utt}' has {value!r} instead of a "
-            "number of samples; remove the file and run stages 2 and 3 again"
-        )
-    return int(value)
-
-
-def _agree(
-    path: Path, name: str, keys: set[str], expected: set[str], what: str = "utterance"
-) -> None:
-    missing = expected - keys
-    if missing:
-        raise missing_lines(path / name, len(missing), min(missing), what)
-    if extra := keys - expected:
-        raise unknown_lines(path / name, len(extra), min(extra), what)
-
-
-def missing_lines(
-    path: Path, count: int, example: str, what: str = "utterance"
-) -> DataDirError:
-    """The error of utterances (or recordings) that a table lacks."""
-    return DataDirError(
-        f"{path}: {count} {what}s are missing, e.g. '{example}'; "
-        "add their lines, or remove them from the other files"
-    )
-
-
-def unknown_lines(
-    path: Path, count: int, example: str, what: str = "utterance"
-) -> DataDirError:
-    """The error of utterances (or recordings) that no other table has."""
-    return DataDirError(
-        f"{path}: {count} {what}s are in no other file, e.g. '{example}'; remove "
-        "their lines, or add them to the other files"
-    )

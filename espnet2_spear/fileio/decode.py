@@ -84,20 +84,6 @@ def _entry_of_ark(path: Path, offset: int) -> tuple[int, int]:
     )
 
 
-def open_bytes(path: str | os.PathLike[str]) -> ByteRange:
-    """Open a recording for reading its bytes.
-
-    Args:
-        path: of a file, or ``file.ark:offset``.
-
-    Raises:
-        OSError: the file cannot be read.
-        DecodeError: no audio begins at the offset.
-    """
-    file, offset = split_ark(path)
-    return ByteRange(file, *(() if offset is None else _entry_of_ark(file, offset)))
-
-
 class Source:
     """A recording that is open; use it as a context.
 

@@ -7,9 +7,9 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 Row = TypeVar("Row")
@@ -28,7 +28,7 @@ def by_first(row: Any) -> bytes:
     return c_order(row[0])
 
 
-class ExternalSorter(Generic[Row]):
+class ExternalSorter(AbstractContextManager, Generic[Row]):
     """Rows that are added in any order and read in sorted order, as often as wanted.
 
     At most ROWS of them are in memory, and _BLOCK of each of at most RUNS files a
@@ -104,15 +104,7 @@ class ExternalSorter(Generic[Row]):
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
-    def __enter__(self) -> ExternalSorter[Row]:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *unused: object) -> None:
         self.close()
 
     def __del__(self) -> None:

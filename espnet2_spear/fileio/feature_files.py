@@ -5,45 +5,74 @@ A matrix may be larger than memory, so its number of rows is filled in at the en
 
 from __future__ import annotations
 
+import io
 import struct
-from abc import abstractmethod
-from contextlib import AbstractContextManager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from espnet2_spear.fileio.atomic import AtomicFile
+from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.fileio.names import file_name
 
 _MATRIX = b"\0BFM "  # Kaldi's marks of a binary file and of a float matrix
 
 
-class FeatureFiles(AbstractContextManager):
-    """One matrix after the other, each given as blocks of rows.
+class Matrix:
+    """A matrix that is being written.
 
-    ``begin``, then ``append`` at least once, then ``finish`` or ``abandon``.
+    Args:
+        file: written to, from where it stands.
+        dtype: as stored.
+        header: bytes for a shape; as many for any number of rows.
+        spec: where the matrix will be found.
+
+    Attributes:
+        rows: written so far.
     """
 
-    @abstractmethod
-    def begin(self, utt: str) -> None:
-        """Start the matrix of an utterance."""
+    def __init__(
+        self,
+        file: BinaryIO,
+        dtype: str,
+        header: Callable[[int, int], bytes],
+        spec: str,
+    ) -> None:
+        self._file, self._dtype, self._header, self.spec = file, dtype, header, spec
+        self._start, self.rows, self._columns = file.tell(), 0, 0
 
-    @abstractmethod
     def append(self, block: np.ndarray) -> None:
         """Write rows (n, columns)."""
+        if self._file.tell() == self._start:
+            self._columns = block.shape[1]
+            self._file.write(self._header(0, self._columns))
+        self._file.write(np.ascontiguousarray(block, dtype=self._dtype).data)
+        self.rows += len(block)
+
+    def finish(self) -> None:
+        """Fill in the number of rows."""
+        end = self._file.tell()
+        self._file.seek(self._start)
+        self._file.write(self._header(self.rows, self._columns))
+        self._file.seek(end)
+
+
+class FeatureFiles(AbstractContextManager, ABC):
+    """One matrix after the other, each given as blocks of rows."""
 
     @abstractmethod
-    def finish(self) -> tuple[str, int]:
-        """Return where the matrix is, and its number of rows."""
-
-    @abstractmethod
-    def abandon(self) -> None:
-        """Take back what was written since ``begin``."""
+    def matrix(self, utt: str) -> AbstractContextManager[Matrix]:
+        """Write the matrix of an utterance; nothing of it stays after an error."""
 
     @abstractmethod
     def paths(self) -> list[Path]:
         """Return the files written so far."""
+
+    def __exit__(self, *unused: object) -> None:
+        """Nothing is left to do."""
 
 
 class ArkFeatures(FeatureFiles):
@@ -61,33 +90,26 @@ class ArkFeatures(FeatureFiles):
     def __exit__(self, *unused: object) -> None:
         self._file.close()
 
-    def begin(self, utt: str) -> None:
-        self._start, self._shape = self._file.tell(), (0, 0)
-        self._file.write(f"{utt} ".encode())
-        self._offset = self._file.tell()
-        self._file.write(self._header())
-
-    def append(self, block: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(block, dtype="<f4").data)
-        self._shape = (self._shape[0] + len(block), block.shape[1])
-
-    def finish(self) -> tuple[str, int]:
-        end = self._file.tell()
-        self._file.seek(self._offset)
-        self._file.write(self._header())
-        self._file.seek(end)
-        return f"{self.path}:{self._offset}", self._shape[0]
-
-    def abandon(self) -> None:
-        self._file.seek(self._start)
-        self._file.truncate()
+    @contextmanager
+    def matrix(self, utt: str) -> Iterator[Matrix]:
+        start = self._file.tell()
+        try:
+            self._file.write(f"{utt} ".encode())
+            spec = f"{self.path}:{self._file.tell()}"
+            matrix = Matrix(self._file, "<f4", _ark_header, spec)
+            yield matrix
+            matrix.finish()
+        except BaseException:
+            self._file.seek(start)
+            self._file.truncate()
+            raise
 
     def paths(self) -> list[Path]:
         return [self.path]
 
-    def _header(self) -> bytes:
-        rows, columns = self._shape
-        return _MATRIX + struct.pack("<bibi", 4, rows, 4, columns)
+
+def _ark_header(rows: int, columns: int) -> bytes:
+    return _MATRIX + struct.pack("<bibi", 4, rows, 4, columns)
 
 
 class NpyFeatures(FeatureFiles):
@@ -99,45 +121,25 @@ class NpyFeatures(FeatureFiles):
     """
 
     def __init__(self, folder: Path, dtype: str) -> None:
-        self.folder, self.dtype = folder, np.dtype(dtype)
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.dtype = folder, dtype
         self._paths: list[Path] = []
-        self._whole: AtomicFile | None = None
 
-    def __exit__(self, *unused: object) -> None:
-        if self._whole is not None:
-            self._whole.discard()
-
-    def begin(self, utt: str) -> None:
-        self._path = self.folder / file_name(utt, ".npy")
-        self._shape = (0, 0)
-        self._whole = AtomicFile(self._path)
-        self._file: BinaryIO = self._whole.file
-
-    def append(self, block: np.ndarray) -> None:
-        if self._shape[0] == 0:
-            self._write_header(block.shape[1])
-        self._file.write(np.ascontiguousarray(block, dtype=self.dtype).data)
-        self._shape = (self._shape[0] + len(block), block.shape[1])
-
-    def finish(self) -> tuple[str, int]:
-        self._file.seek(0)
-        self._write_header(self._shape[1])
-        self._whole.commit()
-        self._paths.append(self._path)
-        return str(self._path), self._shape[0]
-
-    def abandon(self) -> None:
-        self._whole.discard()
+    @contextmanager
+    def matrix(self, utt: str) -> Iterator[Matrix]:
+        path = self.folder / file_name(utt, ".npy")
+        with atomic(path) as file:
+            matrix = Matrix(file, self.dtype, self._header, str(path))
+            yield matrix
+            matrix.finish()
+        self._paths.append(path)
 
     def paths(self) -> list[Path]:
         return list(self._paths)
 
-    def _write_header(self, columns: int) -> None:
+    def _header(self, rows: int, columns: int) -> bytes:
         # numpy leaves room in the header for the number of rows to grow.
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self.dtype),
-            "fortran_order": False,
-            "shape": (self._shape[0], columns),
-        }
-        np.lib.format.write_array_header_1_0(self._file, header)
+        descr = np.lib.format.dtype_to_descr(np.dtype(self.dtype))
+        header = {"descr": descr, "fortran_order": False, "shape": (rows, columns)}
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(buffer, header)
+        return buffer.getvalue()

@@ -6,9 +6,17 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    as_completed,
+    wait,
+)
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.hashes import crc32_of, digest_of
@@ -17,7 +25,9 @@ from espnet2_spear.fileio.utterances import Batched, Utterance
 
 SHARD_SECONDS = 600.0  # of audio, at least: what a killed run computes again
 MOST_SHARDS = 10000  # of a run, unless it is told otherwise: files are three times that
+SAY_SECONDS = 30.0  # between two lines about the progress
 Batches = list[list[Utterance]]
+Job, Result = TypeVar("Job"), TypeVar("Result")
 
 
 class Shards(Sequence[Batches]):
@@ -163,26 +173,65 @@ def _read_mark(path: Path) -> dict[str, Any]:
 
 
 class Progress:
-    """Log how far a run is, how fast, and how long it will take.
+    """Log, at most every half minute, how far a run is and how long it will take.
 
     Args:
-        seconds: audio to go through, without what was done before.
-        shards: number of shards to do.
+        total: what there is to do, without what was done before.
+        unit: of that, such as "s of audio".
     """
 
-    def __init__(self, seconds: float, shards: int) -> None:
-        self.total, self.shards = seconds, shards
-        self.seconds, self.done = 0.0, 0
-        self.start = time.monotonic()
+    def __init__(self, total: float, unit: str) -> None:
+        self.total, self.unit, self.done = total, unit, 0.0
+        self._start = self._said = time.monotonic()
 
-    def add(self, seconds: float) -> None:
-        """Count one more shard of so much audio."""
-        self.seconds += seconds
-        self.done += 1
-        elapsed = max(time.monotonic() - self.start, 1e-3)
-        left = elapsed * (self.total / max(self.seconds, 1e-9) - 1.0)
+    def add(self, amount: float) -> None:
+        """Count what was done."""
+        self.done += amount
+        now = time.monotonic()
+        if now < self._said + SAY_SECONDS:
+            return
+        self._said = now
+        rate = max(self.done, 1e-9) / (now - self._start)
         logging.info(
-            f"{self.done}/{self.shards} shards, {self.seconds:.0f} of "
-            f"{self.total:.0f} s of audio, {self.seconds / elapsed:.1f} x real time, "
-            f"{max(left, 0.0):.0f} s to go"
+            f"{self.done:.0f} of {self.total:.0f} {self.unit}, {rate:.1f} a second, "
+            f"{max(self.total - self.done, 0.0) / rate:.0f} s to go"
         )
+
+
+def in_processes(
+    pool: ProcessPoolExecutor,
+    work: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    nj: int,
+    where: str | Path,
+) -> Iterator[Result]:
+    """Yield the results of jobs as the processes of a pool finish them.
+
+    Args:
+        pool: is shut down at the end.
+        work: does a job.
+        jobs: taken as they are needed, so that memory does not grow with their number.
+        nj: number of processes.
+        where: names the run in messages.
+
+    Raises:
+        RuntimeError: a process was killed.
+    """
+    running: set[Future[Result]] = set()
+    with pool:
+        try:
+            for job in jobs:
+                running.add(pool.submit(work, job))
+                if len(running) >= 3 * nj:
+                    ready, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in ready)
+            yield from (future.result() for future in as_completed(running))
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"{where}: a process was killed, perhaps for lack of memory; run it "
+                "again with a smaller --nj or --batch_seconds (finished shards are "
+                "kept)"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -1,23 +1,29 @@
-"""Kaldi's tables of ``key value`` lines, read and written line by line."""
+"""Kaldi's tables of ``key value`` lines: read, joined, looked up and written.
+
+Whatever their size, only a few lines of them are in memory. Rows are (key, value,
+place), where the place is the byte at which the line begins in its file.
+"""
 
 from __future__ import annotations
 
 import gzip
+import mmap
 import os
 import tempfile
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.atomic import TEXT, AtomicFile
+from espnet2_spear.fileio.atomic import TEXT, atomic
 from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
+
+Row = tuple[str, str, int]
 
 
 class DataDirError(UserError):
-    """A data directory is inconsistent; the message names file, line and remedy."""
+    """Tables are inconsistent; the message names file, line or key, and remedy."""
 
 
 def open_table(path: Path) -> IO[bytes]:
@@ -58,10 +64,11 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
             ) from None
 
 
-def rows(
-    path: Path, columns: str, empty_values: bool = False
-) -> Iterator[tuple[str, str]]:
-    """Yield the keys and values of a table; the value is the rest of the line.
+# --- Reading in the order of lines, or of keys ----------------------------------------
+
+
+def rows(path: Path, columns: str, empty_values: bool = False) -> Iterator[Row]:
+    """Yield the rows of a table; a value is the rest of the line.
 
     Args:
         path: File to read.
@@ -71,9 +78,10 @@ def rows(
     Raises:
         DataDirError: missing file, malformed line.
     """
+    place = 0
     with open_table(path) as lines:
         for number, raw in enumerate(lines, 1):
-            fields = raw.strip().split(maxsplit=1)
+            fields = raw.split(maxsplit=1)
             if len(fields) == 1 and empty_values:
                 fields.append(b"")
             if len(fields) != 2:
@@ -81,12 +89,9 @@ def rows(
                     f"{path}, line {number}: expected '{columns}', found "
                     f"{raw.decode(**TEXT).strip()!r}; correct or remove the line"
                 )
-            yield fields[0].decode(**TEXT), fields[1].decode(**TEXT)
-
-
-def duplicate_key_error(path: Path, key: str) -> DataDirError:
-    """The error of a key that a table has two lines of."""
-    return DataDirError(f"{path}: '{key}' appears twice; keep one of its lines")
+            key = fields[0].decode("utf-8", "surrogateescape")  # as TEXT, but faster
+            yield key, fields[1].rstrip().decode("utf-8", "surrogateescape"), place
+            place += len(raw)
 
 
 def is_sorted(path: Path) -> bool:
@@ -101,9 +106,7 @@ def is_sorted(path: Path) -> bool:
     return True
 
 
-def sorted_rows(
-    path: Path, columns: str, empty_values: bool = False
-) -> Iterator[tuple[str, str]]:
+def sorted_rows(path: Path, columns: str, empty_values: bool = False) -> Iterator[Row]:
     """As :func:`rows`, in the order of the C locale.
 
     Raises:
@@ -112,114 +115,152 @@ def sorted_rows(
     if is_sorted(path):
         yield from rows(path, columns, empty_values)
         return
-    with ExternalSorter() as table:
+    with ExternalSorter[Row]() as table:
         for row in rows(path, columns, empty_values):
             table.add(row)
         last = None
         for row in table:
             if row[0] == last:
-                raise duplicate_key_error(path, row[0])
+                raise DataDirError(
+                    f"{path}: '{last}' appears twice; keep one of its lines"
+                )
             last = row[0]
             yield row
 
 
-class Lookup:
-    """Values of a table by key, looked up in the file.
+def join(*tables: Iterable[Sequence[Any]]) -> Iterator[tuple[str, list[Any]]]:
+    """Yield every key of any table, with its row in each (None where it has none).
 
-    Memory: 9 bytes a line. A table that is not sorted is copied to a temporary file.
+    Args:
+        tables: rows in the order of their first columns, each of which is there once.
+    """
+    iterators = [iter(table) for table in tables]
+    heads: list[Any] = [next(iterator, None) for iterator in iterators]
+    while any(heads):
+        keys = {head[0] for head in heads if head}
+        key = keys.pop() if len(keys) == 1 else min(keys, key=c_order)
+        found = [head if head and head[0] == key else None for head in heads]
+        yield key, found
+        for number, row in enumerate(found):
+            if row:
+                heads[number] = next(iterators[number], None)
+
+
+class Differences:
+    """Keys that some tables have and others lack, counted while they are joined."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Path, bool], tuple[int, str]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, path: Path, key: str, missing: bool) -> None:
+        """Note a key that a table lacks, or that only this table has."""
+        count, first = self._found.get((path, missing), (0, key))
+        self._found[path, missing] = (count + 1, first)
+
+    def check(self) -> None:
+        """Raise a DataDirError if there are any."""
+        for (path, missing), (count, first) in self._found.items():
+            what = "missing" if missing else "in no other file"
+            remedy = "add their lines, or remove them from the other files"
+            if not missing:
+                remedy = "remove their lines, or add them to the other files"
+            raise DataDirError(
+                f"{path}: {count} utterances are {what}, e.g. '{first}'; {remedy}"
+            )
+
+
+# --- Single lines ---------------------------------------------------------------------
+
+
+class Lines:
+    """A table whose lines are read when they are asked for.
+
+    The file is mapped into memory, which all processes share: nothing is kept of it.
 
     Args:
         path: of the table.
-        columns: names of the columns, for messages.
-
-    Attributes:
-        used: of each line, in sorted order, whether it was found once (a byte).
 
     Raises:
-        DataDirError: missing file, malformed line, repeated key.
+        DataDirError: here, or of any method: it cannot be read, or was changed since.
     """
 
-    def __init__(self, path: Path, columns: str) -> None:
-        self._file: IO[bytes]
-        if is_sorted(path):
-            self._file = open_table(path)
-        else:
-            self._file = tempfile.TemporaryFile()
-            for key, value in sorted_rows(path, columns):
-                self._file.write(f"{key} {value}\n".encode(**TEXT))
-            self._file.seek(0)  # which also writes what is buffered
-        self._starts = array("q", [0])
-        for number, line in enumerate(self._file, 1):
-            if len(line.split(maxsplit=1)) != 2:
-                raise DataDirError(
-                    f"{path}, line {number}: expected '{columns}', found "
-                    f"{line.decode(**TEXT).strip()!r}; correct or remove the line"
-                )
-            self._starts.append(self._starts[-1] + len(line))
-        self.used = bytearray(len(self))
-        self._last: tuple[str, int, str] = ("", -1, "")
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file = open_table(self.path)
+        self.size = os.fstat(self._file.fileno()).st_size
+        self._text: mmap.mmap | bytes = b""  # an empty file cannot be mapped
+        if self.size:
+            self._text = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def __len__(self) -> int:
-        return len(self._starts) - 1
+    @classmethod
+    def of(cls, table: Iterable[Sequence[object]]) -> Lines:
+        """Keep rows, whose first two columns are key and value, in a temporary file."""
+        with tempfile.NamedTemporaryFile("w", **TEXT) as file:
+            file.writelines(f"{row[0]} {row[1]}\n" for row in table)
+            file.flush()
+            return cls(file.name)
 
-    def row(self, number: int) -> tuple[str, str]:
-        """Key and value of a line, in sorted order."""
-        start, end = self._starts[number], self._starts[number + 1]
-        line = os.pread(self._file.fileno(), end - start, start)
-        key, value = line.strip().split(maxsplit=1)
+    @classmethod
+    def by_key(cls, path: Path, columns: str) -> Lines:
+        """Open a table for :meth:`find`: itself, or a copy in the order of its keys."""
+        return cls(path) if is_sorted(path) else cls.of(sorted_rows(path, columns))
+
+    def at(self, place: int) -> tuple[str, str]:
+        """Key and value of the line that begins at a byte."""
+        key, value, _ = self._line(place)
         return key.decode(**TEXT), value.decode(**TEXT)
 
-    def find(self, key: str) -> tuple[int, str] | None:
-        """Number of a key's line, and its value; None if there is no such line."""
-        if key != self._last[0]:
-            number = self._search(key, self._last[1] + 1)
-            if number is None:
-                return None
-            self._last = (key, number, self.row(number)[1])
-            self.used[number] = 1
-        return self._last[1:]
-
-    def _search(self, key: str, guess: int) -> int | None:
-        # Most tables are read in order: the next line is the likeliest.
-        if guess < len(self) and self.row(guess)[0] == key:
-            return guess
-        wanted, low, high = c_order(key), 0, len(self)
+    def find(self, key: str) -> str | None:
+        """Value of a key, None if it is not there; lines have to be in their order."""
+        wanted, low, high = c_order(key), 0, self.size
         while low < high:
-            middle = (low + high) // 2
-            if c_order(self.row(middle)[0]) < wanted:
-                low = middle + 1
-            else:
-                high = middle
-        return low if low < len(self) and self.row(low)[0] == key else None
+            place = max(low, self._text.rfind(b"\n", low, (low + high) // 2) + 1)
+            found, value, end = self._line(place)
+            if found == wanted:
+                return value.decode(**TEXT)
+            low, high = (end + 1, high) if found < wanted else (low, place)
+        return None
 
-    def values(self) -> Iterator[str]:
-        """Yield all values, in the order of their keys."""
-        return (self.row(number)[1] for number in range(len(self)))
+    def _line(self, place: int) -> tuple[bytes, bytes, int]:
+        # Bytes of a file that was cut must not be touched: the process would be killed.
+        if os.fstat(self._file.fileno()).st_size != self.size:
+            raise DataDirError(
+                f"{self.path}: is gone or was changed since it was opened; restore it "
+                "and start again (a training with --resume true)"
+            )
+        end = self._text.find(b"\n", place)
+        end = self.size if end < 0 else end
+        fields = self._text[place:end].strip().split(maxsplit=1)
+        if len(fields) != 2:
+            line = self._text[place:end].decode(**TEXT)
+            raise DataDirError(
+                f"{self.path}: expected 'key value', found {line!r}; correct the line"
+            )
+        return fields[0], fields[1], end
 
-    def unused(self) -> tuple[int, str]:
-        """How many keys were never found, and the first of them."""
-        count = self.used.count(0)
-        return count, self.row(self.used.index(0))[0] if count else ""
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+# --- Writing --------------------------------------------------------------------------
 
 
 class TableWriter:
-    """Writes a table line by line; it appears when it is finished, or not at all.
+    """Writes a table line by line, in the order in which the lines are given.
 
     Args:
-        path: of the table; its folder is there.
+        path: of the table, for messages.
+        file: what is written to.
+
+    Attributes:
+        lines: written so far.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.lines = path, 0
-        self._whole = AtomicFile(path, "w")
-        self._file = self._whole.file
+    def __init__(self, path: Path, file: IO[str]) -> None:
+        self.path, self.lines, self._file = path, 0, file
 
     def add(self, key: str, value: object) -> None:
-        """Write a line; lines are given in the order they shall have.
+        """Write a line.
 
         Raises:
             DataDirError: a line break inside, as file names may have it.
@@ -235,15 +276,13 @@ class TableWriter:
     def add_words(self, key: str, words: Iterable[str]) -> None:
         """Write a line of many words, which are never in memory at once."""
         self._file.write(key)
-        for word in words:
-            self._file.write(f" {word}")
+        self._file.writelines(f" {word}" for word in words)
         self._file.write("\n")
         self.lines += 1
 
-    def finish(self) -> None:
-        """Move the table into place."""
-        self._whole.commit()
 
-    def discard(self) -> None:
-        """Remove what was written."""
-        self._whole.discard()
+@contextmanager
+def table_writer(path: Path) -> Iterator[TableWriter]:
+    """``with table_writer(path) as table:`` writes a table, whole or not at all."""
+    with atomic(path, "w") as file:
+        yield TableWriter(path, file)

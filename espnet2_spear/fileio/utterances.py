@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -11,8 +11,8 @@ from typing import overload
 import numpy as np
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.fileio.external_sorter import c_order
-from espnet2_spear.fileio.tables import DataDirError, Lookup, sorted_rows
+from espnet2_spear.fileio.datadir import parse_count
+from espnet2_spear.fileio.tables import DataDirError, Lines, join, sorted_rows
 
 
 @dataclass(frozen=True)
@@ -27,48 +27,33 @@ class Utterance:
 class UtteranceTable(Sequence[Utterance]):
     """Utterances of a wav.scp, in the order of their names, read when asked for.
 
-    Memory: 13 bytes a line, shared by the parts that are taken of it, and 4 bytes an
-    utterance.
+    Memory: 12 bytes an utterance.
 
     Args:
-        table: the wav.scp.
-        samples: int32, lengths of all its lines.
-        numbers: int32, ascending: its lines that count.
+        lines: the wav.scp.
+        places: int64 (utterances,), where their lines begin.
+        samples: int32 (utterances,), their lengths.
     """
 
-    def __init__(self, table: Lookup, samples: np.ndarray, numbers: np.ndarray) -> None:
-        self._table, self._samples, self.numbers = table, samples, numbers
+    def __init__(self, lines: Lines, places: np.ndarray, samples: np.ndarray) -> None:
+        self._lines, self.places, self.lengths = lines, places, samples
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.places)
 
     @overload
-    def __getitem__(self, place: int) -> Utterance: ...
+    def __getitem__(self, number: int) -> Utterance: ...
     @overload
-    def __getitem__(self, place: slice) -> list[Utterance]: ...
-    def __getitem__(self, place: int | slice) -> Utterance | list[Utterance]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        number = self.numbers[place]
-        return Utterance(*self._table.row(number), int(self._samples[number]))
+    def __getitem__(self, number: slice) -> list[Utterance]: ...
+    def __getitem__(self, number: int | slice) -> Utterance | list[Utterance]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        line = self._lines.at(int(self.places[number]))
+        return Utterance(*line, int(self.lengths[number]))
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Lengths in samples, int32 (utterances,)."""
-        return self._samples[self.numbers]
-
-    def take(self, places: np.ndarray | Sequence[int]) -> UtteranceTable:
-        """Return a part, given by ascending places in this one."""
-        numbers = self.numbers[np.asarray(places, np.int64)]
-        return UtteranceTable(self._table, self._samples, numbers)
-
-    def union(self, others: Iterable[UtteranceTable]) -> UtteranceTable:
-        """Return what is in this or other parts of the same table."""
-        chosen = np.zeros(len(self._table), bool)
-        for part in (self, *others):
-            chosen[part.numbers] = True
-        numbers = np.flatnonzero(chosen).astype(np.int32)
-        return UtteranceTable(self._table, self._samples, numbers)
+    def take(self, numbers: np.ndarray) -> UtteranceTable:
+        """Return a part, given by ascending numbers in this one."""
+        return UtteranceTable(self._lines, self.places[numbers], self.lengths[numbers])
 
 
 def read_utterances(wav_scp: str | Path, utt2num_samples: str | Path) -> UtteranceTable:
@@ -78,18 +63,23 @@ def read_utterances(wav_scp: str | Path, utt2num_samples: str | Path) -> Utteran
         DataDirError: a missing or malformed file, a repeated utterance, an utterance
             without a length.
     """
-    table = Lookup(Path(wav_scp), "utterance file")
-    names = (table.row(number)[0] for number in range(len(table)))
-    lengths = array("i")
-    for utt, value in _joined(names, Path(utt2num_samples), "utterance samples"):
-        if value is None or not value.isdecimal():
+    places, samples = array("q"), array("i")
+    for utt, (file, count) in join(
+        sorted_rows(Path(wav_scp), "utterance file"),
+        sorted_rows(Path(utt2num_samples), "utterance samples"),
+    ):
+        if file is None:
+            continue
+        if count is None:
             raise DataDirError(
                 f"{utt2num_samples}: has no number of samples for '{utt}' of "
                 f"{wav_scp}; run stages 2 and 3 of the recipe again"
             )
-        lengths.append(int(value))
-    numbers = np.arange(len(table), dtype=np.int32)
-    return UtteranceTable(table, np.array(lengths, np.int32), numbers)
+        places.append(file[2])
+        samples.append(parse_count(utt2num_samples, utt, count[1]))
+    return UtteranceTable(
+        Lines(wav_scp), np.array(places, np.int64), np.array(samples, np.int32)
+    )
 
 
 def select_domains(
@@ -102,35 +92,21 @@ def select_domains(
             domain that none has.
     """
     path, wanted, present = Path(utt2domain), set(domains), set[str]()
-    places = array("i")
-    names = (utterance.utt for utterance in utterances)
-    for place, (utt, domain) in enumerate(_joined(names, path, "utterance domain")):
+    names = ((utterance.utt,) for utterance in utterances)
+    kept = array("b")
+    for utt, (name, domain) in join(names, sorted_rows(path, "utterance domain")):
+        if name is None:
+            continue
         if domain is None:
             raise DataDirError(f"{path}: has no domain for '{utt}'; add its line")
-        present.add(domain)
-        if domain in wanted:
-            places.append(place)
+        present.add(domain[1])
+        kept.append(domain[1] in wanted)
     if absent := wanted - present:
         raise DataDirError(
             f"{path}: no utterance of domain {', '.join(sorted(absent))}; "
             f"it has: {', '.join(sorted(present))}"
         )
-    return utterances.take(np.array(places, np.int32))
-
-
-def _joined(
-    names: Iterable[str], path: Path, columns: str
-) -> Iterator[tuple[str, str | None]]:
-    """Yield names, in sorted order, with their values in a table (None without)."""
-    rows = sorted_rows(path, columns)
-    row = next(rows, None)
-    for name in names:
-        while row is not None and c_order(row[0]) < c_order(name):
-            row = next(rows, None)
-        found = row is not None and row[0] == name
-        yield name, row[1] if found else None
-    for _ in rows:  # for the errors of its last lines
-        pass
+    return utterances.take(np.flatnonzero(kept))
 
 
 class Batched(Sequence[list[Utterance]]):

@@ -412,18 +412,9 @@ def _write(
     Raises:
         AudioError: an unreadable piece; nothing of the utterance stays then.
     """
-    for file in files:
-        file.begin(utt)
-    try:
+    with ExitStack() as stack:
+        matrices = [stack.enter_context(file.matrix(utt)) for file in files]
         for layers in blocks:
-            for file, block in zip(files, layers, strict=True):
-                file.append(block)
-    except BaseException:
-        for file in files:
-            file.abandon()
-        raise
-    specs, frames = [], 0
-    for file in files:
-        spec, frames = file.finish()
-        specs.append(spec)
-    return utt, frames, specs
+            for matrix, block in zip(matrices, layers, strict=True):
+                matrix.append(block)
+    return utt, matrices[-1].rows, [matrix.spec for matrix in matrices]

@@ -111,7 +111,7 @@ def store_embeddings(
     todo = [i for i, record in enumerate(records) if record is None]
     if len(todo) < len(shards):
         logging.info(f"{len(shards) - len(todo)} of {len(shards)} shards are done")
-    progress = Progress(sum(shards.seconds(i) for i in todo), len(todo))
+    progress = Progress(sum(shards.seconds(i) for i in todo), "s of audio")
     for i in todo:
         path = folder / _file(i)
         records[i] = _store_shard(teacher, shards[i], path, dtype, compute_dtype)

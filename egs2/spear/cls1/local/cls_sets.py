@@ -15,13 +15,12 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir_stream import entries
+from espnet2_spear.fileio.datadir import entries
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
-from espnet2_spear.fileio.tables import DataDirError, TableWriter, sorted_rows
+from espnet2_spear.fileio.tables import DataDirError, join, sorted_rows, table_writer
 
 UNKNOWN = "<unk>"
-LABELS = ("text", "labels")
 
 
 def labels_of(set_dir: Path, labels: Path) -> Iterator[tuple[str, list[str]]]:
@@ -31,38 +30,33 @@ def labels_of(set_dir: Path, labels: Path) -> Iterator[tuple[str, list[str]]]:
         DataDirError: an utterance without label.
     """
     rows = sorted_rows(labels, "utterance labels")
-    row = next(rows, None)
-    for entry in entries(set_dir):
-        while row is not None and row[0] != entry.utt:
-            row = next(rows, None)
+    for utt, (entry, row) in join(entries(set_dir), rows):
         if row is None:
-            raise DataDirError(f"{labels}: has no label of '{entry.utt}'; add its line")
-        yield entry.utt, row[1].split()
+            raise DataDirError(f"{labels}: has no label of '{utt}'; add its line")
+        if entry is not None:
+            yield utt, row[1].split()
 
 
 def write_training_set(set_dir: Path, labels: Path, token_list: Path) -> None:
     """Write labels, text, category2utt and the token list."""
     token_list.parent.mkdir(parents=True, exist_ok=True)
-    files = ("category2utt", *LABELS)
-    tables = [TableWriter(set_dir / name) for name in files]
-    try:
-        with ExternalSorter[tuple[str, str]](folder=set_dir) as classes:
-            for utt, names in labels_of(set_dir, labels):
-                for table in tables[1:]:
-                    table.add(utt, " ".join(names))
-                for name in dict.fromkeys(names):
-                    classes.add((name, utt))
-            tokens = []
-            for name, group in groupby(classes, key=itemgetter(0)):
-                tables[0].add_words(name, (utt for _, utt in group))
-                tokens.append(name)
+    with (
+        table_writer(set_dir / "category2utt") as category2utt,
+        table_writer(set_dir / "text") as text,
+        table_writer(set_dir / "labels") as copy,
+        ExternalSorter[tuple[str, str]](folder=set_dir) as classes,
+    ):
+        for utt, names in labels_of(set_dir, labels):
+            text.add(utt, " ".join(names))
+            copy.add(utt, " ".join(names))
+            for name in dict.fromkeys(names):
+                classes.add((name, utt))
+        tokens = []
+        for name, group in groupby(classes, key=itemgetter(0)):
+            category2utt.add_words(name, (utt for _, utt in group))
+            tokens.append(name)
         if len(tokens) < 2:
             raise DataDirError(f"{labels}: needs two classes at least")
-        for table in tables:
-            table.finish()
-    finally:
-        for table in tables:
-            table.discard()
     token_list.write_text("".join(f"{name}\n" for name in [*tokens, UNKNOWN]))
 
 
@@ -73,21 +67,18 @@ def write_other_set(set_dir: Path, labels: Path, token_list: Path) -> None:
         DataDirError: a label that the training set does not have.
     """
     known = set(token_list.read_text(encoding="utf-8").split())
-    tables = [TableWriter(set_dir / name) for name in LABELS]
-    try:
+    with (
+        table_writer(set_dir / "text") as text,
+        table_writer(set_dir / "labels") as copy,
+    ):
         for utt, names in labels_of(set_dir, labels):
             if unknown := [name for name in names if name not in known]:
                 raise DataDirError(
                     f"{labels}: '{utt}' has the label '{unknown[0]}', which is not in "
                     f"{token_list}: the training set has no such clip"
                 )
-            for table in tables:
-                table.add(utt, " ".join(names))
-        for table in tables:
-            table.finish()
-    finally:
-        for table in tables:
-            table.discard()
+            text.add(utt, " ".join(names))
+            copy.add(utt, " ".join(names))
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -4,20 +4,18 @@ import argparse
 import csv
 import logging
 import os
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from urllib.parse import quote_from_bytes
 
-import numpy as np
-
-from espnet2_spear.fileio.datadir import Segment
-from espnet2_spear.fileio.datadir_stream import Entry, write_entries
+from espnet2_spear.fileio.datadir import Entry, Segment, write_entries
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.folders import audio_files
-from espnet2_spear.fileio.hashes import name_hash
-from espnet2_spear.fileio.tables import DataDirError, open_text
+from espnet2_spear.fileio.tables import DataDirError, Lines, open_text
 
 EXAMPLES = 3  # missing files that are named in a message
 LEAST = 0.5  # share of a part that copies have at least that usually miss files
@@ -82,39 +80,22 @@ class Found:
 class FileIndex:
     """The audio files below a folder, by their names without suffix.
 
-    Memory: 16 bytes a file and the length of its path within the folder.
-
     Args:
         folder: to search; hidden files are left out.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        hashes, ends, paths = array("Q"), array("Q"), bytearray()
-        for path in audio_files(folder):
-            hashes.append(name_hash(path.stem))
-            paths += os.fsencode(path.relative_to(folder))
-            ends.append(len(paths))
-        self._paths = bytes(paths)
-        ends_of = np.frombuffer(ends, np.uint64) if ends else np.zeros(0, np.uint64)
-        keys = np.frombuffer(hashes, np.uint64) if hashes else ends_of
-        order = np.argsort(keys, kind="stable")
-        self._hashes = keys[order]
-        self._starts = np.concatenate([[0], ends_of[:-1]])[order].astype(np.int64)
-        self._ends = ends_of[order].astype(np.int64)
+        # Names may have white space in them, which keys of tables have not.
+        with ExternalSorter[tuple[str, str]]() as files:
+            for path in audio_files(folder):
+                files.add((quote_from_bytes(os.fsencode(path.stem)), str(path)))
+            groups = groupby(files, key=itemgetter(0))
+            self._lines = Lines.of((name, max(group)[1]) for name, group in groups)
 
     def find(self, stem: str) -> Path | None:
         """The file of a name; the last one in sorted order, if there are several."""
-        key = np.uint64(name_hash(stem))
-        last = int(np.searchsorted(self._hashes, key, side="right"))
-        found = []
-        while last and self._hashes[last - 1] == key:
-            last -= 1
-            raw = self._paths[self._starts[last] : self._ends[last]]
-            path = self.folder / os.fsdecode(raw)
-            if path.stem == stem:
-                found.append(path)
-        return max(found, default=None)
+        found = self._lines.find(quote_from_bytes(os.fsencode(stem)))
+        return Path(found) if found else None
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,13 @@ import yaml
 from corpus import Corpus
 from data_folders import from_audio_files, from_kaldi_dir, safe_id
 
-from espnet2_spear.fileio.datadir import DOMAINS, Segment, write_table
-from espnet2_spear.fileio.datadir_stream import Entry, write_entries
+from espnet2_spear.fileio.datadir import (
+    DOMAINS,
+    Entry,
+    Segment,
+    write_entries,
+    write_table,
+)
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.tables import DataDirError, open_text

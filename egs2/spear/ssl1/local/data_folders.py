@@ -16,8 +16,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
-from espnet2_spear.fileio.datadir import DOMAINS
-from espnet2_spear.fileio.datadir_stream import Entry, check, entries, write_entries
+from espnet2_spear.fileio.datadir import (
+    DOMAINS,
+    Entry,
+    check,
+    entries,
+    write_entries,
+)
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.folders import audio_files, find_audio
@@ -82,7 +87,7 @@ def from_kaldi_dir(folder: Path, domain: str) -> Iterator[Entry]:
     """Read a Kaldi data directory; paths become absolute, a missing domain is set.
 
     Raises:
-        DataDirError: see :func:`espnet2_spear.fileio.datadir_stream.entries`.
+        DataDirError: see :func:`espnet2_spear.fileio.datadir.entries`.
     """
     check(folder)
 

@@ -21,11 +21,16 @@ from pathlib import Path
 import numpy as np
 
 from espnet2_spear.fileio.audio import AudioError, audio_info
-from espnet2_spear.fileio.datadir import DOMAINS, Segment
-from espnet2_spear.fileio.datadir_stream import Entry, EntryWriter, entries
+from espnet2_spear.fileio.datadir import (
+    DOMAINS,
+    Entry,
+    Segment,
+    entries,
+    entry_writer,
+)
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
-from espnet2_spear.fileio.tables import DataDirError, Lookup
+from espnet2_spear.fileio.tables import DataDirError, Lines, sorted_rows
 
 MEASURED_AT_ONCE = 5000  # recordings
 # A recording up to so much longer than a piece may be stays whole: 10.005 s are not
@@ -50,25 +55,20 @@ def recording_seconds(path: str) -> float:
 def seconds_of(source: Path, pool: ProcessPoolExecutor) -> Callable[[Entry], float]:
     """Measure the recordings of a data directory.
 
-    Memory: 8 bytes a recording (and 9 for looking them up).
-
     Returns:
         a function that tells the seconds of an utterance's recording.
     """
-    lookup = Lookup(source / "wav.scp", "recording file")
-    seconds = np.empty(len(lookup))
-    paths, at = lookup.values(), 0
-    # In parts: the pool takes all that it is given at once.
-    while part := list(islice(paths, MEASURED_AT_ONCE)):
-        found = pool.map(recording_seconds, part, chunksize=50)
-        seconds[at : at + len(part)] = list(found)
-        at += len(part)
 
-    def seconds_of_entry(entry: Entry) -> float:
-        number, _ = lookup.find(entry.recording)
-        return float(seconds[number])
+    def measured() -> Iterator[tuple[str, float]]:
+        recordings = sorted_rows(source / "wav.scp", "recording file")
+        # In parts: the pool takes all that it is given at once.
+        while part := list(islice(recordings, MEASURED_AT_ONCE)):
+            names, paths, _ = zip(*part, strict=True)
+            found = pool.map(recording_seconds, paths, chunksize=50)
+            yield from zip(names, found, strict=True)
 
-    return seconds_of_entry
+    seconds = Lines.of(measured())
+    return lambda entry: float(seconds.find(entry.recording))
 
 
 def cut(
@@ -314,8 +314,8 @@ def write_sets(
     numbers = {name: count(0) for name in limits}
     totals = {(name, domain): [0, 0.0] for name in limits for domain in DOMAINS}
     with (
-        EntryWriter(args.out_dir / "train") as train,
-        EntryWriter(args.out_dir / "valid") as valid,
+        entry_writer(args.out_dir / "train") as train,
+        entry_writer(args.out_dir / "valid") as valid,
     ):
         writers = {"train": train, "valid": valid}
         for piece in pieces:

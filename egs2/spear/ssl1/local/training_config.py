@@ -111,7 +111,7 @@ def check_data(config: Config, utt2domain: Path) -> set[str]:
     Raises:
         PlanError: utterances whose domain has no loss, a teacher without data.
     """
-    present = {domain for _, domain in rows(utt2domain, "utterance domain")}
+    present = {domain for _, domain, _ in rows(utt2domain, "utterance domain")}
     for domain in sorted(present):
         if not any(v > 0 for v in config["loss_weights"].get(domain, {}).values()):
             raise PlanError(
