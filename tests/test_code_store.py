@@ -10,11 +10,11 @@ from espnet2_spear.bin import spear_store_codes
 from espnet2_spear.codes.facts import CodesMismatch
 from espnet2_spear.codes.store import CodeStore, CodeStoreError, CodeStoreWriter
 from espnet2_spear.fileio.ark import (
-    ArkError,
     CodesWriter,
     read_matrix,
     write_missing_codes,
 )
+from espnet2_spear.fileio.tables import DataDirError
 
 
 @pytest.fixture
@@ -170,5 +170,5 @@ def test_command_copies_arks(codes, tmp_path):
         np.testing.assert_array_equal(store[utt], value)
     np.testing.assert_array_equal(store["other"], read_matrix(missing))
     (tmp_path / "speech.scp").write_text("utt\n")
-    with pytest.raises(ArkError, match="line 1: expected"):
+    with pytest.raises(DataDirError, match="line 1: expected"):
         spear_store_codes.main(command)

@@ -14,6 +14,7 @@ from espnet2_spear.fileio.ark import (
     read_scp,
     write_missing_codes,
 )
+from espnet2_spear.fileio.tables import DataDirError
 
 LIBRARIES = ("omniio.tools.kaldi", "kaldiio")
 
@@ -155,16 +156,16 @@ def test_truncated_missing_and_stale_files(tmp_path, monkeypatch, codes, name):
     "content, message",
     [
         ("a x.ark:1\nb\n", "line 2: expected"),
-        ("a x.ark:1\na x.ark:9\n", "line 2: utterance 'a' appears twice"),
+        ("a x.ark:1\na x.ark:9\n", "line 2: 'a' appears twice"),
     ],
 )
 def test_malformed_scp(tmp_path, content, message):
     path = tmp_path / "c.scp"
     path.write_text(content)
-    with pytest.raises(ArkError, match=f"c.scp, {message}"):
+    with pytest.raises(DataDirError, match=f"c.scp, {message}"):
         read_scp(path)
 
 
 def test_missing_scp(tmp_path):
-    with pytest.raises(ArkError, match="none.scp: cannot read"):
+    with pytest.raises(DataDirError, match="none.scp: cannot be read"):
         read_scp(tmp_path / "none.scp")

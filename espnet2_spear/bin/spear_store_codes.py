@@ -15,8 +15,9 @@ from tqdm import tqdm
 from espnet2_spear.codes.facts import codes_facts, codes_shape
 from espnet2_spear.codes.store import CodeStoreWriter
 from espnet2_spear.constants import MISSING
-from espnet2_spear.fileio.ark import read_matrix, scp_lines
+from espnet2_spear.fileio.ark import SCP_COLUMNS, read_matrix
 from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.tables import rows
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
     num, facts = codes_shape(scp).num_codebooks, codes_facts(scp)
     without = 0
     with CodeStoreWriter(args.output_dir, num, facts, args.file_bytes) as writer:
-        for utt, spec in tqdm(scp_lines(scp), unit=" utterances", disable=None):
+        table = rows(scp, SCP_COLUMNS)
+        for utt, spec, _ in tqdm(table, unit=" utterances", disable=None):
             codes = read_matrix(spec, utt)
             missing = len(codes) == 1 and bool(np.all(codes == MISSING))
             without += missing

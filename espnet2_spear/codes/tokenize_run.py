@@ -22,7 +22,7 @@ from espnet2_spear.codes.tokenize_worker import (
     work,
 )
 from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer, check_agreement
-from espnet2_spear.fileio.ark import scp_lines, write_missing_codes
+from espnet2_spear.fileio.ark import SCP_COLUMNS, write_missing_codes
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.hashes import digest_of, sha256_of
@@ -35,7 +35,7 @@ from espnet2_spear.fileio.shards import (
     in_processes,
     split_into_shards,
 )
-from espnet2_spear.fileio.tables import join, table_writer
+from espnet2_spear.fileio.tables import join, rows, table_writer
 from espnet2_spear.fileio.utterances import UtteranceTable, make_batches
 from espnet2_spear.teachers.base import TeacherError
 
@@ -217,7 +217,7 @@ class TokenizeRun:
         quantizer = tokenizer.quantizer
         with ExternalSorter[tuple[str, str]](folder=self.folder) as codes:
             for i in range(len(records)):
-                for row in scp_lines(self.folder / name / f"codes.{i}.scp"):
+                for row in rows(self.folder / name / f"codes.{i}.scp", SCP_COLUMNS):
                     codes.add(row)
             tokenized = len(codes)
             if failed and not tokenized:

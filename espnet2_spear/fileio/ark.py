@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -21,6 +20,7 @@ import numpy as np
 from espnet2_spear.constants import MISSING
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.datadir import read_table
 
 try:
     from omniio import kaldi
@@ -32,11 +32,12 @@ except ImportError:  # ESPnet 202511 and older bring kaldiio instead
             "Kaldi ark files need the package omniio (or kaldiio): pip install omniio"
         ) from None
 
+SCP_COLUMNS = "utterance file:offset"
 _UNSIGNED_BYTE = 6  # Kaldi's kOneByteUnsignedInteger
 
 
 class ArkError(UserError):
-    """An ark or scp file is missing, malformed or truncated."""
+    """An ark file is missing, malformed or truncated."""
 
 
 def read_scp(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -46,33 +47,9 @@ def read_scp(path: str | os.PathLike[str]) -> dict[str, str]:
         Utterance -> specifier for :func:`read_matrix`, in the file's order.
 
     Raises:
-        ArkError: missing file, a line without two columns, a repeated utterance.
+        DataDirError: missing file, a line without two columns, a repeated utterance.
     """
-    entries: dict[str, str] = {}
-    for number, (utt, spec) in enumerate(scp_lines(path), 1):
-        if utt in entries:
-            raise ArkError(
-                f"{path}, line {number}: utterance '{utt}' appears twice; keep one of "
-                "its lines"
-            )
-        entries[utt] = spec
-    return entries
-
-
-def scp_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-    """As :func:`read_scp`, line by line; repeated utterances are not noticed."""
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                columns = line.rstrip("\r\n").split(maxsplit=1)
-                if len(columns) != 2:
-                    raise ArkError(
-                        f"{path}, line {number}: expected 'utterance file:offset', "
-                        f"found {line.rstrip()!r}"
-                    )
-                yield columns[0], columns[1]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArkError(f"{path}: cannot read this scp file: {error}") from error
+    return read_table(Path(path), SCP_COLUMNS)
 
 
 def read_matrix(spec: str, utt: str | None = None) -> np.ndarray:
@@ -115,7 +92,7 @@ def read_matrix(spec: str, utt: str | None = None) -> np.ndarray:
     return matrix
 
 
-class CodesWriter:
+class CodesWriter(AbstractContextManager):
     """Writes an ark file of codes and its scp file.
 
     The scp file appears, complete, when the context is left, so that an existing scp
@@ -167,17 +144,11 @@ class CodesWriter:
         record = _record(utt, codes.astype(np.float32), self._method)
         self._lines[utt] = _append(self._file, self.ark, utt, record)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
         self._file.close()
-        if kind is not None:
-            return
-        lines = (f"{utt} {spec}\n" for utt, spec in self._lines.items())
-        write_atomically(self.scp, "".join(lines).encode())
+        if kind is None:
+            lines = (f"{utt} {spec}\n" for utt, spec in self._lines.items())
+            write_atomically(self.scp, "".join(lines).encode())
 
 
 def write_missing_codes(ark: str | os.PathLike[str], num_codebooks: int) -> str:

@@ -30,6 +30,17 @@ CANCELLED = 0.03  # power of the mean of channels, of theirs: they are in opposi
 MAX_SAID = 20  # notes of a process that are logged
 _said = 0
 SEGMENT_SLACK = 0.1  # seconds that a segment may reach past its recording
+# What helps, by the reason of an AudioError.
+REMEDIES = {
+    "unreadable": "restore it or remove its line from wav.scp",
+    "empty": "fetch it again or remove its line from wav.scp",
+    "bad_rate": "the header is damaged: convert the original again",
+    "not_finite": "convert the original again",
+    "no_channel": "correct the last column of segments",
+    "scale": "divide them (16-bit samples by 32768) and write the file again",
+    "length": "fetch or convert it again, or accept what is there (without --strict)",
+    "segment_past_end": "correct its line in segments, or restore a cut recording",
+}
 
 
 class Span(NamedTuple):
@@ -50,15 +61,13 @@ class AudioError(UserError):
     """An audio file cannot be used; the message names the file and the remedy.
 
     Attributes:
-        reason: One word for lists of skipped utterances: ``unreadable``, ``empty``,
-            ``bad_rate``, ``not_finite``, ``no_channel``, ``scale``, ``length`` or
-            ``segment_past_end``.
+        reason: One word for lists of skipped utterances, such as those of REMEDIES.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], reason: str, detail: str, remedy: str
+        self, path: str | os.PathLike[str], reason: str, detail: str, remedy: str = ""
     ) -> None:
-        super().__init__(f"{path}: {detail}; {remedy}")
+        super().__init__(f"{path}: {detail}; {remedy or REMEDIES[reason]}")
         self.reason = reason
         self.detail = detail
 
@@ -194,19 +203,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Source]:
     """Open a recording; what a decoder refuses is an AudioError."""
     file, _ = split_ark(path)
     if not file.is_file():
-        raise AudioError(
-            path,
-            "unreadable",
-            "no such file",
-            "restore it or remove its line from wav.scp",
-        )
+        raise AudioError(path, "unreadable", "no such file")
     if file.stat().st_size == 0:
-        raise AudioError(
-            path,
-            "empty",
-            "the file has 0 bytes",
-            "fetch it again or remove its line from wav.scp",
-        )
+        raise AudioError(path, "empty", "the file has 0 bytes")
     try:
         with Source(path) as source:
             yield source
@@ -219,26 +218,12 @@ def _checked(
 ) -> AudioInfo:
     """The shape of a recording whose length may not be known yet."""
     if samples == 0:
-        raise AudioError(
-            path,
-            "empty",
-            "the file holds no samples",
-            "fetch it again or remove its line from wav.scp",
-        )
+        raise AudioError(path, "empty", "the file holds no samples")
     if not MIN_RATE <= source.rate <= MAX_RATE:
-        raise AudioError(
-            path,
-            "bad_rate",
-            f"sampling rate {source.rate} Hz is outside {MIN_RATE}..{MAX_RATE} Hz",
-            "the header is damaged: convert the original again",
-        )
+        detail = f"sampling rate {source.rate} Hz is outside {MIN_RATE}..{MAX_RATE} Hz"
+        raise AudioError(path, "bad_rate", detail)
     if strict and source.note:
-        raise AudioError(
-            path,
-            "length",
-            source.note,
-            "fetch or convert it again, or accept what is there (without --strict)",
-        )
+        raise AudioError(path, "length", source.note)
     notes = (f"length {source.note}",) if source.note else ()
     return AudioInfo(source.rate, source.channels, samples or 0, notes)
 
@@ -263,13 +248,9 @@ def _read(
         slack = round(SEGMENT_SLACK * source.rate)
         stop = length if last is None else last
         if not 0 <= first < stop or first >= length or stop > length + slack:
-            raise AudioError(
-                path,
-                "segment_past_end",
-                f"segment {start} to {end} s is not inside its "
-                f"{length / source.rate:.3f} s",
-                "correct the line in segments, or restore a truncated recording",
-            )
+            seconds = f"{length / source.rate:.3f} s"
+            detail = f"segment {start} to {end} s is not inside its {seconds}"
+            raise AudioError(path, "segment_past_end", detail)
         if data is None:
             data = source.read(first, min(stop, length))
     if not len(data):
@@ -283,12 +264,8 @@ def _mono(
     """One channel or the mean of all, and what there is to say about it."""
     channels, notes = data.shape[1], ()
     if channel is not None and not 0 <= channel < channels:
-        raise AudioError(
-            path,
-            "no_channel",
-            f"channel {channel} (from 0) is asked for of {channels}",
-            "correct the last column of segments",
-        )
+        detail = f"channel {channel} (from 0) is asked for of {channels}"
+        raise AudioError(path, "no_channel", detail)
     if channel is None and channels > 1:
         samples = data.mean(axis=1)
         powers = np.square(data, dtype=np.float64).mean(axis=0)
@@ -312,12 +289,7 @@ def _largest(path: str | os.PathLike[str], data: np.ndarray) -> float:
     """
     peak = float(np.maximum(data.max(), -data.min()))
     if not math.isfinite(peak):
-        raise AudioError(
-            path,
-            "not_finite",
-            "the samples include NaN or infinity",
-            "convert the original again",
-        )
+        raise AudioError(path, "not_finite", "the samples include NaN or infinity")
     return peak
 
 
@@ -332,12 +304,8 @@ def check_scale(name: str | os.PathLike[str], peak: float) -> None:
         AudioError: of reason ``scale``.
     """
     if peak > MAX_PEAK:
-        raise AudioError(
-            name,
-            "scale",
-            f"samples up to {peak:.6g}, where float samples lie in [-1, 1]",
-            "divide them (16-bit samples by 32768) and write the file again",
-        )
+        detail = f"samples up to {peak:.6g}, where float samples lie in [-1, 1]"
+        raise AudioError(name, "scale", detail)
 
 
 def _peak(source: Source) -> float:

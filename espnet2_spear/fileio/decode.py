@@ -10,9 +10,8 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import av
@@ -84,7 +83,7 @@ def _entry_of_ark(path: Path, offset: int) -> tuple[int, int]:
     )
 
 
-class Source:
+class Source(AbstractContextManager):
     """A recording that is open; use it as a context.
 
     Args:
@@ -236,15 +235,7 @@ class Source:
         """Close the file."""
         self._stack.close()
 
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *unused: object) -> None:
         self.close()
 
 

@@ -75,6 +75,10 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
 
 
 def run_command(main: Callable[[], None], *errors: type[Exception]) -> None:
-    """Run a main function that parses its own options; see :func:`one_line_errors`."""
+    """Set up logging, run a main function that parses its own options.
+
+    See :func:`one_line_errors`.
+    """
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     with one_line_errors(*errors):
         main()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import (
     FIRST_COMPLETED,
     Future,
@@ -30,7 +30,7 @@ Batches = list[list[Utterance]]
 Job, Result = TypeVar("Job"), TypeVar("Result")
 
 
-class Shards(Sequence[Batches]):
+class Shards:
     """Batches dealt out to shards, each made when asked for.
 
     Args:

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import numpy as np
 
@@ -41,11 +41,7 @@ class UtteranceTable(Sequence[Utterance]):
     def __len__(self) -> int:
         return len(self.places)
 
-    @overload
-    def __getitem__(self, number: int) -> Utterance: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Utterance]: ...
-    def __getitem__(self, number: int | slice) -> Utterance | list[Utterance]:
+    def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         line = self._lines.at(int(self.places[number]))
@@ -109,7 +105,7 @@ def select_domains(
     return utterances.take(np.flatnonzero(kept))
 
 
-class Batched(Sequence[list[Utterance]]):
+class Batched:
     """Batches of utterances, made when asked for.
 
     Memory: 16 bytes an utterance, and 8 a batch.
@@ -129,15 +125,7 @@ class Batched(Sequence[list[Utterance]]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @overload
-    def __getitem__(self, number: int) -> list[Utterance]: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[list[Utterance]]: ...
-    def __getitem__(
-        self, number: int | slice
-    ) -> list[Utterance] | list[list[Utterance]]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
+    def __getitem__(self, number: int) -> list[Utterance]:
         return [self._utterances[place] for place in self.places(number)]
 
     def seconds(self, numbers: range) -> float:

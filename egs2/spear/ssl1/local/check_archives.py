@@ -14,13 +14,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from espnet2_spear.fileio.folders import files_below
 
 LIST = Path(__file__).with_name("archives.txt")
 ALGORITHMS = {32: "md5", 64: "sha256"}  # by the number of hexadecimal digits
-BLOCK = 1 << 22
 
 
 def published() -> dict[str, tuple[str, str]]:
@@ -41,16 +38,8 @@ def archives(folders: list[Path], names: dict[str, tuple[str, str]]) -> Iterator
 
 def hash_of(path: Path, algorithm: str) -> str:
     """Hexadecimal digest of a file."""
-    digest = hashlib.new(algorithm)
-    size = path.stat().st_size
-    with (
-        path.open("rb") as file,
-        tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False) as bar,
-    ):
-        while block := file.read(BLOCK):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def main(cmd: list[str] | None = None) -> int:

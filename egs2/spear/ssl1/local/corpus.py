@@ -232,7 +232,6 @@ class Corpus:
         )
         parser.add_argument("--partial", action="store_true", help="accept less")
         args = parser.parse_args(cmd)
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
         # A table `splits` for those who test on the corpus' own parts.
         found = self.prepare(
             self.root(args.root), args.parts, args.partial, len(args.parts) > 1

@@ -24,6 +24,9 @@ from typing import Any
 
 import yaml
 
+from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.hashes import sha256_of
+
 VERSION = 1
 
 
@@ -60,9 +63,7 @@ def digest_of(path: Path) -> str:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     else:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return sha256_of(path)
     return digest.hexdigest()
 
 
@@ -155,10 +156,7 @@ class Step:
         }
         if pending:
             content["pending"] = True
-        self.mark.parent.mkdir(parents=True, exist_ok=True)
-        part = self.mark.with_name(self.mark.name + ".part")
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.mark)
+        write_atomically(self.mark, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def option_changes(before: list[str], now: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
+from espnet2_spear.fileio.explain import run_command
 
 MAX_MEMBER = 256 * 1024**2  # bytes; a larger member is not a sound of a collection
 
@@ -58,8 +59,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
-    main()
+    run_command(main, zipfile.BadZipFile)
