@@ -9,8 +9,7 @@ from pathlib import Path
 
 from espnet2_spear.codes.check import CodesCheck, check_codes
 from espnet2_spear.codes.facts import codes_shape
-from espnet2_spear.codes.targets import TeacherCodes
-from espnet2_spear.data.preprocessor import MAX_MISSING_ROWS
+from espnet2_spear.codes.targets import MAX_MISSING_ROWS, TeacherCodes
 from espnet2_spear.fileio.datadir import check, entries
 from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.fileio.tables import TEXT, sorted_rows

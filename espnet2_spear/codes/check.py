@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from espnet2_spear.codes.targets import TeacherCodes
-from espnet2_spear.constants import MISSING, SAMPLE_RATE
+from espnet2_spear.constants import MISSING
 from espnet2_spear.fileio.ark import ArkError, read_matrix
 from espnet2_spear.fileio.datadir import Entry
 from espnet2_spear.fileio.tables import Row, join
@@ -103,7 +103,7 @@ def check_codes(
             if required:
                 result.without.append(utt)
             continue
-        if problem := _problem(codes, entry.samples, teacher, tolerance):
+        if problem := teacher.problem(codes, entry.samples, tolerance):
             result.problems.append((utt, *problem))
             continue
         result.utterances += 1
@@ -113,21 +113,3 @@ def check_codes(
         usage = np.bincount(places, minlength=result.usage.size)
         result.usage += usage.reshape(result.usage.shape)
     return result
-
-
-def _problem(
-    codes: np.ndarray, samples: int, teacher: TeacherCodes, tolerance: int
-) -> tuple[str, str] | None:
-    if codes.shape[1] != teacher.num_codebooks:
-        return "wrong width", f"{codes.shape[1]} codes, not {teacher.num_codebooks}"
-    low, high = codes.min(initial=0), codes.max(initial=0)
-    if low < 0 or high >= teacher.codebook_size or (codes != np.rint(codes)).any():
-        last = teacher.codebook_size - 1
-        return "wrong values", f"codes in {low:g}..{high:g}, not whole in 0..{last}"
-    expected = samples * teacher.frame_rate / SAMPLE_RATE
-    if not len(codes) or abs(len(codes) - expected) > tolerance:
-        return (
-            "wrong length",
-            f"{len(codes)} frames for {samples} samples, expected {expected:.1f}",
-        )
-    return None

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from espnet2_spear.constants import MAX_CODEBOOK_SIZE, MISSING
+from espnet2_spear.constants import MAX_CODEBOOK_SIZE, MISSING, SAMPLE_RATE
+
+# Rows by which codes may fall short of their audio: a teacher's receptive field.
+MAX_MISSING_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,31 @@ class TeacherCodes:
             f"teacher at {self.frame_rate} Hz and student at {student_rate} Hz: one "
             "rate must be a whole multiple of the other"
         )
+
+    def problem(
+        self, codes: np.ndarray, samples: int, tolerance: int = MAX_MISSING_ROWS
+    ) -> tuple[str, str] | None:
+        """Look what is wrong with the codes of an utterance; None if nothing is.
+
+        Args:
+            codes: of any type and shape; expected are whole numbers (frames, N).
+            samples: of the utterance's audio.
+            tolerance: rows by which there may be more or less of them.
+
+        Returns:
+            what is wrong in two words, and in detail.
+        """
+        width, last = self.num_codebooks, self.codebook_size - 1
+        if codes.ndim != 2 or codes.shape[1] != width:
+            return "wrong width", f"shape {codes.shape} instead of (frames, {width})"
+        low, high = codes.min(initial=0), codes.max(initial=0)
+        if low < 0 or high > last or (codes != np.rint(codes)).any():
+            return "wrong values", f"codes in {low:g}..{high:g}, not whole in 0..{last}"
+        expected = samples * self.frame_rate / SAMPLE_RATE
+        if not len(codes) or abs(len(codes) - expected) > tolerance:
+            found = f"{len(codes)} frames for {samples} samples"
+            return "wrong length", f"{found}, expected {expected:.1f}"
+        return None
 
 
 def match_frame_rate(

@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from espnet2_spear.codes.targets import TeacherCodes
-from espnet2_spear.constants import MISSING, SAMPLE_RATE
-
-# Rows by which codes may fall short of their audio: a teacher's receptive field.
-MAX_MISSING_ROWS = 5
+from espnet2_spear.constants import MISSING
 
 
 class SpearPreprocessor:
@@ -64,28 +61,11 @@ class SpearPreprocessor:
     def _codes(
         self, uid: str, name: str, teacher: TeacherCodes, codes: np.ndarray, samples
     ) -> np.ndarray:
-        remedy = "check them with spear_check_codes and tokenize again (stage 5)"
-        if codes.ndim != 2 or codes.shape[1] != teacher.num_codebooks:
+        absent = np.full((1, teacher.num_codebooks), MISSING)
+        problem = teacher.problem(codes, samples)
+        if problem and not np.array_equal(codes, absent):
             raise ValueError(
-                f"utterance '{uid}': codes of teacher '{name}' have shape "
-                f"{codes.shape}, expected (frames, {teacher.num_codebooks}); {remedy}"
-            )
-        if len(codes) == 0 or (codes != np.trunc(codes)).any():
-            what = "are no whole numbers" if len(codes) else "have no frames"
-            raise ValueError(
-                f"utterance '{uid}': codes of teacher '{name}' {what}; {remedy}"
-            )
-        if codes.min() < MISSING or codes.max() >= teacher.codebook_size:
-            raise ValueError(
-                f"utterance '{uid}': codes of teacher '{name}' are in "
-                f"{codes.min()}..{codes.max()}, expected 0.."
-                f"{teacher.codebook_size - 1}; {remedy}"
-            )
-        absent = len(codes) == 1 and (codes == MISSING).all()
-        expected = samples * teacher.frame_rate / SAMPLE_RATE
-        if not absent and abs(expected - len(codes)) > MAX_MISSING_ROWS:
-            raise ValueError(
-                f"utterance '{uid}': {len(codes)} code frames of teacher '{name}' for "
-                f"{samples} samples, about {expected:.0f} expected; {remedy}"
+                f"utterance '{uid}': codes of teacher '{name}': {': '.join(problem)}; "
+                "check them with spear_check_codes and tokenize again (stage 5)"
             )
         return codes.astype(np.int16)
