@@ -29,7 +29,6 @@ from espnet2_spear.fileio.hashes import digest_of, sha256_of
 from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare
 from espnet2_spear.fileio.shards import (
     DoneMarks,
-    Progress,
     Shards,
     fingerprint,
     in_processes,
@@ -112,41 +111,34 @@ class TokenizeRun:
         shards = split_into_shards(
             make_batches(union, self.batch_seconds), self.shard_seconds
         )
-        records = {i: marks.read(i) for i in range(len(shards)) if share.has(i)}
-        todo = [i for i, record in records.items() if record is None]
-        if len(todo) < len(records):
-            logging.info(
-                f"{len(records) - len(todo)} of {len(records)} shards are done"
-            )
         agreements = [
             check_agreement(tokenizer, utterances, devices[0], self.min_agreement)
             for tokenizer, utterances in zip(tokenizers, chosen, strict=True)
         ]
         wanted = [np.isin(union.places, table.places) for table in chosen]
-        jobs = (self._job(shards, i, wanted) for i in todo)
-        nj = min(nj, len(todo))
-        if nj > 1:
-            pool = ProcessPoolExecutor(
-                nj,
-                mp_context=get_context("spawn"),
-                initializer=start_worker,
-                initargs=(self.teachers, devices, num_threads),
-            )
-            done = in_processes(pool, work, jobs, nj, self.folder)
-        else:
-            done = _here(tokenizers, jobs, num_threads, devices[0])
-        progress = Progress(sum(shards.seconds(i) for i in todo), "s of audio")
-        for i, record in done:
-            stems = self._stems(i)
-            marks.write(i, record, [f"{s}.{x}" for s in stems for x in ("ark", "scp")])
-            records[i] = record
-            progress.add(shards.seconds(i))
+
+        def compute(todo: list[int]) -> Iterator[tuple[int, Any, list[str]]]:
+            jobs = (self._job(shards, i, wanted) for i in todo)
+            processes = min(nj, len(todo))
+            if processes > 1:
+                pool = ProcessPoolExecutor(
+                    processes,
+                    mp_context=get_context("spawn"),
+                    initializer=start_worker,
+                    initargs=(self.teachers, devices, num_threads),
+                )
+                done = in_processes(pool, work, jobs, processes, self.folder)
+            else:
+                done = _here(tokenizers, jobs, num_threads, devices[0])
+            for i, record in done:
+                stems = self._stems(i)
+                yield i, record, [f"{s}.{x}" for s in stems for x in ("ark", "scp")]
+
+        records = marks.records(shards, compute, share)
         if part is not None:
             return []
         return [
-            self._merge(
-                tokenizer, [r[n] for r in records.values()], everyone, agreements[n]
-            )
+            self._merge(tokenizer, [r[n] for r in records], everyone, agreements[n])
             for n, tokenizer in enumerate(tokenizers)
         ]
 

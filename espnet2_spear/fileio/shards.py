@@ -147,6 +147,32 @@ class DoneMarks:
                 return None
         return mark["record"]
 
+    def records(
+        self,
+        shards: Shards,
+        compute: Callable[[list[int]], Iterable[tuple[int, Any, Iterable[str | Path]]]],
+        part: JobShare = WHOLE_JOB,
+    ) -> list[Any]:
+        """Return the records of all shards of a part; makes those that are not done.
+
+        Args:
+            shards: of the run.
+            compute: makes shards, given by their numbers; yields number, record and
+                files of each, in any order.
+            part: shards that count.
+        """
+        records = {i: self.read(i) for i in range(len(shards)) if part.has(i)}
+        todo = [i for i, record in records.items() if record is None]
+        if len(todo) < len(records):
+            done = len(records) - len(todo)
+            logging.info(f"{done} of {len(records)} shards are done")
+        progress = Progress(sum(shards.seconds(i) for i in todo), "s of audio")
+        for i, record, files in compute(todo):
+            self.write(i, record, files)
+            records[i] = record
+            progress.add(shards.seconds(i))
+        return list(records.values())
+
     def write(self, shard: int, record: Any, files: Iterable[str | Path]) -> None:
         """Mark a shard as finished.
 

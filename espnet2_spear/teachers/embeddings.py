@@ -20,7 +20,6 @@ from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.shards import (
     Batches,
     DoneMarks,
-    Progress,
     fingerprint,
     split_into_shards,
 )
@@ -107,16 +106,14 @@ def store_embeddings(
     marks.clear_stale()
     (folder / INDEX).unlink(missing_ok=True)
     shards = split_into_shards(make_batches(utterances, batch_seconds), shard_seconds)
-    records = [marks.read(i) for i in range(len(shards))]
-    todo = [i for i, record in enumerate(records) if record is None]
-    if len(todo) < len(shards):
-        logging.info(f"{len(shards) - len(todo)} of {len(shards)} shards are done")
-    progress = Progress(sum(shards.seconds(i) for i in todo), "s of audio")
-    for i in todo:
-        path = folder / _file(i)
-        records[i] = _store_shard(teacher, shards[i], path, dtype, compute_dtype)
-        marks.write(i, records[i], [path] if records[i]["frames"] else [])
-        progress.add(shards.seconds(i))
+
+    def compute(todo: list[int]) -> Iterator[tuple[int, Any, list[Path]]]:
+        for i in todo:
+            path = folder / _file(i)
+            record = _store_shard(teacher, shards[i], path, dtype, compute_dtype)
+            yield i, record, [path] if record["frames"] else []
+
+    records = marks.records(shards, compute)
     index = {
         "dim": teacher.dim,
         "frame_rate": teacher.frame_rate,
