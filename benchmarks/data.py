@@ -27,7 +27,7 @@ from espnet2_spear.data.iter_factory import SpearIterFactory, StepBatches
 from espnet2_spear.data.manifest import Lists, Manifest, open_manifest
 from espnet2_spear.data.preprocessor import SpearPreprocessor
 from espnet2_spear.data.sampler import SamplerConfig, StepSampler
-from espnet2_spear.data.skipping import SkipLimits, SkipLog, SkippingDataset
+from espnet2_spear.data.skipping import SkipLimits, SkipLog
 from espnet2_spear.fileio.ark import CodesWriter
 
 MEGABYTE = 2**20
@@ -213,7 +213,6 @@ def write_files(folder: Path, args: argparse.Namespace) -> Lists:
 def read_batches(manifest: Manifest, workers: int, args: argparse.Namespace) -> dict:
     """Read batches of one GPU, as a training does."""
     dataset = ManifestDataset(manifest, {}, SpearPreprocessor(TEACHERS, DOMAINS))
-    widths = {f"codes_{name}": t.num_codebooks for name, t in TEACHERS.items()}
     sampler = StepSampler(
         manifest,
         SamplerConfig(corpus_weights=WEIGHTS),
@@ -222,7 +221,7 @@ def read_batches(manifest: Manifest, workers: int, args: argparse.Namespace) -> 
         args.seed,
     )
     factory = SpearIterFactory(
-        SkippingDataset(dataset, lambda: dataset.silence(widths)),
+        dataset,
         StepBatches(sampler, args.batches + 1),
         SpearCollateFn(),
         SkipLog(None, SkipLimits()),

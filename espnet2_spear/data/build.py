@@ -6,7 +6,6 @@ import argparse
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ from espnet2_spear.data.iter_factory import (
 )
 from espnet2_spear.data.manifest import Lists, Manifest, open_manifest
 from espnet2_spear.data.sampler import SamplerConfig, StepSampler, validation_batches
-from espnet2_spear.data.skipping import SkipLimits, SkipLog, SkippingDataset
+from espnet2_spear.data.skipping import SkipLimits, SkipLog
 from espnet2_spear.fileio.tables import DataDirError
 
 Config = TypeVar("Config")
@@ -84,6 +83,8 @@ def build_iter_factory(
             f"batch_type '{iter_options.batch_type}': with iterator_type 'task', "
             "batches are bounded by batch_bins: use 'numel'"
         )
+    if iter_options.preprocess_fn is None:
+        raise ValueError("use_preprocessor false: iterator_type 'task' needs it true")
     world_size, rank = 1, 0
     if iter_options.distributed:
         world_size = torch.distributed.get_world_size()
@@ -101,7 +102,11 @@ def build_iter_factory(
     for name, store in stores.items():
         _check_store(manifest, name, store)
     dataset = ManifestDataset(
-        manifest, stores, iter_options.preprocess_fn, args.train_dtype
+        manifest,
+        stores,
+        iter_options.preprocess_fn,
+        args.train_dtype,
+        substitute=iter_options.train,
     )
     check(dataset)
     bound: int | None = int(iter_options.batch_bins) // world_size
@@ -134,17 +139,7 @@ def build_iter_factory(
         batches = FixedBatches(every[rank::world_size])
     logging.info(f"[{mode}] dataset: {dataset}")
     return SpearIterFactory(
-        SkippingDataset(
-            dataset,
-            partial(
-                dataset.silence,
-                {
-                    f"codes_{name}": int(teacher["num_codebooks"])
-                    for name, teacher in args.teachers.items()
-                },
-            ),
-            substitute=iter_options.train,
-        ),
+        dataset,
         batches,
         iter_options.collate_fn,
         SkipLog(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 from espnet2.train.dataset import AbsDataset
@@ -10,36 +11,45 @@ from espnet2.train.dataset import AbsDataset
 from espnet2_spear.codes.store import CodeStore, CodeStoreError
 from espnet2_spear.constants import MISSING, SAMPLE_RATE
 from espnet2_spear.data.manifest import Manifest
-from espnet2_spear.data.skipping import BadUtterance
+from espnet2_spear.data.preprocessor import SpearPreprocessor
+from espnet2_spear.data.skipping import BadUtterance, Loaded
 from espnet2_spear.fileio.ark import ArkError, read_matrix
 from espnet2_spear.fileio.audio import AudioError, read_audio
 
 # Samples by which audio may differ from what its list says.
 MAX_LENGTH_ERROR = SAMPLE_RATE // 10
 SILENCE = "silence-instead-of-a-bad-batch"
+TRIES = 4  # rows tried in place of a bad one
 
 Data = dict[str, np.ndarray]
 
 
 class ManifestDataset(AbsDataset):
-    """Reads audio and codes, and prepares them for the model.
+    """Reads audio and codes, and prepares them for the model; bad rows are replaced.
+
+    In place of a bad utterance of a batch comes the nearest of its ``substitutes`` that
+    can be read and is not in the batch, if one of the first four can. A batch of which
+    nothing can be read becomes one silent utterance without targets, so that the other
+    ranks need not wait.
 
     Args:
         manifest: with the lists ``speech`` and ``codes_<teacher>`` of Kaldi arks.
         stores: ``codes_<teacher>`` -> memory-mapped codes of further teachers.
         preprocess: turns id and data into arrays for the model.
         dtype: of audio.
+        substitute: False leaves bad utterances out only (validation).
     """
 
     def __init__(
         self,
         manifest: Manifest,
         stores: Mapping[str, CodeStore],
-        preprocess: Callable[[str, dict], Data] | None,
+        preprocess: SpearPreprocessor,
         dtype: str = "float32",
+        substitute: bool = True,
     ) -> None:
         self.manifest, self.stores = manifest, dict(stores)
-        self.preprocess, self.dtype = preprocess, dtype
+        self.preprocess, self.dtype, self.substitute = preprocess, dtype, substitute
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -84,7 +94,10 @@ class ManifestDataset(AbsDataset):
         except KeyError as error:
             detail = f"{error} is not in the store of codes"
             raise BadUtterance(utt, "codes_missing", detail) from error
-        return utt, self._prepare(utt, data)
+        try:
+            return utt, self.preprocess(utt, data)
+        except ValueError as error:
+            raise BadUtterance(utt, "content", str(error)) from error
 
     def _speech(self, utt: str, path: str, listed: int) -> np.ndarray:
         speech, rate = read_audio(path)
@@ -101,26 +114,32 @@ class ManifestDataset(AbsDataset):
         # Not a sample more than the batch was planned with.
         return speech[:listed].astype(self.dtype, copy=False)
 
-    def _prepare(self, utt: str, data: dict) -> Data:
-        if self.preprocess is None:
-            return data
-        try:
-            return self.preprocess(utt, data)
-        except ValueError as error:
-            raise BadUtterance(utt, "content", str(error)) from error
+    def __getitems__(self, rows: Sequence[int]) -> Loaded:
+        """Read a batch; torch's DataLoader calls it with the rows of one."""
+        rows = [int(row) for row in rows]
+        taken, failures = set(rows), []
+        items: list[tuple[str, Data]] = []
+        for row in rows:
+            others = (r for r in self.substitutes(row) if r not in taken)
+            for other in (row, *islice(others, TRIES if self.substitute else 0)):
+                taken.add(other)
+                try:
+                    items.append(self[other])
+                    break
+                except BadUtterance as bad:
+                    failures.append((bad.utt, bad.cause, bad.detail))
+        tried = len(items) + len(failures)
+        return Loaded(items or [self.silence()], failures, tried)
 
     def substitutes(self, row: int) -> range:
         """Rows to take instead, the likest first: as long or shorter, same group."""
         return range(row - 1, self.manifest.group(row).first - 1, -1)
 
-    def silence(self, num_codebooks: Mapping[str, int]) -> tuple[str, Data]:
-        """A second of silence without any codes: its loss and gradient are zero.
-
-        Args:
-            num_codebooks: ``codes_<teacher>`` -> N.
-        """
+    def silence(self) -> tuple[str, Data]:
+        """A second of silence without any codes: its loss and gradient are zero."""
         data: dict = {"domain": self.manifest.groups[0].domain}
         data["speech"] = np.zeros(SAMPLE_RATE, self.dtype)
-        for name, width in num_codebooks.items():
-            data[name] = np.full((1, width), MISSING, np.float32)
-        return SILENCE, self._prepare(SILENCE, data)
+        for name, teacher in self.preprocess.teachers.items():
+            codes = np.full((1, teacher.num_codebooks), MISSING, np.float32)
+            data[f"codes_{name}"] = codes
+        return SILENCE, self.preprocess(SILENCE, data)

@@ -13,13 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.data.dataset import ManifestDataset
 from espnet2_spear.data.sampler import StepSampler
-from espnet2_spear.data.skipping import (
-    SkipLog,
-    SkippingCollate,
-    SkippingDataset,
-    describe,
-)
+from espnet2_spear.data.skipping import SkipLog, SkippingCollate, describe
 
 Batch = tuple[list[str], dict[str, Tensor]]
 
@@ -125,7 +121,7 @@ class SpearIterFactory(AbsIterFactory):
 
     def __init__(
         self,
-        dataset: SkippingDataset,
+        dataset: ManifestDataset,
         batches: Batches,
         collate_fn: Callable,
         skips: SkipLog,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from espnet2_spear.fileio.optional_output import (
     append_lines,
@@ -16,7 +16,6 @@ from espnet2_spear.fileio.optional_output import (
     warn_on_oserror,
 )
 
-TRIES = 4  # rows tried in place of a bad one
 MIN_FAILURES = 20  # different utterances, before a share of failures means something
 
 
@@ -46,71 +45,8 @@ class Loaded(NamedTuple):
     tried: int
 
 
-class RowDataset(Protocol):
-    """A dataset of which some rows may be bad."""
-
-    def __getitem__(self, row: int) -> tuple[str, dict]:
-        """Read a row; may raise BadUtterance."""
-
-    def substitutes(self, row: int) -> Sequence[int]:
-        """Rows to take instead."""
-
-
-class SkippingDataset:
-    """Reads whole batches, in which bad utterances are replaced.
-
-    In place of one comes the nearest of its ``substitutes`` that can be read and is not
-    in the batch, if one of the first four can. A batch of which nothing can be read
-    becomes one silent utterance without targets, so that the other ranks need not wait.
-
-    Args:
-        dataset: the utterances.
-        silence: makes the silent one.
-        substitute: False leaves bad ones out only (validation).
-    """
-
-    def __init__(
-        self,
-        dataset: RowDataset,
-        silence: Callable[[], tuple[str, dict]],
-        substitute: bool = True,
-    ) -> None:
-        self.dataset, self.silence, self.substitute = dataset, silence, substitute
-
-    def __getitem__(self, row: int) -> tuple[str, dict]:
-        return self.dataset[row]
-
-    def __getitems__(self, rows: Sequence[int]) -> Loaded:
-        """Read a batch; torch's DataLoader calls it with the rows of one."""
-        rows = [int(row) for row in rows]
-        taken = set(rows)
-        result = Loaded([], [], 0)
-        for row in rows:
-            item = self._read(row, result.failures)
-            if item is None and self.substitute:
-                others = (r for r in self.dataset.substitutes(row) if r not in taken)
-                for other, _ in zip(others, range(TRIES), strict=False):
-                    taken.add(other)
-                    item = self._read(other, result.failures)
-                    if item is not None:
-                        break
-            if item is not None:
-                result.items.append(item)
-        result = result._replace(tried=len(result.items) + len(result.failures))
-        if not result.items:
-            result.items.append(self.silence())
-        return result
-
-    def _read(self, row: int, failures: list) -> tuple[str, dict] | None:
-        try:
-            return self.dataset[row]
-        except BadUtterance as bad:
-            failures.append((bad.utt, bad.cause, bad.detail))
-            return None
-
-
 class SkippingCollate:
-    """Collates what SkippingDataset gives, and passes on what could not be read."""
+    """Collates what a dataset has loaded, and passes on what could not be read."""
 
     def __init__(
         self, collate_fn: Callable[[Collection[tuple[str, dict]]], tuple]
