@@ -26,7 +26,7 @@ from systems import System, logmel, student, teacher
 from table import draw, environment, table
 from tasks import Clips, Data, Task, TaskError, divide
 
-from espnet2_spear.fileio.atomic import AtomicFile
+from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.fileio.explain import main_with_one_line_errors
 
@@ -179,7 +179,7 @@ def score(task: Task, clips: Clips, features: Features, seed: int, kept: Path) -
     except (OSError, ValueError, KeyError, TypeError):
         pass  # made again
     result = run_probe(task, clips, features, seed)
-    with AtomicFile(kept, "w") as file:
+    with atomic(kept, "w") as file:
         file.write(json.dumps({"identity": identity, **asdict(result)}) + "\n")
     return result
 

@@ -22,7 +22,7 @@ from systems import System
 from tasks import TaskError
 from torch import Tensor
 
-from espnet2_spear.fileio.atomic import AtomicFile
+from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.fileio.audio import read_audio
 
 RATE = 16000
@@ -85,10 +85,10 @@ def kept_features(
             begin += len(part)
     index.unlink(missing_ok=True)  # of other features
     values = np.concatenate(parts)
-    with AtomicFile(array) as file:
+    with atomic(array) as file:
         np.save(file, values)
     facts |= {"bytes": array.stat().st_size, "rows": rows}
-    with AtomicFile(index, "w") as file:
+    with atomic(index, "w") as file:
         file.write(json.dumps(facts))
     return Features(values, {utt: slice(*ends) for utt, ends in rows.items()})
 
