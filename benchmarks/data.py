@@ -212,7 +212,7 @@ def write_files(folder: Path, args: argparse.Namespace) -> Lists:
 
 def read_batches(manifest: Manifest, workers: int, args: argparse.Namespace) -> dict:
     """Read batches of one GPU, as a training does."""
-    dataset = ManifestDataset(manifest, {}, SpearPreprocessor(TEACHERS, DOMAINS))
+    dataset = ManifestDataset(manifest, SpearPreprocessor(TEACHERS, DOMAINS))
     sampler = StepSampler(
         manifest,
         SamplerConfig(corpus_weights=WEIGHTS),

@@ -1,15 +1,18 @@
 """Codes in ark/scp files, with both libraries that read and write them."""
 
 import importlib
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from espnet2_spear.data.data_types import register_data_types
 from espnet2_spear.fileio import ark as kaldi_ark
 from espnet2_spear.fileio.ark import (
     ArkError,
     CodesWriter,
+    MatricesByName,
     read_matrix,
     read_scp,
     write_missing_codes,
@@ -95,6 +98,22 @@ def test_missing_codes(tmp_path, monkeypatch, name):
     monkeypatch.setattr(kaldi_ark, "kaldi", library(name))
     spec = write_missing_codes(tmp_path / "m.ark", 16)
     np.testing.assert_array_equal(read_matrix(spec), np.full((1, 16), -1))
+
+
+def test_codes_by_name_without_the_scp_file_in_memory(tmp_path, codes):
+    """As data type codes_store of ESPnet's own dataset."""
+    from espnet2.train.dataset import ESPnetDataset
+
+    specs = write(tmp_path, dict(sorted(codes.items())))
+    register_data_types()
+    source = (str(tmp_path / "c.scp"), "codes", "codes_store")
+    dataset = ESPnetDataset([source], preprocess=None)
+    by_name = pickle.loads(pickle.dumps(MatricesByName(tmp_path / "c.scp")))
+    assert list(by_name) == list(specs) and len(by_name) == len(codes)
+    for utt, value in codes.items():
+        np.testing.assert_array_equal(by_name[utt], value)
+        np.testing.assert_array_equal(dataset[utt][1]["codes"], value)
+    assert "utt0" in by_name and "utt" not in by_name
 
 
 def test_scp_appears_only_when_complete(tmp_path, codes):

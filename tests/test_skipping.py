@@ -10,7 +10,6 @@ import soundfile
 import torch
 from espnet2.train.collate_fn import CommonCollateFn
 
-from espnet2_spear.codes.store import CodeStore, CodeStoreWriter
 from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.data.dataset import SILENCE, ManifestDataset
 from espnet2_spear.data.iter_factory import (
@@ -26,7 +25,7 @@ from espnet2_spear.data.skipping import (
     SkipLog,
     TooManyBadUtterances,
 )
-from espnet2_spear.fileio.ark import CodesWriter
+from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
 
 RATE = 16000
 COUNT = 24
@@ -41,19 +40,23 @@ def audio(folder: Path, number: int) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Utterances u-00 to u-23 of 0.5 s and more, with codes in an ark and a store."""
+    """Utterances u-00 to u-23 of 0.5 s and more, with the codes of two teachers."""
     rng = np.random.default_rng(0)
     lengths = {f"u-{i:02d}": RATE // 2 + 640 * i for i in range(COUNT)}
     wavs = {u: audio(tmp_path, i) for i, u in enumerate(lengths)}
     with (
         CodesWriter(tmp_path / "fileio.ark", tmp_path / "codes") as ark,
-        CodeStoreWriter(tmp_path / "store", 2) as store,
+        CodesWriter(tmp_path / "other.ark", tmp_path / "other") as other,
     ):
         for i, (utt, samples) in enumerate(lengths.items()):
             noise = 0.1 * rng.standard_normal(samples)
             soundfile.write(wavs[utt], noise.astype(np.float32), RATE)
             ark.write(utt, np.full((samples // 320, CODEBOOKS), i))
-            store.write(utt, np.full((samples // 640, 2), i) if i % 2 else None)
+            if i % 2:
+                other.write(utt, np.full((samples // 640, 2), i))
+    missing = write_missing_codes(tmp_path / "missing.ark", 2)
+    with open(tmp_path / "other", "a") as scp:
+        scp.writelines(f"{utt} {missing}\n" for utt in list(lengths)[::2])
     tables = {
         "lengths": lengths,
         "wav": wavs,
@@ -86,15 +89,15 @@ def factory(
     list_path: str | None = "skipped.txt",
 ) -> SpearIterFactory:
     files = {"speech": str(folder / "wav"), "codes_speech": str(folder / "codes")}
+    files["codes_other"] = str(folder / "other")
     lists = Lists(str(folder / "lengths"), str(folder / "domain"), files)
     manifest = open_manifest(folder / "m", lists, ["speech", "audio"])
     teachers = {
         "speech": TeacherCodes(CODEBOOKS, 256, 50.0),
-        "store": TeacherCodes(2, 256, 25.0),
+        "other": TeacherCodes(2, 256, 25.0),
     }
     dataset = ManifestDataset(
         manifest,
-        {"codes_store": CodeStore(folder / "store")},
         SpearPreprocessor(teachers, ["speech", "audio"]),
         substitute=not valid,
     )
@@ -133,8 +136,8 @@ def test_epochs_can_begin_anywhere(folder: Path, workers: int) -> None:
             assert frames == (RATE // 2 + 640 * number) // 320
             codes = np.array(batch["codes_speech"])[i]
             assert (codes[:frames] == number).all() and (codes[frames:] == -1).all()
-            expected = number if number % 2 else -1  # the store has none of the others
-            assert batch["codes_store"][i][0] == [expected] * 2
+            expected = number if number % 2 else -1  # there are none of the others
+            assert batch["codes_other"][i][0] == [expected] * 2
             assert np.array(batch["speech"])[i].std() > 0.05
     rest = one.build_iter(2, start=7)
     assert len(rest) == 5
@@ -205,7 +208,7 @@ def test_a_batch_of_bad_files_becomes_silence(folder: Path) -> None:
         assert utts == [SILENCE]
         assert batch["speech"].shape == (1, RATE) and not batch["speech"].any()
         assert batch["codes_speech"].tolist() == [[[-1] * CODEBOOKS]]
-        assert batch["codes_store"].tolist() == [[[-1] * 2]]
+        assert batch["codes_other"].tolist() == [[[-1] * 2]]
 
 
 def test_validation_leaves_out_and_does_not_replace(folder: Path) -> None:

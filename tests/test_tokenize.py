@@ -19,15 +19,13 @@ from teacher_files import WHISPER, whisper_tensors, write_ctranslate2
 from espnet2_spear.bin import (
     spear_check_codes,
     spear_embed,
-    spear_store_codes,
     spear_tokenize,
 )
 from espnet2_spear.codes import tokenize_run
 from espnet2_spear.codes import tokenizer as tokenizer_module
-from espnet2_spear.codes.store import CodeStore
 from espnet2_spear.codes.tokenize_run import TokenizeRun
 from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer
-from espnet2_spear.fileio.ark import read_matrix, read_scp
+from espnet2_spear.fileio.ark import MatricesByName, read_matrix, read_scp
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.shards import split_into_shards
 from espnet2_spear.fileio.utterances import (
@@ -276,7 +274,7 @@ def test_codes_are_those_of_teacher_and_quantizer(setup, data_dir, tmp_path):
 
 
 def test_codes_of_two_bytes(setup, data_dir, tmp_path):
-    """K-means with 2000 entries: through arks, the check and the store, exactly."""
+    """K-means with 2000 entries: through arks and the check, exactly."""
     torch.manual_seed(0)
     quantizer = KMeansQuantizer(32, 2000)
     torch.nn.init.normal_(quantizer.centers)
@@ -288,14 +286,12 @@ def test_codes_of_two_bytes(setup, data_dir, tmp_path):
     (data_dir / "utt2spk").write_text(speakers)
     speech = ["--codes", f"speech={out}/speech.scp", "--output_dir", str(out)]
     spear_check_codes.main(["--data_dir", str(data_dir), *speech])
-    scp = ["--scp", f"{out}/speech.scp", "--output_dir", str(out / "store")]
-    spear_store_codes.main(scp)
-    store, largest = CodeStore(out / "store"), 0
+    by_name, largest = MatricesByName(out / "speech.scp"), 0
     for utt, spec in read_scp(out / "speech.scp").items():
         codes = read_matrix(spec)
         expected = quantizer.eval().encode(alone(setup, data_dir, utt)).numpy()
         assert (codes == expected).mean() > 0.95
-        np.testing.assert_array_equal(store[utt], codes)
+        np.testing.assert_array_equal(by_name[utt], codes)
         largest = max(largest, codes.max())
     assert largest > 255  # of two bytes
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from espnet2_spear.codes.store import INDEX
 from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.errors import UserError
 
@@ -27,9 +26,9 @@ def codes_facts(path: str | Path) -> dict[str, Any] | None:
     """Facts that tokenization wrote beside its codes; None for codes from elsewhere.
 
     Args:
-        path: ``NAME.scp``, which has ``NAME.json`` beside it, or a store's folder.
+        path: ``NAME.scp``, which has ``NAME.json`` beside it.
     """
-    file = _facts_file(path)
+    file = Path(path).with_suffix(".json")
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
@@ -56,14 +55,9 @@ def codes_shape(path: str | Path, instead: str = "") -> TeacherCodes:
         return TeacherCodes(**{key: facts[key] for key in SHAPE if key in facts})
     except TypeError as error:
         raise CodesMismatch(
-            f"{_facts_file(path)}: missing or malformed ({error}); it is written "
-            f"beside the codes: tokenize (stage 5){instead}"
+            f"{Path(path).with_suffix('.json')}: missing or malformed ({error}); it is "
+            f"written beside the codes: tokenize (stage 5){instead}"
         ) from None
-
-
-def _facts_file(path: str | Path) -> Path:
-    path = Path(path)
-    return path / INDEX if path.is_dir() else path.with_suffix(".json")
 
 
 def check_codes_facts(args: argparse.Namespace) -> None:

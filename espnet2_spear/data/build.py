@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from espnet2.utils.nested_dict_action import NestedDictAction
 
-from espnet2_spear.codes.store import CodeStore
 from espnet2_spear.data.data_types import CODES_STORE
 from espnet2_spear.data.dataset import ManifestDataset
 from espnet2_spear.data.iter_factory import (
@@ -21,10 +20,9 @@ from espnet2_spear.data.iter_factory import (
     SpearIterFactory,
     StepBatches,
 )
-from espnet2_spear.data.manifest import Lists, Manifest, open_manifest
+from espnet2_spear.data.manifest import Lists, open_manifest
 from espnet2_spear.data.sampler import SamplerConfig, StepSampler, validation_batches
 from espnet2_spear.data.skipping import SkipLimits, SkipLog
-from espnet2_spear.fileio.tables import DataDirError
 
 Config = TypeVar("Config")
 TYPES = {"speech": ("sound",), "domain": ("text",)}
@@ -90,20 +88,15 @@ def build_iter_factory(
         world_size = torch.distributed.get_world_size()
         rank = torch.distributed.get_rank()
     config = _sampler_config(args)
-    lists, stores = _sources(
-        iter_options.data_path_and_name_and_type, iter_options.shape_files
-    )
+    lists = _sources(iter_options.data_path_and_name_and_type, iter_options.shape_files)
     manifest = open_manifest(
         args.manifest_dir or Path(args.output_dir) / "manifest",
         lists,
         args.domains,
         tuple(config.corpus_weights) if iter_options.train else (),
     )
-    for name, store in stores.items():
-        _check_store(manifest, name, store)
     dataset = ManifestDataset(
         manifest,
-        stores,
         iter_options.preprocess_fn,
         args.train_dtype,
         substitute=iter_options.train,
@@ -205,9 +198,9 @@ def _config(kind: type[Config], option: str, args: argparse.Namespace) -> Config
 
 def _sources(
     entries: Sequence[tuple[str, str, str]], shape_files: Sequence[str]
-) -> tuple[Lists, dict[str, CodeStore]]:
-    """The lists, and the stores of codes, among ESPnet's data options."""
-    files, stores, domain = {}, {}, None
+) -> Lists:
+    """The lists among ESPnet's data options."""
+    files, domain = {}, None
     for path, name, kind in entries:
         allowed = CODES_TYPES if name.startswith("codes_") else TYPES.get(name, ())
         if kind not in allowed:
@@ -216,9 +209,7 @@ def _sources(
                 f"domain is 'text' and codes_<teacher> {' or '.join(CODES_TYPES)}; use "
                 "iterator_type 'sequence' for other data"
             )
-        if kind == CODES_STORE:
-            stores[name] = CodeStore(path)
-        elif name == "domain":
+        if name == "domain":
             domain = path
         else:
             files[name] = path
@@ -227,15 +218,4 @@ def _sources(
             "with iterator_type 'task', data named speech and domain are needed, and "
             f"one shape file (utt2num_samples), not {len(shape_files)}"
         )
-    return Lists(shape_files[0], domain, files), stores
-
-
-def _check_store(manifest: Manifest, name: str, store: CodeStore) -> None:
-    """Look a few utterances up, spread over all, before hours of training."""
-    for row in range(0, len(manifest), max(1, len(manifest) // 100)):
-        utt, _ = manifest.entry(row)
-        if utt not in store:
-            raise DataDirError(
-                f"{store.folder}: has no codes of utterance '{utt}' ({name}); write "
-                "the store again (spear_store_codes) from codes of all data"
-            )
+    return Lists(shape_files[0], domain, files)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from espnet2.train.dataset import DATA_TYPES
 
-from espnet2_spear.codes.store import CodeStore
+from espnet2_spear.fileio.ark import MatricesByName
 
 CODES_STORE = "codes_store"
 
 
 def register_data_types() -> None:
-    """Make ``FOLDER,codes_<teacher>,codes_store`` possible; can be called again."""
+    """Make ``FILE.scp,codes_<teacher>,codes_store`` possible; can be called again."""
     DATA_TYPES.setdefault(
         CODES_STORE,
         {
-            "func": CodeStore,
+            "func": MatricesByName,
             "kwargs": [],
-            "help": "A folder of codes, memory-mapped, as spear_store_codes writes it",
+            "help": "As kaldi_ark, but the scp file is not held in memory",
         },
     )

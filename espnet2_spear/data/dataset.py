@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
 from espnet2.train.dataset import AbsDataset
 
-from espnet2_spear.codes.store import CodeStore, CodeStoreError
 from espnet2_spear.constants import MISSING, SAMPLE_RATE
 from espnet2_spear.data.manifest import Manifest
 from espnet2_spear.data.preprocessor import SpearPreprocessor
@@ -34,7 +33,6 @@ class ManifestDataset(AbsDataset):
 
     Args:
         manifest: with the lists ``speech`` and ``codes_<teacher>`` of Kaldi arks.
-        stores: ``codes_<teacher>`` -> memory-mapped codes of further teachers.
         preprocess: turns id and data into arrays for the model.
         dtype: of audio.
         substitute: False leaves bad utterances out only (validation).
@@ -43,20 +41,19 @@ class ManifestDataset(AbsDataset):
     def __init__(
         self,
         manifest: Manifest,
-        stores: Mapping[str, CodeStore],
         preprocess: SpearPreprocessor,
         dtype: str = "float32",
         substitute: bool = True,
     ) -> None:
-        self.manifest, self.stores = manifest, dict(stores)
-        self.preprocess, self.dtype, self.substitute = preprocess, dtype, substitute
+        self.manifest, self.preprocess = manifest, preprocess
+        self.dtype, self.substitute = dtype, substitute
 
     def __len__(self) -> int:
         return len(self.manifest)
 
     def names(self) -> tuple[str, ...]:
         """Names of the data."""
-        return (*self.manifest.files, "domain", *self.stores)
+        return (*self.manifest.files, "domain")
 
     def has_name(self, name: str) -> bool:
         """Whether there are data of that name."""
@@ -64,7 +61,6 @@ class ManifestDataset(AbsDataset):
 
     def __repr__(self) -> str:
         lists = {name: facts["path"] for name, facts in self.manifest.files.items()}
-        lists |= {name: str(store.folder) for name, store in self.stores.items()}
         content = "".join(f"\n  {name}: {path}" for name, path in lists.items())
         return f"{len(self)} utterances in {self.manifest.folder}{content}"
 
@@ -85,15 +81,10 @@ class ManifestDataset(AbsDataset):
             data["speech"] = self._speech(utt, values.pop("speech"), listed)
             for name, spec in values.items():
                 data[name] = read_matrix(spec, utt)
-            for name, store in self.stores.items():
-                data[name] = store[utt]
         except AudioError as error:
             raise BadUtterance(utt, f"audio_{error.reason}", str(error)) from error
-        except (ArkError, CodeStoreError) as error:
+        except ArkError as error:
             raise BadUtterance(utt, "codes_unreadable", str(error)) from error
-        except KeyError as error:
-            detail = f"{error} is not in the store of codes"
-            raise BadUtterance(utt, "codes_missing", detail) from error
         try:
             return utt, self.preprocess(utt, data)
         except ValueError as error:

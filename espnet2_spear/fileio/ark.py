@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,7 @@ from espnet2_spear.constants import MISSING
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.datadir import read_table
+from espnet2_spear.fileio.tables import Lines, rows
 
 try:
     from omniio import kaldi
@@ -90,6 +92,38 @@ def read_matrix(spec: str, utt: str | None = None) -> np.ndarray:
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2:
         raise ArkError(f"{where}: holds no matrix; {remedy}")
     return matrix
+
+
+class MatricesByName(Mapping[str, np.ndarray]):
+    """The matrices of an scp file, of which nothing is in memory.
+
+    Can be sent to other processes; each maps the scp file itself.
+
+    Args:
+        scp: its lines in the order of names (C locale), as tokenization writes them.
+
+    Raises:
+        DataDirError: it cannot be read.
+    """
+
+    def __init__(self, scp: str | os.PathLike[str]) -> None:
+        self._lines = Lines(scp)
+
+    def __reduce__(self) -> tuple[type[MatricesByName], tuple[Path]]:
+        return type(self), (self._lines.path,)
+
+    def __getitem__(self, utt: str) -> np.ndarray:
+        """Matrix of an utterance, float32 (rows, columns); see :func:`read_matrix`."""
+        spec = self._lines.find(utt)
+        if spec is None:
+            raise KeyError(utt)
+        return read_matrix(spec, utt)
+
+    def __iter__(self) -> Iterator[str]:
+        return (utt for utt, _, _ in rows(self._lines.path, SCP_COLUMNS))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class CodesWriter(AbstractContextManager):
