@@ -25,7 +25,6 @@ from corpus_miniatures import (
     musan,
     voxceleb1,
 )
-from datadir_files import gather
 from test_local_data import LOCAL, RECIPE, load, run_sh
 
 from espnet2_spear.fileio.audio import read_pieces
@@ -55,7 +54,7 @@ def reduced(name: str, made: Miniature) -> object:
 
 def prepared(known: object, root: Path, part: str) -> DataDir:
     """A part of a corpus, in memory."""
-    return gather(known.prepare(root, [part]).entries)
+    return DataDir.of(known.prepare(root, [part]).entries)
 
 
 def test_every_corpus_has_a_miniature() -> None:
@@ -73,7 +72,7 @@ def test_miniature(tmp_path: Path, name: str) -> None:
     known = reduced(name, made)
     for part, (utterances, labels, text) in made.items():
         found = known.prepare(tmp_path, [part])
-        data = gather(found.entries)
+        data = DataDir.of(found.entries)
         data.validate(require=("utt2domain",))
         assert data.utterances == utterances
         assert next(iter(found.entries)).labels == labels

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datadir_files import gather
 
 from espnet2_spear.fileio import external_sorter
 from espnet2_spear.fileio.datadir import (
@@ -184,7 +183,7 @@ def test_streamed_round_trip(tmp_path: Path, data: DataDir) -> None:
         path = tmp_path / "x" / name
         path.write_text("".join(reversed(path.read_text().splitlines(True))))
     found = list(entries(tmp_path / "x"))
-    assert gather(found, data.path) == data
+    assert DataDir.of(found, data.path) == data
     assert write_entries(found, tmp_path / "y") == 3
     data.write(tmp_path / "z")
     for path in (tmp_path / "z").iterdir():

@@ -180,8 +180,7 @@ def main(cmd=None):
 
 def run(args: argparse.Namespace) -> None:
     """Mix and write."""
-    data = DataDir.load(args.data_dir)
-    data.validate(require=("utt2domain",))
+    data = DataDir.load(args.data_dir, require=("utt2domain",))
     teachers = {name: codes_shape(scp) for name, scp in args.codes}
     specs = {name: read_scp(scp) for name, scp in args.codes}
     conf = {"preset": args.preset} | args.mixer_conf

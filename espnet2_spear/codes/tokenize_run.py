@@ -176,8 +176,7 @@ class TokenizeRun:
             wanted: for each teacher, bool (utterances,).
         """
         batches = shards[number]
-        places = [shards.batches.places(i) for i in shards.numbers(number)]
-        where = np.concatenate(places)
+        where = shards.places(number)
         utts = [utterance.utt for batch in batches for utterance in batch]
         names = [
             {utt for utt, is_wanted in zip(utts, mask[where], strict=True) if is_wanted}

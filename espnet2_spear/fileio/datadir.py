@@ -421,8 +421,16 @@ class DataDir:
         cls, path: str | os.PathLike[str], require: Collection[str] = ()
     ) -> DataDir:
         """Read and check a directory; see :func:`entries`."""
-        data = cls({}, {}, path=Path(path))
-        for entry in entries(path, require):
+        data = cls.of(entries(path, require), Path(path))
+        if (data.path / "feats_type").exists():
+            data.feats_type = (data.path / "feats_type").read_text().strip()
+        return data
+
+    @classmethod
+    def of(cls, found: Iterable[Entry], path: Path = Path(".")) -> DataDir:
+        """Hold entries in memory."""
+        data = cls({}, {}, path=path)
+        for entry in found:
             data.wav_scp[entry.recording] = entry.path
             data.utt2spk[entry.utt] = entry.speaker
             if entry.segment is not None:
@@ -434,8 +442,6 @@ class DataDir:
                 data.text[entry.utt] = entry.text
             if entry.samples is not None:
                 data.utt2num_samples[entry.utt] = entry.samples
-        if (data.path / "feats_type").exists():
-            data.feats_type = (data.path / "feats_type").read_text().strip()
         return data
 
     def entries(self, require: Collection[str] = ()) -> Iterator[Entry]:

@@ -18,6 +18,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.hashes import crc32_of, digest_of
 from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare
@@ -45,17 +48,21 @@ class Shards:
         return self._count
 
     def __getitem__(self, number: int) -> Batches:
-        return [self.batches[i] for i in self.numbers(number)]
+        if number >= self._count:
+            raise IndexError(number)
+        return [self.batches[i] for i in self._numbers(number)]
+
+    def _numbers(self, number: int) -> range:
+        return range(number, len(self.batches), self._count)
+
+    def places(self, number: int) -> np.ndarray:
+        """Places of a shard's utterances among all, batch after batch."""
+        places = [self.batches.places(i) for i in self._numbers(number)]
+        return np.concatenate([*places, np.zeros(0, np.int64)])
 
     def seconds(self, number: int) -> float:
-        """Audio in a shard, in seconds."""
-        return self.batches.seconds(self.numbers(number))
-
-    def numbers(self, number: int) -> range:
-        """Which batches a shard has."""
-        if not 0 <= number < self._count:
-            raise IndexError(number)
-        return range(number, len(self.batches), self._count)
+        """Audio in a shard, in seconds; no utterance is read for it."""
+        return float(self.batches.lengths[self.places(number)].sum()) / SAMPLE_RATE
 
 
 def shard_count(seconds: float, shard_seconds: float | None) -> int:
@@ -75,7 +82,7 @@ def split_into_shards(batches: Batched, shard_seconds: float | None = None) -> S
     Every shard gets batches of all lengths, so that shards take equally long. It
     depends on nothing but the arguments: a resumed run finds the same shards.
     """
-    seconds = batches.seconds(range(len(batches)))
+    seconds = float(batches.lengths.sum()) / SAMPLE_RATE
     count = max(1, min(shard_count(seconds, shard_seconds), len(batches)))
     return Shards(batches, count)
 

@@ -114,13 +114,16 @@ class Batched:
         utterances: of which they are.
         order: places of the utterances of the first batch, of the second, and so on.
         starts: where each batch begins in that order, and the end.
+
+    Attributes:
+        lengths: int64 (utterances,), in samples.
     """
 
     def __init__(
         self, utterances: Sequence[Utterance], order: np.ndarray, starts: Sequence[int]
     ) -> None:
         self._utterances, self._order, self._starts = utterances, order, starts
-        self._lengths = lengths_of(utterances)
+        self.lengths = lengths_of(utterances)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -128,16 +131,8 @@ class Batched:
     def __getitem__(self, number: int) -> list[Utterance]:
         return [self._utterances[place] for place in self.places(number)]
 
-    def seconds(self, numbers: range) -> float:
-        """Audio in some batches, in seconds; no utterance is read for it."""
-        places = [self.places(number) for number in numbers]
-        lengths = self._lengths[np.concatenate(places)] if places else np.zeros(1)
-        return float(lengths.sum()) / SAMPLE_RATE
-
     def places(self, number: int) -> np.ndarray:
         """Places of a batch's utterances among all."""
-        if not 0 <= number < len(self):
-            raise IndexError(number)
         return self._order[self._starts[number] : self._starts[number + 1]]
 
 
