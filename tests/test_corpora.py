@@ -33,11 +33,10 @@ from espnet2_spear.fileio.datadir import DataDir, DataDirError, entries
 
 corpus = load("corpus")
 load("data_folders")
-load("data_lhotse")
 modules = {
     path.stem.removeprefix("data_"): load(path.stem)
     for path in sorted(LOCAL.glob("data_*.py"))
-    if path.stem not in ("data_asterisk", "data_corpora", "data_folders", "data_lhotse")
+    if path.stem not in ("data_asterisk", "data_corpora", "data_folders")
 }
 data_corpora = load("data_corpora")
 CORPORA = {name: module.CORPUS for name, module in modules.items()}
@@ -445,15 +444,9 @@ def test_stage_1_on_a_list(tmp_path: Path) -> None:
     ]
     # Another folder of a corpus, the same list: not what was prepared before.
     shutil.copytree(tmp_path / "l", tmp_path / "other place")
-    again = run_sh(*options, cwd=tmp_path, env=env)
-    assert again.returncode == 0 and "inputs and options: skipped" in again.stdout
-    dry = ["--dry_run", "true"]
     moved = env | {"LIBRISPEECH": str(tmp_path / "other place")}
-    result = run_sh(*options, *dry, cwd=tmp_path, env=moved)
+    result = run_sh(*options, "--dry_run", "true", cwd=tmp_path, env=moved)
     assert f"would run: {tmp_path}/l is no longer read" in result.stdout
-    (tmp_path / "m/new.wav").touch()
-    result = run_sh(*options, *dry, cwd=tmp_path, env=env)
-    assert f"would run: {tmp_path}/m changed" in result.stdout
     both = run_sh(*options, "--speech_dirs", "x", cwd=tmp_path, env=env)
     assert both.returncode == 1 and "exclude each other" in both.stderr
 

@@ -260,9 +260,9 @@ def test_long_recordings_in_pieces(
         extract(student, tmp_path / "o", "--max_seconds", 10, path)
 
 
-def test_ten_hours_in_pieces(tmp_path: Path, student: Path) -> None:
+def test_two_hours_in_pieces(tmp_path: Path, student: Path) -> None:
     """Every piece is short, and together they are the frames of the whole."""
-    samples = 10 * 3600 * 16000
+    samples = 2 * 3600 * 16000
     path = tmp_path / "long.wav"
     form = struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2, 16)
     head = b"RIFF" + struct.pack("<I", 36 + 2 * samples) + b"WAVEfmt " + form
@@ -276,11 +276,11 @@ def test_ten_hours_in_pieces(tmp_path: Path, student: Path) -> None:
         seen.append(len(audio[0]))
         return [[np.zeros((model.hidden_lengths(len(audio[0])), 1), np.float32)]]
 
-    extractor.encode = encode  # an hour of computation on a CPU
+    extractor.encode = encode  # minutes of computation on a CPU
     recording = Recording("long", str(path), samples)
     frames = sum(len(block[0]) for block in extractor.encode_long(recording))
     assert frames == model.hidden_lengths(samples)
-    assert max(seen) <= 60 * 16000 and len(seen) > 800
+    assert max(seen) <= 60 * 16000 and len(seen) > 160
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -59,6 +59,6 @@ def test_ranks_stop_and_save(tmp_path: Path, ranks: int) -> None:
         assert process.is_alive()
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
+    process.join(300)
     assert process.exitcode == (EXIT_INTERRUPTED if ranks else -signal.SIGTERM)
     assert len(list(tmp_path.glob("saved*"))) == ranks

@@ -155,7 +155,7 @@ def test_rank_that_dies_or_hangs_ends_the_other(
     cmd = options(data, tmp_path / "exp", "--max_epoch", 10000)
     if by_file:  # as the recipe starts several machines
         cmd += ["--dist_init_method", f"file://{tmp_path}/init"]
-    cmd += ["--rank_timeout", "3"]
+    cmd += ["--rank_timeout", "5"]
     processes = launch(cmd, tmp_path)
     wait_for(tmp_path / "exp" / "2epoch.pth", processes)
     os.kill(processes[victim].pid, number)
@@ -191,7 +191,7 @@ def test_rank_that_hangs_before_the_training_ends_the_other(data, tmp_path, vict
 
         return before
 
-    cmd = options(data, tmp_path / "exp", "--rank_timeout", 3)
+    cmd = options(data, tmp_path / "exp", "--rank_timeout", 5)
     processes = launch(cmd, tmp_path, freeze_one)
     other = processes[1 - victim]
     other.join(120)

@@ -160,7 +160,7 @@ def test_signal_to_all_processes_of_a_job(data, whole, tmp_path):
         time.sleep(0.02)
         assert process.is_alive()
     os.killpg(process.pid, signal.SIGTERM)
-    process.join(60)
+    process.join(300)
     assert process.exitcode == EXIT_INTERRUPTED
     assert "asked to stop" in (tmp_path / "log").read_text()
     last = torch.load(tmp_path / "exp" / "checkpoint.pth", weights_only=True)["spear"]

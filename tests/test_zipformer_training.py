@@ -18,8 +18,6 @@ from test_training_step import (  # noqa: F401  (data is a fixture)
 )
 from test_zipformer_exact import NARROW
 
-from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
-from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.spear.model import SpearPretrainModel
@@ -596,13 +594,6 @@ def test_the_count_is_in_checkpoints_but_not_in_the_student(tmp_path: Path) -> N
     assert set(load_model(tmp_path).state_dict()) == {
         k.removeprefix("student.") for k in state if k.startswith("student.")
     }
-    # Fine-tuning a finished student: what is scheduled is over.
-    frontend = SpearFrontend(ckpt=str(tmp_path), freeze=False)
-    assert frontend.upstream.encoder.count.value == SCHEDULES_END
-    assert float(frontend.state_dict()["schedule.batches"]) == SCHEDULES_END
-    assert "schedule.batches" not in SpearFrontend(ckpt=str(tmp_path)).state_dict()
-    encoder = ZipformerEncoder(1, arch={"name": "tiny", "regularize": True})
-    assert "schedule.batches" in encoder.state_dict()
 
 
 def test_defaults_of_the_named_sizes() -> None:

@@ -16,7 +16,8 @@ folders=(--datadir smoke/data --dumpdir smoke/dump)
 (
     # shellcheck source=asr1/path.sh
     . ./path.sh
-    python local/run_systems.py --seeds 0 --expdir smoke/exp --table smoke/exp/table.md \
+    python local/run_systems.py --systems spear_frozen --seeds 0 \
+        --expdir smoke/exp --table smoke/exp/table.md \
         --ckpt ../ssl1/smoke/exp/spear_mini_speech_audio/valid.loss.best.pth -- \
         "${folders[@]}" --asr_args "--max_epoch 1 --num_iters_per_epoch 2 --num_workers 0"
 )

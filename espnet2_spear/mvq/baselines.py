@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from espnet2_spear.constants import MAX_CODEBOOK_SIZE
@@ -219,6 +218,8 @@ def _cluster_residuals(
     progress: Callable[[str], None],
 ) -> None:
     """Train codebook after codebook: k-means on the residuals of the earlier ones."""
+    # Here: importing it takes as long as torch, and opening a quantizer needs it not.
+    from sklearn.cluster import MiniBatchKMeans
 
     def residual(frames: Tensor, codebook: int) -> Tensor:
         x = quantizer.standardise(frames.to(quantizer.centers.device))
