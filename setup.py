@@ -36,6 +36,8 @@ EXTRAS = {
     "teachers": ["transformers>=4.40", "onnx>=1.16", "dasheng>=0.0.9"],
     # Any s3prl upstream as a teacher; the fork that installs beside current torch.
     "s3prl": ["espnet-s3prl"],
+    # Cuts of lhotse and icefall as corpora, and the codes in them (HDF5).
+    "lhotse": ["lhotse>=1.24", "h5py>=3"],
     # Not MIT: its licence restricts use. ESPnet 202511 depends on it itself.
     "kaldiio": ["kaldiio>=2.18"],
     # Curves of losses, accuracies and codebook usage.
@@ -44,7 +46,7 @@ EXTRAS = {
     "demo": ["gradio>=5", "matplotlib>=3.7"],
     # The test suite and the linters; xdist: on all cores; torcheval, loralib and
     # lightning are what ESPnet's classification task, its LoRA adapters and ESPnet3
-    # need; selenium: the browser.
+    # need; selenium: the browser; lhotse makes the cuts that its reader is tested on.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -54,6 +56,8 @@ EXTRAS = {
         "loralib>=0.1.2",
         "lightning>=2.5",
         "selenium>=4.20",
+        "lhotse>=1.24",
+        "h5py>=3",
     ],
 }
 

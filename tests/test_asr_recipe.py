@@ -115,6 +115,23 @@ def test_bad_sets_are_refused(tmp_path: Path, item: str) -> None:
     assert done.returncode == 2 and f"--prepare '{item}'" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--asr_config conf/train_asr_spear_frozen.yaml", "student with --ckpt"),
+        ("--asr_config conf/train_asr_spear_frozen.yaml --ckpt none.pth", "none.pth"),
+        ("--search beam --inference_config none.yaml", "none.yaml: no such file"),
+    ],
+)
+def test_what_stops_a_later_stage_stops_the_run(
+    tmp_path: Path, options: str, message: str
+) -> None:
+    folders = [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
+    done = run_sh(*folders, *options.split())
+    assert done.returncode == 1 and message in done.stdout + done.stderr
+    assert "Stage 1" not in done.stdout + done.stderr and not list(tmp_path.iterdir())
+
+
 def test_every_gpu_gets_a_process(tmp_path: Path) -> None:
     """By Slurm, with a stand-in of sbatch that leaves a model and runs nothing."""
     write_tokens(tmp_path)

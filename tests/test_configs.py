@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from espnet2_spear.bin.spear_plan import disk_bytes
 from espnet2_spear.bin.spear_train import get_parser
 from espnet2_spear.bin.spear_train import main as train
 from espnet2_spear.data.sampler import SamplerConfig
@@ -126,11 +127,8 @@ def test_values_are_the_published_ones(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=name)
 def test_disk_is_told(path: Path) -> None:
-    """Two checkpoints: weights, two tensors of the optimizer, a float64 average."""
     args = get_parser().parse_args(["--config", str(path), "--output_dir", "unused"])
-    last_and_mean = 2
-    models = args.keep_averages + args.keep_nbest_models + last_and_mean
-    size = PARAMETERS[args.student] * (2 * (4 + 8 + 8) + 4 * models)
+    size = disk_bytes(PARAMETERS[args.student], args)
     told = re.search(r"Disk while it trains: (\d+) GB", path.read_text())
     assert told and int(told[1]) == round(size / 1e9)
 

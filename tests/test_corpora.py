@@ -33,10 +33,11 @@ from espnet2_spear.fileio.datadir import DataDir, DataDirError, entries
 
 corpus = load("corpus")
 load("data_folders")
+load("data_lhotse")
 modules = {
     path.stem.removeprefix("data_"): load(path.stem)
     for path in sorted(LOCAL.glob("data_*.py"))
-    if path.stem not in ("data_asterisk", "data_corpora", "data_folders")
+    if path.stem not in ("data_asterisk", "data_corpora", "data_folders", "data_lhotse")
 }
 data_corpora = load("data_corpora")
 CORPORA = {name: module.CORPUS for name, module in modules.items()}

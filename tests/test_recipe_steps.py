@@ -680,12 +680,14 @@ def test_dry_run_tells_what_there_is_to_do(tmp_path: Path) -> None:
     result = run_sh(
         *("--dry_run", "true", "--student", "large", "--nj", "1", "--ngpu", "8"),
         *("--data_config", str(tmp_path / "mix.yaml"), "--audio_format", "wav"),
+        *("--strict", "true"),
         *(f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")),
         cwd=tmp_path,
         env={k.upper(): str(v) for k, v in roots.items()}
         | {"FREESOUND": str(tmp_path / "freesound")},
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "--fs 16000 --strict --nj 1" in result.stdout
     assert sorted(tmp_path.rglob("*")) == before
     plan_lines = dict(
         line.strip().split(": ", 1)

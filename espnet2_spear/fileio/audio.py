@@ -22,8 +22,8 @@ from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.decode import DecodeError, Source, Window, split_ark
 
 AUDIO_SUFFIXES = frozenset(
-    ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .sph .w64 .caf .m4a .aac .mp4 .webm"
-    " .wma .amr .g722 .gsm".split()
+    ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .sph .w64 .rf64 .caf .m4a"
+    " .aac .mp4 .webm .mka .wma .amr .g722 .gsm".split()
 )
 MIN_RATE, MAX_RATE = 4000, 384000  # Hz; outside, a header is taken for damaged
 CANCELLED = 0.03  # power of the mean of channels, of theirs: they are in opposite phase

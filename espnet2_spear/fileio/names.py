@@ -1,11 +1,17 @@
-"""Names of files that are called after an utterance."""
+"""Ids of utterances, and names of files that are called after them."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 
 LONGEST = 200  # bytes of a file's name; file systems take 255, and we add some
+
+
+def safe_id(text: str) -> str:
+    """Return text with what does not belong into an utterance id replaced."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text.replace("/", "-"))
 
 
 def file_name(utt: str, suffix: str) -> str:

@@ -38,6 +38,7 @@ class SpearXaresEncoder(nn.Module):
 
     sampling_rate = SAMPLE_RATE
     hop_size_in_ms = 2 * FRAME_SHIFT * 1000 // SAMPLE_RATE
+    padding: str | None = None  # of the student; None: as it was trained
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class SpearXaresEncoder(nn.Module):
             raise CheckpointError(
                 f"{MODEL} is not set: export {MODEL}=/path/to/student"
             )
-        self.student = load_model(path)
+        self.student = load_model(path, padding=self.padding)
         self.output_dim = self.student.output_size()
 
     @torch.inference_mode()

@@ -114,8 +114,38 @@ need() { # need <file> <stage that makes it>
     fi
 }
 
+# What would stop a later stage stops the run here.
+if wanted 4 && [ "${search}" = beam ] && [ ! -e "${inference_config}" ]; then
+    log "ERROR: --inference_config ${inference_config}: no such file"
+    exit 1
+fi
 if wanted 3 && [ "${dry_run}" = false ] && grep -Eq '^decoder: *transducer' "${asr_config}"; then
     ${python} -m espnet2_spear.asr.transducer_loss
+fi
+student=() student_args=()
+if wanted 3; then
+    if grep -Eq '^frontend: *spear *$' "${asr_config}"; then
+        if [ -z "${ckpt}" ] && ! grep -Eq '^ +ckpt: *[^ #]' "${asr_config}"; then
+            log "ERROR: ${asr_config} has frontend: spear; name the student with --ckpt" >&2
+            exit 1
+        fi
+        if [ -n "${ckpt}" ]; then
+            if [ ! -e "${ckpt}" ] && [ "${dry_run}" = false ]; then
+                log "ERROR: --ckpt ${ckpt}: no such file or folder; pre-train with ../ssl1" >&2
+                exit 1
+            fi
+            student_args+=(--frontend_conf "ckpt=${ckpt}")
+            student=("${ckpt}")
+        fi
+    fi
+    if grep -Eq '^encoder: *zipformer *$' "${asr_config}" && [ -n "${ckpt}" ]; then
+        if [ ! -f "${ckpt}" ] && [ "${dry_run}" = false ]; then
+            log "ERROR: --ckpt ${ckpt}: must be the file of a student; a folder in another layout becomes one by python -m espnet2_spear.bin.spear_import" >&2
+            exit 1
+        fi
+        student_args+=(--init_param "${ckpt}:student:encoder" --encoder_conf "arch.name=${ckpt}")
+        student=("${ckpt}")
+    fi
 fi
 
 if wanted 1; then
@@ -196,29 +226,7 @@ if wanted 3; then
             "--${part}_shape_file" "${dir}/utt2num_samples"
             "--${part}_shape_file" "${token_dir}/text_shape.${set}")
     done
-    student=()
-    if grep -Eq '^frontend: *spear *$' "${asr_config}"; then
-        if [ -z "${ckpt}" ] && ! grep -Eq '^ +ckpt: *[^ #]' "${asr_config}"; then
-            log "ERROR: ${asr_config} has frontend: spear; name the student with --ckpt" >&2
-            exit 1
-        fi
-        if [ -n "${ckpt}" ]; then
-            if [ ! -e "${ckpt}" ] && [ "${dry_run}" = false ]; then
-                log "ERROR: --ckpt ${ckpt}: no such file or folder; pre-train with ../ssl1" >&2
-                exit 1
-            fi
-            args+=(--frontend_conf "ckpt=${ckpt}")
-            student=("${ckpt}")
-        fi
-    fi
-    if grep -Eq '^encoder: *zipformer *$' "${asr_config}" && [ -n "${ckpt}" ]; then
-        if [ ! -f "${ckpt}" ] && [ "${dry_run}" = false ]; then
-            log "ERROR: --ckpt ${ckpt}: must be the file of a student; a folder in another layout becomes one by python -m espnet2_spear.bin.spear_import" >&2
-            exit 1
-        fi
-        args+=(--init_param "${ckpt}:student:encoder" --encoder_conf "arch.name=${ckpt}")
-        student=("${ckpt}")
-    fi
+    args+=("${student_args[@]}")
     if [ -d "${ckpt}" ] && [ "${#student[@]}" -gt 0 ]; then
         # What a folder of a student may be read from; not its logs.
         mapfile -t student < <(find "${ckpt}" -maxdepth 1 ! -type d \

@@ -63,6 +63,8 @@ Data (stage 1); without own data the embedded default is fetched (97 MB)
 
 Format and filter (stages 2, 3)
   --audio_format flac|wav|flac.ark|wav.ark      .ark: many utterances a file [flac]
+  --strict true|false         true skips recordings whose headers tell another length than
+                              is there, which are noted otherwise  [false]
   --min_seconds X, --max_seconds X              others are skipped
                                        [0.5, 30; base, large and xlarge: 0.9, 32]
   --min_peak_db X             quieter is silence (dB of full scale) [-60]
@@ -134,6 +136,7 @@ max_hours_audio=inf
 max_utts=0
 
 audio_format=flac
+strict=false
 min_seconds=
 max_seconds=
 min_peak_db=-60
@@ -280,6 +283,8 @@ fi
 
 if wanted 2; then
     log "Stage 2: format to ${fs} Hz mono ${audio_format}"
+    strict_words=()
+    [ "${strict}" = false ] || strict_words=(--strict)
     for set in ${sets}; do
         out=${dumpdir}/raw/org/${set}
         share_out "${train_cmd}" 0 "${nj}" "${out}/log/format.JOB.log" 1
@@ -287,7 +292,8 @@ if wanted 2; then
         step --mark "${out}/.done.json" "${shared[@]}" --input "${datadir}/${set}" \
             --input "${datadir}/.done.json" --output "${out}/wav.scp" \
             -- python -m espnet2_spear.bin.spear_format --in_dir "${datadir}/${set}" \
-            --out_dir "${out}" --audio_format "${audio_format}" --fs "${fs}" + --nj "${nj}"
+            --out_dir "${out}" --audio_format "${audio_format}" --fs "${fs}" \
+            "${strict_words[@]}" + --nj "${nj}"
     done
 fi
 

@@ -13,6 +13,9 @@ or, for any folder of audio files or Kaldi data directory,
       weight: 1.0
     - manifest: PATH       # a list in NeMo's form, such as Granary's: JSON lines with
       ...                  # audio_filepath, duration, optionally offset and text
+    - cuts: PATH           # of lhotse: cuts.jsonl.gz, or a folder in the form Shar
+      audio_root: PATH     # where relative paths in it start; default: here
+      ...
 """
 
 import argparse
@@ -28,7 +31,8 @@ from typing import Any
 
 import yaml
 from corpus import Corpus
-from data_folders import from_audio_files, from_kaldi_dir, safe_id
+from data_folders import from_audio_files, from_kaldi_dir
+from data_lhotse import from_cuts
 
 from espnet2_spear.fileio.datadir import (
     DOMAINS,
@@ -39,14 +43,17 @@ from espnet2_spear.fileio.datadir import (
 )
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
+from espnet2_spear.fileio.names import safe_id
 from espnet2_spear.fileio.tables import DataDirError, open_text
 
 KEYS = {
     "corpus": {"corpus", "parts", "weight", "partial"},
     "folder": {"folder", "name", "domain", "weight"},
     "manifest": {"manifest", "name", "domain", "weight"},
+    "cuts": {"cuts", "audio_root", "name", "domain", "weight"},
 }
 WEIGHTS = "weights"
+NO_CORPUS = ("data_asterisk", "data_corpora", "data_folders", "data_lhotse")
 
 
 def read_list(path: Path) -> list[dict[str, Any]]:
@@ -89,7 +96,7 @@ def known_corpora() -> dict[str, Corpus]:
     modules = (
         importlib.import_module(path.stem)
         for path in sorted(Path(__file__).parent.glob("data_*.py"))
-        if path.stem not in ("data_asterisk", "data_corpora", "data_folders")
+        if path.stem not in NO_CORPUS
     )
     return {module.CORPUS.name: module.CORPUS for module in modules}
 
@@ -105,19 +112,20 @@ def prefixed(entry: Entry, name: str) -> Entry:
 
 
 def root_of(entry: dict[str, Any]) -> Path:
-    """Return the folder or file of an entry `folder` or `manifest`.
+    """Return the folder or file of an entry that is no corpus.
 
     Raises:
         DataDirError: it is not named or not there.
     """
-    kind = "manifest" if "manifest" in entry else "folder"
+    kind = next(kind for kind in ("manifest", "cuts", "folder") if kind in entry)
     variable = re.match(r"\$\{(\w+)\}", entry[kind])
     value = entry[kind]
     if variable:
         root = os.environ.get(variable[1], "")
         value = root and root + value[variable.end() :]
     path = Path(value)
-    if not value or not (path.is_file() if kind == "manifest" else path.is_dir()):
+    there = {"manifest": path.is_file, "cuts": path.exists, "folder": path.is_dir}
+    if not value or not there[kind]():
         raise DataDirError(
             f"{entry['name']}: no {kind} '{value}'; set "
             f"{variable[1] + ' in db.sh' if variable else f'`{kind}` in the list'}"
@@ -172,9 +180,12 @@ def from_manifest(path: Path, name: str, domain: str) -> ExternalSorter[Entry]:
     return found
 
 
-def from_folder(entry: dict[str, Any]) -> Iterable[Entry]:
-    """Prepare an entry `folder` or `manifest`."""
+def from_folder(entry: dict[str, Any], out_dir: Path) -> Iterable[Entry]:
+    """Prepare an entry that is no corpus; cuts write more into its data directory."""
     folder = entry["root"]
+    if "cuts" in entry:
+        audio_root = Path(entry.get("audio_root", ""))
+        return from_cuts(folder, entry["name"], entry["domain"], audio_root, out_dir)
     if "manifest" in entry:
         return from_manifest(folder, entry["name"], entry["domain"])
     if (folder / "wav.scp").exists():
@@ -231,7 +242,7 @@ def main(cmd: list[str] | None = None) -> None:
                 )
                 found, missing = prepared.entries, prepared.missing
             else:
-                found, missing = from_folder(entry), 0
+                found, missing = from_folder(entry, args.out_dir / entry["name"]), 0
             count = write_entries(found, args.out_dir / entry["name"])
             logging.info(
                 "%s: %d utterances, weight %s, %d listed files missing",

@@ -9,7 +9,6 @@ path with spaces, and optionally with a label that starts the utterance ids:
 import argparse
 import logging
 import os
-import re
 import shlex
 from collections.abc import Iterator
 from functools import lru_cache
@@ -27,7 +26,7 @@ from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.folders import audio_files, find_audio
 from espnet2_spear.fileio.hashes import name_hash
-from espnet2_spear.fileio.names import short_id
+from espnet2_spear.fileio.names import safe_id, short_id
 from espnet2_spear.fileio.tables import DataDirError
 
 
@@ -42,11 +41,6 @@ def parse_folders(value: str) -> list[tuple[str, Path]]:
             label, folder = Path(word).resolve().name, word
         folders.append((safe_id(label), Path(folder)))
     return folders
-
-
-def safe_id(text: str) -> str:
-    """Return text with what does not belong into an utterance id replaced."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text.replace("/", "-"))
 
 
 def from_audio_files(folder: Path, label: str, domain: str) -> ExternalSorter[Entry]:
