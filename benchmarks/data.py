@@ -224,7 +224,7 @@ def read_batches(manifest: Manifest, workers: int, args: argparse.Namespace) -> 
         dataset,
         StepBatches(sampler, args.batches + 1),
         SpearCollateFn(),
-        SkipLog(None, SkipLimits()),
+        SkipLog(manifest.folder / "skipped.txt", SkipLimits()),
         bound=sampler.shard_samples,
         num_workers=workers,
     )

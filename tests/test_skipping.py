@@ -86,7 +86,7 @@ def factory(
     limits: SkipLimits = LENIENT,
     workers: int = 0,
     valid: bool = False,
-    list_path: str | None = "skipped.txt",
+    list_path: str = "skipped.txt",
 ) -> SpearIterFactory:
     files = {"speech": str(folder / "wav"), "codes_speech": str(folder / "codes")}
     files["codes_other"] = str(folder / "other")
@@ -110,7 +110,7 @@ def factory(
         dataset,
         batches,
         Collate(float_pad_value=0.0, int_pad_value=-1, not_sequence=["domain"]),
-        SkipLog(folder / list_path if list_path else None, limits),
+        SkipLog(folder / list_path, limits),
         bound=4 * RATE,
         num_workers=workers,
     )
@@ -301,7 +301,7 @@ def test_other_errors_are_not_taken_for_bad_data(
 
 
 def test_padding_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    iterator = factory(folder, list_path=None).build_iter(1)
+    iterator = factory(folder).build_iter(1)
     with caplog.at_level(logging.INFO):
         batches = read(iterator)
     lengths = [sum(batch["speech_lengths"]) for _, batch in batches]

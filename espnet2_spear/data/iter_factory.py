@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.data.dataset import ManifestDataset
 from espnet2_spear.data.sampler import StepSampler
-from espnet2_spear.data.skipping import SkipLog, SkippingCollate, describe
+from espnet2_spear.data.skipping import SkipLog, SkippingCollate
 
 Batch = tuple[list[str], dict[str, Tensor]]
 
@@ -217,7 +217,7 @@ class EpochIterator(DataLoader):
         }
         if self.bound is not None:
             stats["batch_fill"] = self.padded / (max(self.count, 1) * self.bound)
-        return {**stats, **describe(self.skips)}
+        return {**stats, **self.skips.stats()}
 
     def log(self) -> None:
         """Write the facts to the log."""

@@ -252,8 +252,7 @@ def _build(
     files = {name: Path(path) for name, path in lists.files.items()}
     samples, groups = array("i"), array("q")
     places = {name: array("q") for name in files}
-    # A group's number: of its corpus, of its domain.
-    numbers = {name: i * len(domains) for i, name in enumerate(corpora, 1)}
+    corpus_of = {f"{name}-": number for number, name in enumerate(corpora, 1)}
     differences = Differences()
     for utt, (length, kind, *found) in join(
         sorted_rows(lengths, "utterance samples"),
@@ -277,8 +276,9 @@ def _build(
             raise DataDirError(
                 f"{lengths}: '{utt}' has no samples; run the filter (stage 3)"
             )
-        corpus = numbers.get(utt.partition("-")[0], 0)
-        groups.append(corpus + domains.index(kind[1]))
+        # Of corpora a and a-b, the latter is the last.
+        corpus = max((n for p, n in corpus_of.items() if utt.startswith(p)), default=0)
+        groups.append(corpus * len(domains) + domains.index(kind[1]))
         for row, starts in zip(found, places.values(), strict=True):
             starts.append(row[2])
     differences.check()

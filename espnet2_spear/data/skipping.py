@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from espnet2_spear.fileio.optional_output import (
     append_lines,
@@ -86,13 +86,13 @@ class SkipLog:
     """Counts and lists bad utterances of one process, and stops at the limit.
 
     Args:
-        path: list of them, ``utterance cause detail``; goes on where it ended. None
-            keeps none. It is read when it is first needed: not before a training that
-            does not resume has removed an earlier one's.
+        path: list of them, ``utterance cause detail``; goes on where it ended. It is
+            read when it is first needed: not before a training that does not resume has
+            removed an earlier one's.
         limits: when to stop.
     """
 
-    def __init__(self, path: Path | None, limits: SkipLimits) -> None:
+    def __init__(self, path: Path, limits: SkipLimits) -> None:
         self.path, self.limits = path, limits
         self.failures = self.read = 0
         self._met: set[str] = set()
@@ -101,8 +101,6 @@ class SkipLog:
     @cached_property
     def _known(self) -> dict[str, str]:
         """Cause of each utterance of the list."""
-        if self.path is None:
-            return {}
         with warn_on_oserror(self.path):
             lines = [line.split(maxsplit=2) for line in read_lines(self.path)]
             return {words[0]: words[1] for words in lines if len(words) > 1}
@@ -134,7 +132,7 @@ class SkipLog:
             # Errors of all ranks show, warnings of the first only.
             logging.warning(f"skipped utterance '{utt}' ({cause}): {detail}")
             self._unwritten.append(f"{utt} {cause} {' '.join(detail.split())}")
-        if self._unwritten and self.path is not None:
+        if self._unwritten:
             with warn_on_oserror(self.path):
                 append_lines(self.path, self._unwritten)
                 self._unwritten = []
@@ -160,7 +158,7 @@ class SkipLog:
         """Counts by cause, the most frequent first."""
         return ", ".join(f"{n} {cause}" for cause, n in self.causes.most_common())
 
-
-def describe(log: SkipLog) -> dict[str, Any]:
-    """Counts for a reporter: ``skipped`` and ``skipped_<cause>``."""
-    return {"skipped": len(log), **{f"skipped_{c}": n for c, n in log.causes.items()}}
+    def stats(self) -> dict[str, int]:
+        """Counts for a reporter: ``skipped`` and ``skipped_<cause>``."""
+        counts = {f"skipped_{cause}": n for cause, n in self.causes.items()}
+        return {"skipped": len(self), **counts}

@@ -220,36 +220,31 @@ def main(cmd: list[str] | None = None) -> None:
     if args.roots:
         print(*roots_of(args.config), sep="\n")
         return
-    try:
-        entries = read_list(args.config)
-        # All folders are looked at before the first corpus, which may take hours.
-        for entry in entries:
-            if "corpus" in entry:
-                if entry["corpus"] not in known:
-                    raise DataDirError(
-                        f"{args.config}: unknown corpus '{entry['corpus']}'; known are "
-                        f"{', '.join(known)}; any folder can be named by `folder`"
-                    )
-                corpus = known[entry["corpus"]]
-                entry["root"] = corpus.root(os.environ.get(corpus.variable))
-            else:
-                entry["root"] = root_of(entry)
-        for entry in entries:
-            if "corpus" in entry:
-                corpus, partial = known[entry["corpus"]], entry.get("partial", False)
-                prepared = corpus.prepare(
-                    entry["root"], entry.get("parts", ()), partial
+    entries = read_list(args.config)
+    # All folders are looked at before the first corpus, which may take hours.
+    for entry in entries:
+        if "corpus" in entry:
+            if entry["corpus"] not in known:
+                raise DataDirError(
+                    f"{args.config}: unknown corpus '{entry['corpus']}'; known are "
+                    f"{', '.join(known)}; any folder can be named by `folder`"
                 )
-                found, missing = prepared.entries, prepared.missing
-            else:
-                found, missing = from_folder(entry, args.out_dir / entry["name"]), 0
-            count = write_entries(found, args.out_dir / entry["name"])
-            logging.info(
-                "%s: %d utterances, weight %s, %d listed files missing",
-                *(entry["name"], count, entry["weight"], missing),
-            )
-    except DataDirError as error:
-        raise SystemExit(f"ERROR (data_corpora.py): {error}") from None
+            corpus = known[entry["corpus"]]
+            entry["root"] = corpus.root(os.environ.get(corpus.variable))
+        else:
+            entry["root"] = root_of(entry)
+    for entry in entries:
+        if "corpus" in entry:
+            corpus, partial = known[entry["corpus"]], entry.get("partial", False)
+            prepared = corpus.prepare(entry["root"], entry.get("parts", ()), partial)
+            found, missing = prepared.entries, prepared.missing
+        else:
+            found, missing = from_folder(entry, args.out_dir / entry["name"]), 0
+        count = write_entries(found, args.out_dir / entry["name"])
+        logging.info(
+            "%s: %d utterances, weight %s, %d listed files missing",
+            *(entry["name"], count, entry["weight"], missing),
+        )
     weights = {entry["name"]: entry["weight"] for entry in entries}
     write_table(args.out_dir.parent / WEIGHTS, weights)
 
