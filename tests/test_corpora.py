@@ -415,9 +415,7 @@ def test_manifest(tmp_path: Path) -> None:
     assert sorted(spans) == [("a", 0.25, 0.75), ("a", 1.0, 1.5), ("b", 0.0, 2.0)]
     assert list(data.text.values()) == ["Yes."]
     path.write_text(path.read_text() + '{"audio_filepath": "a/y.wav"}\n')
-    with pytest.raises(
-        DataDirError, match="en.jsonl, line 4: needs audio_filepath"
-    ):
+    with pytest.raises(DataDirError, match="en.jsonl, line 4: needs audio_filepath"):
         data_corpora.main(cmd)
     path.unlink()
     with pytest.raises(DataDirError, match="granary: no manifest"):

@@ -210,12 +210,13 @@ def parse_count(file: str | Path, utt: str, value: str) -> int:
     Raises:
         DataDirError: it is no number, or none that four bytes hold.
     """
-    if not value.isdecimal() or int(value) >= 1 << 31:
+    count = int(value) if value.isdecimal() else -1
+    if not 0 <= count < 1 << 31:
         raise DataDirError(
             f"{file}: utterance '{utt}' has {value!r} instead of a number of samples; "
             "remove the file and run stages 2 and 3 again"
         )
-    return int(value)
+    return count
 
 
 def _check_entry(path: Path, entry: Entry) -> None:

@@ -140,10 +140,11 @@ def join(*tables: Iterable[Sequence[Any]]) -> Iterator[tuple[str, list[Any]]]:
         keys = {head[0] for head in heads if head}
         key = keys.pop() if len(keys) == 1 else min(keys, key=c_order)
         found = [head if head and head[0] == key else None for head in heads]
+        heads = [
+            next(iterator, None) if row else head
+            for iterator, head, row in zip(iterators, heads, found, strict=True)
+        ]
         yield key, found
-        for number, row in enumerate(found):
-            if row:
-                heads[number] = next(iterators[number], None)
 
 
 class Differences:
@@ -210,11 +211,13 @@ class Lines:
 
     def at(self, place: int) -> tuple[str, str]:
         """Key and value of the line that begins at a byte."""
+        self._check()
         key, value, _ = self._line(place)
         return key.decode(**TEXT), value.decode(**TEXT)
 
     def find(self, key: str) -> str | None:
         """Value of a key, None if it is not there; lines have to be in their order."""
+        self._check()
         wanted, low, high = c_order(key), 0, self.size
         while low < high:
             place = max(low, self._text.rfind(b"\n", low, (low + high) // 2) + 1)
@@ -224,13 +227,15 @@ class Lines:
             low, high = (end + 1, high) if found < wanted else (low, place)
         return None
 
-    def _line(self, place: int) -> tuple[bytes, bytes, int]:
+    def _check(self) -> None:
         # Bytes of a file that was cut must not be touched: the process would be killed.
         if os.fstat(self._file.fileno()).st_size != self.size:
             raise DataDirError(
                 f"{self.path}: is gone or was changed since it was opened; restore it "
                 "and start again (a training with --resume true)"
             )
+
+    def _line(self, place: int) -> tuple[bytes, bytes, int]:
         end = self._text.find(b"\n", place)
         end = self.size if end < 0 else end
         fields = self._text[place:end].strip().split(maxsplit=1)
