@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from espnet2_spear.errors import UserError
+from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.fileio.explain import run_command
 
@@ -179,9 +180,8 @@ def write_results(
         parts.append(f"### {unit.upper()}\n\n" + "\n".join([_HEADER, *rows]))
     text = "\n\n".join(parts) + "\n"
     (exp_dir / "RESULTS.md").write_text(text, encoding="utf-8")
-    part = exp_dir / "score.json.part"
-    part.write_text(json.dumps(score, indent=2) + "\n", encoding="utf-8")
-    part.replace(exp_dir / "score.json")
+    content = json.dumps(score, indent=2) + "\n"
+    write_atomically(exp_dir / "score.json", content.encode())
     return score
 
 
