@@ -118,4 +118,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, TableError)
+    run_command(main)

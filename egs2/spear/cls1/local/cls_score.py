@@ -143,4 +143,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, ScoreError)
+    run_command(main)
