@@ -465,15 +465,19 @@ def test_samples_that_are_not_in_the_scale_of_one(tmp_path: Path, scale: float) 
     assert np.abs(read_audio(path)[0]).max() < 1.5
 
 
+@pytest.mark.parametrize("turned", ["all", "half"])
 @pytest.mark.parametrize("gain", [-1.0, -0.8])
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
 def test_channels_that_cancel_each_other(
-    tmp_path: Path, gain: float, suffix: str
+    tmp_path: Path, gain: float, suffix: str, turned: str
 ) -> None:
     path = tmp_path / f"a.{suffix}"
-    soundfile.write(path, np.stack([tone(), gain * tone()], 1), 16000)
-    ((samples, info),) = read_pieces(path, [Span(0.25, 0.75)])
-    np.testing.assert_allclose(samples, tone()[4000:12000], atol=0.05)
+    other = gain * tone(10.0)
+    if turned == "half":
+        other[:80000] *= -1
+    soundfile.write(path, np.stack([tone(10.0), other], 1), 16000)
+    ((samples, info),) = read_pieces(path, [Span(0.25, 9.75)])
+    np.testing.assert_allclose(samples, tone(10.0)[4000:156000], atol=0.05)
     assert info.notes[0].startswith("one_channel") and "channel 0" in info.notes[0]
 
 

@@ -19,13 +19,14 @@ import soxr
 
 from espnet2_spear.constants import MAX_PEAK
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.decode import DecodeError, Source, Window, split_ark
+from espnet2_spear.fileio.decode import BLOCK, DecodeError, Source, Window, split_ark
 
 AUDIO_SUFFIXES = frozenset(
     ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .sph .w64 .rf64 .caf .m4a"
     " .aac .mp4 .webm .mka .wma .amr .g722 .gsm".split()
 )
 MIN_RATE, MAX_RATE = 4000, 384000  # Hz; outside, a header is taken for damaged
+MAX_LOST = 0.1  # power in blocks whose channels cancel each other, of all
 CANCELLED = 0.03  # power of the mean of channels, of theirs: they are in opposite phase
 MAX_SAID = 20  # notes of a process that are logged
 _said = 0
@@ -268,9 +269,14 @@ def _mono(
         raise AudioError(path, "no_channel", detail)
     if channel is None and channels > 1:
         samples = data.mean(axis=1)
-        powers = np.square(data, dtype=np.float64).mean(axis=0)
-        power = np.square(samples, dtype=np.float64).mean()
-        if power < CANCELLED * powers.mean():
+        squares = np.square(data, dtype=np.float64)
+        powers = squares.mean(axis=0)
+        # A part of a recording may have its phase turned.
+        starts = np.arange(0, len(data), BLOCK)
+        of_channels = np.add.reduceat(squares.mean(axis=1), starts)
+        of_mean = np.add.reduceat(np.square(samples, dtype=np.float64), starts)
+        lost = of_channels[of_mean < CANCELLED * of_channels].sum()
+        if lost > MAX_LOST * of_channels.sum():
             channel = int(np.flatnonzero(powers > powers.max() / 2)[0])
             notes = (
                 f"one_channel its channels cancel each other (opposite phase): channel "

@@ -1,5 +1,6 @@
 """What a run has to do, before it begins: pieces, hours, files, disk and steps."""
 
+import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -72,17 +73,16 @@ def figures(
     yield f"exp: {_size(checkpoint_bytes(config))} of checkpoints while it trains"
 
 
-def checkpoint_bytes(config: Mapping[str, Any]) -> int:
+def checkpoint_bytes(config: Mapping[str, Any]) -> float:
     """Size of what a training keeps (docs/pretraining.md, "Disk"), heads aside."""
+    from espnet2_spear.bin.spear_plan import disk_bytes  # takes seconds to import
+
     options = {"name": config["student"], **config.get("student_conf", {})}
     with torch.device("meta"):  # no memory, whatever the size
         student = SpearEncoder(ZipformerConfig.from_dict(options))
-    averages = config.get("average_period", 200) > 0  # defaults of the options
-    best = config.get("keep_nbest_models", 10)
-    models = best if isinstance(best, int) else max(best)
-    models += config.get("keep_averages", 10) * averages + 2  # the last, and the mean
-    bytes_each = 2 * (4 + 8 + 8 * averages) + 4 * models
-    return bytes_each * sum(p.numel() for p in student.parameters())
+    kept = {"keep_averages": 10, "keep_nbest_models": 10}  # by default
+    kept = argparse.Namespace(**{k: config.get(k, n) for k, n in kept.items()})
+    return disk_bytes(sum(p.numel() for p in student.parameters()), kept)
 
 
 def _sum(table: Mapping[str, Mapping[str, float]], key: str) -> float:
