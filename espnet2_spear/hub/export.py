@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import espnet2_spear
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.bundle import bundle
 from espnet2_spear.hub.save import refuse_non_finite
@@ -21,6 +22,18 @@ RELEASED_KEYS += ("pos_dim", "causal", "chunk_size", "left_context_frames")
 # Constants of the released code, written only if they are different here.
 FURTHER_KEYS = ("query_head_dim", "pos_head_dim", "value_head_dim", "embed_channels")
 FURTHER_KEYS += ("padding",)
+
+# What transformers reads to make batches of waveforms.
+EXTRACTOR = {
+    "auto_map": {
+        "AutoFeatureExtractor": "feature_extraction_spear.SpearFeatureExtractor"
+    },
+    "feature_extractor_type": "SpearFeatureExtractor",
+    "feature_size": 1,
+    "padding_value": 0.0,
+    "return_attention_mask": True,
+    "sampling_rate": SAMPLE_RATE,
+}
 
 HEADER = '''\
 """A SPEAR student (arXiv 2510.25955) in transformers; needs torch and NumPy.
@@ -63,10 +76,12 @@ out.encoder_out, out.encoder_out_lens  # (B, T, {width}), (B,)
 out.hidden_states  # {layers} of (B, T, {width}), 50 per second
 ```
 
-Layers differ in scale: normalise each (layer norm without parameters) before summing.
-Compute in float32. The code needs transformers, torch and NumPy; it is made of the
-sources of espnet2-spear {version}, whose `load_model`, frontend `spear` and encoder
-`zipformer` (ESPnet) open this folder as well.{compatible}
+`AutoFeatureExtractor` makes padded batches with a mask, and `pipeline` takes waveforms:
+`pipeline("feature-extraction", model=model, tokenizer=extractor)`. Layers differ in
+scale: normalise each (layer norm without parameters) before summing. The code needs
+transformers, torch and NumPy; it is made of the sources of espnet2-spear {version},
+whose `load_model`, frontend `spear` and encoder `zipformer` (ESPnet) open this folder
+as well.{compatible}
 """
 
 RELEASED_CODE = """ The modelling code of the released SPEAR checkpoints reads
@@ -126,12 +141,15 @@ def export_student(
     from safetensors.torch import save_file
 
     config = model.config
-    sources = f"{FILES}.configuration_spear", f"{FILES}.modeling_spear"
+    sources = [f"{FILES}.{name}_spear" for name in ("configuration", "modeling")]
+    extractor = f"{FILES}.feature_extraction_spear"
     texts = {
         "config.json": json.dumps(released_config(config), indent=2) + "\n",
         "configuration_spear.py": bundle(sources[0]),
         "modeling_spear.py": HEADER.format(version=espnet2_spear.__version__)
         + bundle(sources[1]),
+        "feature_extraction_spear.py": bundle(extractor),
+        "preprocessor_config.json": json.dumps(EXTRACTOR, indent=2) + "\n",
         "README.md": CARD.format(
             name=name,
             licence=f"license: {licence}\n" if licence else "",

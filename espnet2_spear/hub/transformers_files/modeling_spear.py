@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,6 +14,7 @@ from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.spear.checks import InputError
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.encoder import ZipformerStack
 from espnet2_spear.zipformer.fbank import Fbank
 
 from .configuration_spear import SpearConfig
@@ -34,6 +36,11 @@ class SpearModelOutput(ModelOutput):
     hidden_states: list[Tensor] | None = None
     hidden_states_lens: Tensor | None = None
 
+    @property
+    def last_hidden_state(self) -> Tensor | None:
+        """The output by the name that most models of transformers give it."""
+        return self.encoder_out
+
 
 class SpearStudent(nn.Module):
     """Holds the network where the released checkpoints' names expect it."""
@@ -53,6 +60,9 @@ class SpearModel(PreTrainedModel):
     config_class = SpearConfig
     base_model_prefix = "spear"
     main_input_name = "audio"
+    supports_gradient_checkpointing = True
+    # Masks and positions are passed beside the frames: a device has all or nothing.
+    _no_split_modules = ["SpearStudent"]
 
     def __init__(self, config: SpearConfig) -> None:
         super().__init__(config)
@@ -64,6 +74,18 @@ class SpearModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep what the network's own constructor set."""
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable | None = None,
+        every_n_layers: int = 1,
+    ) -> None:
+        """Keep only the input of each layer in training, by the network's own means."""
+        self.gradient_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, ZipformerStack):
+                module.checkpointing = enable
 
     @property
     def student(self) -> SpearEncoder:
@@ -82,34 +104,41 @@ class SpearModel(PreTrainedModel):
         audio_lens: Tensor | None = None,
         return_middle_layers: bool = True,
         sampling_rate: int = SAMPLE_RATE,
-    ) -> SpearModelOutput:
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SpearModelOutput | tuple:
         """Encode waveforms.
 
         Args:
             audio: (B, samples) float in [-1, 1], 16 kHz.
-            audio_lens: (B,) samples of each; None: all of them.
+            audio_lens: (B,) samples of each; None: what the mask says, or all of them.
             return_middle_layers: also return the output of every layer.
             sampling_rate: of the audio in Hz, only to be checked.
+            attention_mask: (B, samples), 1 within an utterance and 0 behind it, as
+                the feature extractor makes it.
+            output_hidden_states: given, goes before ``return_middle_layers``.
+            return_dict: False: a tuple, without what is not there.
 
         Raises:
-            InputError: another sampling rate, samples that are no numbers, an
-                utterance too short for one frame, or a model that is not float32.
+            InputError: another sampling rate, samples that are no numbers, or an
+                utterance too short for one frame.
         """
         if sampling_rate != SAMPLE_RATE:
             raise InputError(
                 f"audio at {sampling_rate} Hz: resample it to {SAMPLE_RATE} Hz"
             )
-        if self.dtype != torch.float32:
-            raise InputError(
-                f"the model is {self.dtype}: load it with dtype=torch.float32, "
-                "and use torch.autocast for speed"
-            )
         if audio_lens is None:
             audio_lens = torch.full((len(audio),), audio.size(1), device=audio.device)
-        out = self.student(audio, audio_lens)
+            if attention_mask is not None:
+                audio_lens = attention_mask.sum(dim=1)
+        if output_hidden_states is None:
+            output_hidden_states = return_middle_layers
+        out = self.student(audio, audio_lens, output_hidden_states)
         middle = (out.hidden_states, out.hidden_states_lens)
-        return SpearModelOutput(
+        output = SpearModelOutput(
             out.encoder_out,
             out.encoder_out_lens,
-            *(middle if return_middle_layers else (None, None)),
+            *(middle if output_hidden_states else (None, None)),
         )
+        return output.to_tuple() if return_dict is False else output
