@@ -1,5 +1,6 @@
-"""A student's experiment folder, as SpearTask leaves it, for tests of what opens it."""
+"""Experiment folders of students and recognizers, for tests of what opens them."""
 
+import argparse
 import json
 import zipfile
 from pathlib import Path
@@ -10,6 +11,8 @@ import yaml
 
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
+
+TOKENS = ["<blank>", "<unk>", "<space>", *"abcdefgh", "<sos/eos>"]
 
 
 def write_student(folder: Path, seed: int = 1, arch: Any = "tiny") -> Path:
@@ -54,3 +57,40 @@ def write_released(folder: Path, student: Path) -> Path:
     config = yaml.safe_load((student / "config.yaml").read_text())["student_conf"]
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def recognizer_on(ckpt: Path) -> dict[str, Any]:
+    """Configuration of a Conformer behind frontend spear, 25 Hz."""
+    small = {"output_size": 8, "attention_heads": 2, "linear_units": 8}
+    return {
+        "frontend": "spear",
+        "frontend_conf": {"ckpt": str(ckpt), "stack": 2, "logmel": "project"},
+        "encoder": "conformer",
+        "encoder_conf": {
+            **small,
+            "input_layer": "linear",
+            "num_blocks": 1,
+            "rel_pos_type": "latest",
+            "cnn_module_kernel": 3,
+        },
+    }
+
+
+def write_recognizer(folder: Path, **conf: Any) -> Path:
+    """Write an experiment of ESPnet's ASR task, CTC alone, with random weights."""
+    from espnet2.tasks.asr import ASRTask
+
+    settings = ASRTask.get_default_config() | {
+        "token_list": TOKENS,
+        "token_type": "char",
+        "normalize": None,
+        "decoder": None,
+        "model_conf": {"ctc_weight": 1.0},
+        **conf,
+    }
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    torch.manual_seed(1)
+    model = ASRTask.build_model(argparse.Namespace(**settings))
+    torch.save(model.state_dict(), folder / "valid.acc.best.pth")
+    return folder / "valid.acc.best.pth"

@@ -6,8 +6,7 @@ import pytest
 import torch
 from espnet2.layers.utterance_mvn import UtteranceMVN
 from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
-from student_files import write_student
-from torch.ao.quantization import quantize_dynamic
+from student_files import recognizer_on, write_recognizer, write_student
 
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
@@ -116,14 +115,30 @@ def test_encoder_takes_waveforms_and_features(ckpt: Path, batch) -> None:
         ZipformerEncoder(80, arch="tiny")
 
 
-@pytest.mark.parametrize("options", [{}, {"logmel": "project", "stack": 2}])
-def test_dynamic_quantization(ckpt: Path, batch, options: dict) -> None:
-    """Speech2Text(..., quantize_asr_model=True)."""
-    plain = SpearFrontend(ckpt=str(ckpt), **options).eval()
-    quantized = quantize_dynamic(plain, {torch.nn.Linear}, dtype=torch.qint8)
-    with torch.no_grad():
-        feats, got = plain(*batch)[0], quantized(*batch)[0]
-    error = (got - feats).norm() / feats.norm()
+@pytest.mark.parametrize("part", ["frontend", "encoder"])
+def test_quantized_recognizer(ckpt: Path, tmp_path: Path, part: str) -> None:
+    """Every linear map of the student in 8 bits, by ESPnet's own option."""
+    from espnet2.bin.asr_inference import Speech2Text
+
+    conf = recognizer_on(ckpt)
+    if part == "encoder":
+        conf = {"frontend": None, "input_size": 1, "encoder": "zipformer"}
+        conf |= {"encoder_conf": {"arch": "tiny"}}
+    file = write_recognizer(tmp_path / "exp", **conf)
+    speech = torch.randn(1, 16000) * 0.1
+    outputs = []
+    for quantized in (False, True):
+        options = {"quantize_asr_model": quantized, "beam_size": 1, "ctc_weight": 1.0}
+        recognizer = Speech2Text(
+            str(file.with_name("config.yaml")), str(file), **options
+        )
+        assert isinstance(recognizer(speech[0].numpy())[0][0], str)
+        model = recognizer.asr_model
+        linear = [m for m in model.modules() if type(m) is torch.nn.Linear]
+        assert bool(linear) is not quantized
+        with torch.no_grad():
+            outputs.append(model.encode(speech, torch.tensor([16000]))[0])
+    error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
     assert 1e-4 < error < 0.1
 
 
