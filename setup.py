@@ -44,9 +44,12 @@ EXTRAS = {
     "plot": ["matplotlib>=3.7", "tensorboard>=2.14"],
     # spear-demo: a page in the browser, with pictures.
     "demo": ["gradio>=5", "matplotlib>=3.7"],
+    # spear_export --format onnx: the exporter, and what runs and quantizes graphs.
+    "export": ["onnx>=1.16", "onnxscript>=0.5", "onnxruntime>=1.20"],
     # The test suite and the linters; xdist: on all cores; torcheval, loralib and
     # lightning are what ESPnet's classification task, its LoRA adapters and ESPnet3
-    # need; selenium: the browser; lhotse makes the cuts that its reader is tested on.
+    # need; selenium: the browser; lhotse makes the cuts that its reader is tested on;
+    # accelerate and peft: device maps of exported students, and LoRA on them.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -58,6 +61,8 @@ EXTRAS = {
         "selenium>=4.20",
         "lhotse>=1.24",
         "h5py>=3",
+        "accelerate>=1.0",
+        "peft>=0.14",
     ],
 }
 

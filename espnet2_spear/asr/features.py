@@ -119,6 +119,6 @@ class FrameReducer(nn.Module):
         """Map (B, T, C) to (B, T // factor, C * stack)."""
         if self.factor == 1:
             return x
-        x = x[:, : x.size(1) // self.factor * self.factor]
-        x = x.unflatten(1, (-1, self.stack, self.pool)).mean(dim=3)
+        x = x.unfold(1, self.factor, self.factor).transpose(2, 3)
+        x = x.unflatten(2, (self.stack, self.pool)).mean(dim=3)
         return x.flatten(2)

@@ -1,5 +1,9 @@
 #!/usr/bin/env python3
-"""Export a student for Hugging Face: layout of the released checkpoints, code, card."""
+"""Export a student: for transformers, for onnxruntime, or for torch alone.
+
+--format transformers writes the layout of the released checkpoints, code and a card;
+the other formats write a graph that needs neither this package nor its sources.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,10 @@ from espnet2.utils.types import str2bool
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.hub.export import export_student, fits_released_code
+from espnet2_spear.hub.graph import Network, offline_student
+from espnet2_spear.hub.graph_ctc import ctc_recognizer
+from espnet2_spear.hub.graph_files import WRITERS, write_graph
+from espnet2_spear.hub.graph_stream import streaming_student
 from espnet2_spear.hub.load import open_checkpoint
 from espnet2_spear.zipformer.config import PADDING_MODES
 
@@ -19,7 +27,7 @@ from espnet2_spear.zipformer.config import PADDING_MODES
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = argparse.ArgumentParser(
-        description="Write a folder that transformers.AutoModel loads",
+        description="Write a student for transformers, onnxruntime or torch",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("source", help="whatever espnet2_spear.load_model opens")
@@ -35,6 +43,9 @@ def get_parser() -> argparse.ArgumentParser:
         "says so (true or false)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--format", choices=("transformers", *WRITERS), default="transformers"
+    )
     parser.add_argument("--name", help="in the card, as USER/NAME; by default --out's")
     parser.add_argument(
         "--license", help="of the weights, as the hub names it, such as apache-2.0"
@@ -51,6 +62,38 @@ def get_parser() -> argparse.ArgumentParser:
         default=False,
         help="Replace the files of an earlier export (true or false)",
     )
+    graph = parser.add_argument_group("graphs (every --format but transformers)")
+    graph.add_argument(
+        "--recognizer",
+        type=str2bool,
+        default=False,
+        help="SOURCE is an ESPnet recognizer: audio to log-probabilities of CTC tokens "
+        "(true or false)",
+    )
+    graph.add_argument(
+        "--input", choices=("audio", "fbank"), default="audio", help="what it takes"
+    )
+    graph.add_argument(
+        "--layers",
+        default="none",
+        help="hidden states beside the output: all, none, or numbers as 0,5,11",
+    )
+    graph.add_argument(
+        "--max_seconds", type=float, default=60.0, help="longest utterance"
+    )
+    graph.add_argument(
+        "--quantize", choices=("none", "int8"), default="none", help="with onnx"
+    )
+    graph.add_argument(
+        "--streaming",
+        type=str2bool,
+        default=False,
+        help="A chunk a call, state in and out; causal students only (true or false)",
+    )
+    graph.add_argument(
+        "--chunk_size", type=int, help="frames (50 Hz) of a chunk; default: configured"
+    )
+    graph.add_argument("--left_context_frames", type=int, help="default: configured")
     return parser
 
 
@@ -65,6 +108,55 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Write, and say what was written."""
+    if args.format == "transformers":
+        export_for_transformers(args)
+        return
+    options = (args.license, args.quantize == "int8", args.overwrite)
+    network = describe(args)
+    for path in write_graph(network, args.out, args.format, *options):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    print({k: v for k, v in network.facts.items() if k not in ("tokens", "state")})
+
+
+def describe(args: argparse.Namespace) -> Network:
+    """Return the network that the options name."""
+    if args.recognizer:
+        if args.streaming or args.input == "fbank" or args.layers != "none":
+            raise UserError(
+                "--recognizer takes whole utterances of audio and returns CTC's "
+                "log-probabilities: leave out --streaming, --input, --layers"
+            )
+        return ctc_recognizer(args.source, args.max_seconds)
+    conf = {"padding": args.padding} if args.padding else {}
+    student = open_checkpoint(args.source, conf, args.part).model
+    given = (args.input == "audio", read_layers(args.layers, student.num_layers))
+    if args.streaming:
+        sizes = (args.chunk_size, args.left_context_frames)
+        return streaming_student(student, *given, *sizes)
+    if args.chunk_size is not None or args.left_context_frames is not None:
+        raise UserError(
+            "--chunk_size and --left_context_frames are of --streaming true; of whole "
+            "utterances they are as config.yaml or config.json says"
+        )
+    return offline_student(student, *given, args.max_seconds)
+
+
+def read_layers(text: str, count: int) -> list[int]:
+    """Numbers of layers from what --layers says.
+
+    Raises:
+        UserError: neither all, none nor numbers.
+    """
+    if text in ("all", "none"):
+        return [*range(count)] if text == "all" else []
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"--layers {text}: all, none, or numbers as 0,5,11") from None
+
+
+def export_for_transformers(args: argparse.Namespace) -> None:
     """Open, write, and list what was written."""
     conf = {"padding": args.padding} if args.padding else {}
     opened = open_checkpoint(args.source, conf, args.part)

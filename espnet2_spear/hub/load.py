@@ -55,7 +55,7 @@ _PRETRAINING = re.compile(
     r"^(heads|schedule)\."
 )
 # LoRA as ESPnet saves it: the weights are the sum already, the factors are of no use.
-_LORA = re.compile(r"\.lora_[AB]$")
+LORA_FACTOR = re.compile(r"\.lora_[AB]$")
 
 # Keys of a released config.json that say nothing about the network.
 _HF_ONLY = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype")
@@ -371,7 +371,7 @@ def _take_student(
         if (
             name.startswith(prefix)
             and own.startswith(_NETWORK)
-            and not _LORA.search(own)
+            and not LORA_FACTOR.search(own)
         ):
             state[own] = value
         else:

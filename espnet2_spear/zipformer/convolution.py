@@ -59,7 +59,7 @@ class ChunkCausalConv(nn.Module):
 
         # A lone piece shorter than a chunk is its own, shorter chunk.
         chunk = t if frames.chunk < 0 else frames.chunk
-        chunk = min(chunk, t) if frames.first else chunk
+        chunk = chunk if frames.first is False else min(chunk, t)
         chunks = F.pad(x, (0, 0, 0, -t % chunk)).reshape(-1, chunk, c)
         chunks = depthwise(self.chunkwise_conv, chunks).reshape(b, -1, chunk, c)
         chunks = chunks * self._edge_scale(chunk, frames)
@@ -75,10 +75,12 @@ class ChunkCausalConv(nn.Module):
         start, end = self.chunkwise_conv_scale
         extra = max(0, chunk - self.kernel)
         scale = 1.0 + F.pad(start, (0, extra))[:, :chunk]
-        if not (frames.exact and frames.first):
+        if not frames.exact or frames.first is False:
             scale = scale + F.pad(end, (extra, 0))[:, -chunk:]
             return scale.transpose(0, 1)
         size = frames.lengths().clamp(min=1, max=chunk)
+        if isinstance(frames.first, Tensor):
+            size = torch.where(frames.first, size, chunk)
         index = torch.arange(chunk, device=end.device) + self.kernel - size[:, None]
         inside = (index >= 0) & (index < self.kernel)
         at_end = end.transpose(0, 1)[index.clamp(0, self.kernel - 1)]

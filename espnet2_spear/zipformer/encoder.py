@@ -236,7 +236,7 @@ class Zipformer(nn.Module):
         x: Tensor,
         lengths: Tensor,
         past: Past,
-        first: bool,
+        first: bool | Tensor,
         chunk: int,
         left_context: int,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -247,7 +247,7 @@ class Zipformer(nn.Module):
                 stream also less.
             lengths: (B,) how many of the n belong to each utterance.
             past: kept tensors, replaced by those of the next step.
-            first: whether this is the first chunk.
+            first: whether this is the first chunk; (B,), if of some utterances.
             chunk: frames of a chunk.
             left_context: frames of left context, -1 for all.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet2_spear.constants import SAMPLE_RATE
@@ -137,8 +138,8 @@ def _mirrored(speech: Tensor, lengths: Tensor, frames: int) -> Tensor:
         behind an utterance than its own frames reach, anything.
     """
     size = (frames - 1) * FRAME_SHIFT + FRAME_LENGTH
-    x = speech.new_zeros(speech.size(0), size + FRAME_LENGTH)
-    x[:, LEFT : LEFT + speech.size(1)] = speech
+    behind = size + FRAME_LENGTH - LEFT - speech.size(1)
+    x = F.pad(speech, (LEFT, behind))
     n = lengths[:, None]
     near = torch.arange(FRAME_LENGTH, device=speech.device)
     before = (near[:LEFT] - LEFT).expand(speech.size(0), -1)

@@ -54,7 +54,8 @@ class Frames:
         causal: whether convolutions are causal and attention goes by chunks.
         chunk: frames of a chunk; -1: everything is one chunk.
         left_chunks: chunks before its own that a frame attends to; -1: all.
-        first: whether no frame was processed before these.
+        first: whether no frame was processed before these; a tensor (B,), if that
+            differs between streams (with ``exact``, and whole chunks only).
         past: kept frames, in streaming.
         feature_mask: (B, 1, C) that training multiplies the frames by.
         pos: (2 T + L - 1, pos_dim) positional encoding, L kept frames before these.
@@ -68,7 +69,7 @@ class Frames:
     causal: bool = False
     chunk: int = -1
     left_chunks: int = -1
-    first: bool = True
+    first: bool | Tensor = True
     past: Past | None = None
     feature_mask: Tensor | None = None
     pos: Tensor | None = None

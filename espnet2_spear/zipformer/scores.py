@@ -38,6 +38,12 @@ def relative_to_absolute(scores: Tensor, keys: int) -> Tensor:
         (..., Q, keys) view, last axis = key.
     """
     queries, offsets = scores.shape[-2:]
+    if torch.compiler.is_compiling():  # a graph is that of any length
+        query = torch.arange(queries, device=scores.device)[:, None]
+        key = torch.arange(keys, device=scores.device)
+        index = query * (offsets - 1) + queries - 1 + key
+        picked = scores.flatten(-2).index_select(-1, index.flatten())
+        return picked.unflatten(-1, (queries, keys))
     if queries == 1:
         return scores
     # A row begins one element earlier than the row above it.
