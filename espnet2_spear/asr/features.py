@@ -85,7 +85,7 @@ class LogMelFusion(nn.Module):
     def forward(self, features: Tensor, fbank: Tensor) -> Tensor:
         """Map (B, T, C) and fbank (B, >= 2 T, num_mel_bins) to (B, T, self.dim)."""
         frames = features.size(1)
-        pairs = fbank[:, : 2 * frames].unflatten(1, (frames, 2)).flatten(2)
+        pairs = first_frames(fbank, 2 * frames).unflatten(1, (frames, 2)).flatten(2)
         pairs = (pairs - MEAN) / STD
         if self.project is None:
             return torch.cat([features, pairs], dim=-1)
@@ -119,6 +119,14 @@ class FrameReducer(nn.Module):
         """Map (B, T, C) to (B, T // factor, C * stack)."""
         if self.factor == 1:
             return x
-        x = x.unfold(1, self.factor, self.factor).transpose(2, 3)
-        x = x.unflatten(2, (self.stack, self.pool)).mean(dim=3)
+        groups = x.size(1) // self.factor
+        x = first_frames(x, groups * self.factor)
+        x = x.unflatten(1, (groups, self.stack, self.pool)).mean(dim=3)
         return x.flatten(2)
+
+
+def first_frames(x: Tensor, frames: int) -> Tensor:
+    """x (B, T, C) without what lies behind so many frames, of which it has enough."""
+    if torch.compiler.is_compiling():  # a graph is that of any length
+        return x.index_select(1, torch.arange(frames, device=x.device))
+    return x[:, :frames]
