@@ -6,7 +6,7 @@ import pytest
 import torch
 from teacher_files import WHISPER, noise, whisper_tensors, write_ctranslate2
 
-from espnet2_spear.fileio.hashes import sha256_of
+from espnet2_spear.fileio.hashes import hash_of
 from espnet2_spear.teachers import (
     TEACHERS,
     Teacher,
@@ -51,7 +51,7 @@ def test_teachers_are_frozen(whisper_file):
 
 
 def test_hash_mismatch_names_file_hashes_and_remedy(whisper_file):
-    found = sha256_of(whisper_file)
+    found = hash_of(whisper_file)
     assert whisper(whisper_file, sha256=found.upper()).weights_sha256 == found
     with pytest.raises(TeacherError) as error:
         whisper(whisper_file, sha256="0" * 64)

@@ -25,7 +25,7 @@ from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer, check_agre
 from espnet2_spear.fileio.ark import SCP_COLUMNS, write_missing_codes
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.external_sorter import ExternalSorter
-from espnet2_spear.fileio.hashes import digest_of, sha256_of
+from espnet2_spear.fileio.hashes import digest_of, hash_of
 from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare
 from espnet2_spear.fileio.shards import (
     DoneMarks,
@@ -151,7 +151,7 @@ class TokenizeRun:
             facts = {
                 **asdict(tokenizer.options),
                 **tokenizer.teacher.describe(),
-                "quantizer": sha256_of(tokenizer.options.quantizer),
+                "quantizer": hash_of(tokenizer.options.quantizer),
                 "folder": str(self.folder),
                 "seconds": [self.batch_seconds, self.shard_seconds],
             }

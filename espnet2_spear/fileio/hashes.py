@@ -23,14 +23,17 @@ def crc32_of(path: str | os.PathLike[str]) -> int | None:
     return crc32
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content as 64 hexadecimal digits.
+def hash_of(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
+    """Hash of a file's content in hexadecimal digits.
 
     Raises:
         OSError: it cannot be read.
     """
+    digest = hashlib.new(algorithm)  # Python 3.10 has no hashlib.file_digest
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def digest_of(facts: Any) -> str:

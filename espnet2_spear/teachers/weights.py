@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from espnet2_spear.fileio.hashes import sha256_of
+from espnet2_spear.fileio.hashes import hash_of
 from espnet2_spear.teachers.base import TeacherError
 
 _PACKAGE = "package:"
@@ -49,7 +49,7 @@ def find_weights(weights: str | Path) -> Path:
 
 def check_sha256(path: Path, expected: str | None) -> str:
     """Return the hash of a file, raising TeacherError if another was expected."""
-    found = sha256_of(path)
+    found = hash_of(path)
     if expected is not None and found != expected.lower():
         raise TeacherError(
             f"{path}: SHA-256 is {found}, expected {expected}; the file is damaged or "

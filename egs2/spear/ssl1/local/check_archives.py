@@ -10,11 +10,11 @@ The exit status is 1 if one differs or none was found.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from espnet2_spear.fileio.folders import files_below
+from espnet2_spear.fileio.hashes import hash_of
 
 LIST = Path(__file__).with_name("archives.txt")
 ALGORITHMS = {32: "md5", 64: "sha256"}  # by the number of hexadecimal digits
@@ -34,12 +34,6 @@ def archives(folders: list[Path], names: dict[str, tuple[str, str]]) -> Iterator
     """Files of these names in folders and all their subfolders."""
     for folder in folders:
         yield from files_below(folder, names.__contains__)
-
-
-def hash_of(path: Path, algorithm: str) -> str:
-    """Hexadecimal digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def main(cmd: list[str] | None = None) -> int:

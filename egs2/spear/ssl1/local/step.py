@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from espnet2_spear.fileio.atomic import write_atomically
-from espnet2_spear.fileio.hashes import sha256_of
+from espnet2_spear.fileio.hashes import hash_of
 
 VERSION = 1
 
@@ -63,7 +63,7 @@ def digest_of(path: Path) -> str:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     else:
-        return sha256_of(path)
+        return hash_of(path)
     return digest.hexdigest()
 
 
