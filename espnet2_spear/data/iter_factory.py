@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
@@ -15,19 +16,9 @@ from torch.utils.data import DataLoader
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.data.dataset import ManifestDataset
 from espnet2_spear.data.sampler import StepSampler
-from espnet2_spear.data.skipping import SkipLog, SkippingCollate
+from espnet2_spear.data.skipping import SkipLog, collate_loaded
 
 Batch = tuple[list[str], dict[str, Tensor]]
-
-
-class Batches(Protocol):
-    """Rows of the batches of one rank."""
-
-    def __len__(self) -> int:
-        """Batches of an epoch."""
-
-    def rows(self, epoch: int, start: int) -> Iterator[Sequence[int]]:
-        """The batches of an epoch, from number ``start`` on."""
 
 
 class StepBatches:
@@ -104,6 +95,9 @@ class FixedBatches:
         return iter(self.batches[start:])
 
 
+Batches = StepBatches | FixedBatches  # rows of the batches of one rank
+
+
 class SpearIterFactory(AbsIterFactory):
     """Builds the iterator of an epoch; see docs/pretraining.md, "Sampling".
 
@@ -162,7 +156,7 @@ class SpearIterFactory(AbsIterFactory):
             self.bound,
             dataset=self.dataset,
             batch_sampler=_Rows(self.batches, epoch, start),
-            collate_fn=SkippingCollate(self.collate_fn),
+            collate_fn=partial(collate_loaded, self.collate_fn),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
         )

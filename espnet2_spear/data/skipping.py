@@ -45,18 +45,12 @@ class Loaded(NamedTuple):
     tried: int
 
 
-class SkippingCollate:
-    """Collates what a dataset has loaded, and passes on what could not be read."""
-
-    def __init__(
-        self, collate_fn: Callable[[Collection[tuple[str, dict]]], tuple]
-    ) -> None:
-        self.collate_fn = collate_fn
-
-    def __call__(self, loaded: Loaded) -> tuple[list[str], dict, Loaded]:
-        """Return ids, tensors, and the failures with the number of rows tried."""
-        utts, batch = self.collate_fn(loaded.items)
-        return utts, batch, loaded._replace(items=[])
+def collate_loaded(
+    collate_fn: Callable[[Collection[tuple[str, dict]]], tuple], loaded: Loaded
+) -> tuple[list[str], dict, Loaded]:
+    """Return ids, tensors, and the failures with the number of rows tried."""
+    utts, batch = collate_fn(loaded.items)
+    return utts, batch, loaded._replace(items=[])
 
 
 @dataclass(frozen=True)
