@@ -45,5 +45,5 @@ check-xares: setup ## XARES' own check, in an environment of its own
 check-s3prl: setup ## s3prl's runner on SUPERB's speaker task, in an environment of its own
 	@tools/check_s3prl.sh
 
-check-espnet: setup ## ESPnet's own asr.sh, from its source package, to the packed model
+check-espnet: setup ## ESPnet's own asr.sh, cls.sh and ssl.sh, from its source package
 	@tools/check_espnet.sh
