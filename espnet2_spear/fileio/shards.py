@@ -30,7 +30,8 @@ SHARD_SECONDS = 600.0  # of audio, at least: what a killed run computes again
 MOST_SHARDS = 10000  # of a run, unless it is told otherwise: files are three times that
 SAY_SECONDS = 30.0  # between two lines about the progress
 Batches = list[list[Utterance]]
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class Shards:

@@ -24,9 +24,18 @@ def str2bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r}: must be true or false")
 
 
-def get_parser() -> argparse.ArgumentParser:
+class _Words(argparse.ArgumentParser):
+    """Raises what the command's own parser ends the process with."""
+
+    def error(self, message: str) -> NoReturn:
+        raise TrainingError(f"options of mvq_train: {message}")
+
+
+def get_parser(
+    kind: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+) -> argparse.ArgumentParser:
     """Return the parser of mvq_train."""
-    parser = argparse.ArgumentParser(
+    parser = kind(
         description="Train a quantizer on a teacher's embeddings.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -124,11 +133,7 @@ def parse_options(words: Sequence[str]) -> Config:
         QuantizerError: k-means with several codebooks.
     """
 
-    def error(message: str) -> NoReturn:
-        raise TrainingError(f"options of mvq_train: {message}")
-
-    parser = get_parser()
-    parser.error = error
+    parser = get_parser(_Words)
     return quantizer_config(
         parser.parse_args(["--output", "", "--embeddings", "", *words])
     )

@@ -211,7 +211,7 @@ class AbsQuantizer(nn.Module, ABC):
             # In float32 under autocast, too: the search subtracts large products.
             with torch.autocast(x.device.type, enabled=False):
                 found = self._search(part, passes, tables)
-                if extra_passes:
+                if tables is not None and extra_passes:
                     linear = tables.linear_terms(part)
                     found = improve(tables, linear, found, extra_passes)
             codes[start : start + max_frames] = found

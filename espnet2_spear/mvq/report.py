@@ -138,7 +138,9 @@ class Contributions(NamedTuple):
 
         The error is up to the mean of the vectors, which the sums need not hit.
         """
-        left, used, result = list(range(len(self.with_x))), [], []
+        left = list(range(len(self.with_x)))
+        used: list[int] = []
+        result: list[tuple[int, float]] = []
         while left:
             best = min(left, key=lambda n: self.error([*used, n]))
             left.remove(best)

@@ -278,9 +278,8 @@ class MVQTrainer:
         self.save_seconds = save_seconds
         self._saved = time.monotonic()
         ranks = dist.is_initialized()
-        self.rank, self.world_size = (
-            (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
-        )
+        self.rank: int = dist.get_rank() if ranks else 0
+        self.world_size: int = dist.get_world_size() if ranks else 1
         if config.batch_frames < self.world_size:
             raise TrainingError(
                 f"batch_frames is {config.batch_frames} for {self.world_size} "

@@ -329,13 +329,13 @@ class SpearPretrainModel(AbsESPnetModel):
                 if not used[utt, index]:
                     continue
                 valid = frames.valid[utt]
-                codes = (
+                true, predicted = (
                     x[utt, valid].unflatten(-1, (ratio, -1)).flatten(0, 1).cpu()
                     for x in (targets, best)
                 )
                 masked = frames.masked[utt, valid].repeat_interleave(ratio).cpu()
                 found[name] = PredictedTokens(
-                    *codes, masked, frames.rate * ratio, teacher.codebook_size
+                    true, predicted, masked, frames.rate * ratio, teacher.codebook_size
                 )
         return [
             Prediction(

@@ -252,5 +252,5 @@ def encode_chunks(
         layers = sum(encoder.config.num_encoder_layers)
         return nothing, none, [nothing] * layers, none
     outs, out_lens, hidden, hidden_lens = zip(*pieces, strict=True)
-    hidden = [torch.cat(states, dim=1) for states in zip(*hidden, strict=True)]
-    return torch.cat(outs, dim=1), sum(out_lens), hidden, sum(hidden_lens)
+    joined = [torch.cat(states, dim=1) for states in zip(*hidden, strict=True)]
+    return torch.cat(outs, dim=1), sum(out_lens), joined, sum(hidden_lens)

@@ -113,16 +113,16 @@ class AttentionWeights(nn.Module):
         if past is not None:
             k = past.extend("keys", k, frames.left)
         q, k, p = (y.unflatten(2, (h, -1)).transpose(1, 2) for y in (q, k, p))
-        regularize = self.training and self.count is not None
-        if regularize and chance(self.count.at(POS_SKIP)):
+        count = self.count if self.training else None
+        if count is not None and chance(count.at(POS_SKIP)):
             # In the graph all the same: DDP waits for every gradient.
             q, p, r = q + 0.0 * self.linear_pos.weight.sum(), None, None
         else:
             r = self.linear_pos(frames.pos).unflatten(1, (h, pd)).permute(1, 2, 0)
         inputs = Inputs(q, k, p, r, frames.key_padding, frames.seen)
         penalty = 0.0
-        if regularize and chance(SCORE_PROB):
-            penalty = SCORE_PENALTY * self.count.loss_scale
+        if count is not None and chance(SCORE_PROB):
+            penalty = SCORE_PENALTY * count.loss_scale
         return Attention(inputs, penalty)
 
 

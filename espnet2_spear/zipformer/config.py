@@ -261,7 +261,7 @@ class ZipformerConfig:
     @classmethod
     def build(cls, arch: str | Mapping[str, Any] | ZipformerConfig) -> ZipformerConfig:
         """Build from whatever a YAML ``arch`` may hold: a name or a mapping."""
-        if isinstance(arch, cls):
+        if isinstance(arch, ZipformerConfig):
             return arch
         return cls.from_name(arch) if isinstance(arch, str) else cls.from_dict(arch)
 
@@ -277,7 +277,7 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-_DEFAULTS = {f.name: f.default for f in fields(ZipformerConfig)}
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(ZipformerConfig)}
 
 
 def _plain(key: str, value: Any) -> Any:

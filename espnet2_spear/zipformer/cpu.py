@@ -49,7 +49,7 @@ from espnet2_spear.zipformer.scores import (
 
 # Private functions of PyTorch: softplus with a result tensor, oneDNN's product.
 SOFTPLUS = getattr(torch._C._nn, "softplus", None)
-ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+ONEDNN_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 # What is computed at once, so that it stays in the caches: rows of a chain of
 # operations, fbank frames, attention weights of a head.
 ROWS, FBANK_FRAMES, HEAD_WEIGHTS, HEAD_QUERIES = 1024, 128, 2**19, 8
@@ -436,17 +436,17 @@ class _Head:
                 keys = slice(int(seen[:, 0].min()), min(s, int(seen[:, 1].max())))
             yield slice(start, end), keys
 
-    def positions(self, rows: slice, keys: slice) -> Tensor:
-        """Positional keys (d', queries + keys - 1) of a block."""
+    def positions(self, r: Tensor, rows: slice, keys: slice) -> Tensor:
+        """Positional keys (d', queries + keys - 1) of a block, of r (d', T + S - 1)."""
         t = len(self.q)
-        return self.r[:, t - rows.stop + keys.start : t - rows.start + keys.stop - 1]
+        return r[:, t - rows.stop + keys.start : t - rows.start + keys.stop - 1]
 
     def scores(self, rows: slice, keys: slice) -> Tensor:
         """Scores (queries, keys) of a block, before masks."""
         scores = product_t(self.q[rows], self.k[keys])
         if self.p is None or self.r is None:
             return scores
-        by_offset = self.p[rows] @ self.positions(rows, keys)
+        by_offset = self.p[rows] @ self.positions(self.r, rows, keys)
         return scores.add_(relative_to_absolute(by_offset, scores.size(1)))
 
     def masks(self, rows: slice, keys: slice) -> list[Tensor]:
@@ -491,8 +491,9 @@ class _ApplyInBlocks(torch.autograd.Function):
     def forward(ctx, v: Tensor, penalty: float, *inputs: Tensor | None) -> Tensor:
         ctx.save_for_backward(v, *inputs)
         ctx.penalty = penalty
-        out = v.new_empty(*v.shape[:2], inputs[0].size(2), v.size(3))
-        for b, h, head in _heads(Inputs(*inputs)):
+        given = Inputs(*inputs)
+        out = v.new_empty(*v.shape[:2], given.q.size(2), v.size(3))
+        for b, h, head in _heads(given):
             values = v[b, h].t().contiguous()
             for rows, keys in head.blocks():
                 # oneDNN is many times slower on a part of longer rows.
@@ -506,8 +507,8 @@ class _ApplyInBlocks(torch.autograd.Function):
         v, *tensors = ctx.saved_tensors
         inputs = Inputs(*tensors)
         gv = torch.empty_like(v)
-        grads = [None if x is None else torch.zeros_like(x) for x in inputs[:4]]
-        gq, gk, gp, gr = grads
+        gq, gk = torch.zeros_like(inputs.q), torch.zeros_like(inputs.k)
+        gp, gr = (None if x is None else torch.zeros_like(x) for x in inputs[2:4])
         for b, h, head in _heads(inputs):
             g, values = grad[b, h].contiguous(), v[b, h].contiguous()
             found = _head_backward(head, g, values, ctx.penalty)
@@ -515,7 +516,7 @@ class _ApplyInBlocks(torch.autograd.Function):
             if gp is not None and gr is not None:
                 gp[b, h] = of_p
                 gr[h] += of_r
-        return gv, None, *grads, None, None
+        return gv, None, gq, gk, gp, gr, None, None
 
 
 def _head_backward(
@@ -549,13 +550,13 @@ def _head_backward(
             part.add_(scores < -SCORE_LIMIT, alpha=-penalty)
         gq[rows] = product_t(part, turned_k[:, keys].contiguous())
         gk[:, keys] += product_t(head.q[rows].t(), part.t())
-        if head.p is None or gp is None or gr is None:
+        if head.p is None or head.r is None or gp is None or gr is None:
             continue
         n, s = part.shape
         if around is None or around.shape != (n, n + s - 1):
             around = part.new_zeros(n, n + s - 1)
         relative_to_absolute(around, s).copy_(part)  # around it stay zeros
-        positions = head.positions(rows, keys)
+        positions = head.positions(head.r, rows, keys)
         gp[rows] = around @ positions.t()  # oneDNN is slow at four columns
         first = len(head.q) - rows.stop + keys.start
         gr[:, first : first + n + s - 1] += head.p[rows].t() @ around

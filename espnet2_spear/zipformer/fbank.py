@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ LOG_FLOOR = 1.1920928955078125e-07  # float32 epsilon
 PADDING_VALUE = math.log(1e-10)
 # The window of frame t is centred on sample 160 t + 80.
 LEFT = FRAME_LENGTH // 2 - FRAME_SHIFT // 2
+Samples = TypeVar("Samples", int, Tensor)
 
 
 def mel_filterbank(num_mel_bins: int) -> Tensor:
@@ -50,7 +52,7 @@ def mel_filterbank(num_mel_bins: int) -> Tensor:
     return torch.from_numpy(weights)
 
 
-def num_frames(samples: Tensor | int) -> Tensor | int:
+def num_frames(samples: Samples) -> Samples:
     """Fbank frames (100 Hz) of so many samples at 16 kHz."""
     return (samples + FRAME_SHIFT // 2) // FRAME_SHIFT
 

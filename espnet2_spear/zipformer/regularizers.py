@@ -169,10 +169,10 @@ class Balancer(nn.Module):
         at = self.count.at
         if not self.training or not chance(at(self.prob)):
             return None
-        means = (_mean_for_positive(at(p)) for p in self.positive)
+        low, high = (_mean_for_positive(at(p)) for p in self.positive)
         # E|x| to RMS, of a normal distribution.
-        sizes = (at(a) * math.sqrt(math.pi / 2) for a in self.abs)
-        return Limits(*means, *sizes, self.grad_scale)
+        small, large = (at(a) * math.sqrt(math.pi / 2) for a in self.abs)
+        return Limits(low, high, small, large, self.grad_scale)
 
 
 def whitening_metric(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
