@@ -86,7 +86,8 @@ def check_finite(speech: Tensor, lengths: Tensor) -> None:
             f"utterances {bad} of the batch hold samples that are NaN or infinite; "
             "leave them out or repair the audio"
         )
-    check_scale(speech)
+    for x in utterances:
+        check_scale(x)
 
 
 def check_scale(speech: Tensor, who: str = "waveforms") -> None:
