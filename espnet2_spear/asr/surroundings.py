@@ -74,7 +74,9 @@ def follow_loss_scale(model: nn.Module, inputs: tuple, output: Any) -> None:
     The gradient of the loss says it, but not before the backward pass: they follow the
     batch before.
     """
-    loss = output["loss"] if isinstance(output, dict) else output[0]
+    if isinstance(output, tuple):  # the loss, statistics and a weight
+        output = {"loss": output[0]}
+    loss = output.get("loss") if isinstance(output, dict) else None
     counts = [_count_of(getattr(model, name, None)) for name in _PARTS]
 
     def note(grad: Tensor) -> None:
@@ -82,7 +84,7 @@ def follow_loss_scale(model: nn.Module, inputs: tuple, output: Any) -> None:
             if count is not None:
                 count.loss_scale = float(grad)
 
-    if loss.requires_grad:
+    if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
         loss.register_hook(note)
 
 
