@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -24,7 +23,6 @@ import sys
 import time
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -281,6 +279,7 @@ def count_operations(job: dict) -> dict[str, float]:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    from espnet2_spear.train.simulate import convolution_backward
     from espnet2_spear.zipformer.cpu import use_cpu_versions
 
     model, _, _ = build({**job, "compile": False, "checkpointing": False})
@@ -318,17 +317,6 @@ def count_operations(job: dict) -> dict[str, float]:
         "peak": peak * 1e12 if peak else product_rate(device, dtype),
         "parameters": sum(p.numel() for p in student.parameters()),
     }
-
-
-def convolution_backward(
-    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *others, **unused
-) -> int:
-    """Operations for the gradients of x and weight, from the shapes.
-
-    torch's own formula forgets that the convolution may be depthwise.
-    """
-    gradients = sum(others[7][:2])  # output_mask
-    return 2 * gradients * grad[0] * math.prod(grad[2:]) * math.prod(weight)
 
 
 def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:

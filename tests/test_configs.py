@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 
-from espnet2_spear.bin.spear_plan import disk_bytes
 from espnet2_spear.bin.spear_train import get_parser
 from espnet2_spear.bin.spear_train import main as train
 from espnet2_spear.data.sampler import SamplerConfig
@@ -17,6 +16,7 @@ from espnet2_spear.spear.mixing import PRESETS as MIXING_PRESETS
 from espnet2_spear.spear.mixing import MixerConfig
 from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.teachers import load_teacher_config, quantizer_options
+from espnet2_spear.train.average import disk_bytes
 from espnet2_spear.zipformer.config import NAMED_CONFIGS
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -128,7 +128,7 @@ def test_values_are_the_published_ones(path: Path) -> None:
 @pytest.mark.parametrize("path", PUBLISHED, ids=name)
 def test_disk_is_told(path: Path) -> None:
     args = get_parser().parse_args(["--config", str(path), "--output_dir", "unused"])
-    size = disk_bytes(PARAMETERS[args.student], args)
+    size = disk_bytes(PARAMETERS[args.student], vars(args))
     told = re.search(r"Disk while it trains: (\d+) GB", path.read_text())
     assert told and int(told[1]) == round(size / 1e9)
 

@@ -22,6 +22,7 @@ from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.tasks.spear import SpearTask
+from espnet2_spear.train.average import disk_bytes
 from espnet2_spear.train.simulate import StepCosts, simulate_step
 
 
@@ -128,19 +129,6 @@ def parse_gpu(text: str) -> Gpu:
     return GPUS[text.lower()]
 
 
-def disk_bytes(parameters: int, options: argparse.Namespace) -> float:
-    """Bytes that a training holds: checkpoints, averages and models.
-
-    Two checkpoints (weights, two tensors of the optimizer, a float64 average), and the
-    averages, best models, last model and mean, in float32.
-    """
-    best = options.keep_nbest_models
-    best = max(best) if isinstance(best, (list, tuple)) else best
-    last_and_mean = 2
-    models = options.keep_averages + best + last_and_mean
-    return parameters * (2 * (4 + 8 + 8) + 4 * models)
-
-
 def build(
     options: argparse.Namespace, checkpointing: bool
 ) -> tuple[torch.nn.Module, list[torch.optim.Optimizer]]:
@@ -236,7 +224,7 @@ def plan(path: Path, gpu: Gpu, args: argparse.Namespace) -> Iterator[Plan]:
             int(fitting * args.num_gpus) if fitting >= longest * SAMPLE_RATE else 0,
             days,
             rate,
-            disk_bytes(parameters, options),
+            disk_bytes(parameters, vars(options)),
         )
 
 

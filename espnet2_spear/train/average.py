@@ -166,3 +166,20 @@ def _read(folder: Path, epoch: int) -> dict[str, Any]:
             f"{path}: cannot be read ({error}); choose another epoch"
         ) from error
     return {**content, "mean": {k: v.double() for k, v in content["mean"].items()}}
+
+
+def disk_bytes(parameters: int, options: Mapping[str, Any]) -> int:
+    """Bytes that a training keeps while it runs.
+
+    Two checkpoints (weights, two tensors of the optimizer, a float64 average), and in
+    float32 the averages of epochs, the best models, the last one and their mean.
+
+    Args:
+        parameters: of the model.
+        options: of the trainer; absent ones are at their defaults.
+    """
+    averages = options.get("average_period", 200) > 0
+    best = options.get("keep_nbest_models", 10)
+    models = best if isinstance(best, int) else max(best)
+    models += options.get("keep_averages", 10) * averages + 2
+    return parameters * (2 * (4 + 8 + 8 * averages) + 4 * models)

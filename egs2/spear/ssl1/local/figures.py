@@ -1,6 +1,5 @@
 """What a run has to do, before it begins: pieces, hours, files, disk and steps."""
 
-import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.shards import shard_count
 from espnet2_spear.spear.student import SpearEncoder
+from espnet2_spear.train.average import disk_bytes
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 # Bytes of an hour of 16 kHz mono: of flac on the demo's data, of wav by its format.
@@ -75,14 +75,10 @@ def figures(
 
 def checkpoint_bytes(config: Mapping[str, Any]) -> float:
     """Size of what a training keeps (docs/pretraining.md, "Disk"), heads aside."""
-    from espnet2_spear.bin.spear_plan import disk_bytes  # takes seconds to import
-
     options = {"name": config["student"], **config.get("student_conf", {})}
     with torch.device("meta"):  # no memory, whatever the size
         student = SpearEncoder(ZipformerConfig.from_dict(options))
-    kept = {"keep_averages": 10, "keep_nbest_models": 10}  # by default
-    kept = argparse.Namespace(**{k: config.get(k, n) for k, n in kept.items()})
-    return disk_bytes(sum(p.numel() for p in student.parameters()), kept)
+    return disk_bytes(sum(p.numel() for p in student.parameters()), config)
 
 
 def _sum(table: Mapping[str, Mapping[str, float]], key: str) -> float:
