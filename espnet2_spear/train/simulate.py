@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from espnet2_spear.spear import objective
 from espnet2_spear.zipformer import embed
@@ -61,23 +61,29 @@ class StepCosts(NamedTuple):
 class AllocatedBytes(TorchDispatchMode):
     """Counts the memory of tensors that operations make, until they are freed.
 
+    And the operations of products: torch's FlopCounterMode, which has the formulas,
+    holds tensors that would be freed.
+
     Args:
         others: tensors that are there before, and stay.
 
     Attributes:
         now: bytes.
         peak: the most so far.
+        operations: of matrix products and convolutions.
     """
 
     def __init__(self, others: Iterable[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = 0
         self._alive = {x.untyped_storage()._cdata: 0 for x in others}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if formula := FORMULAS.get(func._overloadpacket):
+            self.operations += formula(*args, **(kwargs or {}), out_val=out)
         for x in _tensors(out):
             self._count(x.untyped_storage())
         return out
@@ -145,10 +151,8 @@ def _count(
     states = _tensors([list(o.state.values()) for o in optimizers])
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     memory = AllocatedBytes([*weights, *gradients, *states])
-    mapping = {torch.ops.aten.convolution_backward: convolution_backward}
-    counter = FlopCounterMode(display=False, custom_mapping=mapping)
     heads = _kept_by(model.heads, memory)
-    with counter, memory:
+    with memory:
         batch = make_batch()
         with torch.autocast("cpu", amp_dtype, enabled=amp_dtype is not None):
             loss = model(**batch)[0]
@@ -161,7 +165,7 @@ def _count(
         activations=kept - sum(heads),
         heads=sum(heads),
         passing=memory.peak - kept,
-        operations=float(counter.get_total_flops()),
+        operations=float(memory.operations),
     )
 
 
@@ -193,3 +197,9 @@ def convolution_backward(
     """
     gradients = sum(others[7][:2])  # output_mask
     return 2 * gradients * grad[0] * math.prod(grad[2:]) * math.prod(weight)
+
+
+FORMULAS = {
+    **flop_registry,
+    torch.ops.aten.convolution_backward: shape_wrapper(convolution_backward),
+}
