@@ -285,7 +285,9 @@ def refused(tmp_path: Path, *options: str, **changes) -> None:
         ("--layers last", {}, "all, none, or numbers"),
         ("--max_seconds 7200", {}, "from 1 to 3600"),
         ("--chunk_size 8", CAUSAL, "are of --streaming true"),
-        ("--recognizer true --layers all", {}, "leave out --streaming, --input"),
+        ("--recognizer true --layers all", {}, "leave out --layers"),
+        ("--recognizer true --padding exact", {}, "leave out --padding"),
+        ("--format transformers --streaming true", {}, "--streaming: of graphs, name"),
         ("--recognizer true", {}, "no config.yaml of ESPnet's ASR task"),
     ],
 )

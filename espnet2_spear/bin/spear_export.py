@@ -23,6 +23,9 @@ from espnet2_spear.hub.graph_stream import streaming_student
 from espnet2_spear.hub.load import open_checkpoint
 from espnet2_spear.zipformer.config import PADDING_MODES
 
+GRAPH_OPTIONS = ("recognizer", "input", "layers", "max_seconds", "quantize")
+GRAPH_OPTIONS += ("streaming", "chunk_size", "left_context_frames")
+
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
@@ -110,6 +113,13 @@ def main(cmd: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write, and say what was written."""
     if args.format == "transformers":
+        default = get_parser().get_default
+        given = [n for n in GRAPH_OPTIONS if getattr(args, n) != default(n)]
+        if given:
+            raise UserError(
+                f"--{', --'.join(given)}: of graphs, name one: --format "
+                f"{', '.join(WRITERS)}"
+            )
         export_for_transformers(args)
         return
     options = (args.license, args.quantize == "int8", args.overwrite)
@@ -122,10 +132,15 @@ def run(args: argparse.Namespace) -> None:
 def describe(args: argparse.Namespace) -> Network:
     """Return the network that the options name."""
     if args.recognizer:
-        if args.streaming or args.input == "fbank" or args.layers != "none":
+        other = ("input", "layers", "streaming", "chunk_size", "left_context_frames")
+        default = get_parser().get_default
+        given = [
+            n for n in (*other, "padding", "part") if getattr(args, n) != default(n)
+        ]
+        if given:
             raise UserError(
                 "--recognizer takes whole utterances of audio and returns CTC's "
-                "log-probabilities: leave out --streaming, --input, --layers"
+                f"log-probabilities: leave out --{', --'.join(given)}"
             )
         return ctc_recognizer(args.source, args.max_seconds)
     conf = {"padding": args.padding} if args.padding else {}
