@@ -17,7 +17,7 @@ setup: ## virtual environment .venv with everything (1 to 10 minutes, once)
 # A file's tests stay in one process, which shares what they train.
 test: setup ## set up and run the tests on all cores
 	@echo "test: running the tests on all cores, which takes tens of minutes on two"
-	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 demo: setup ## set up and run the main job on the embedded data (about 40 minutes on 2 cores)
 	bash egs2/spear/demo.sh
