@@ -45,7 +45,7 @@ General
                               data of your own also pieces, hours, files, disk and steps,
                               for which their lists and lengths are read    [false]
 
-Data (stage 1); without own data the embedded default is fetched (97 MB)
+Data (stage 1); without own data the embedded default is fetched (104 MB)
   --data_config F             corpora by name and weight, such as
                               conf/data/librispeech_esc50.yaml; their folders: db.sh
   --speech_dirs \"A B\"         own folders of speech; any folder of audio files, or
