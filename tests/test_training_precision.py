@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_zipformer_exact import NARROW
 from tiny_training import difference, options, train, write_data
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,13 +14,16 @@ from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.model import SpearPretrainModel
 from espnet2_spear.spear.student import SpearEncoder
+from espnet2_spear.zipformer.config import ZipformerConfig
 
 SAMPLES = (16000, 12000)
 
 
 def build(regularize: bool) -> SpearPretrainModel:
     torch.manual_seed(0)
-    config = replace(NARROW, num_mel_bins=128, regularize=regularize)
+    # With 16 channels oneDNN never ends to generate code for depthwise convolutions in
+    # float16, on CPUs that have it (AVX512-FP16).
+    config = replace(ZipformerConfig.from_name("tiny"), regularize=regularize)
     return SpearPretrainModel(
         student=SpearEncoder(config),
         teachers={
