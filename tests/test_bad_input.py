@@ -3,6 +3,7 @@
 import os
 import resource
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import soundfile
 from embedding_files import structured_vectors, write_embeddings
 from teacher_files import WHISPER, whisper_tensors, write_ctranslate2
 from test_local_data import RECIPE, data_folders, noise, pool_data, run_sh
-from tiny_training import FORK
 
 from espnet2_spear.bin import spear_format
 from espnet2_spear.fileio.datadir import DataDir, DataDirError
@@ -162,27 +162,16 @@ def test_damaged_audio_and_segments_past_the_end(tmp_path: Path) -> None:
 
 def limited(limit: int, program: str, *options: str | Path) -> str:
     """The last line of a command that fails for a limit on the size of its files."""
-    read, write = os.pipe()
-
-    def work() -> None:  # forked: it need not import everything again
-        sys.stderr = os.fdopen(write, "w")
-        sys.argv = [program, *map(str, options)]
-        sys.dont_write_bytecode = True  # Python would leave half a file
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        if program.endswith(".py"):
-            sys.path.insert(0, str(Path(program).parent))
-            runpy.run_path(program, run_name="__main__")
-        else:
-            runpy.run_module(program, run_name="__main__", alter_sys=True)
-
-    process = FORK.Process(target=work)
-    process.start()
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        errors = pipe.read()
-    process.join()
-    assert process.exitcode == 1 and "Traceback" not in errors, errors
-    return errors.splitlines()[-1]
+    done = subprocess.run(
+        # -B: Python would leave half a file of bytecode.
+        [sys.executable, "-B", *program.split(), *options],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.splitlines()[-1]
 
 
 def test_no_space_left_for_scores(tmp_path: Path) -> None:
@@ -203,7 +192,7 @@ def test_no_space_left_for_a_quantizer(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "embeddings", [structured_vectors(1000)])
     options = ["--embeddings", tmp_path / "embeddings", "--quantizer", "random"]
     options += ["--num_codebooks", "2", "--output", tmp_path / "out/quantizer.pt"]
-    train = "espnet2_spear.bin.mvq_train"
+    train = "-m espnet2_spear.bin.mvq_train"
     last = limited(2000, train, *options)
     assert last.startswith("ERROR (mvq_train.py): ") and "make room" in last
     (tmp_path / "embeddings/embeddings.json").unlink()
@@ -218,7 +207,7 @@ def test_no_space_left_is_told_and_made_up_for(tmp_path: Path) -> None:
     DataDir(wavs, {utt: utt for utt in wavs}).write(tmp_path / "data/train")
     options = ["--in_dir", str(tmp_path / "data/train")]
     options += ["--out_dir", str(tmp_path / "out")]
-    last = limited(100_000, "espnet2_spear.bin.spear_format", *options)
+    last = limited(100_000, "-m espnet2_spear.bin.spear_format", *options)
     assert last.startswith("ERROR (spear_format.py): [Errno 27]")
     assert "make room for its outputs" in last
     assert not (tmp_path / "out/wav.scp").exists()
