@@ -35,7 +35,6 @@ jobs=$(env -u OMP_NUM_THREADS nproc)
 ssl_args=
 tag=evidence
 dry_run=false
-stage=1 stop_stage=1
 
 . ../ssl1/local/recipe.sh
 lock "exp/${tag}"

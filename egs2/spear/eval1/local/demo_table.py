@@ -33,9 +33,8 @@ def rows(
                 values = asr[name]["wer"]["values"]
                 wer = spread([Score(i, v, v, []) for i, v in enumerate(values)])
             # Features are those of the frozen student.
-            found.append(
-                [title, wer, *(cells if "tuned" not in title else "-" * len(cells))]
-            )
+            own = ["-"] * len(tasks) if title.endswith("fine-tuned") else cells
+            found.append([title, wer, *own])
     return found
 
 
