@@ -951,8 +951,9 @@ def test_termination_reaches_the_command(tmp_path: Path) -> None:
     script = (
         f"trap 'echo got it >{tmp_path}/out; exit 9' TERM; echo up; sleep 60 & wait"
     )
+    command = [sys.executable, LOCAL / "step.py", "--mark", tmp_path / "m", "--"]
     process = subprocess.Popen(
-        [LOCAL / "step.py", "--mark", tmp_path / "m", "--", "bash", "-c", script],
+        [*command, "bash", "-c", script],
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
