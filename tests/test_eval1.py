@@ -11,6 +11,8 @@ import soundfile
 import torch
 import yaml
 from conftest import ROOT
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
 from student_files import write_student
 
 from espnet2_spear.fileio.datadir import DataDir, write_table
@@ -264,6 +266,34 @@ def test_linear_probe_finds_the_layer_that_knows(tmp_path: Path, several: bool) 
     assert scores[0] == scores[1] != scores[2]
     for score in scores:
         assert score.test > 90 and np.argmax(score.layers) == 1
+
+
+def test_precision_is_of_posteriors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As scikit-learn's regression: raw scores of clips are no common scale."""
+    rng = np.random.default_rng(0)
+    y = np.arange(150) % 3
+    x = (rng.standard_normal((150, 6)) + 1.2 * np.eye(3, 6)[y]).astype(np.float32)
+    x *= rng.uniform(0.2, 4, (150, 1)).astype(np.float32)  # confident and less so
+    names = [f"u{i}" for i in range(150)]
+    utts = {"train": names[:90], "dev": names[90:120], "test": names[120:]}
+    clips = tasks.Clips(
+        utts, {u: f"c{k}" for u, k in zip(names, y, strict=True)}, ["c0", "c1", "c2"]
+    )
+    rows = {u: slice(i, i + 1) for i, u in enumerate(names)}
+    task = tasks.Task.read(task_file(tmp_path, metric="map"))
+    monkeypatch.setattr(heads, "DECAYS", (0.01,))
+    score = heads.run_probe(task, clips, features.Features(x[:, None], rows), 0)
+    mean, std = x[:90].mean(0), x[:90].std(0)
+    reference = LogisticRegression(C=1 / (90 * 0.01), tol=1e-8, max_iter=1000)
+    posteriors = reference.fit((x[:90] - mean) / std, y[:90]).predict_proba(
+        (x[120:] - mean) / std
+    )
+    expected = [
+        average_precision_score(y[120:] == k, posteriors[:, k]) for k in (0, 1, 2)
+    ]
+    assert score.test == pytest.approx(100 * np.mean(expected), abs=0.3)
 
 
 def test_character_errors() -> None:
