@@ -1,6 +1,7 @@
 """Reading of audio files: formats, segments, channels and damaged files."""
 
 import os
+import re
 import struct
 import tracemalloc
 from fractions import Fraction
@@ -325,22 +326,75 @@ def test_codings_that_libsndfile_does_not_seek_in(
         assert subtype == "ALAC_16"  # whose packets are listed at the end
 
 
-def test_ogg_whose_positions_fall(tmp_path: Path) -> None:
+def ogg_page(page: bytes, position: int) -> bytes:
+    """A page of Ogg with another position, and the checksum of that."""
+    page = patched(page, (6, position.to_bytes(8, "little")), (22, bytes(4)))
+    crc = 0
+    for byte in page:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ (0x04C11DB7 if crc >> 31 else 0)) & 0xFFFFFFFF
+    return patched(page, (22, crc.to_bytes(4, "little")))
+
+
+@pytest.mark.parametrize(
+    ("position", "note"),
+    [
+        (1000, "tells of 1000 samples; 64000 are there"),  # below that of another page
+        (144000, "tells of 144000 samples; 64000 are there"),
+        (1 << 60, "tells no length"),
+        (None, "breaks off"),  # the file is cut within its last page
+    ],
+)
+def test_ogg_whose_last_position_is_wrong(
+    tmp_path: Path, position: int | None, note: str
+) -> None:
     """The last one is the length that decoders believe."""
     path = tmp_path / "a.ogg"
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, 64000)
     soundfile.write(path, noise, 16000)
     content = path.read_bytes()
     last = content.rindex(b"OggS")
-    page = patched(content[last:], (6, (1000).to_bytes(8, "little")), (22, bytes(4)))
-    crc = 0
-    for byte in page:
-        crc ^= byte << 24
-        for _ in range(8):
-            crc = (crc << 1 ^ (0x04C11DB7 if crc >> 31 else 0)) & 0xFFFFFFFF
-    path.write_bytes(content[:last] + patched(page, (22, crc.to_bytes(4, "little"))))
-    assert audio_info(path).samples == len(read_audio(path)[0]) == 64000
-    assert "tells of 1000 samples; 64000 are there" in audio_info(path).notes[0]
+    end = content[last:-9] if position is None else ogg_page(content[last:], position)
+    path.write_bytes(content[:last] + end)
+    samples = audio_info(path).samples
+    assert samples == len(read_audio(path)[0])
+    assert 50000 < samples < 64000 if position is None else samples == 64000
+    assert note in audio_info(path).notes[0]
+    with pytest.raises(AudioError, match=note):
+        audio_info(path, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("frames", "note"),
+    [
+        (1.0, ""),
+        (0.5, "tells of .* samples; 320000 are there"),
+        (2.0, "tells of .* samples; 32.... are there"),
+        (100.0, "tells no length"),
+        (0.0, "tells of .* samples; 32.... are there"),
+        (None, "tells of .* samples; 32.... are there"),  # a rate that varies, no count
+    ],
+)
+def test_mp3_whose_count_is_wrong(
+    tmp_path: Path, frames: float | None, note: str
+) -> None:
+    """libsndfile believes the first frame, or guesses from its size (half is lost)."""
+    path = tmp_path / "a.mp3"
+    wave = tone(20.0) + np.random.default_rng(0).normal(0, 0.01, 320000)
+    soundfile.write(path, wave, 16000)
+    content = path.read_bytes()
+    place = content.index(b"Xing") + 8
+    if frames is None:
+        second = content.index(content[:2], place)
+        path.write_bytes(content[second:])
+    else:
+        count = int(int.from_bytes(content[place : place + 4], "big") * frames)
+        path.write_bytes(patched(content, (place, count.to_bytes(4, "big"))))
+    info = audio_info(path)
+    assert 320000 <= info.samples < 320000 + 3 * 1152
+    assert len(read_audio(path)[0]) == info.samples
+    assert re.search(note, info.notes[0]) if note else not info.notes
 
 
 def test_damaged_flac(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 _UNKNOWN_32 = 0x7FFF0000
 _UNKNOWN_64 = 1 << 62
 _TAIL = 1 << 17  # bytes at the end of a FLAC file that hold its last frame
+_OGG_PACKET = 8192  # samples, at most
 
 
 Links = tuple[tuple[int, int], ...]
@@ -33,12 +34,14 @@ class Layout:
         links: byte ranges (start, end) of recordings that follow one another.
         patches: (offset, bytes) to be read instead of what a header holds.
         promised: whether the length that a decoder tells of the header can be true.
+        counted: samples as the headers of frames count them; None: nothing counts.
         note: what is wrong, for messages; empty where nothing is.
     """
 
     links: Links
     patches: tuple[tuple[int, bytes], ...] = ()
     promised: bool = True
+    counted: int | None = None
     note: str = ""
 
 
@@ -122,8 +125,9 @@ def find_layout(file: ByteRange) -> Layout:
     head = file.read_at(0, 64)
     whole = ((0, len(file)),)
     if head[:4] == b"OggS":
-        links, in_order = _ogg_links(file)
-        return Layout(links or whole, promised=len(links) < 2 and in_order)
+        links, in_order, ended = _ogg_links(file)
+        note = "" if ended else "it breaks off: the last page of its stream is missing"
+        return Layout(links or whole, promised=len(links) < 2 and in_order, note=note)
     if head[4:8] == b"ftyp":
         return _joined(_mp4_links(file), promised=False)
     tag = _id3_size(head)
@@ -136,9 +140,10 @@ def find_layout(file: ByteRange) -> Layout:
             layout = replace(layout, note="its header tells no length")
         return layout
     if tag or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
-        joined = _is_joined_mp3(file, tag)
+        counted, joined = _mp3_samples(file, tag)
         note = "recordings are joined in it" if joined else ""
-        return Layout(whole, promised=not joined, note=note)
+        promised = counted is not None and not joined
+        return Layout(whole, promised=promised, counted=counted, note=note)
     if len(links := _chunk_links(file)) > 1:
         return _joined(links, promised=False)
     if head[:7] == b"NIST_1A":
@@ -319,13 +324,15 @@ def _mp4_links(file: ByteRange) -> Links:
     return tuple(pairwise([*starts, len(file)]))
 
 
-def _ogg_links(file: ByteRange) -> tuple[Links, bool]:
+def _ogg_links(file: ByteRange) -> tuple[Links, bool, bool]:
     """Byte ranges of the links of an Ogg stream: each begins with first pages.
 
-    And whether the positions that pages tell rise, the last of which is the length.
+    And whether the positions that pages tell, the last of which is the length, rise,
+    and at last not faster than before; and whether the last page ends the stream.
     """
-    starts, at, first_before, in_order = [], 0, False, True
+    starts, at, first_before, in_order, ended = [], 0, False, True, False
     positions: dict[bytes, int] = {}  # of each stream within a link
+    densities: list[float] = []  # samples a packet, of all pages
     while len(head := file.read_at(at, 27 + 255)) >= 27:
         if head[:4] != b"OggS":  # damaged: look for the next page
             at = file.find(b"OggS", at + 1)
@@ -338,11 +345,17 @@ def _ogg_links(file: ByteRange) -> tuple[Links, bool]:
             positions = {}
         first_before = first
         position = int.from_bytes(head[6:14], "little", signed=True)
+        lengths = head[27 : 27 + head[26]]
         if position >= 0:  # else no packet ends in this page
-            in_order &= position >= positions.get(head[14:18], 0)
+            gain = position - positions.get(head[14:18], 0)
+            in_order &= gain >= 0
+            densities.append(gain / max(1, sum(n < 255 for n in lengths)))
             positions[head[14:18]] = position
-        at += 27 + head[26] + sum(head[27 : 27 + head[26]])
-    return tuple(pairwise([*starts, len(file)])), in_order
+        at += 27 + head[26] + sum(lengths)
+        ended = bool(head[5] & 4) and at <= len(file) and position >= 0
+    *before, last = densities or [0.0]
+    in_order &= last <= (2 * max(before, default=0) or _OGG_PACKET)
+    return tuple(pairwise([*starts, len(file)])), in_order, ended
 
 
 def _id3_size(head: bytes) -> int:
@@ -355,22 +368,60 @@ def _id3_size(head: bytes) -> int:
     return 10 + size
 
 
-def _is_joined_mp3(file: ByteRange, at: int) -> bool:
-    """Whether more follows what the first frame of an MP3 file counts."""
-    frame = file.read_at(at, 256)
-    for mark in (b"Xing", b"Info"):
-        place = frame.find(mark)
-        if place < 0:
-            continue
-        flags = int.from_bytes(frame[place + 4 : place + 8], "big")
-        if flags & 2:
-            skip = place + 8 + (4 if flags & 1 else 0)
-            size = int.from_bytes(frame[skip : skip + 4], "big")
-            after = file.read_at(at + size, 3)
-            return after == b"ID3" or (
-                len(after) == 3 and after[0] == 0xFF and after[1] >= 0xE0
-            )
-    return False
+# ISO 11172-3 and 13818-3, 2.4.2.3: kbit/s by the code of a frame's header.
+_MP3_RATES = {
+    (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (2, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+_MP3_RATES[2, 3] = _MP3_RATES[2, 2]
+_TAGS = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"\0\0\0\0")  # behind the last frame
+
+
+def _mp3_frame(head: bytes) -> tuple[int, int]:
+    """Bytes and samples of an MP3 frame (of layer I to III); zeros if it is none."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
+        return 0, 0
+    version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
+    rate_code, hertz_code = head[2] >> 4, head[2] >> 2 & 3
+    if version == 1 or layer == 4 or rate_code in (0, 15) or hertz_code == 3:
+        return 0, 0
+    generation = 1 if version == 3 else 2
+    hertz = (44100, 48000, 32000)[hertz_code] // {3: 1, 2: 2, 0: 4}[version]
+    rate, padding = _MP3_RATES[generation, layer][rate_code - 1], head[2] >> 1 & 1
+    if layer == 1:
+        return (12000 * rate // hertz + padding) * 4, 384
+    samples = 576 if (generation, layer) == (2, 3) else 1152
+    return samples * 125 * rate // hertz + padding, samples
+
+
+def _mp3_samples(file: ByteRange, at: int) -> tuple[int | None, bool]:
+    """Samples of all frames of an MP3 file, and whether recordings are joined in it.
+
+    The number of frames in a header may be wrong or missing, and what decoders guess
+    then from the first frame's rate is far off where the rate varies.
+
+    Returns:
+        None for what is no row of frames to the end.
+    """
+    samples, headers = 0, 0
+    buffered = io.BufferedReader(file, 1 << 16)
+    while True:
+        buffered.seek(at)
+        head = buffered.read(48)
+        length, count = _mp3_frame(head)
+        if length == 0 and (length := _id3_size(head)) == 0:
+            break
+        if b"Xing" in head or b"Info" in head:  # a frame that describes, without sound
+            headers += 1
+        else:
+            samples += count
+        at += length
+    buffered.detach()
+    ended = at >= len(file) or head.startswith(_TAGS)
+    return samples if ended else None, headers > 1
 
 
 def _flac_ends_as_promised(file: ByteRange, head: bytes) -> bool:

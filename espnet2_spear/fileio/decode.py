@@ -25,6 +25,9 @@ from espnet2_spear.fileio.containers import ByteRange, find_layout
 RAW_FORMATS = {".g722": "g722", ".gsm": "gsm"}
 BLOCK = 1 << 16  # samples decoded at a time
 MP3_FRAME = 1152  # samples, at most: lengths without a header of their own are so exact
+MP3_DELAY = (
+    3 * MP3_FRAME
+)  # samples that an encoder adds and a decoder takes away, at most
 # Samples that a byte of a compressed file can hardly hold: beyond, they are counted.
 SAMPLES_PER_BYTE = 64
 # Share of packets that a decoder may refuse, such as tags between joined recordings.
@@ -32,9 +35,8 @@ MAX_BAD_PACKETS = 0.01
 # Containers whose headers tell the length exactly enough for a comparison.
 _TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _TIME_SLACK = 0.2  # seconds, of a codec's delay
-# Formats whose lengths have been compared with what is there, or come from the end.
+# Formats whose lengths have been compared with what is there.
 _COMPARED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC"}
-_FROM_END = {"OGG"}
 _SOUNDFILE_ERRORS = (soundfile.SoundFileError, RuntimeError, TypeError)
 
 
@@ -125,7 +127,7 @@ class Source(AbstractContextManager):
                 self.rate, self.channels = self._sound.samplerate, self._sound.channels
                 self.is_float = self._sound.subtype in ("FLOAT", "DOUBLE")
                 self._said = self._sound.frames
-                if layout.promised and self._is_plausible():
+                if layout.promised and self._is_plausible(layout.counted):
                     self.samples = self._said
             if self.samples is None and next(self.blocks(), None) is None:
                 raise DecodeError("no samples could be decoded")
@@ -146,18 +148,17 @@ class Source(AbstractContextManager):
     def _range(self, link: tuple[int, int], stack: ExitStack) -> ByteRange:
         return stack.enter_context(ByteRange(self._path, *link, self._patches))
 
-    def _is_plausible(self) -> bool:
+    def _is_plausible(self, counted: int | None) -> bool:
         """Whether the length that soundfile tells can be true."""
+        if counted is not None:
+            return abs(counted - self._said) <= MP3_DELAY
         compressed = self._sound.subtype.startswith("ALAC")
         if self._said == 0 or (self._sound.format in _COMPARED and not compressed):
             return True
         if self._said > SAMPLES_PER_BYTE * self._size:
             return False
-        if self._sound.format in _FROM_END:
-            return True
-        slack = MP3_FRAME if self._sound.format == "MP3" else 0
-        try:  # whether the last samples are there
-            self._sound.seek(max(0, self._said - 1 - slack))
+        try:  # whether the last sample is there
+            self._sound.seek(self._said - 1)
             return len(self._sound.read(1)) == 1
         except _SOUNDFILE_ERRORS:
             return False
@@ -186,13 +187,13 @@ class Source(AbstractContextManager):
                 for block in self._uniform(self._decode(link, stack)):
                     total += len(block)
                     yield block
-        if self._said is not None and abs(total - self._said) > MP3_FRAME:
-            if self._said > SAMPLES_PER_BYTE * self._size:
-                self._remember("its header tells no length")
-            else:
-                self._remember(
-                    f"its header tells of {self._said} samples; {total} are there"
-                )
+        if self._sound is None:
+            return
+        said = round(self._said * self.rate / self._sound.samplerate)
+        if self._said > SAMPLES_PER_BYTE * self._size:
+            self._remember("its header tells no length")
+        elif abs(total - said) > MP3_FRAME * max(1, self.rate / self._sound.samplerate):
+            self._remember(f"its header tells of {said} samples; {total} are there")
 
     def _uniform(
         self, blocks: Iterator[tuple[int, np.ndarray]]
