@@ -447,9 +447,7 @@ def test_plan_leaves_out_a_teacher(planned) -> None:
 
 
 def test_plan_of_other_quantizers(planned) -> None:
-    config, run, (speech, _) = planned(
-        student="base", quantizer="kmeans", quantizer_iters="5"
-    )
+    config, run, (speech, _) = planned(student="base", quantizer="kmeans")
     assert run["tag"] == "spear_base_speech_audio_kmeans"
     assert speech.mvq_options == (
         "--quantizer kmeans --num_codebooks 1 --standardize true"
@@ -457,6 +455,8 @@ def test_plan_of_other_quantizers(planned) -> None:
     assert {v["num_codebooks"] for v in config["teachers"].values()} == {1}
     _, _, (speech, _) = planned(quantizer="rvq", quantizer_args="--iters 9")
     assert speech.mvq_options == "--quantizer rvq --num_codebooks 8 --iters 9"
+    with pytest.raises(plan.PlanError, match="--quantizer_iters is of mvq"):
+        planned(quantizer="rvq", quantizer_iters="5")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ Student and teachers (stages 4 to 7)
                               audio the quantizer of a teacher is trained on, such as
                               \"speech=dump_libri/raw/train\"
                               [dump/raw/train, in the teacher's domain]
-  --quantizer_iters N         steps in each of its two phases (mvq) [as the teacher's YAML]
+  --quantizer_iters N         steps in each of the two phases, mvq only [as the teacher's YAML]
   --quantizer_args \"...\"      further options of mvq_train, such as \"--batch_frames 128\"
   --quantizer_tag NAME        a name more for quantizers, their embeddings and codes; one
                               that is there is not made in another way without it

@@ -200,12 +200,20 @@ def training_options(args: argparse.Namespace, codebooks: int, options: Config) 
         args: of the command line.
         codebooks: as in the training configuration.
         options: of the teacher's YAML.
+
+    Raises:
+        PlanError: steps for a quantizer that is not trained in steps.
     """
     options = {"num_codebooks": codebooks, **options}
+    mvq = args.quantizer == "mvq"
     if args.quantizer_iters:
+        if not mvq:
+            raise PlanError(
+                f"--quantizer_iters is of mvq, whose training has steps; what "
+                f"{args.quantizer} takes is set by --quantizer_args"
+            )
         iters = args.quantizer_iters
         options |= {"iters_phase1": iters, "iters_phase2": iters}
-    mvq = args.quantizer == "mvq"
     words = [] if mvq else ["--quantizer", args.quantizer]
     for key, value in options.items():
         if mvq or key in ("num_codebooks", "standardize"):
