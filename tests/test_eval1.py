@@ -219,14 +219,16 @@ def test_features_are_kept_while_nothing_changes(
 
 
 def test_systems(student: Path) -> None:
-    speech = torch.randn(1, 16000) * 0.1
-    (mel,) = systems.logmel("cpu").embed(speech)
-    assert mel.shape == (50, 256)
+    speech, lengths = torch.randn(2, 16000) * 0.1, torch.tensor([16000, 12000])
+    (mel,), counts = systems.logmel("cpu").embed(speech, lengths)
+    assert mel.shape == (2, 50, 256) and counts.tolist() == [50, 37]
     with torch.inference_mode():
         trained, again = (systems.student(str(student), "cpu") for _ in range(2))
         random = systems.student(str(student), "cpu", random_seed=0)
-        layers = [s.embed(speech) for s in (trained, again, random)]
-    assert [x.shape for x in layers[0]] == [(46, 32)] * 3
+        layers = [s.embed(speech, lengths)[0] for s in (trained, again, random)]
+        (alone, *_), _ = trained.embed(speech[1:, :12000], lengths[1:])
+    assert [x.shape for x in layers[0]] == [(2, 46, 32)] * 3
+    torch.testing.assert_close(layers[0][0][1:, : alone.size(1)], alone)
     torch.testing.assert_close(layers[0], layers[1])
     assert not torch.allclose(layers[0][0], layers[2][0])
     assert trained.identity == again.identity != random.identity

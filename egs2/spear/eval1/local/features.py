@@ -1,7 +1,7 @@
 """Features of clips, computed once for each system and set of clips, and kept on disk.
 
-Clips are embedded one by one, so that no padding counts, and only their first 10 s;
-silence follows clips shorter than 0.5 s. Kept are, for the head `linear`, mean and
+Only the first 10 s of a clip are embedded; silence follows clips shorter than 0.5 s.
+Kept are, for the head `linear`, mean and
 standard deviation over time of every layer, (clips, layers, 2 channels) float32; and
 for `ctc` all frames, (frames, layers, channels) float16.
 """
@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from systems import System
 from tasks import TaskError
-from torch import Tensor
+from torch import Tensor, nn
 
 from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.fileio.audio import read_audio
 
 RATE = 16000
 SHORTEST, LONGEST = RATE // 2, 10 * RATE  # samples
+BATCH = 30 * RATE  # samples that are embedded at once, padding included
 
 
 @dataclass
@@ -70,21 +71,25 @@ def kept_features(
     if (found := _read(array, index, facts)) is not None:
         return found
     logging.info("%s: features of %d clips", cache, len(wavs))
-    parts, rows, begin = [], {}, 0
+    parts: dict[str, np.ndarray] = {}
     with torch.inference_mode():
-        for utt, speech in _waveforms(wavs, noise):
-            layers = torch.stack(system.embed(speech[None].to(device)), dim=1)
-            part = _pool(layers) if head == "linear" else layers.half()
-            part = part.cpu().numpy()
-            if not np.isfinite(part).all():
-                raise TaskError(
-                    f"{wavs[utt]}: {system.title} gives values that are not finite"
-                )
-            parts.append(part)
-            rows[utt] = [begin, begin + len(part)]
-            begin += len(part)
+        for utts, speech, lengths in _batches(wavs, noise):
+            layers, counts = system.embed(speech.to(device), lengths.to(device))
+            frames = torch.stack(layers, dim=2)
+            for utt, clip, count in zip(utts, frames, counts.tolist(), strict=True):
+                part = clip[:count]
+                part = _pool(part) if head == "linear" else part.half()
+                parts[utt] = part.cpu().numpy()
+                if not np.isfinite(parts[utt]).all():
+                    raise TaskError(
+                        f"{wavs[utt]}: {system.title} gives values that are not finite"
+                    )
+    rows, begin = {}, 0
+    for utt in wavs:
+        rows[utt] = [begin, begin + len(parts[utt])]
+        begin += len(parts[utt])
     index.unlink(missing_ok=True)  # of other features
-    values = np.concatenate(parts)
+    values = np.concatenate([parts[utt] for utt in wavs])
     with atomic(array) as file:
         np.save(file, values)
     facts |= {"bytes": array.stat().st_size, "rows": rows}
@@ -125,16 +130,31 @@ def _pool(layers: Tensor) -> Tensor:
     return torch.cat([layers.mean(0), layers.std(0, correction=0)], dim=-1)[None]
 
 
-def _waveforms(
+def _batches(
     wavs: Mapping[str, str], noise: tuple[Mapping[str, str], float] | None
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """Names, waveforms (B, samples) and lengths (B,) of clips of similar lengths."""
     sources = [] if noise is None else [_samples(path) for path in noise[0].values()]
-    for utt, path in wavs.items():
-        speech = _samples(path)[:LONGEST]
+    utts: list[str] = []
+    batch: list[Tensor] = []
+    for utt in sorted(wavs, key=lambda utt: Path(wavs[utt]).stat().st_size):
+        speech = _samples(wavs[utt])[:LONGEST]
         speech = F.pad(speech, (0, max(0, SHORTEST - len(speech))))
         if noise is not None:
             speech = add_noise(speech, sources, noise[1], utt)
-        yield utt, speech
+        longest = max(map(len, [speech, *batch]))
+        if batch and longest * (len(batch) + 1) > BATCH:
+            yield utts, *_padded(batch)
+            utts, batch = [], []
+        utts.append(utt)
+        batch.append(speech)
+    if batch:
+        yield utts, *_padded(batch)
+
+
+def _padded(batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(speech) for speech in batch])
+    return nn.utils.rnn.pad_sequence(batch, batch_first=True), lengths
 
 
 def _samples(path: str) -> Tensor:

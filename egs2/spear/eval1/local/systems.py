@@ -14,8 +14,9 @@ from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.zipformer.fbank import Fbank
 
-# (1, samples) -> layers, each (frames, channels); all of one rate, 50 Hz or slower.
-Embed = Callable[[Tensor], list[Tensor]]
+# Audio (B, samples), lengths (B,) -> layers, each (B, frames, channels), their lengths
+# (B,). Layers have one rate, 50 Hz or slower; no clip changes what another gives.
+Embed = Callable[[Tensor, Tensor], tuple[list[Tensor], Tensor]]
 
 
 @dataclass
@@ -39,10 +40,10 @@ def logmel(device: str) -> System:
     """Two neighbouring frames of 128 mel channels: 256 values at 50 Hz."""
     fbank = Fbank().to(device)
 
-    def embed(speech: Tensor) -> list[Tensor]:
-        frames = fbank(speech, _count(speech))[0][0]
-        frames = frames[: len(frames) // 2 * 2]
-        return [frames.reshape(len(frames) // 2, -1)]
+    def embed(speech: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
+        frames, lengths = fbank(speech, lengths)
+        frames = frames[:, : frames.size(1) // 2 * 2]
+        return [frames.unflatten(1, (-1, 2)).flatten(2)], lengths // 2
 
     return System("logmel", "log-mel", "128 channels, two frames", embed)
 
@@ -60,8 +61,9 @@ def student(path: str, device: str, random_seed: int | None = None) -> System:
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     model = model.eval().to(device)
 
-    def embed(speech: Tensor) -> list[Tensor]:
-        return [h[0] for h in model(speech, _count(speech)).hidden_states]
+    def embed(speech: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
+        output = model(speech, lengths)
+        return output.hidden_states, output.hidden_states_lens
 
     return System(name, title, digest.hexdigest(), embed)
 
@@ -71,11 +73,8 @@ def teacher(name: str, path: str, device: str) -> System:
     model = build_teacher(*load_teacher_config(path)).to(device)
     identity = repr(sorted(model.describe().items()))
 
-    def embed(speech: Tensor) -> list[Tensor]:
-        return [model(speech, _count(speech))[0][0]]
+    def embed(speech: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
+        embeddings, lengths = model(speech, lengths)
+        return [embeddings], lengths
 
     return System(f"teacher_{name}", f"teacher {name}", identity, embed)
-
-
-def _count(speech: Tensor) -> Tensor:
-    return torch.tensor([speech.size(1)], device=speech.device)
