@@ -15,7 +15,7 @@ from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.zipformer.fbank import Fbank
 
 # Audio (B, samples), lengths (B,) -> layers, each (B, frames, channels), their lengths
-# (B,). Layers have one rate, 50 Hz or slower; no clip changes what another gives.
+# (B,). Layers have one rate, 50 Hz or slower; padding changes next to nothing.
 Embed = Callable[[Tensor, Tensor], tuple[list[Tensor], Tensor]]
 
 
