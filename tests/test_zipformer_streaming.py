@@ -249,20 +249,18 @@ def test_streams_that_cannot_be() -> None:
         with torch.no_grad():
             return model.streaming_forward(x, torch.tensor(lens), state, last)
 
-    with pytest.raises(InputError, match="0..40"):
-        step([40, 41])
-    with pytest.raises(InputError, match="at least 9"):
-        step([40, 8], last=True)
-    with pytest.raises(InputError, match=r"128"):
-        step([40, 40], x=torch.randn(2, 40, 80))
     _, state = step([40, 30])
-    with pytest.raises(InputError, match=r"\[1\]"):
-        step([40, 1], state)
-    with pytest.raises(InputError, match="2 utterances"):
-        step([40], state, x[:1])
-    _, state = step([40, 0], state, last=True)
-    with pytest.raises(InputError, match="has ended"):
-        step([40, 0], state)
+    _, ended = step([40, 0], state, last=True)
+    for message, *given in (
+        ("0..40", [40, 41]),
+        ("at least 9", [40, 8], start, x, True),
+        ("128", [40, 40], start, torch.randn(2, 40, 80)),
+        (r"\[1\]", [40, 1], state),
+        ("2 utterances", [40], state, x[:1]),
+        ("has ended", [40, 0], ended),
+    ):
+        with pytest.raises(InputError, match=message):
+            step(*given)
     with pytest.raises(InputError, match="eval"):
         build(CAUSAL).train().streaming_forward(x, torch.tensor([40, 40]), start)
 

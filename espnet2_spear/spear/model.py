@@ -86,7 +86,6 @@ class SpearPretrainModel(AbsESPnetModel):
             delayed: frame t predicts the codes of frame t - distillation_delta, so
             that a streaming student hears a little of the future first. Whether a
             frame counts as masked is delayed alike.
-        codebook_groups: accuracy is also reported for so many groups of codebooks.
         mixer: augmentation in training; None: none.
 
     Raises:
@@ -107,7 +106,6 @@ class SpearPretrainModel(AbsESPnetModel):
         unmasked_weight: float = 1.0,
         normalize: str = "frames",
         distillation_delta: int = 0,
-        codebook_groups: int = 4,
         mixer: Mixer | None = None,
     ) -> None:
         super().__init__()
@@ -127,7 +125,6 @@ class SpearPretrainModel(AbsESPnetModel):
         self.unmasked_weight = unmasked_weight
         self.normalize = normalize
         self.distillation_delta = distillation_delta
-        self.codebook_groups = codebook_groups
         self.mixer = mixer
         rows = resolve_loss_weights(loss_weights, self.domains, list(self.teachers))
         # Domains that each teacher's loss sees, on the host.
@@ -292,7 +289,6 @@ class SpearPretrainModel(AbsESPnetModel):
             targets >= 0,
             frames.masked.flatten(),
             member.flatten(0, 1),
-            self.codebook_groups,
         )
         for row, d in enumerate(domains):
             prefix = f"{self.domains[d]}_{name}_"

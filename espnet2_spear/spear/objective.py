@@ -144,6 +144,7 @@ def _checked_row(name: str, row: Any, teachers: Sequence[str]) -> dict[str, floa
 CHUNK_LOGITS = {"cpu": 2**20, "other": 2**25}
 # Devices on which shapes that depend on values cost no synchronisation.
 HOST = ("cpu",)
+GROUPS = 4  # of neighbouring codebooks, whose accuracies are reported
 
 
 class CodebookLoss(NamedTuple):
@@ -347,7 +348,7 @@ class StatSums:
 
 
 def code_statistics(
-    result: CodebookLoss, known: Tensor, masked: Tensor, member: Tensor, groups: int
+    result: CodebookLoss, known: Tensor, masked: Tensor, member: Tensor
 ) -> tuple[list[str], Tensor, Tensor]:
     """Sums behind loss and accuracies of one head, for several sets of frames.
 
@@ -356,7 +357,6 @@ def code_statistics(
         known: (M, N) bool, entries that have a target.
         masked: (M,) bool, frames that were masked.
         member: (M, S) bool, which of S sets each frame belongs to.
-        groups: accuracy is also given for so many groups of neighbouring codebooks.
 
     Returns:
         names (without a prefix) of F figures, and the numerators and denominators of
@@ -365,11 +365,11 @@ def code_statistics(
     known, correct = known.float(), result.correct.float()
     hits, count = correct.sum(dim=1), known.sum(dim=1)
     names = ["loss", "acc_masked", "acc_unmasked"]
-    names += [f"acc_group{g}" for g in range(groups)]
+    names += [f"acc_group{g}" for g in range(GROUPS)]
     totals = [result.entropy.float().sum(dim=1), hits * masked, hits * ~masked]
-    totals += [part.sum(dim=1) for part in correct.tensor_split(groups, dim=1)]
+    totals += [part.sum(dim=1) for part in correct.tensor_split(GROUPS, dim=1)]
     counts = [count, count * masked, count * ~masked]
-    counts += [part.sum(dim=1) for part in known.tensor_split(groups, dim=1)]
+    counts += [part.sum(dim=1) for part in known.tensor_split(GROUPS, dim=1)]
     # Not a matrix product: those may round their factors (TF32).
     weight = member.float()[:, :, None]
     totals, counts = (

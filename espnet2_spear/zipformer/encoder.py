@@ -87,19 +87,7 @@ class ZipformerStack(nn.Module):
         self.count = count
         self.checkpointing = config.activation_checkpointing
         self.layers = nn.ModuleList(
-            ZipformerLayer(
-                dim=config.encoder_dim[index],
-                num_heads=config.num_heads[index],
-                query_head_dim=config.query_head_dim,
-                pos_head_dim=config.pos_head_dim,
-                value_head_dim=config.value_head_dim,
-                pos_dim=config.pos_dim,
-                feedforward_dim=config.feedforward_dim[index],
-                kernel=config.cnn_module_kernel[index],
-                causal=config.causal,
-                count=count,
-                layer_skip=layer_skip(index, layer, config),
-            )
+            ZipformerLayer(config, index, count, layer_skip(index, layer, config))
             for layer in range(config.num_encoder_layers[index])
         )
 

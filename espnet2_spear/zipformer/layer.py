@@ -10,6 +10,7 @@ from espnet2_spear.zipformer.attention import (
     NonlinAttention,
     SelfAttention,
 )
+from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.convolution import Convolution
 from espnet2_spear.zipformer.frames import Frames, Past
 from espnet2_spear.zipformer.fusion import replaceable
@@ -70,46 +71,39 @@ class ZipformerLayer(nn.Module):
     """One layer, called a block in the paper.
 
     Args:
-        dim: channels.
-        num_heads: attention heads.
-        query_head_dim: width of a query or key head.
-        pos_head_dim: width of a positional query head.
-        value_head_dim: width of a value head.
-        pos_dim: width of the positional encoding.
-        feedforward_dim: hidden width of the middle feed-forward module.
-        kernel: width of the depthwise convolutions in frames.
-        causal: whether convolutions look ahead within a chunk only.
+        config: sizes.
+        stack: index of the stack that it belongs to.
         count: given, the regularisers of training are on.
         layer_skip: share of sequences that skip the layer in training.
     """
 
     def __init__(
         self,
-        dim: int,
-        num_heads: int,
-        query_head_dim: int,
-        pos_head_dim: int,
-        value_head_dim: int,
-        pos_dim: int,
-        feedforward_dim: int,
-        kernel: int,
-        causal: bool = False,
+        config: ZipformerConfig,
+        stack: int,
         count: BatchCount | None = None,
         layer_skip: Scheduled = 0.0,
     ) -> None:
         super().__init__()
         self.count = count
+        dim, heads = config.encoder_dim[stack], config.num_heads[stack]
+        hidden, kernel = config.feedforward_dim[stack], config.cnn_module_kernel[stack]
         self.self_attn_weights = AttentionWeights(
-            dim, num_heads, query_head_dim, pos_head_dim, pos_dim, count
+            dim,
+            heads,
+            config.query_head_dim,
+            config.pos_head_dim,
+            config.pos_dim,
+            count,
         )
-        self.self_attn1 = SelfAttention(dim, num_heads, value_head_dim, count)
-        self.self_attn2 = SelfAttention(dim, num_heads, value_head_dim, count)
+        self.self_attn1 = SelfAttention(dim, heads, config.value_head_dim, count)
+        self.self_attn2 = SelfAttention(dim, heads, config.value_head_dim, count)
         self.nonlin_attention = NonlinAttention(dim, count)
-        self.feed_forward1 = FeedForward(dim, feedforward_dim * 3 // 4, count)
-        self.feed_forward2 = FeedForward(dim, feedforward_dim, count)
-        self.feed_forward3 = FeedForward(dim, feedforward_dim * 5 // 4, count)
-        self.conv_module1 = Convolution(dim, kernel, causal, count)
-        self.conv_module2 = Convolution(dim, kernel, causal, count)
+        self.feed_forward1 = FeedForward(dim, hidden * 3 // 4, count)
+        self.feed_forward2 = FeedForward(dim, hidden, count)
+        self.feed_forward3 = FeedForward(dim, hidden * 5 // 4, count)
+        self.conv_module1 = Convolution(dim, kernel, config.causal, count)
+        self.conv_module2 = Convolution(dim, kernel, config.causal, count)
         self.norm = BiasNorm(dim, count)
         self.bypass = Bypass(dim, count, layer_skip)
         self.bypass_mid = Bypass(dim, count)

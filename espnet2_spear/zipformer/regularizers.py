@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -328,34 +329,17 @@ def whitening_limit(start: float, ratio: float = 2.0) -> Scheduled:
     return ((0, start), (20000, ratio * start))
 
 
-class _ScaleGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
+def _with_gradient(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return x; its gradient is changed on its way back."""
+    if x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(change)
+    return x
 
 
 def scale_grad(x: Tensor, scale: float) -> Tensor:
     """Return x; its gradient is multiplied by ``scale``."""
-    return _ScaleGrad.apply(x, scale)
-
-
-class _Limit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, p: Tensor, low: float, high: float) -> Tensor:
-        ctx.save_for_backward(p)
-        ctx.low, ctx.high = low, high
-        return p.view_as(p)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (p,) = ctx.saved_tensors
-        away = ((grad > 0) & (p < ctx.low)) | ((grad < 0) & (p > ctx.high))
-        return torch.where(away, -grad, grad), None, None
+    return _with_gradient(x, lambda grad: grad * scale)
 
 
 def limit_parameter(p: Tensor, low: float, high: float) -> Tensor:
@@ -363,7 +347,12 @@ def limit_parameter(p: Tensor, low: float, high: float) -> Tensor:
 
     Applied to 60 % of the calls, so that the loss keeps a say.
     """
-    return _Limit.apply(p, low, high) if chance(LIMIT_PROB) else p
+
+    def turn(grad: Tensor) -> Tensor:
+        away = ((grad > 0) & (p < low)) | ((grad < 0) & (p > high))
+        return torch.where(away, -grad, grad)
+
+    return _with_gradient(p, turn) if chance(LIMIT_PROB) else p
 
 
 class _Penalize(torch.autograd.Function):
