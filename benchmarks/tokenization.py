@@ -71,7 +71,7 @@ def main(cmd=None):
             values.append(0.0)
         frames = 0
         for batch in batches:
-            x = torch.cat(embed_batch(teacher, batch).frames)
+            x = torch.cat(embed_batch(teacher, batch).tensors)
             frames += len(x)
             spent, _ = timed(lambda x=x: quantizer.encode(x), device)
             times["quantizer"][-1] += spent

@@ -8,6 +8,7 @@ import pytest
 from espnet2_spear.bin import spear_check_codes
 from espnet2_spear.codes.facts import CodesMismatch
 from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
+from espnet2_spear.fileio.tables import DataDirError
 
 LENGTHS = {"utt0": 16000, "utt1": 24000, "utt2": 31000, "music": 48000}
 
@@ -49,24 +50,22 @@ def check(tmp_path, data_dir_made):
         facts = {"num_codebooks": 4, "codebook_size": 16, "frame_rate": 50.0}
         (folder / f"{name}.json").write_text(json.dumps(facts))
 
+    def command(*options):
+        words = ["--data_dir", str(data_dir_made), "--output_dir", f"{tmp_path}/out"]
+        words += ["--codes", f"speech={folder}/speech.scp", *options]
+        spear_check_codes.main(words)
+
     def run(*options):
         status = 0
         try:
-            spear_check_codes.main(
-                [
-                    *("--data_dir", str(data_dir_made)),
-                    *("--codes", f"speech={folder}/speech.scp"),
-                    *("--output_dir", str(tmp_path / "out")),
-                    *options,
-                ]
-            )
+            command(*options)
         except SystemExit as exit:
             status = exit.code
         out = tmp_path / "out"
         lines = (out / "codes_problems.txt").read_text().splitlines()
         return status, lines, json.loads((out / "codes_check.json").read_text())
 
-    run.write, run.folder = write, folder
+    run.write, run.folder, run.command = write, folder, command
     return run
 
 
@@ -133,11 +132,6 @@ def test_truncated_and_missing_ark(check, codes):
     assert summary["speech"]["frames"] == 0
 
 
-def test_missing_scp(check, codes):
-    with pytest.raises(ValueError, match="speech.scp: cannot be read"):
-        check("--shape", "speech=4,16,50")
-
-
 def test_unknown_utterance(check, codes):
     codes["stranger"] = codes["utt0"]
     check.write(codes)
@@ -179,34 +173,18 @@ def test_two_teachers_and_shapes(check, codes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "missing, options, error, message",
     [
-        (["--shape", "speech=4,16"], "expected N,K,HZ"),
-        (["--shape", "video=4,16,50"], "names .*video"),
-        (["--domains", "video=speech"], "names .*video"),
+        (None, ["--shape", "speech=4,16"], SystemExit, "expected N,K,HZ"),
+        (None, ["--shape", "video=4,16,50"], SystemExit, "names .*video"),
+        (None, ["--domains", "video=speech"], SystemExit, "names .*video"),
+        ("json", [], CodesMismatch, r"speech\.json: missing.*--shape"),
+        ("scp", [], DataDirError, "speech.scp: cannot be read"),
     ],
 )
-def test_bad_options(check, codes, data_dir_made, tmp_path, options, message):
+def test_bad_options_and_missing_files(check, codes, missing, options, error, message):
     check.write(codes)
-    with pytest.raises(SystemExit, match=message):
-        spear_check_codes.main(
-            [
-                *("--data_dir", str(data_dir_made)),
-                *("--codes", f"speech={check.folder}/speech.scp"),
-                *("--output_dir", str(tmp_path / "out")),
-                *options,
-            ]
-        )
-
-
-def test_shape_unknown(check, codes, data_dir_made, tmp_path):
-    check.write(codes)
-    (check.folder / "speech.json").unlink()
-    with pytest.raises(CodesMismatch, match=r"speech\.json: missing.*--shape"):
-        spear_check_codes.main(
-            [
-                *("--data_dir", str(data_dir_made)),
-                *("--codes", f"speech={check.folder}/speech.scp"),
-                *("--output_dir", str(tmp_path / "out")),
-            ]
-        )
+    if missing:
+        (check.folder / f"speech.{missing}").unlink()
+    with pytest.raises(error, match=message):
+        check.command(*options)

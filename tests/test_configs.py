@@ -15,7 +15,7 @@ from espnet2_spear.schedulers.eden import Eden
 from espnet2_spear.spear.mixing import PRESETS as MIXING_PRESETS
 from espnet2_spear.spear.mixing import MixerConfig
 from espnet2_spear.tasks.spear import SpearTask
-from espnet2_spear.teachers import load_teacher_config, quantizer_options
+from espnet2_spear.teachers import load_teacher_config, read_teacher_yaml
 from espnet2_spear.train.average import disk_bytes
 from espnet2_spear.zipformer.config import NAMED_CONFIGS
 
@@ -177,12 +177,13 @@ def test_passes_espnets_dry_run(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", TEACHERS, ids=lambda p: p.stem)
 def test_teacher_and_its_quantizer(path: Path) -> None:
     load_teacher_config(path)
-    MVQTrainingConfig(**quantizer_options(path))
+    MVQTrainingConfig(**read_teacher_yaml(path)["quantizer_conf"])
 
 
 def test_teachers_of_the_paper_have_its_quantizers() -> None:
     for stem, standardize in (("wavlm_large", True), ("dasheng_1.2b", False)):
-        options = quantizer_options(CONF / "teachers" / f"{stem}.yaml")
+        path = CONF / "teachers" / f"{stem}.yaml"
+        options = read_teacher_yaml(path)["quantizer_conf"]
         assert options["standardize"] is standardize
         assert options["iters_phase1"] == options["iters_phase2"] == 35_000
         assert options["batch_frames"] == 1024

@@ -65,13 +65,6 @@ def test_rewriting_removes_files_no_longer_needed(
     ]
 
 
-def test_names_that_are_not_utf8_survive(tmp_path: Path) -> None:
-    (tmp_path / "wav.scp").write_bytes(b"u caf\xe9.wav\n")
-    (tmp_path / "utt2spk").write_text("u s\n")
-    DataDir.load(tmp_path).write(tmp_path / "copy")
-    assert (tmp_path / "copy/wav.scp").read_bytes() == b"u caf\xe9.wav\n"
-
-
 def test_select_keeps_only_what_is_needed(data: DataDir) -> None:
     part = data.select(["s1-u2"])
     part.validate(require=("utt2domain", "utt2num_samples", "text"))

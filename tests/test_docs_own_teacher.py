@@ -19,7 +19,7 @@ from espnet2_spear.teachers import (
     TeacherError,
     build_teacher,
     load_teacher_config,
-    quantizer_options,
+    read_teacher_yaml,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +73,7 @@ def test_teacher_of_the_page(folder: Path) -> None:
     # Stages 4 and 5 of the recipe.
     config = ["--teacher_config", "my_teacher.yaml"]
     embed([*config, "--wav_scp", "wav.scp", "--output_dir", "embeddings"])
-    options = {**quantizer_options("my_teacher.yaml")}
+    options = read_teacher_yaml("my_teacher.yaml")["quantizer_conf"]
     assert options["iters_phase1"] == 10000
     options |= {"iters_phase1": 2, "iters_phase2": 2, "batch_frames": 32}
     words = [word for k, v in options.items() for word in (f"--{k}", str(v).lower())]

@@ -126,26 +126,21 @@ def test_scp_appears_only_when_complete(tmp_path, codes):
 
 
 @pytest.mark.parametrize(
-    "bad, message",
+    "utt, bad, message",
     [
-        (np.zeros((0, 4), np.uint8), "at least one frame"),
-        (np.zeros(4, np.uint8), "expected integers"),
-        (np.zeros((2, 4), np.float32), "expected integers"),
-        (np.full((2, 4), 256), "in 256..256 are not of codebooks of 256 entries"),
-        (np.full((2, 4), -1), "in -1..-1 are not of codebooks of 256 entries"),
+        ("bad", np.zeros((0, 4), np.uint8), "at least one frame"),
+        ("bad", np.zeros(4, np.uint8), "expected integers"),
+        ("bad", np.zeros((2, 4), np.float32), "expected integers"),
+        ("bad", np.full((2, 4), 256), "in 256..256 are not of codebooks of 256"),
+        ("bad", np.full((2, 4), -1), "in -1..-1 are not of codebooks of 256 entries"),
+        ("good", np.zeros((2, 4), np.uint8), "is written twice"),
     ],
 )
-def test_refuses_other_codes(tmp_path, bad, message):
+def test_refuses_other_codes(tmp_path, utt, bad, message):
     with CodesWriter(tmp_path / "c.ark", tmp_path / "c.scp") as writer:
-        with pytest.raises(ValueError, match=f"'bad'.*{message}"):
-            writer.write("bad", bad)
-
-
-def test_refuses_an_utterance_twice(tmp_path, codes):
-    with CodesWriter(tmp_path / "c.ark", tmp_path / "c.scp") as writer:
-        writer.write("utt0", codes["utt0"])
-        with pytest.raises(ValueError, match="'utt0' is written twice"):
-            writer.write("utt0", codes["utt0"])
+        writer.write("good", np.zeros((2, 4), np.uint8))
+        with pytest.raises(ValueError, match=f"'{utt}'.*{message}"):
+            writer.write(utt, bad)
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
@@ -174,17 +169,14 @@ def test_truncated_missing_and_stale_files(tmp_path, monkeypatch, codes, name):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("a x.ark:1\nb\n", "line 2: expected"),
-        ("a x.ark:1\na x.ark:9\n", "line 2: 'a' appears twice"),
+        ("a x.ark:1\nb\n", ", line 2: expected"),
+        ("a x.ark:1\na x.ark:9\n", ", line 2: 'a' appears twice"),
+        (None, ": cannot be read"),
     ],
 )
 def test_malformed_scp(tmp_path, content, message):
     path = tmp_path / "c.scp"
-    path.write_text(content)
-    with pytest.raises(DataDirError, match=f"c.scp, {message}"):
+    if content:
+        path.write_text(content)
+    with pytest.raises(DataDirError, match=f"c.scp{message}"):
         read_scp(path)
-
-
-def test_missing_scp(tmp_path):
-    with pytest.raises(DataDirError, match="none.scp: cannot be read"):
-        read_scp(tmp_path / "none.scp")

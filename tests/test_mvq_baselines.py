@@ -140,22 +140,22 @@ def test_options_are_read_before_anything_is_computed():
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "message"),
+    ("words", "message"),
     [
-        ("--quantizer kmeans --iters_phase1 9", TrainingError, "no option of .*kmeans"),
-        ("--codebook_size 2000", TrainingError, "no option of --quantizer mvq"),
-        ("--quantizer kmeans --num_codebooks 8", QuantizerError, "one codebook, not 8"),
-        ("--quantizer rvq --codebook_size 40000", TrainingError, "two bytes"),
-        ("--quantizer vq", TrainingError, "mvq_train: .*invalid choice: 'vq'"),
-        ("--iter_phase1 9", TrainingError, "mvq_train: unrecognized.*--iter_phase1"),
-        ("--lr much", TrainingError, "mvq_train: argument --lr: invalid"),
-        ("--lr 0", TrainingError, "lr is 0.0"),
-        ("--standardize maybe", TrainingError, "must be true or false"),
-        ("--num_codebooks 3", TrainingError, "num_codebooks is 3"),
+        ("--quantizer kmeans --iters_phase1 9", "no option of .*kmeans"),
+        ("--codebook_size 2000", "no option of --quantizer mvq"),
+        ("--quantizer kmeans --num_codebooks 8", "one codebook, not 8"),
+        ("--quantizer rvq --codebook_size 40000", "two bytes"),
+        ("--quantizer vq", "mvq_train: .*invalid choice: 'vq'"),
+        ("--iter_phase1 9", "mvq_train: unrecognized.*--iter_phase1"),
+        ("--lr much", "mvq_train: argument --lr: invalid"),
+        ("--lr 0", "lr is 0.0"),
+        ("--standardize maybe", "--standardize: invalid"),
+        ("--num_codebooks 3", "num_codebooks is 3"),
     ],
 )
-def test_bad_words(words, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_words(words, message):
+    with pytest.raises(TrainingError, match=message):
         parse_options(words.split())
 
 
@@ -164,8 +164,6 @@ def test_bad_options(data, tmp_path):
         replace(CONFIG, codebook_size=40000)
     with pytest.raises(TrainingError, match="seed is -1"):
         replace(CONFIG, seed=-1)
-    with pytest.raises(QuantizerError, match="k-means has one codebook, not 2"):
-        train_baseline(replace(CONFIG, num_codebooks=2), data)
     command = f"--embeddings {data.source} --output {tmp_path}/q.pt --quantizer rvq"
     with pytest.raises(TrainingError, match="--lr is no option of --quantizer rvq"):
         mvq_train.main([*command.split(), "--lr", "0.1"])

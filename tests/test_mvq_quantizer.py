@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from teacher_files import Malicious
+from test_mvq_search import obvious_search
 
 from espnet2_spear.bin import mvq_export
 from espnet2_spear.mvq import search as refine
@@ -55,40 +57,6 @@ def random_vectors(quantizer: Quantizer, count: int, seed: int = 1) -> torch.Ten
     return x + x.std() * torch.randn(x.shape, generator=generator)
 
 
-def plain_search(quantizer: Quantizer, x: torch.Tensor, passes: int) -> torch.Tensor:
-    """The search as the method describes it: on vectors, one frame at a time."""
-    centers = quantizer.scaled_centers().detach().double()
-    size, num = quantizer.codebook_size, quantizer.num_codebooks
-    results = []
-    for frame in x.double():
-        logits = quantizer.logits(frame.float().unsqueeze(0))[0]
-        codes = logits.argmax(dim=-1).tolist()
-        for _ in range(passes):
-            present = torch.stack([centers[n, k] for n, k in enumerate(codes)])
-            error = present.sum(dim=0) - frame
-            # Every group is a list of (choice of codes, change of the error).
-            groups = [
-                [((k,), centers[n, k] - present[n]) for k in range(size)]
-                for n in range(num)
-            ]
-            while True:
-                keep = num_kept(len(groups[0][0][0]), size) if len(groups) > 1 else 1
-                groups = [
-                    sorted(group, key=lambda g: float((error + g[1]).square().sum()))
-                    for group in groups
-                ]
-                groups = [group[:keep] for group in groups]
-                if len(groups) == 1:
-                    break
-                groups = [
-                    [(a + b, da + db) for a, da in left for b, db in right]
-                    for left, right in zip(groups[::2], groups[1::2], strict=True)
-                ]
-            codes = list(groups[0][0][0])
-        results.append(codes)
-    return torch.tensor(results)
-
-
 def squared_errors(quantizer, x, codes) -> torch.Tensor:
     return (quantizer.sum_centers(codes).double() - x).square().sum(dim=-1).detach()
 
@@ -103,12 +71,9 @@ def test_codes_equal_reference(search, reference, library_file, passes):
 
 def test_decode_equals_library(reference, library_file):
     quantizer = load_quantizer(library_file)
+    assert quantizer.identity == "94e7c8e6"
     decoded = quantizer.decode(torch.tensor(reference["idx5"].astype(np.int64)))
     np.testing.assert_allclose(decoded.detach(), reference["decoded"], atol=1e-5)
-
-
-def test_library_identity(library_file):
-    assert load_quantizer(library_file).identity == "94e7c8e6"
 
 
 def test_losses_equal_reference(reference, library_file):
@@ -150,11 +115,12 @@ def test_codes_equal_full_reference(search, golden_dir):
     "dim, size, num",
     [(12, 64, 1), (12, 4, 2), (24, 2, 8), (24, 256, 2), (24, 32, 8), (32, 16, 16)],
 )
-def test_search_equals_plain_search(search, dim, size, num):
+def test_search_equals_the_obvious_one(search, dim, size, num):
     quantizer = random_quantizer(dim, size, num)
     x = random_vectors(quantizer, 6)
     for passes in (1, 3):
-        got, expected = quantizer.encode(x, passes), plain_search(quantizer, x, passes)
+        got = quantizer.encode(x, passes)
+        expected = obvious_search(quantizer, x, passes)
         better = squared_errors(quantizer, x, expected)
         # Equal but for ties within rounding.
         torch.testing.assert_close(
@@ -222,16 +188,6 @@ def test_kept_candidates():
     assert kept_per_level(8, 2) == [2, 4, 16, 1]  # no more than there are pairs
 
 
-def test_refinement_lowers_the_error():
-    quantizer = random_quantizer(32, 256, 8)
-    x = random_vectors(quantizer, 100)
-    errors = [
-        float(squared_errors(quantizer, x, quantizer.encode(x, passes)).sum())
-        for passes in (0, 1, 5)
-    ]
-    assert errors[1] < 0.9 * errors[0] and errors[2] < errors[1]
-
-
 def test_chunks_and_leading_dimensions():
     quantizer = random_quantizer(16, 16, 8)
     x = random_vectors(quantizer, 60)
@@ -259,7 +215,7 @@ def test_large_common_offset_costs_no_accuracy():
     quantizer = random_quantizer(32, 64, 4)
     x = random_vectors(quantizer, 20)
     offset = 100 * torch.randn(32, generator=torch.Generator().manual_seed(2))
-    codes = plain_search(quantizer, x, 2)
+    codes = obvious_search(quantizer, x, 2)
     with torch.no_grad():
         quantizer.centers[0] += offset / np.exp(10 * 0.05)
         quantizer.to_logits.bias -= np.exp(1.0) * (quantizer.to_logits.weight @ offset)
@@ -268,7 +224,7 @@ def test_large_common_offset_costs_no_accuracy():
 
 
 def test_tables_follow_the_centers():
-    quantizer = random_quantizer(16, 16, 4)
+    quantizer = random_quantizer(16, 16, 4).eval()
     x = random_vectors(quantizer, 40)
     before = quantizer.encode(x)
     other = random_quantizer(16, 16, 4, seed=5)
@@ -291,14 +247,6 @@ def test_tables_follow_an_optimizer_that_hides_its_steps():
     assert torch.equal(quantizer.eval().encode(x), stepped.encode(x))
 
 
-def test_inference_mode():
-    quantizer = random_quantizer(16, 16, 4)
-    x = random_vectors(quantizer, 40)
-    with torch.inference_mode():
-        made_here = random_quantizer(16, 16, 4).eval()
-        assert torch.equal(made_here.encode(x), quantizer.eval().encode(x))
-
-
 def test_standardisation():
     quantizer = random_quantizer(16, 256, 4)
     x = random_vectors(quantizer, 40)
@@ -310,18 +258,16 @@ def test_standardisation():
     torch.testing.assert_close(quantizer.decode(codes), decoded * std + mean)
 
 
-def test_half_precision_input():
-    quantizer = random_quantizer(16, 16, 4)
-    x = random_vectors(quantizer, 40).half()
-    assert torch.equal(quantizer.encode(x), quantizer.encode(x.float()))
-
-
-def test_autocast_changes_no_code():
-    quantizer = random_quantizer(32, 256, 4).eval()
-    x = random_vectors(quantizer, 40)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        codes = quantizer.encode(x)
-    assert torch.equal(codes, random_quantizer(32, 256, 4).encode(x))
+@pytest.mark.parametrize(
+    "surroundings",
+    [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],
+)
+def test_codes_are_those_of_any_surroundings(surroundings):
+    expected = random_quantizer(32, 256, 4)
+    x = random_vectors(expected, 40).half()
+    with surroundings():
+        codes = random_quantizer(32, 256, 4).eval().encode(x)
+    assert torch.equal(codes, expected.encode(x.float()))
 
 
 def test_product_quantizer():
@@ -384,16 +330,6 @@ def test_stamp_is_derived_from_the_parameters():
     assert other.identity != first.identity
 
 
-class Executed:
-    """Leaves a trace if a file's code runs."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (os.mkdir, (self.path,))
-
-
 def test_foreign_and_corrupt_files(tmp_path, library_file):
     path = tmp_path / "q.pt"
     with pytest.raises(QuantizerError, match="q.pt: no such quantizer"):
@@ -405,7 +341,7 @@ def test_foreign_and_corrupt_files(tmp_path, library_file):
     with pytest.raises(QuantizerError, match="q.pt: neither"):
         load_quantizer(path)
     trace = tmp_path / "trace"
-    path.write_bytes(pickle.dumps(Executed(str(trace)), protocol=2))
+    path.write_bytes(pickle.dumps(Malicious(trace), protocol=2))
     with pytest.raises(QuantizerError, match="q.pt: not a readable"):
         load_quantizer(path)
     assert not trace.exists()
@@ -417,8 +353,9 @@ def test_foreign_and_corrupt_files(tmp_path, library_file):
         ({"to_logits.bias": torch.zeros(3)}, "do not make .*to_logits.bias"),
         ({"more": torch.zeros(3)}, "do not make .*more"),
         ({"centers": torch.zeros(3)}, "do not make a quantizer of kind 'mvq'"),
-        ({"centers": [1.0, 2.0]}, "'centers' of its state dict is a list"),
-        ({3: torch.zeros(3)}, "3 of its state dict"),
+        ({"centers": [1.0, 2.0]}, "do not make .*'list'"),
+        ({"to_logits.bias": [1.0, 2.0]}, "do not make .*'list'"),
+        ({3: torch.zeros(3)}, "do not make .*'int'"),
         ({"logits_scale": torch.tensor(float("nan"))}, "'logits_scale' holds NaN"),
         ({"mean": torch.full((16,), float("inf"))}, "'mean' holds NaN or infinity"),
         ({"std": torch.full((16,), float("nan"))}, "'std' holds NaN or infinity"),

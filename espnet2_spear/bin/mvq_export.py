@@ -4,9 +4,10 @@
 import argparse
 import logging
 
+from espnet2.utils.types import str2bool
+
 from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.mvq.files import export_library, load_quantizer
-from espnet2_spear.mvq.options import str2bool
 
 
 def get_parser() -> argparse.ArgumentParser:

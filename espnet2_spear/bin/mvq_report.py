@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a page on a quantizer, or on two side by side: errors, usage, correlation."""
+"""Write a page on a quantizer, or on two side by side: errors and usage of codes."""
 
 import argparse
 import logging

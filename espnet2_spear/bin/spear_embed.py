@@ -12,7 +12,7 @@ from espnet2_spear.fileio.utterances import read_utterances, select_domains
 from espnet2_spear.teachers import (
     build_teacher,
     load_teacher_config,
-    quantizer_frames,
+    read_teacher_yaml,
 )
 from espnet2_spear.teachers.embeddings import INDEX, choose, store_embeddings
 
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     teacher = build_teacher(name, conf).to(args.device)
     wanted = args.max_frames
     if wanted is None:
-        wanted = quantizer_frames(args.teacher_config)
+        wanted = read_teacher_yaml(args.teacher_config)["quantizer_frames"]
     chosen = choose(utterances, teacher, wanted, args.seed)
     index = store_embeddings(
         teacher,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -37,8 +37,6 @@ from espnet2_spear.fileio.shards import (
 from espnet2_spear.fileio.tables import join, rows, table_writer
 from espnet2_spear.fileio.utterances import UtteranceTable, make_batches
 from espnet2_spear.teachers.base import TeacherError
-
-MOST_LETTERS = 200  # of a folder's name; file systems take 255 bytes
 
 
 class TokenizeRun:
@@ -129,7 +127,10 @@ class TokenizeRun:
                 )
                 done = in_processes(pool, work, jobs, processes, self.folder)
             else:
-                done = _here(tokenizers, jobs, num_threads, devices[0])
+                torch.set_num_threads(num_threads)
+                for tokenizer in tokenizers:
+                    tokenizer.to(devices[0])
+                done = (tokenize_shard(tokenizers, job) for job in jobs)
             for i, record in done:
                 stems = self._stems(i)
                 yield i, record, [f"{s}.{x}" for s in stems for x in ("ark", "scp")]
@@ -157,10 +158,7 @@ class TokenizeRun:
             }
             del facts["max_frames"]  # the search does not depend on it
             prints.append(fingerprint(facts, utterances))
-        names = [options.name for options in self.teachers]
-        name = "+".join(names)
-        if len(name) > MOST_LETTERS:
-            name = digest_of(names)[:16]
+        name = "+".join(options.name for options in self.teachers)
         return DoneMarks(self.folder, f"{name}/codes", digest_of(prints))
 
     def _stems(self, shard: int) -> list[str]:
@@ -238,17 +236,3 @@ class TokenizeRun:
 
     def _write(self, name: str, text: str) -> None:
         write_atomically(self.folder / name, text.encode("utf-8", "surrogateescape"))
-
-
-def _here(
-    tokenizers: Sequence[Tokenizer],
-    jobs: Iterable[Shard],
-    num_threads: int,
-    device: str,
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Shards and their records, computed in this process."""
-    for tokenizer in tokenizers:
-        tokenizer.to(device)
-    for job in jobs:
-        torch.set_num_threads(num_threads)
-        yield tokenize_shard(tokenizers, job)

@@ -19,7 +19,7 @@ from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import AbsQuantizer, QuantizerError
 from espnet2_spear.teachers import build_teacher
 from espnet2_spear.teachers.base import Teacher, TeacherError, difference
-from espnet2_spear.teachers.embed import Audio, embed_audio, read_batch
+from espnet2_spear.teachers.embed import Batch, embed_audio, read_batch
 
 AGREEMENT_UTTERANCES = 16  # compared with float32 before a run in lower precision
 LOW_AGREEMENT = 0.8  # share of float32's codes below which there is a warning
@@ -118,7 +118,7 @@ class Tokenizer:
         }
 
     def encode(
-        self, audio: Audio
+        self, audio: Batch
     ) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
         """Codes of a batch.
 
@@ -129,10 +129,10 @@ class Tokenizer:
         result = embed_audio(self.teacher, audio, self.options.dtype)
         if not result.utts:
             return {}, result.failed
-        codes = self._quantize(result.frames)
+        codes = self._quantize(result.tensors)
         one_byte = self.quantizer.codebook_size <= 256
         codes = codes.to(torch.uint8 if one_byte else torch.int16).cpu()
-        parts = codes.split([len(x) for x in result.frames])
+        parts = codes.split([len(x) for x in result.tensors])
         names = (utterance.utt for utterance in result.utts)
         encoded = {utt: part.numpy() for utt, part in zip(names, parts, strict=True)}
         return encoded, result.failed
@@ -148,9 +148,9 @@ class Tokenizer:
         audio = read_batch(batch)
         expected = embed_audio(self.teacher, audio, "float32")
         lower = embed_audio(self.teacher, audio, self.options.dtype)
-        frames = dict(zip((u.utt for u in lower.utts), lower.frames, strict=True))
+        frames = dict(zip((u.utt for u in lower.utts), lower.tensors, strict=True))
         same = count = 0
-        for utterance, exact in zip(expected.utts, expected.frames, strict=True):
+        for utterance, exact in zip(expected.utts, expected.tensors, strict=True):
             codes = self._quantize([exact])
             count += codes.numel()
             if utterance.utt in frames:

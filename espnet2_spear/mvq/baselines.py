@@ -10,7 +10,7 @@ With centres c and entries v of codebook n, and projections P:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from espnet2_spear.constants import MAX_CODEBOOK_SIZE
 from espnet2_spear.mvq.embeddings import EmbeddingError, TrainingFrames
-from espnet2_spear.mvq.quantizer import AbsQuantizer, QuantizerError
-from espnet2_spear.mvq.search import GramTables
+from espnet2_spear.mvq.quantizer import AbsQuantizer
 from espnet2_spear.mvq.training import TrainingError, channel_statistics, check_seed
 
 CODE_DIM = 16  # of BEST-RQ, arXiv 2202.01855
@@ -38,9 +37,8 @@ class ResidualQuantizer(AbsQuantizer):
     kind = "rvq"
     joint_search = False  # the means of later codebooks must not be taken off x
 
-    def _search(self, x: Tensor, passes: int, tables: GramTables | None) -> Tensor:
-        assert tables is not None
-        size = self.codebook_size
+    def _search(self, x: Tensor, passes: int) -> Tensor:
+        tables, size = self.tables(), self.codebook_size
         scores = tables.linear_terms(x)
         codes = []
         for n in range(self.num_codebooks):
@@ -56,19 +54,6 @@ class KMeansQuantizer(ResidualQuantizer):
 
     kind = "kmeans"
 
-    def __init__(self, dim: int, codebook_size: int, num_codebooks: int = 1) -> None:
-        self.check_codebooks(num_codebooks)
-        super().__init__(dim, codebook_size, num_codebooks)
-
-    @staticmethod
-    def check_codebooks(count: int) -> None:
-        """Raise QuantizerError for more than one codebook."""
-        if count != 1:
-            raise QuantizerError(
-                f"k-means has one codebook, not {count}: give --num_codebooks "
-                "1 (recipe: --speech_codebooks 1 --audio_codebooks 1), or use rvq"
-            )
-
 
 class RandomProjectionQuantizer(AbsQuantizer):
     """Random projections and random codebooks (BEST-RQ, arXiv 2202.01855).
@@ -81,50 +66,31 @@ class RandomProjectionQuantizer(AbsQuantizer):
         dim: D, dimension of the vectors.
         codebook_size: K, entries per codebook.
         num_codebooks: N.
-        code_dim: P, dimension of the projections and of the codebooks' entries.
-        seed: that they are drawn with.
+        seed: that the projections and codebooks are drawn with.
 
     Attributes:
-        projections: (D, N * P), Xavier initialised.
+        projections: (D, N * P), Xavier initialised, P = 16.
         codebooks: (N, K, P), of length 1.
     """
 
     kind = "random"
 
     def __init__(
-        self,
-        dim: int,
-        codebook_size: int,
-        num_codebooks: int,
-        code_dim: int = CODE_DIM,
-        seed: int = 0,
+        self, dim: int, codebook_size: int, num_codebooks: int, seed: int = 0
     ) -> None:
         super().__init__(dim, codebook_size, num_codebooks)
-        if code_dim < 1:
-            raise QuantizerError(f"code_dim is {code_dim}; at least 1")
         generator = torch.Generator().manual_seed(seed)
-        limit = (6 / (dim + code_dim)) ** 0.5
-        projections = torch.rand(dim, num_codebooks * code_dim, generator=generator)
-        shape = (num_codebooks, codebook_size, code_dim)
+        limit = (6 / (dim + CODE_DIM)) ** 0.5
+        projections = torch.rand(dim, num_codebooks * CODE_DIM, generator=generator)
+        shape = (num_codebooks, codebook_size, CODE_DIM)
         codebooks = F.normalize(torch.randn(shape, generator=generator), dim=-1)
         self.register_buffer("projections", (2 * projections - 1) * limit)
         self.register_buffer("codebooks", codebooks)
 
-    def _needs_tables(self, passes: int) -> bool:
-        return False
-
-    def _search(self, x: Tensor, passes: int, tables: GramTables | None) -> Tensor:
+    def _search(self, x: Tensor, passes: int) -> Tensor:
         # The length of the projection does not change which entry is nearest.
         projected = (x @ self.projections).unflatten(1, (self.num_codebooks, -1))
         return torch.einsum("bnp,nkp->bnk", projected, self.codebooks).argmax(dim=-1)
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> RandomProjectionQuantizer:
-        """Build from a state dict; see the base class."""
-        num, size, dim = state["centers"].shape
-        quantizer = cls(dim, size, num, code_dim=state["codebooks"].shape[-1])
-        quantizer.load_state_dict(state)
-        return quantizer
 
 
 @dataclass(frozen=True)
@@ -142,8 +108,7 @@ class BaselineConfig:
         seed: of the projections, the first centres and the order of frames.
 
     Raises:
-        TrainingError: values out of range.
-        QuantizerError: k-means with more than one codebook.
+        TrainingError: values out of range, or k-means with more than one codebook.
     """
 
     quantizer: str
@@ -159,8 +124,12 @@ class BaselineConfig:
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; at least 1")
         check_seed(self.seed)
-        if self.quantizer == KMeansQuantizer.kind:
-            KMeansQuantizer.check_codebooks(self.num_codebooks)
+        if self.quantizer == KMeansQuantizer.kind and self.num_codebooks != 1:
+            raise TrainingError(
+                f"k-means has one codebook, not {self.num_codebooks}: give "
+                "--num_codebooks 1 (recipe: --speech_codebooks 1 --audio_codebooks 1), "
+                "or use rvq"
+            )
         if not 2 <= self.codebook_size <= MAX_CODEBOOK_SIZE:
             raise TrainingError(
                 f"codebook_size is {self.codebook_size}; from 2 to "
@@ -184,7 +153,6 @@ def train_baseline(
 
     Raises:
         EmbeddingError: constant embeddings, or fewer frames than centres.
-        QuantizerError: k-means with more than one codebook.
     """
     mean, std = channel_statistics(data, config.seed)
     if data.num_train < config.codebook_size:

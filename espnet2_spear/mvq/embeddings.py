@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,9 +48,6 @@ class TrainingFrames(Protocol):
 
     def train_sample(self, count: int, seed: int) -> Tensor:
         """At most ``count`` different training frames float32 (frames, D)."""
-
-    def train_chunks(self, count: int, seed: int) -> Iterator[Tensor]:
-        """As :meth:`train_sample`, in parts."""
 
     def held_out_frames(self, count: int | None = None) -> Tensor:
         """Frames float32 (frames, D) that training never sees, at most ``count``."""
@@ -145,14 +141,6 @@ class EmbeddingSet:
         """Training frames (size, dim), drawn with replacement by seed and step."""
         rng = np.random.default_rng([seed, step])
         return self.train_frames(rng.integers(0, self.num_train, size))
-
-    def train_chunks(self, count: int, seed: int, size: int = 4096) -> Iterator[Tensor]:
-        """As :meth:`train_sample`, in chunks of ``size`` frames."""
-        count = min(count, self.num_train)
-        rng = np.random.default_rng(seed)
-        which = rng.choice(self.num_train, count, replace=False)
-        for start in range(0, count, size):
-            yield self.train_frames(which[start : start + size])
 
     def _read(self, frames: np.ndarray) -> Tensor:
         """Frames float32 by their number in the whole set, in the order given."""

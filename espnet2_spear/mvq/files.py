@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.mvq.baselines import (
     KMeansQuantizer,
     RandomProjectionQuantizer,
     ResidualQuantizer,
 )
-from espnet2_spear.mvq.quantizer import FORMAT, AbsQuantizer, Quantizer, QuantizerError
+from espnet2_spear.mvq.quantizer import (
+    FORMAT,
+    AbsQuantizer,
+    Quantizer,
+    QuantizerError,
+    save_whole,
+)
 
 KINDS: dict[str, type[AbsQuantizer]] = {
     cls.kind: cls
@@ -61,10 +63,27 @@ def load_quantizer(path: str | os.PathLike[str]) -> AbsQuantizer:
         raise QuantizerError(
             f"{path}: not a readable quantizer file ({type(error).__name__}); {REMEDY}"
         ) from error
-    kind, state, metadata = _parts(path, content)
+    kind, state, metadata = _parts(content)
+    if kind not in tuple(KINDS):  # it need not be hashable
+        raise QuantizerError(
+            f"{path}: is a quantizer of kind '{kind}', this version knows "
+            f"{', '.join(KINDS)}"
+        )
+    if not isinstance(state, dict) or "centers" not in state:
+        raise QuantizerError(
+            f"{path}: neither a quantizer of this package nor one of the "
+            f"multi-quantization library, whose state dict has {LIBRARY_KEYS}"
+        )
+    if not isinstance(metadata, dict) or not all(
+        isinstance(metadata.get(key), dict | None) for key in ("teacher", "training")
+    ):
+        raise QuantizerError(
+            f"{path}: its metadata, or 'teacher' or 'training' in it, are no dict; "
+            f"{REMEDY}"
+        )
     try:
         quantizer = KINDS[kind].from_state(state)
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())  # torch's is long
         raise QuantizerError(
             f"{path}: its tensors do not make a quantizer of kind '{kind}' ({reason}); "
@@ -73,6 +92,21 @@ def load_quantizer(path: str | os.PathLike[str]) -> AbsQuantizer:
     _check_values(path, quantizer)
     quantizer.metadata = metadata
     return quantizer.eval()
+
+
+def _parts(content: Any) -> tuple[Any, Any, Any]:
+    """Kind, state dict and metadata of whatever form the file has, unchecked."""
+    if not isinstance(content, dict):
+        return Quantizer.kind, None, {}
+    if content.get("format") == FORMAT:
+        kind = content.get("kind", Quantizer.kind)
+        return kind, content.get("state_dict"), content.get("metadata", {})
+    state = content
+    if isinstance(content.get("quantizer"), dict):
+        beside = {key: content.get(key) for key in ("mean", "std")}
+        vectors = {k: v.flatten() for k, v in beside.items() if isinstance(v, Tensor)}
+        state = {**content["quantizer"], **beside, **vectors}
+    return Quantizer.kind, state, {}
 
 
 def _check_values(path: str | os.PathLike[str], quantizer: AbsQuantizer) -> None:
@@ -90,58 +124,6 @@ def _check_values(path: str | os.PathLike[str], quantizer: AbsQuantizer) -> None
         raise QuantizerError(
             f"{path}: 'id_buf' holds {identity!r}, no name of a quantizer; {REMEDY}"
         )
-
-
-def _parts(
-    path: str | os.PathLike[str], content: Any
-) -> tuple[str, Mapping[str, Tensor], dict[str, Any]]:
-    """Kind, state dict and metadata of whatever form the file has."""
-    kind, metadata = Quantizer.kind, {}
-    if isinstance(content, dict) and content.get("format") == FORMAT:
-        kind = content.get("kind", kind)
-        metadata, content = content.get("metadata", {}), content.get("state_dict")
-    elif isinstance(content, dict) and isinstance(content.get("quantizer"), dict):
-        extra = {key: content.get(key) for key in ("mean", "std")}
-        content = {**content["quantizer"], **_statistics(path, extra)}
-    if kind not in tuple(KINDS):  # it need not be hashable
-        raise QuantizerError(
-            f"{path}: is a quantizer of kind '{kind}', this version knows "
-            f"{', '.join(KINDS)}"
-        )
-    if not isinstance(content, dict) or (
-        kind == Quantizer.kind and not set(LIBRARY_KEYS) <= content.keys()
-    ):
-        raise QuantizerError(
-            f"{path}: neither a quantizer of this package nor one of the "
-            f"multi-quantization library, whose state dict has {LIBRARY_KEYS}"
-        )
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise QuantizerError(
-                f"{path}: {key!r} of its state dict is a {type(value).__name__}, not a "
-                f"tensor; {REMEDY}"
-            )
-    if not isinstance(metadata, dict) or not all(
-        isinstance(metadata.get(key), dict | None) for key in ("teacher", "training")
-    ):
-        raise QuantizerError(
-            f"{path}: its metadata, or 'teacher' or 'training' in it, are no dict; "
-            f"{REMEDY}"
-        )
-    return kind, content, metadata
-
-
-def _statistics(path, values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Mean and standard deviation stored beside the library's state dict, (D,)."""
-    result = {}
-    for key, value in values.items():
-        try:
-            result[key] = torch.as_tensor(value, dtype=torch.float32).flatten()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise QuantizerError(
-                f"{path}: '{key}' beside the quantizer is no vector ({error})"
-            ) from error
-    return result
 
 
 def export_library(
@@ -179,7 +161,4 @@ def export_library(
     }
     if with_statistics:
         state = {"quantizer": state, "mean": mean, "std": std}
-    # In memory first: torch turns errors of a file into RuntimeErrors.
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(Path(path), buffer.getvalue())
+    save_whole(state, path)

@@ -7,21 +7,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import NoReturn
 
+from espnet2.utils.types import str2bool
+
 from espnet2_spear.mvq.baselines import BaselineConfig, KMeansQuantizer
 from espnet2_spear.mvq.files import KINDS
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.training import MVQTrainingConfig, TrainingError
 
-_TRUE, _FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 Config = MVQTrainingConfig | BaselineConfig
-
-
-def str2bool(text: str) -> bool:
-    """Read ``true`` or ``false``, as ESPnet does, whose import would take seconds."""
-    for words, value in ((_TRUE, True), (_FALSE, False)):
-        if text.lower() in words:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r}: must be true or false")
 
 
 class _Words(argparse.ArgumentParser):
@@ -105,7 +98,6 @@ def quantizer_config(args: argparse.Namespace) -> Config:
 
     Raises:
         TrainingError: an option of another kind, or values out of range.
-        QuantizerError: k-means with several codebooks.
     """
     kind = MVQTrainingConfig if args.quantizer == Quantizer.kind else BaselineConfig
     own = {field.name for field in fields(kind)}
@@ -130,9 +122,7 @@ def parse_options(words: Sequence[str]) -> Config:
 
     Raises:
         TrainingError: an unknown option, one of another kind, or values out of range.
-        QuantizerError: k-means with several codebooks.
     """
-
     parser = get_parser(_Words)
     return quantizer_config(
         parser.parse_args(["--output", "", "--embeddings", "", *words])

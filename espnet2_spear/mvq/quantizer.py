@@ -17,7 +17,6 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -122,11 +121,8 @@ class AbsQuantizer(nn.Module, ABC):
             (p.data_ptr(), 0 if p.is_inference() else p._version) for p in centers
         )
         if self.training or self._tables is None or self._tables[0] != version:
-            with torch.autocast(self.centers.device.type, enabled=False):
-                self._tables = (
-                    version,
-                    GramTables(self.scaled_centers(), self.joint_search),
-                )
+            tables = GramTables(self.scaled_centers(), self.joint_search)
+            self._tables = (version, tables)
         return self._tables[1]
 
     @staticmethod
@@ -197,9 +193,7 @@ class AbsQuantizer(nn.Module, ABC):
         codes = torch.empty(
             len(flat), self.num_codebooks, dtype=torch.int64, device=x.device
         )
-        tables = self.tables() if self._needs_tables(passes) or extra_passes else None
-        if max_frames is None:
-            max_frames = self.default_max_frames(x.device)
+        max_frames = max_frames or self.default_max_frames(x.device)
         for start in range(0, len(flat), max_frames):
             part = self.standardise(flat[start : start + max_frames])
             if not torch.isfinite(part).all():
@@ -210,18 +204,15 @@ class AbsQuantizer(nn.Module, ABC):
                 )
             # In float32 under autocast, too: the search subtracts large products.
             with torch.autocast(x.device.type, enabled=False):
-                found = self._search(part, passes, tables)
-                if tables is not None and extra_passes:
-                    linear = tables.linear_terms(part)
-                    found = improve(tables, linear, found, extra_passes)
+                found = self._search(part, passes)
+                if extra_passes:
+                    linear = self.tables().linear_terms(part)
+                    found = improve(self.tables(), linear, found, extra_passes)
             codes[start : start + max_frames] = found
         return codes.view(*x.shape[:-1], self.num_codebooks)
 
-    def _needs_tables(self, passes: int) -> bool:
-        return True
-
     @abstractmethod
-    def _search(self, x: Tensor, passes: int, tables: GramTables | None) -> Tensor:
+    def _search(self, x: Tensor, passes: int) -> Tensor:
         """Codes (B, N) of standardised vectors (B, D)."""
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -269,10 +260,19 @@ class AbsQuantizer(nn.Module, ABC):
             "state_dict": {k: v.cpu() for k, v in self.state_dict().items()},
             "metadata": self.metadata,
         }
-        # In memory first: torch turns errors of a file into RuntimeErrors.
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_atomically(Path(path), buffer.getvalue())
+        save_whole(content, path)
+
+
+def save_whole(content: Any, path: str | os.PathLike[str]) -> None:
+    """Write a file by torch.save, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk.
+    """
+    # In memory first: torch turns errors of a file into RuntimeErrors.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 SCALE_SPEED = 10.0  # makes the two scales learn ten times as fast
@@ -297,10 +297,8 @@ class Quantizer(AbsQuantizer):
     default_refine_iters = 5
 
     def __init__(self, dim: int, codebook_size: int, num_codebooks: int) -> None:
-        for name, value in (
-            ("codebook_size", codebook_size),
-            ("num_codebooks", num_codebooks),
-        ):
+        sizes = {"codebook_size": codebook_size, "num_codebooks": num_codebooks}
+        for name, value in sizes.items():
             if value < 1 or value & (value - 1):
                 raise QuantizerError(f"{name} is {value}; it must be a power of two")
         super().__init__(dim, codebook_size, num_codebooks)
@@ -319,13 +317,11 @@ class Quantizer(AbsQuantizer):
         logits = self.to_logits(x * (SCALE_SPEED * self.logits_scale).exp())
         return logits.view(len(x), self.num_codebooks, self.codebook_size)
 
-    def _needs_tables(self, passes: int) -> bool:
-        return passes > 0
-
-    def _search(self, x: Tensor, passes: int, tables: GramTables | None) -> Tensor:
+    def _search(self, x: Tensor, passes: int) -> Tensor:
         codes = self.logits(x).argmax(dim=-1)
-        if tables is None or passes == 0:
+        if passes == 0:
             return codes
+        tables = self.tables()
         return refine(tables, tables.linear_terms(x), codes, passes)
 
     def product_quantizer(self) -> Quantizer:
@@ -350,5 +346,4 @@ class Quantizer(AbsQuantizer):
             merged.centers_scale.copy_(self.centers_scale)
             merged.mean.copy_(self.mean)
             merged.std.copy_(self.std)
-        merged.metadata = dict(self.metadata)
         return merged

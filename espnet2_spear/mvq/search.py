@@ -123,8 +123,6 @@ def refine(
     Returns:
         (B, N) int64.
     """
-    if iters == 0:
-        return codes
     if order is None:
         order = torch.arange(tables.num_codebooks, device=codes.device)
     first = order * tables.codebook_size

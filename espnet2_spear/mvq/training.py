@@ -14,7 +14,6 @@ gradients are averaged, so that all hold the same quantizer; the first one alone
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import os
@@ -31,9 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.mvq.embeddings import EmbeddingError, TrainingFrames
-from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.quantizer import Quantizer, save_whole
 from espnet2_spear.mvq.search import GramTables, refine
 
 PHASE_ONE_SIZE = 16
@@ -93,31 +91,22 @@ def quantizer_losses(
         float32 scalars, under autocast, too: the search subtracts large inner products.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return _losses(quantizer, x.float(), refine_iters, tables)
-
-
-def _losses(
-    quantizer: Quantizer, x: Tensor, refine_iters: int, tables: GramTables | None
-) -> QuantizerLosses:
-    logits = quantizer.logits(x)
-    with torch.no_grad():
-        codes = logits.argmax(dim=-1)
-        if refine_iters > 0:
+        x = x.float()
+        logits = quantizer.logits(x)
+        with torch.no_grad():
             tables = tables or quantizer.tables()
+            codes = logits.argmax(dim=-1)
             codes = refine(tables, tables.linear_terms(x), codes, refine_iters)
-        mean = quantizer.scaled_centers().mean(dim=1).sum(dim=0)
-        spread = (x - mean).square().sum() + 1e-20
-    reconstruction = (quantizer.sum_centers(codes) - x).square().sum() / spread
-    size = quantizer.codebook_size
-    log_probs = logits.log_softmax(dim=-1)
-    logprob = F.nll_loss(log_probs.flatten(0, 1), codes.flatten())
-    usage = code_usage(codes, size) / len(codes)
-    return QuantizerLosses(
-        reconstruction,
-        logprob,
-        _entropy_gap(log_probs.exp().mean(dim=0)),
-        _entropy_gap(usage),
-    )
+            mean = quantizer.scaled_centers().mean(dim=1).sum(dim=0)
+            spread = (x - mean).square().sum() + 1e-20
+        log_probs = logits.log_softmax(dim=-1)
+        usage = code_usage(codes, quantizer.codebook_size) / len(codes)
+        return QuantizerLosses(
+            (quantizer.sum_centers(codes) - x).square().sum() / spread,
+            F.nll_loss(log_probs.flatten(0, 1), codes.flatten()),
+            _entropy_gap(log_probs.exp().mean(dim=0)),
+            _entropy_gap(usage),
+        )
 
 
 def code_usage(codes: Tensor, codebook_size: int) -> Tensor:
@@ -160,15 +149,8 @@ def channel_statistics(data: TrainingFrames, seed: int) -> tuple[Tensor, Tensor]
     Raises:
         EmbeddingError: all channels are constant.
     """
-    total = torch.zeros(data.dim, dtype=torch.float64)
-    square, count = torch.zeros_like(total), 0
-    for chunk in data.train_chunks(STATS_FRAMES, seed):
-        chunk = chunk.double()
-        total += chunk.sum(dim=0)
-        square += chunk.square().sum(dim=0)
-        count += len(chunk)
-    mean = total / count
-    var = (square / count - mean.square()).clamp(min=0)
+    frames = data.train_sample(STATS_FRAMES, seed).double()
+    var, mean = torch.var_mean(frames, dim=0, correction=0)
     constant = var <= 1e-10 * (mean.square() + 1e-20)
     if constant.all():
         raise EmbeddingError(
@@ -296,7 +278,10 @@ class MVQTrainer:
             self.quantizer = Quantizer(
                 data.dim, PHASE_ONE_SIZE, 2 * config.num_codebooks
             )
-        self._set_statistics()
+        mean, std = channel_statistics(data, config.seed)
+        if config.standardize:
+            self.quantizer.mean.copy_(mean)
+            self.quantizer.std.copy_(std)
         self._start_phase(self.quantizer)
 
     def train(self, progress: Callable[[str], None] = logging.info) -> Quantizer:
@@ -308,10 +293,11 @@ class MVQTrainer:
         Raises:
             TrainingError: the loss is no longer finite.
         """
+        first = self.config.iters_phase1  # of phase 2
         while self.step < self.config.total_iters:
-            if self.step == self.config.iters_phase1 and not self._in_phase_two:
+            if self.step == first and not self._in_phase_two:
                 self._start_phase(self.quantizer.product_quantizer())
-            if self._needs_tables:
+            if self.step < first or (self.step - first) % STEPS_PER_TABLES == 0:
                 if time.monotonic() - self._saved >= self.save_seconds:
                     self._save()
                 self._tables = self.quantizer.tables()
@@ -328,19 +314,8 @@ class MVQTrainer:
             self.checkpoint.unlink(missing_ok=True)
 
     @property
-    def _needs_tables(self) -> bool:
-        step = self.step - (self.config.iters_phase1 if self._in_phase_two else 0)
-        return not self._in_phase_two or step % STEPS_PER_TABLES == 0
-
-    @property
     def _in_phase_two(self) -> bool:
         return self.quantizer.num_codebooks == self.config.num_codebooks
-
-    def _set_statistics(self) -> None:
-        mean, std = channel_statistics(self.data, self.config.seed)
-        if self.config.standardize:
-            self.quantizer.mean.copy_(mean)
-            self.quantizer.std.copy_(std)
 
     def _start_phase(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer.to(self.device).train()
@@ -403,19 +378,15 @@ class MVQTrainer:
     def _save(self) -> None:
         if self.rank:
             return
-        buffer = io.BytesIO()  # torch turns errors of a file into RuntimeErrors
-        torch.save(
-            {
-                **self._facts(),
-                "step": self.step,
-                "history": self.history,
-                "recent": self._recent,
-                "quantizer": self.quantizer.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-            buffer,
-        )
-        write_atomically(self.checkpoint, buffer.getvalue())
+        content = {
+            **self._facts(),
+            "step": self.step,
+            "history": self.history,
+            "recent": self._recent,
+            "quantizer": self.quantizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        save_whole(content, self.checkpoint)
         self._saved = time.monotonic()
 
     def _resume(self) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from espnet2_spear.fileio.hashes import digest_of
+from espnet2_spear.mvq.training import MVQTrainingConfig
 from espnet2_spear.teachers.base import Teacher, TeacherError
 
 __all__ = [
@@ -22,19 +24,14 @@ __all__ = [
     "TeacherError",
     "build_teacher",
     "load_teacher_config",
-    "quantizer_frames",
-    "quantizer_options",
+    "read_teacher_yaml",
 ]
-
-# What a teacher's YAML may say of its quantizer, as options of mvq_train. The number of
-# codebooks is not among them: the training's configuration has it.
-QUANTIZER_OPTIONS = (
-    "standardize",
-    "iters_phase1",
-    "iters_phase2",
-    "batch_frames",
-    "lr",
-)
+# Options of mvq_train that a teacher's YAML may have. The number of codebooks is that
+# of the training's configuration.
+QUANTIZER_OPTIONS = {f.name for f in fields(MVQTrainingConfig)} - {
+    "num_codebooks",
+    "seed",
+}
 
 # Name of a teacher -> module and class; imported when first asked for, because each
 # needs a library that the others do without.
@@ -43,12 +40,6 @@ TEACHERS = {
     "hf_speech": "espnet2_spear.teachers.hf_speech:HFSpeechTeacher",
     "s3prl": "espnet2_spear.teachers.s3prl:S3PRLTeacher",
     "spear": "espnet2_spear.hub.teacher:SpearTeacher",
-}
-# Names of earlier versions -> where their classes are now, from the repository's root.
-MOVED = {
-    "atst_frame": "egs2/spear/ssl1/local/teachers/atst_frame.py:AtstFrameTeacher",
-    "whisper": "egs2/spear/ssl1/local/teachers/whisper.py:WhisperTeacher",
-    "yamnet": "egs2/spear/ssl1/local/teachers/yamnet.py:YamnetTeacher",
 }
 
 
@@ -62,13 +53,6 @@ def teacher_class(name: str) -> type[Teacher]:
     Raises:
         TeacherError: no such teacher; the message lists the known ones.
     """
-    if name in MOVED:
-        raise TeacherError(
-            f"teacher {name!r} is now a file of the recipe: write `teacher: "
-            f"PATH:{MOVED[name].rpartition(':')[2]}`, where PATH leads from the "
-            f"folder of your YAML to {MOVED[name].rpartition(':')[0]}, as the files "
-            "in conf/teachers do"
-        )
     if ":" not in name and name not in TEACHERS:
         known = ", ".join(sorted(TEACHERS))
         raise TeacherError(
@@ -157,7 +141,7 @@ def load_teacher_config(path: str | Path) -> tuple[str, dict[str, Any]]:
         TeacherError: unreadable file, unknown teacher or unknown key; the message
             names the file and lists the choices.
     """
-    config = _read_config(Path(path))
+    config = read_teacher_yaml(path)
     try:
         _check_options(config["teacher"], config["teacher_conf"])
     except TeacherError as error:
@@ -165,60 +149,49 @@ def load_teacher_config(path: str | Path) -> tuple[str, dict[str, Any]]:
     return config["teacher"], config["teacher_conf"]
 
 
-def quantizer_options(path: str | Path) -> dict[str, Any]:
-    """Options of mvq_train in a teacher's YAML (``quantizer_conf: {}``).
+def read_teacher_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a teacher's YAML; the teacher's own options are not checked.
+
+    Returns:
+        ``teacher`` and ``teacher_conf``, as for :func:`build_teacher`;
+        ``quantizer_conf``, options of mvq_train; ``quantizer_frames``, embeddings to
+        train it on, 0 for all.
 
     Raises:
-        TeacherError: unreadable file or unknown key.
+        TeacherError: unreadable file, an unknown key, or a value of another kind.
     """
-    return _read_config(Path(path))["quantizer_conf"]
 
+    def refuse_unknown(what: str, given: Mapping[Any, Any], known: set[str]) -> None:
+        if unknown := sorted(set(map(str, given)) - known):
+            raise TeacherError(
+                f"{path}: {what}unknown keys {', '.join(unknown)}; known are "
+                f"{', '.join(sorted(known))}"
+            )
 
-def quantizer_frames(path: str | Path) -> int:
-    """Embeddings to train a quantizer on, by a teacher's YAML; 0 for all.
-
-    Raises:
-        TeacherError: unreadable file, or no such number.
-    """
-    count = _read_config(Path(path)).get("quantizer_frames", 0)
-    if not isinstance(count, int) or count < 0:
-        raise TeacherError(
-            f"{path}: quantizer_frames is {count!r}; a whole number, 0 for all"
-        )
-    return count
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """A teacher's YAML with all its tables; the teacher's options are not checked."""
+    path = Path(path)
     try:
-        with path.open(encoding="utf-8") as file:
-            config = yaml.safe_load(file)
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TeacherError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TeacherError(f"{path}: is not YAML: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("teacher"), str):
+    if not isinstance(found, dict) or not isinstance(found.get("teacher"), str):
         raise TeacherError(f"{path}: needs a line `teacher: NAME`")
+    defaults = {"teacher_conf": {}, "quantizer_conf": {}, "quantizer_frames": 0}
+    refuse_unknown("", found, {"teacher", *defaults})
+    config = {**found, **{k: found.get(k) or v for k, v in defaults.items()}}
+    for key in ("teacher_conf", "quantizer_conf"):
+        if not isinstance(config[key], dict):
+            raise TeacherError(f"{path}: {key} must be a table of options")
+    refuse_unknown("quantizer_conf has ", config["quantizer_conf"], QUANTIZER_OPTIONS)
+    count = config["quantizer_frames"]
+    if not isinstance(count, int) or count < 0:
+        raise TeacherError(
+            f"{path}: quantizer_frames is {count!r}; a whole number, 0 for all"
+        )
     file, colon, attribute = config["teacher"].rpartition(":")
     if file.endswith(".py"):
         # Of the YAML itself, which recipes reach by a link.
         file = str((path.resolve().parent / Path(file).expanduser()).resolve())
         config["teacher"] = file + colon + attribute
-    tables = ("teacher_conf", "quantizer_conf")
-    unknown = sorted(set(map(str, config)) - {"teacher", "quantizer_frames", *tables})
-    if unknown:
-        raise TeacherError(
-            f"{path}: unknown keys {', '.join(unknown)}; known are teacher, "
-            "teacher_conf, quantizer_conf and quantizer_frames"
-        )
-    for key in tables:
-        config[key] = config.get(key) or {}
-        if not isinstance(config[key], dict):
-            raise TeacherError(f"{path}: {key} must be a table of options")
-    unknown = sorted(set(map(str, config["quantizer_conf"])) - {*QUANTIZER_OPTIONS})
-    if unknown:
-        raise TeacherError(
-            f"{path}: quantizer_conf has unknown keys {', '.join(unknown)}; known are "
-            + ", ".join(QUANTIZER_OPTIONS)
-        )
     return config

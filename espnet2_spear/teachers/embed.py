@@ -16,41 +16,34 @@ from espnet2_spear.teachers.base import Teacher, TeacherError
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """Embeddings of a batch.
+class Batch:
+    """Some utterances, with their audio or with their embeddings.
 
     Attributes:
-        utts: the utterances that could be embedded.
-        frames: for each, its embeddings (T, dim) float32, on the teacher's device.
-        failed: the others, with the reason.
+        utts: the utterances that went well so far.
+        tensors: for each, its audio (samples,) float32 in [-1, 1] at 16 kHz, or its
+            embeddings (T, dim) float32, on the teacher's device.
+        failed: the names of the others, with the reason.
     """
 
     utts: list[Utterance]
-    frames: list[Tensor]
+    tensors: list[Tensor]
     failed: list[tuple[str, str]]
 
-
-@dataclass(frozen=True)
-class Audio:
-    """A batch of audio as read from files.
-
-    Attributes:
-        utts: the utterances that could be read.
-        samples: for each, (samples,) float32 in [-1, 1] at 16 kHz.
-        failed: the others, with the reason.
-    """
-
-    utts: list[Utterance]
-    samples: list[Tensor]
-    failed: list[tuple[str, str]]
-
-    def select(self, names: Container[str]) -> Audio:
+    def select(self, names: Container[str]) -> Batch:
         """The part of the batch with these utterances."""
-        kept = [i for i, u in enumerate(self.utts) if u.utt in names]
-        return Audio(
-            [self.utts[i] for i in kept],
-            [self.samples[i] for i in kept],
-            [failure for failure in self.failed if failure[0] in names],
+        pairs = zip(self.utts, self.tensors, strict=True)
+        kept = {u: tensor for u, tensor in pairs if u.utt in names}
+        failed = [failure for failure in self.failed if failure[0] in names]
+        return Batch(list(kept), list(kept.values()), failed)
+
+    def without(self, reasons: Sequence[str]) -> Batch:
+        """Move each utterance that has a reason to those that failed."""
+        rows = list(zip(self.utts, self.tensors, reasons, strict=True))
+        return Batch(
+            [u for u, _, reason in rows if not reason],
+            [tensor for _, tensor, reason in rows if not reason],
+            self.failed + [(u.utt, reason) for u, _, reason in rows if reason],
         )
 
 
@@ -67,19 +60,19 @@ def _read(utterance: Utterance) -> np.ndarray:
     return speech
 
 
-def read_batch(batch: Sequence[Utterance]) -> Audio:
+def read_batch(utterances: Sequence[Utterance]) -> Batch:
     """Read the audio of a batch; what cannot be read is listed."""
-    audio = Audio([], [], [])
-    for utterance in batch:
+    audio = Batch([], [], [])
+    for utterance in utterances:
         try:
-            audio.samples.append(torch.from_numpy(_read(utterance)))
+            audio.tensors.append(torch.from_numpy(_read(utterance)))
             audio.utts.append(utterance)
         except (AudioError, OSError) as error:
             audio.failed.append((utterance.utt, " ".join(str(error).split())))
     return audio
 
 
-def embed_audio(teacher: Teacher, audio: Audio, dtype: str = "float32") -> Embedded:
+def embed_audio(teacher: Teacher, audio: Batch, dtype: str = "float32") -> Batch:
     """Embed a batch; what the teacher cannot take is listed with what was unreadable.
 
     Args:
@@ -87,21 +80,12 @@ def embed_audio(teacher: Teacher, audio: Audio, dtype: str = "float32") -> Embed
         audio: the batch.
         dtype: ``float32``, or ``bfloat16`` or ``float16`` for autocast to it.
     """
-    failed = list(audio.failed)
-    utts, samples = [], []
-    for utterance, speech in zip(audio.utts, audio.samples, strict=True):
-        try:
-            teacher.check_length(len(speech))
-        except TeacherError as error:
-            failed.append((utterance.utt, " ".join(str(error).split())))
-        else:
-            utts.append(utterance)
-            samples.append(speech)
-    if not utts:
-        return Embedded([], [], failed)
+    audio = audio.without([_refusal(teacher, len(x)) for x in audio.tensors])
+    if not audio.utts:
+        return audio
     device = next(teacher.parameters()).device
-    lengths = torch.tensor([len(x) for x in samples], device=device)
-    speech = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True).to(device)
+    lengths = torch.tensor([len(x) for x in audio.tensors], device=device)
+    speech = torch.nn.utils.rnn.pad_sequence(audio.tensors, batch_first=True).to(device)
     lower = torch.autocast(
         device.type, getattr(torch, dtype), enabled=dtype != "float32"
     )
@@ -109,21 +93,31 @@ def embed_audio(teacher: Teacher, audio: Audio, dtype: str = "float32") -> Embed
         padded, frame_lengths = teacher(speech, lengths)
     padded = padded.float()
     frames = [x[:n] for x, n in zip(padded, frame_lengths.tolist(), strict=True)]
+    result = Batch(audio.utts, frames, audio.failed)
     # One reduction for the batch; utterances are looked at only if it finds something.
-    if not bool(torch.isfinite(padded).all()):
-        good = [bool(torch.isfinite(x).all()) for x in frames]
-        failed += [
-            (u.utt, f"{u.path}: the teacher's output is not finite")
-            for u, ok in zip(utts, good, strict=True)
-            if not ok
+    if bool(torch.isfinite(padded).all()):
+        return result
+    return result.without(
+        [
+            ""
+            if x.isfinite().all()
+            else f"{u.path}: the teacher's output is not finite"
+            for u, x in zip(audio.utts, frames, strict=True)
         ]
-        frames = [x for x, ok in zip(frames, good, strict=True) if ok]
-        utts = [u for u, ok in zip(utts, good, strict=True) if ok]
-    return Embedded(utts, frames, failed)
+    )
+
+
+def _refusal(teacher: Teacher, samples: int) -> str:
+    """Why a teacher cannot embed audio of so many samples; empty if it can."""
+    try:
+        teacher.check_length(samples)
+    except TeacherError as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def embed_batch(
-    teacher: Teacher, batch: Sequence[Utterance], dtype: str = "float32"
-) -> Embedded:
+    teacher: Teacher, utterances: Sequence[Utterance], dtype: str = "float32"
+) -> Batch:
     """Read and embed one batch; what cannot be read or embedded is listed."""
-    return embed_audio(teacher, read_batch(batch), dtype)
+    return embed_audio(teacher, read_batch(utterances), dtype)

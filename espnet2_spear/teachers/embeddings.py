@@ -47,19 +47,14 @@ def choose(
     """
     if max_frames == 0:
         return utterances
-    lengths = torch.from_numpy(lengths_of(utterances))
-    frames = teacher.output_lengths(lengths).clamp(min=0)
-    chosen, count = [], 0
-    for i in np.random.default_rng(seed).permutation(len(utterances)):
-        if count >= max_frames:
-            break
-        chosen.append(utterances[i])
-        samples = utterances[i].samples
-        if samples >= teacher.min_samples and (
-            teacher.max_samples is None or samples <= teacher.max_samples
-        ):
-            count += int(frames[i])
-    return chosen
+    lengths = lengths_of(utterances)
+    frames = teacher.output_lengths(torch.from_numpy(lengths)).numpy()
+    longest = teacher.max_samples or np.inf
+    fits = (lengths >= teacher.min_samples) & (lengths <= longest)
+    order = np.random.default_rng(seed).permutation(len(utterances))
+    reached = np.cumsum(frames[order] * fits[order])
+    count = np.searchsorted(reached, max_frames) + 1
+    return [utterances[i] for i in order[:count]]
 
 
 def store_embeddings(
@@ -156,7 +151,7 @@ def _store_shard(
     ]
     results += second
     failed = [failure for result in second for failure in result.failed]
-    frames = [x.cpu().numpy() for result in results for x in result.frames]
+    frames = [x.cpu().numpy() for result in results for x in result.tensors]
     if not frames:
         return {"frames": 0, "failed": failed}
     matrix = np.concatenate(frames)
@@ -261,10 +256,6 @@ class TeacherFrames:
         order = np.random.default_rng(seed).permutation(len(frames))[:count]
         return frames[torch.from_numpy(order)]
 
-    def train_chunks(self, count: int, seed: int) -> Iterator[Tensor]:
-        """As :meth:`train_sample`, as one part."""
-        yield self.train_sample(count, seed)
-
     def held_out_frames(self, count: int | None = None) -> Tensor:
         """Held-out frames (frames, dim): all, or ``count`` spread evenly."""
         if self._held_out_frames is None:
@@ -284,7 +275,7 @@ class TeacherFrames:
         for batch in make_batches(utterances, self.batch_seconds):
             result = embed_batch(self.teacher, batch)
             # Out of inference mode, in which the teacher ran: training needs them.
-            parts += [frames.cpu().clone() for frames in result.frames]
+            parts += [frames.cpu().clone() for frames in result.tensors]
             for utt, reason in result.failed:
                 if utt not in self.failed:
                     logging.warning(f"skipped {utt}: {reason}")

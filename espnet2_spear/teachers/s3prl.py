@@ -7,7 +7,6 @@ import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +35,6 @@ class S3PRLTeacher(Teacher):
         weights: checkpoint in S3PRL's form. It is read without executing anything;
             nothing is downloaded.
         layer: index into the upstream's ``hidden_states``; -1 for the last.
-        upstream_conf: further options of the upstream's entry.
         sha256: expected hash of the file, if it is to be checked.
     """
 
@@ -45,7 +43,6 @@ class S3PRLTeacher(Teacher):
         upstream: str,
         weights: str,
         layer: int = -1,
-        upstream_conf: dict[str, Any] | None = None,
         sha256: str | None = None,
     ) -> None:
         super().__init__()
@@ -54,7 +51,7 @@ class S3PRLTeacher(Teacher):
         self.weights_sha256 = check_sha256(path, sha256)
         try:
             with tensors_only():
-                model = entry(str(path), **(upstream_conf or {}))
+                model = entry(str(path))
         except Exception as error:  # upstreams raise all sorts of things
             raise TeacherError(
                 f"{path}: cannot be opened as S3PRL upstream {upstream} ({error}); "

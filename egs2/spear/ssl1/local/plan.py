@@ -159,11 +159,10 @@ def read_teacher(path: Path, check: bool) -> tuple[str, Config]:
         TeacherError: unknown teacher or option, weights that are not there.
     """
     if check:
-        from espnet2_spear.teachers import load_teacher_config, quantizer_options
+        from espnet2_spear.teachers import load_teacher_config
         from espnet2_spear.teachers.weights import find_weights
 
         _, conf = load_teacher_config(path)
-        quantizer_options(path)
         if isinstance(conf.get("weights"), str):
             find_weights(conf["weights"])
     if not path.is_file():
