@@ -65,27 +65,18 @@ def run_passes(
             job.result()
 
 
-class Groups(NamedTuple):
-    """Candidates of all groups of codebooks, of one level and of the next.
+class Work(NamedTuple):
+    """What one thread works with; all but the tables is written before it is read.
+
+    The candidates of groups of codebooks are those of one level and of the next.
 
     Attributes:
+        products, order, kept: see :func:`run_passes`.
         centers: (2, N, centres) of each group, rows of the table.
         widths: (2, N) how many these are.
         members: (2, N, 1 + candidates, N) centres of a candidate, as positions among
             those of its group; the present choice comes first.
         scores: (2, N, candidates).
-    """
-
-    centers: ndarray
-    widths: ndarray
-    members: ndarray
-    scores: ndarray
-
-
-class Scratch(NamedTuple):
-    """Scratch memory of one thread; every array is written before it is read.
-
-    Attributes:
         block: (centres, centres) products of the centres of two groups.
         partial, turned: the same, summed over the centres of the candidates of one.
         cross: (1 + candidates, 1 + candidates) of the right and of the left group.
@@ -95,6 +86,13 @@ class Scratch(NamedTuple):
         bounds: scores that they have to beat.
     """
 
+    products: ndarray
+    order: ndarray
+    kept: ndarray
+    centers: ndarray
+    widths: ndarray
+    members: ndarray
+    scores: ndarray
     block: ndarray
     partial: ndarray
     turned: ndarray
@@ -118,13 +116,14 @@ def _refine_all(
     num, dtype = rows.shape[1], products.dtype
     width = num * (kept[0] + 1)
     most = kept.max()
-    groups = Groups(
+    work = Work(
+        products,
+        order,
+        kept,
         np.empty((2, num, width), np.int64),
         np.empty((2, num), np.int64),
         np.empty((2, num, most + 1, num), np.int64),
         np.empty((2, num, most), dtype),
-    )
-    scratch = Scratch(
         np.empty((width, width), dtype),
         np.empty((most + 1, width), dtype),
         np.empty((width, most + 1), dtype),
@@ -142,8 +141,8 @@ def _refine_all(
         for n in range(0, num - 1, 2):  # a single codebook has no products
             _add_twice(scores, products[current[n]], products[current[n + 1]])
         for i in range(iters):
-            _take_candidates(scores, current, order, kept[0], groups, scratch)
-            _join_all(products, kept, new, groups, scratch)
+            _take_candidates(work, scores, current)
+            _join_all(work, new)
             moved = False
             for n in range(num):
                 if new[n] != current[n]:
@@ -170,38 +169,30 @@ def _move(scores: ndarray, new: ndarray, old: ndarray) -> None:
 
 
 @_compiled
-def _take_candidates(
-    scores: ndarray,
-    current: ndarray,
-    order: ndarray,
-    count: int,
-    groups: Groups,
-    scratch: Scratch,
-) -> None:
+def _take_candidates(work: Work, scores: ndarray, current: ndarray) -> None:
     """The best centres of every codebook, each codebook a group of its own."""
-    num = len(order)
+    num, count = len(work.order), work.kept[0]
     size = len(scores) // num
-    best = scratch.best
     for g in range(num):
-        first = order[g] * size
+        first = work.order[g] * size
         own = scores[first : first + size]
-        _smallest(own, count, scratch)
-        groups.centers[0, g, 0] = current[g]
-        groups.members[0, g, 0, 0] = 0
-        groups.widths[0, g] = count + 1
+        _smallest(work, own, count)
+        work.centers[0, g, 0] = current[g]
+        work.members[0, g, 0, 0] = 0
+        work.widths[0, g] = count + 1
         for c in range(count):
-            groups.centers[0, g, c + 1] = first + best[c]
-            groups.members[0, g, c + 1, 0] = c + 1
-            groups.scores[0, g, c] = own[best[c]]
+            work.centers[0, g, c + 1] = first + work.best[c]
+            work.members[0, g, c + 1, 0] = c + 1
+            work.scores[0, g, c] = own[work.best[c]]
 
 
 @_compiled
-def _smallest(values: ndarray, count: int, scratch: Scratch) -> None:
+def _smallest(work: Work, values: ndarray, count: int) -> None:
     """Write positions of the ``count`` smallest values, in any order, to the best.
 
     Both numbers are powers of two.
     """
-    best, pool, bounds = scratch.best, scratch.pool, scratch.bounds
+    best, pool, bounds = work.best, work.pool, work.bounds
     total = len(values)
     if count == total:
         for c in range(count):
@@ -250,47 +241,34 @@ def _smallest(values: ndarray, count: int, scratch: Scratch) -> None:
 
 
 @_compiled
-def _join_all(
-    products: ndarray, kept: ndarray, new: ndarray, groups: Groups, scratch: Scratch
-) -> None:
+def _join_all(work: Work, new: ndarray) -> None:
     """Join groups pair by pair into one; its best candidate goes into new."""
     num = len(new)
-    if num == 1:
-        new[0] = groups.centers[0, 0, 1]
-        return
-    best = scratch.best
     joined, level, source = 1, 0, 0
     while joined < num:
-        old, count = kept[level], kept[level + 1]
+        old, count = work.kept[level], work.kept[level + 1]
         for g in range(num // (2 * joined)):
-            _cross_products(products, groups, source, 2 * g, old, joined, scratch)
-            _joint_scores(groups, source, 2 * g, old, scratch)
-            _smallest(scratch.joint[: old * old], count, scratch)
-            if 2 * joined == num:
-                _choose(groups, source, old, joined, best[0], new)
-                return
-            _join(groups, source, g, old, count, joined, scratch)
+            _cross_products(work, source, 2 * g, old, joined)
+            _joint_scores(work, source, 2 * g, old)
+            _smallest(work, work.joint[: old * old], count)
+            _join(work, source, g, old, count, joined)
         joined *= 2
         level += 1
         source = 1 - source
+    for n in range(num):
+        new[n] = work.centers[source, 0, work.members[source, 0, 1, n]]
 
 
 @_compiled
 def _cross_products(
-    products: ndarray,
-    groups: Groups,
-    source: int,
-    left: int,
-    count: int,
-    joined: int,
-    scratch: Scratch,
+    work: Work, source: int, left: int, count: int, joined: int
 ) -> None:
     """cross[j, i]: products of candidate i of group left and j of the one after it."""
-    right = left + 1
-    centers, members = groups.centers[source], groups.members[source]
-    width, span = groups.widths[source, left], groups.widths[source, right]
-    cross, block = scratch.cross, scratch.block
-    partial, turned = scratch.partial, scratch.turned
+    products, right = work.products, left + 1
+    centers, members = work.centers[source], work.members[source]
+    width, span = work.widths[source, left], work.widths[source, right]
+    cross, block = work.cross, work.block
+    partial, turned = work.partial, work.turned
     if joined == 1:
         for i in range(width):
             row = products[centers[left, i]]
@@ -323,71 +301,49 @@ def _cross_products(
 
 
 @_compiled
-def _joint_scores(
-    groups: Groups, source: int, left: int, count: int, scratch: Scratch
-) -> None:
+def _joint_scores(work: Work, source: int, left: int, count: int) -> None:
     """joint[j * count + i]: of candidate i of group left and j of the one after it."""
-    cross, scores = scratch.cross, groups.scores[source]
+    cross, scores, joint = work.cross, work.scores[source], work.joint
     # d_a.d_b of the changes d, up to a constant, is a.b - a.b' - a'.b, with a' and b'
     # the present choice.
     for j in range(count):
         of_right = scores[left + 1, j] - cross[j + 1, 0] - cross[j + 1, 0]
         for i in range(count):
             product = cross[j + 1, i + 1] - cross[0, i + 1]
-            scratch.joint[j * count + i] = (
-                scores[left, i] + of_right + product + product
-            )
-
-
-@_compiled
-def _choose(
-    groups: Groups, source: int, count: int, joined: int, pair: int, new: ndarray
-) -> None:
-    """Write the rows of a pair of candidates of the last two groups to new."""
-    for side in range(2):
-        candidate = (pair // count if side else pair % count) + 1
-        for n in range(joined):
-            place = groups.members[source, side, candidate, n]
-            new[side * joined + n] = groups.centers[source, side, place]
+            joint[j * count + i] = scores[left, i] + of_right + product + product
 
 
 @_compiled
 def _join(
-    groups: Groups,
-    source: int,
-    group: int,
-    old: int,
-    count: int,
-    joined: int,
-    scratch: Scratch,
+    work: Work, source: int, group: int, old: int, count: int, joined: int
 ) -> None:
     """Make a group of two: its candidates are the best pairs, with centres they use."""
     left, right, target = 2 * group, 2 * group + 1, 1 - source
-    start = groups.widths[source, left]
-    members = groups.members[target, group]
+    start = work.widths[source, left]
+    members, before = work.members[target, group], work.members[source]
     for c in range(count + 1):
         i = j = 0
         if c > 0:
-            pair = scratch.best[c - 1]
+            pair = work.best[c - 1]
             i, j = pair % old + 1, pair // old + 1
-            groups.scores[target, group, c - 1] = scratch.joint[pair]
+            work.scores[target, group, c - 1] = work.joint[pair]
         for n in range(joined):
-            members[c, n] = groups.members[source, left, i, n]
-            members[c, joined + n] = start + groups.members[source, right, j, n]
+            members[c, n] = before[left, i, n]
+            members[c, joined + n] = start + before[right, j, n]
     # Centres that no candidate uses are dropped, so that later blocks are small.
-    place = scratch.pool
-    place[: start + groups.widths[source, right]] = -1
+    place = work.pool
+    place[: start + work.widths[source, right]] = -1
     kept = 0
     for c in range(count + 1):
         for n in range(2 * joined):
-            before = members[c, n]
-            if place[before] < 0:
-                place[before] = kept
-                if before < start:
-                    center = groups.centers[source, left, before]
+            old_place = members[c, n]
+            if place[old_place] < 0:
+                place[old_place] = kept
+                if old_place < start:
+                    center = work.centers[source, left, old_place]
                 else:
-                    center = groups.centers[source, right, before - start]
-                groups.centers[target, group, kept] = center
+                    center = work.centers[source, right, old_place - start]
+                work.centers[target, group, kept] = center
                 kept += 1
-            members[c, n] = place[before]
-    groups.widths[target, group] = kept
+            members[c, n] = place[old_place]
+    work.widths[target, group] = kept
