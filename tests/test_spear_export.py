@@ -17,8 +17,7 @@ from test_zipformer import GOLDEN_CONFIG, fill_by_rule
 from espnet2_spear.bin.spear_export import main as spear_export
 from espnet2_spear.bin.spear_import import main as spear_import
 from espnet2_spear.errors import CheckpointError
-from espnet2_spear.hub import bundle as bundling
-from espnet2_spear.hub.bundle import BundleError, bundle
+from espnet2_spear.hub import export
 from espnet2_spear.hub.export import export_student
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.student import SpearEncoder
@@ -230,30 +229,26 @@ def test_files_import_what_they_say(tiny: Path, tmp_path: Path) -> None:
         assert said in text
 
 
-def test_what_cannot_be_one_file(tmp_path: Path, monkeypatch) -> None:
-    folder = tmp_path / "bundled"
-    folder.mkdir()
+def test_one_file_of_several_modules(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    """Names stay what they are: other names, inner imports; none is there twice."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(bundling, "PACKAGE", "bundled")
-    files = {
-        "__init__": "",
-        "a": '"""First."""\nimport math\n\n\ndef f():\n    return math.pi\n',
-        "b": "from bundled.a import f as g\n\n\ndef twice():\n"
-        "    from bundled.c import h\n\n    return 2 * g() + h()\n",
+    monkeypatch.setattr(export, "PACKAGE", "several.")
+    (tmp_path / "several").mkdir()
+    for name, text in {
+        "a": "import math\n\n\ndef f():\n    return math.pi\n",
+        "b": "from several.a import (\n    f as g,\n)\n\n\ndef twice():\n"
+        "    from several.c import h\n\n    return 2 * g() + h()\n",
         "c": "def h():\n    return 1\n",
-        "clash": "from bundled.a import f\n\n\ndef f():\n    pass\n",
-        "whole": "from bundled import a\n",
-        "plain": "import bundled.a\n",
-    }
-    for name, text in files.items():
-        (folder / f"{name}.py").write_text(text)
-    namespace: dict = {}
-    exec(bundle("bundled.b"), namespace)
-    assert namespace["twice"]() == 2 * np.pi + 1
-    for name, message in {
-        "clash": "both define f",
-        "whole": "import names",
-        "plain": "import names",
     }.items():
-        with pytest.raises(BundleError, match=message):
-            bundle(f"bundled.{name}")
+        (tmp_path / "several" / f"{name}.py").write_text(text)
+    namespace: dict = {}
+    exec(export.in_one_file(tmp_path / "several" / "b.py"), namespace)
+    assert namespace["twice"]() == 2 * np.pi + 1
+    monkeypatch.undo()
+    spear_export([str(tiny), "--out", str(tmp_path / "out")])
+    tree = ast.parse((tmp_path / "out/modeling_spear.py").read_text())
+    defined = [n.name for n in tree.body if hasattr(n, "name")]
+    for node in tree.body:
+        targets = [*getattr(node, "targets", []), getattr(node, "target", None)]
+        defined += [t.id for t in targets if isinstance(t, ast.Name)]
+    assert len(defined) > 100 and len({*defined}) == len(defined)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import espnet2_spear
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import CheckpointError
-from espnet2_spear.hub.bundle import bundle
 from espnet2_spear.hub.save import refuse_non_finite
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig
 
 PREFIX = "model.model."
-FILES = "espnet2_spear.hub.transformers_files"
+FILES = Path(__file__).parent / "transformers_files"
+PACKAGE = "espnet2_spear."
 # In the order of the released files.
 RELEASED_KEYS = ("num_mel_bins", "output_downsampling_factor", *STACK_FIELDS)
 RELEASED_KEYS += ("pos_dim", "causal", "chunk_size", "left_context_frames")
@@ -141,14 +143,13 @@ def export_student(
     from safetensors.torch import save_file
 
     config = model.config
-    sources = [f"{FILES}.{name}_spear" for name in ("configuration", "modeling")]
-    extractor = f"{FILES}.feature_extraction_spear"
-    texts = {
+    code = {
+        path.name: path.read_text(encoding="utf-8") for path in FILES.glob("*_spear.py")
+    }
+    code["modeling_spear.py"] = HEADER.format(version=espnet2_spear.__version__)
+    code["modeling_spear.py"] += in_one_file(FILES / "modeling_spear.py")
+    texts = code | {
         "config.json": json.dumps(released_config(config), indent=2) + "\n",
-        "configuration_spear.py": bundle(sources[0]),
-        "modeling_spear.py": HEADER.format(version=espnet2_spear.__version__)
-        + bundle(sources[1]),
-        "feature_extraction_spear.py": bundle(extractor),
         "preprocessor_config.json": json.dumps(EXTRACTOR, indent=2) + "\n",
         "README.md": CARD.format(
             name=name,
@@ -173,3 +174,37 @@ def export_student(
     save_file(state, weights, metadata={"format": "pt"})
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
+
+
+def in_one_file(path: Path) -> str:
+    """Return the source of a module behind that of all that it imports from here.
+
+    So the code that travels with a student is the package's own, and there is no
+    second implementation to keep equal to the first. Relative imports stay as they
+    are.
+    """
+    sources: dict[Path, str] = {}
+    _collect(path, sources)
+    return "\n\n\n".join(source.strip() for source in sources.values()) + "\n"
+
+
+def _collect(path: Path, sources: dict[Path, str]) -> None:
+    """Add a module's source, without its imports from here, behind what it needs."""
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom) or node.level:
+            continue
+        if node.module.startswith(PACKAGE):
+            needed = Path(find_spec(node.module).origin)
+            if needed not in sources:
+                _collect(needed, sources)
+        elif node.module != "__future__":
+            continue
+        # The names are above now; an indented block must not be left empty.
+        names = [f"{a.asname} = {a.name}" for a in node.names if a.asname]
+        names += ["pass"] * (node.col_offset > 0)
+        lines[node.lineno - 1] = " " * node.col_offset + "; ".join(names)
+        for number in range(node.lineno, node.end_lineno):
+            lines[number] = ""
+    sources[path] = "\n".join(lines)
