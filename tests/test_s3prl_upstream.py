@@ -10,23 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from student_files import write_packed
+from student_files import write_packed, write_student
 
 from espnet2_spear.hub.s3prl_upstream import spear_local
-from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.spear.checks import InputError
 
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("student")
-    torch.manual_seed(0)
-    config = ZipformerConfig.from_dict({"name": "tiny"})
-    torch.save(SpearEncoder(config).state_dict(), folder / "valid.loss.best.pth")
-    content = {"student": "tiny", "student_conf": config.to_dict()}
-    (folder / "config.yaml").write_text(yaml.safe_dump(content))
-    return str(folder)
+    return str(write_student(tmp_path_factory.mktemp("student")).parent)
 
 
 def test_hidden_states(ckpt):
@@ -40,11 +32,10 @@ def test_hidden_states(ckpt):
             state[1, : expected.size(1)], expected[0], rtol=1e-4, atol=1e-4
         )
 
-
-def test_very_short_audio(ckpt):
-    upstream = spear_local(ckpt)
-    states = upstream([torch.zeros(100)])["hidden_states"]
+    states = upstream([torch.zeros(100)])["hidden_states"]  # too short for a frame
     assert states[0].shape[:2] == (1, 1)
+    with pytest.raises(InputError, match=r"waveforms \[1\] of 2 hold no sample"):
+        upstream([torch.zeros(100), torch.zeros(0)])
 
 
 CODE = """

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path, PurePosixPath
@@ -72,9 +71,13 @@ def fetch(name: str) -> Path:
             ":FILE"
         )
     repo, revision, file = match.groups()
-    with _explained(name, repo):
+    try:
         patterns, file = _choose(name, _listing(repo, revision), file)
         folder = _snapshot(repo, revision, patterns)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the hub, the network or the disk says
+        raise CheckpointError(f"{name}: {_explained(error, repo)}") from error
     return folder if file is None else folder / file
 
 
@@ -88,17 +91,11 @@ def _choose(
             if any(fnmatch(f, p) for f in weights for p in patterns):
                 return [*_CONFIGS, *patterns], None
         file = choose_icefall(name, weights)
-    path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or path.suffix not in WEIGHT_SUFFIXES:
-        raise CheckpointError(
-            f"{name}: '{file}' is no file of weights in the repository "
-            f"({', '.join(WEIGHT_SUFFIXES)})"
-        )
     if file not in weights:
         raise CheckpointError(
-            f"{name}: no such file; files of weights there: {_some(weights) or 'none'}"
+            f"{name}: no such file of weights; there are: {_some(weights) or 'none'}"
         )
-    beside = [escape(str(path.with_name(config))) for config in _CONFIGS]
+    beside = [escape(str(PurePosixPath(file).with_name(c))) for c in _CONFIGS]
     return [escape(file), *beside], file
 
 
@@ -146,32 +143,23 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
     return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
 
-@contextmanager
-def _explained(name: str, repo: str) -> Iterator[None]:
-    """Turn the hub's errors into CheckpointErrors that say what to do."""
+def _explained(error: Exception, repo: str) -> str:
+    """Say what an error of huggingface_hub means, and what to do."""
     from huggingface_hub import constants, errors
 
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{name}: its owner asks for a log-in; accept the terms on its page and "
-            "run `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{name}: the repository has no such revision") from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{name}: no such repository on the hub (or a private one)"
-        ) from error
-    except Exception as error:  # whatever the network or the disk says
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        if constants.HF_HUB_OFFLINE:
-            cause = "HF_HUB_OFFLINE is set, and it is not in the local cache"
-        raise CheckpointError(
-            f"{name}: cannot be fetched ({cause}); where there is a network, "
-            f"`hf download {repo}` puts it into the cache, or copy the folder and name "
-            "that"
-        ) from error
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            "its owner asks for a log-in; accept the terms on its page and run "
+            "`hf auth login`"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository on the hub (or a private one)"
+    cause = f"{type(error).__name__}: {error}".splitlines()[0]
+    if constants.HF_HUB_OFFLINE:
+        cause = "HF_HUB_OFFLINE is set, and it is not in the local cache"
+    return (
+        f"cannot be fetched ({cause}); where there is a network, `hf download {repo}` "
+        "puts it into the cache, or copy the folder and name that"
+    )

@@ -3,9 +3,8 @@
 The API (https://hearbenchmark.com/hear-api.html) wants a module with these three
 functions: ``hear-validator espnet2_spear.hub.hear -m STUDENT``.
 
-Layers are normalised over their channels, because their scales differ. A timestamp's
-embedding is the mean of all layers; a scene's is the mean over time of all layers, one
-behind the other, so that a task can choose among them.
+A timestamp's embedding is the mean of all normalised layers; a scene's is the mean over
+time of all of them, one behind the other, so that a task can choose among them.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.hub.load import load_model as load_student
+from espnet2_spear.hub.waveforms import normalized_layers
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.fbank import FRAME_SHIFT
 
@@ -60,11 +60,7 @@ class HearModel(nn.Module):
         audio = self.student.pad_short(audio.float())
         audio = F.pad(audio, (int(FRONT), BACK), mode="reflect")
         rows = max(1, MAX_SAMPLES // audio.size(1))
-        parts = []
-        for part in audio.split(rows):
-            lengths = torch.full((len(part),), part.size(1), device=part.device)
-            states = torch.stack(self.student(part, lengths).hidden_states)
-            parts.append(F.layer_norm(states.float(), states.shape[-1:]))
+        parts = [normalized_layers(self.student, x)[0] for x in audio.split(rows)]
         return torch.cat(parts, dim=1)
 
 

@@ -5,7 +5,7 @@ object without arguments of its class whose name ends with ``Encoder``. So the s
 is named by the environment: ``SPEAR_MODEL=STUDENT python -m xares.run
 espnet2_spear/hub/xares.py src/tasks/*.py``.
 
-Layers are normalised over their channels, because their scales differ, and averaged.
+The embedding is the mean of all normalised layers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.load import load_model
+from espnet2_spear.hub.waveforms import normalized_layers
 from espnet2_spear.zipformer.fbank import FRAME_SHIFT
 
 MODEL = "SPEAR_MODEL"
@@ -60,7 +60,4 @@ class SpearXaresEncoder(nn.Module):
             InputError: no sound, or sounds that are empty, longer than an hour or no
                 numbers.
         """
-        audio = self.student.pad_short(torch.atleast_2d(audio).float())
-        lengths = torch.full((len(audio),), audio.size(1), device=audio.device)
-        states = self.student(audio, lengths).hidden_states
-        return torch.stack([F.layer_norm(x, x.shape[-1:]) for x in states]).mean(dim=0)
+        return normalized_layers(self.student, audio)[0].mean(dim=0)

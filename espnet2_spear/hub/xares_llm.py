@@ -8,11 +8,11 @@ espnet2_spear.hub.xares_llm.SpearXaresLlmEncoder task1 task1``.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # A module of XARES-LLM has one name that ends with "Encoder".
 from espnet2_spear.hub import xares
+from espnet2_spear.hub.waveforms import normalized_layers
 
 
 class SpearXaresLlmEncoder(xares.SpearXaresEncoder):
@@ -51,14 +51,8 @@ class SpearXaresLlmEncoder(xares.SpearXaresEncoder):
         Raises:
             InputError: see :meth:`.xares.SpearXaresEncoder.forward`.
         """
-        audio = torch.atleast_2d(audio).float()
-        lengths = torch.full((len(audio),), audio.size(1), device=audio.device)
-        if audio_attention_mask is not None:
-            lengths = audio_attention_mask.long().sum(dim=1)
-        audio = self.student.pad_short(audio)
-        out = self.student(audio, lengths.clamp(min=self.student.min_samples))
-        layers = [F.layer_norm(x, x.shape[-1:]) for x in out.hidden_states]
-        features = torch.stack(layers).mean(dim=0)
-        frames = torch.arange(features.size(1), device=features.device)
-        lens = out.hidden_states_lens.to(features.device)
-        return features, (frames < lens[:, None]).long()
+        mask = audio_attention_mask
+        lengths = None if mask is None else mask.long().sum(dim=1)
+        layers, lens = normalized_layers(self.student, audio, lengths)
+        frames = torch.arange(layers.size(2), device=layers.device)
+        return layers.mean(dim=0), (frames < lens.to(frames.device)[:, None]).long()
