@@ -1,7 +1,6 @@
 """Experiment folders of students and recognizers, for tests of what opens them."""
 
 import argparse
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -40,23 +39,6 @@ def write_packed(path: Path, folder: Path) -> Path:
         for name in ("config.yaml", "valid.loss.best.pth"):
             file.write(folder / name, f"exp/x/{name}")
     return path
-
-
-def write_released(folder: Path, student: Path) -> Path:
-    """Write the released layout of the student in an experiment folder."""
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    state = torch.load(student / "valid.loss.best.pth", weights_only=True)
-    named = {
-        f"model.model.{k.removeprefix('student.')}": v.contiguous()
-        for k, v in state.items()
-        if k.startswith("student.")
-    }
-    save_file(named, folder / "model.safetensors")
-    config = yaml.safe_load((student / "config.yaml").read_text())["student_conf"]
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def recognizer_on(ckpt: Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from espnet2_spear.hub.extraction import (
     ExtractError,
     ExtractionRun,
     Extractor,
-    RunOptions,
     parse_layers,
 )
 from espnet2_spear.hub.load import load_model
@@ -124,14 +123,15 @@ def run(args: argparse.Namespace) -> None:
     extractor = Extractor(
         model.to(args.device), layers, args.max_seconds, args.context_seconds
     )
-    options = RunOptions(
+    extraction = ExtractionRun(
+        extractor,
+        args.out,
         args.format,
         args.dtype,
         args.batch_seconds,
         args.shard_seconds,
         args.num_workers,
     )
-    extraction = ExtractionRun(extractor, args.out, options)
     tables = extraction(recordings, skipped)
     skipped = extraction.skipped
     if skipped:

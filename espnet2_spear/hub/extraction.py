@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.audio import AudioError, read_pieces, resample
+from espnet2_spear.fileio.audio import AudioError, Span, read_pieces, resample
 from espnet2_spear.fileio.datadir import write_table
 from espnet2_spear.fileio.feature_files import (
     ArkFeatures,
@@ -48,7 +47,7 @@ class ExtractError(UserError):
     """Features cannot be computed at all; the message says what to do."""
 
 
-def parse_layers(text: str, num_layers: int) -> list[Layer]:
+def parse_layers(text: str, num_layers: int, option: str = "--layer") -> list[Layer]:
     """Read an option such as ``last``, ``all``, ``output`` or ``0,3,-1``.
 
     Layers count from 0, or from -1 downwards from the last one.
@@ -67,12 +66,12 @@ def parse_layers(text: str, num_layers: int) -> list[Layer]:
         number = int(word) if word.removeprefix("-").isdecimal() else num_layers
         if not -num_layers <= number < num_layers:
             raise ExtractError(
-                f"--layer {text}: the model has layers 0 to {num_layers - 1}; give "
+                f"{option} {text}: the model has layers 0 to {num_layers - 1}; give "
                 "such numbers with commas between, last, all or output"
             )
         layers.append(number % num_layers)
     if len(set(layers)) < len(layers):
-        raise ExtractError(f"--layer {text}: names a layer twice")
+        raise ExtractError(f"{option} {text}: names a layer twice")
     return layers
 
 
@@ -113,16 +112,25 @@ class Extractor:
         """Whether it is encoded in pieces."""
         return recording.samples > self.longest
 
-    def read(self, recording: Recording) -> np.ndarray:
-        """Read (samples,) at 16 kHz.
+    def read(self, recording: Recording, spans: Sequence[Span]) -> Iterator[np.ndarray]:
+        """Yield pieces (samples,) at 16 kHz.
 
         Raises:
             AudioError: unreadable, or too short for one frame.
         """
-        ((samples, info),) = read_pieces(recording.path, [recording.span])
-        if isinstance(samples, AudioError):
-            raise samples
-        return self._checked(recording, resample(samples, info.rate, SAMPLE_RATE))
+        for samples, info in read_pieces(recording.path, spans):
+            if isinstance(samples, AudioError):
+                raise samples
+            speech = resample(samples, info.rate, SAMPLE_RATE)
+            if len(speech) < self.model.min_samples:
+                raise AudioError(
+                    recording.path,
+                    "too_short",
+                    f"{len(speech)} samples at 16 kHz are shorter than one frame, "
+                    f"which needs {self.model.min_samples}",
+                    "leave it out",
+                )
+            yield speech
 
     @torch.inference_mode()
     def encode(self, audio: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
@@ -154,21 +162,17 @@ class Extractor:
         Raises:
             AudioError: as :meth:`read`.
         """
-        last = max(1, math.ceil((recording.samples - self.context) / self.step)) - 1
-        whole, spans = recording.span, []
-        offset = whole.start or 0.0
-        for piece in range(last + 1):
+        whole, begin = recording.span, recording.span.start or 0.0
+        spans = []
+        for piece in range(math.ceil((recording.samples - self.context) / self.step)):
             first = max(0, piece * self.step - self.context) / SAMPLE_RATE
             end = ((piece + 1) * self.step + self.context) / SAMPLE_RATE
-            stop = whole.end if piece == last else offset + end
-            spans.append(whole._replace(start=offset + first, end=stop))
-        for piece, (samples, info) in enumerate(read_pieces(recording.path, spans)):
-            if isinstance(samples, AudioError):
-                raise samples
-            speech = resample(samples, info.rate, SAMPLE_RATE)
-            block = self.encode([self._checked(recording, speech)])[0]
+            spans.append(whole._replace(start=begin + first, end=begin + end))
+        spans[-1] = spans[-1]._replace(end=whole.end)
+        for piece, speech in enumerate(self.read(recording, spans)):
+            block = self.encode([speech])[0]
             yield [
-                self._kept(x, layer, piece, piece == last)
+                self._kept(x, layer, piece, piece == len(spans) - 1)
                 for x, layer in zip(block, self.layers, strict=True)
             ]
 
@@ -187,71 +191,54 @@ class Extractor:
             return out.encoder_out, out.encoder_out_lens
         return out.hidden_states[int(layer)], out.hidden_states_lens
 
-    def _checked(self, recording: Recording, speech: np.ndarray) -> np.ndarray:
-        if len(speech) < self.model.min_samples:
-            raise AudioError(
-                recording.path,
-                "too_short",
-                f"{len(speech)} samples at 16 kHz are shorter than one frame, which "
-                f"needs {self.model.min_samples}",
-                "leave it out",
-            )
-        return speech
-
 
 # --- A run over many recordings -------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """How features are batched and stored.
+@dataclass
+class ExtractionRun:
+    """Features of a set of recordings, in one folder.
 
     Attributes:
+        extractor: computes them.
+        folder: made if it is not there.
         format: ``ark`` or ``npy``.
         dtype: of npy.
         batch_seconds: audio in a batch, padding included.
         shard_seconds: audio in a shard.
         num_workers: threads that read audio ahead.
+        frames: of each recording whose features are there.
+        skipped: of each other recording its reason, in a word, and the message.
     """
 
+    extractor: Extractor
+    folder: Path
     format: str = "ark"
     dtype: str = "float32"
     batch_seconds: float = 60.0
     shard_seconds: float = 600.0
     num_workers: int = 2
+    frames: dict[str, int] = field(default_factory=dict)
+    skipped: Failures = field(default_factory=dict)
 
-
-class ExtractionRun:
-    """Features of a set of recordings, in one folder.
-
-    Args:
-        extractor: computes them.
-        folder: made if it is not there.
-        options: as above.
-
-    Attributes:
-        frames: of each recording whose features are there.
-        skipped: of each other recording its reason, in a word, and the message.
-    """
-
-    def __init__(self, extractor: Extractor, folder: Path, options: RunOptions) -> None:
-        self.extractor, self.folder, self.options = extractor, folder, options
-        names = [f"layer{x}" if isinstance(x, int) else x for x in extractor.layers]
-        self.names = names if len(names) > 1 else ["feats"]
-        self.frames: dict[str, int] = {}
-        self.skipped: Failures = {}
+    @property
+    def names(self) -> list[str]:
+        """What the layers' tables are called."""
+        names = [
+            f"layer{x}" if isinstance(x, int) else x for x in self.extractor.layers
+        ]
+        return names if len(names) > 1 else ["feats"]
 
     def describe(self) -> dict[str, Any]:
         """What the features depend on besides the recordings."""
-        extractor, options = self.extractor, asdict(self.options)
-        options.pop("num_workers")
+        extractor = self.extractor
         return {
             "weights": sha256_of_tensors(extractor.model.state_dict()),
             "config": repr(extractor.model.config),
             "layers": extractor.layers,
             "pieces": [extractor.longest, extractor.step, extractor.context],
             "folder": str(self.folder),
-            **options,
+            "form": [self.format, self.dtype, self.batch_seconds, self.shard_seconds],
         }
 
     def __call__(
@@ -273,109 +260,82 @@ class ExtractionRun:
             ExtractError: an utterance whose name is no file name (npy), or too little
                 memory.
         """
-        if self.options.format == "npy":
+        if self.format == "npy":
             check_names(recordings)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        shards = self._shards(recordings)
-        marks = DoneMarks(
-            self.folder, "feats", fingerprint(self.describe(), recordings)
-        )
-        marks.clear_stale()
-        self.skipped = {utt: (reason, text) for utt, reason, text in skipped}
-        tables: list[dict[str, str]] = [{} for _ in self.names]
-        kept = 0
-        total = sum(r.samples for r in recordings) / SAMPLE_RATE
-        with tqdm(total=round(total), unit="s", disable=None) as bar:
-            for number, shard in enumerate(shards):
-                record = marks.read(number)
-                if record is None:
-                    record, paths = self._shard(number, shard, bar)
-                    marks.write(number, record, paths)
-                else:
-                    kept += 1
-                    samples = sum(r.samples for batch in shard for r in batch)
-                    bar.update(samples / SAMPLE_RATE)
-                for utt, frames, specs in record["utts"]:
-                    self.frames[utt] = frames
-                    for table, spec in zip(tables, specs, strict=True):
-                        table[utt] = spec
-                self.skipped |= {u: tuple(why) for u, why in record["failed"].items()}
-        if kept:
-            logging.info(f"{kept} of {len(shards)} shards were there and are kept")
-        return self._write_tables(tables)
-
-    def _shards(self, recordings: Sequence[Recording]) -> list[Batches]:
-        """Batches of short recordings, dealt out; each long recording by itself."""
-        long = [r for r in recordings if self.extractor.is_long(r)]
-        short = [r for r in recordings if not self.extractor.is_long(r)]
-        if long:
+        number = sum(map(self.extractor.is_long, recordings))
+        if number:
             logging.warning(
-                f"{len(long)} recordings are longer than "
+                f"{number} recordings are longer than "
                 f"{self.extractor.longest / SAMPLE_RATE:g} s and encoded in "
                 "overlapping pieces: near the cuts, their frames differ slightly from "
                 "those of the whole (see --max_seconds)"
             )
-        options, shards = self.options, []
-        if short:
-            batches = make_batches(short, options.batch_seconds)
-            shards = split_into_shards(batches, options.shard_seconds)
-        return [*shards, *([[r]] for r in sorted(long, key=lambda r: r.utt))]
+        batches = make_batches(recordings, self.batch_seconds)
+        shards = split_into_shards(batches, self.shard_seconds)
+        run = fingerprint(self.describe(), recordings)
+        marks = DoneMarks(self.folder, "feats", run)
+        marks.clear_stale()
+        self.skipped = {utt: (reason, text) for utt, reason, text in skipped}
+        tables: list[dict[str, str]] = [{} for _ in self.names]
+        for record in marks.records(
+            shards, lambda todo: (self._shard(i, shards[i]) for i in todo)
+        ):
+            for utt, frames, specs in record["utts"]:
+                self.frames[utt] = frames
+                for table, spec in zip(tables, specs, strict=True):
+                    table[utt] = spec
+            self.skipped |= {u: tuple(why) for u, why in record["failed"].items()}
+        return self._write_tables(tables)
 
-    def _shard(
-        self, number: int, batches: Batches, bar: tqdm
-    ) -> tuple[dict[str, Any], list[Path]]:
-        """Encode a shard; returns its record and the files written."""
+    def _shard(self, number: int, batches: Batches) -> tuple[int, Any, list[Path]]:
+        """Encode a shard; returns its number, its record and the files written."""
         failed: Failures = {}
         utts = []
         with ExitStack() as stack:
             files = [
                 stack.enter_context(self._files(number, name)) for name in self.names
             ]
-            for recording, blocks in self._encoded(batches, failed):
-                try:
-                    utts.append(_write(recording.utt, blocks, files))
-                except AudioError as error:  # in the midst of a long recording
-                    failed[recording.utt] = (error.reason, str(error))
-                bar.update(recording.samples / SAMPLE_RATE)
+            audio = read_ahead(self._read, batches, self.num_workers)
+            for batch, items in zip(batches, audio, strict=True):
+                for recording, blocks in self._encoded(batch, items):
+                    try:
+                        utts.append(_write(recording.utt, blocks, files))
+                    except AudioError as error:
+                        failed[recording.utt] = (error.reason, str(error))
         paths = [path for file in files for path in file.paths()]
-        return {"utts": utts, "failed": failed}, paths
+        return number, {"utts": utts, "failed": failed}, paths
 
     def _files(self, shard: int, name: str) -> FeatureFiles:
-        if self.options.format == "ark":
+        if self.format == "ark":
             return ArkFeatures(self.folder / f"feats.{shard}.{name}.ark")
-        return NpyFeatures(self.folder / name, self.options.dtype)
+        return NpyFeatures(self.folder / name, self.dtype)
+
+    def _read(self, batch: Sequence[Recording]) -> list[np.ndarray | AudioError | None]:
+        """Audio of a batch, or why there is none; None: it is too long for memory."""
+        audio: list[np.ndarray | AudioError | None] = []
+        for recording in batch:
+            try:
+                if self.extractor.is_long(recording):
+                    audio.append(None)
+                else:
+                    audio += self.extractor.read(recording, [recording.span])
+            except AudioError as error:
+                audio.append(error)
+        return audio
 
     def _encoded(
-        self, batches: Batches, failed: Failures
-    ) -> Iterator[tuple[Recording, Iterator[list[np.ndarray]]]]:
-        """Yield recordings with the blocks of their layers; note those that fail."""
-
-        def read(batch: Sequence[Recording]) -> list[np.ndarray | AudioError]:
-            audio: list[np.ndarray | AudioError] = []
-            for recording in batch:
-                try:
-                    audio.append(self.extractor.read(recording))
-                except AudioError as error:
-                    audio.append(error)
-            return audio
-
-        if self.extractor.is_long(batches[0][0]):
-            recording = batches[0][0]
-            yield recording, self.extractor.encode_long(recording)
-            return
-        ahead = read_ahead(read, batches, self.options.num_workers)
-        for batch, audio in zip(batches, ahead, strict=True):
-            good = []
-            for recording, item in zip(batch, audio, strict=True):
-                if isinstance(item, AudioError):
-                    failed[recording.utt] = (item.reason, str(item))
-                else:
-                    good.append((recording, item))
-            if not good:
-                continue
-            features = self.extractor.encode([samples for _, samples in good])
-            for (recording, _), layers in zip(good, features, strict=True):
-                yield recording, iter([layers])
+        self, batch: Sequence[Recording], audio: list[np.ndarray | AudioError | None]
+    ) -> Iterator[tuple[Recording, AudioError | Iterable[list[np.ndarray]]]]:
+        """Yield recordings with the blocks of their layers, or why there are none."""
+        short = [x for x in audio if isinstance(x, np.ndarray)]
+        features = iter(self.extractor.encode(short) if short else [])
+        for recording, item in zip(batch, audio, strict=True):
+            if item is None:
+                yield recording, self.extractor.encode_long(recording)
+            elif isinstance(item, AudioError):
+                yield recording, item
+            else:
+                yield recording, [next(features)]
 
     def _write_tables(self, tables: list[dict[str, str]]) -> list[Path]:
         paths = [self.folder / f"{name}.scp" for name in self.names]
@@ -405,13 +365,17 @@ def check_names(recordings: Sequence[Recording]) -> None:
 
 
 def _write(
-    utt: str, blocks: Iterator[list[np.ndarray]], files: Sequence[FeatureFiles]
+    utt: str,
+    blocks: AudioError | Iterable[list[np.ndarray]],
+    files: Sequence[FeatureFiles],
 ) -> tuple[str, int, list[str]]:
     """Write all layers of an utterance side by side: name, frames, where they are.
 
     Raises:
-        AudioError: an unreadable piece; nothing of the utterance stays then.
+        AudioError: nothing or not all could be read; nothing of the utterance stays.
     """
+    if isinstance(blocks, AudioError):
+        raise blocks
     with ExitStack() as stack:
         matrices = [stack.enter_context(file.matrix(utt)) for file in files]
         for layers in blocks:

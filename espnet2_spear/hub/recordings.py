@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -97,16 +96,11 @@ def read_ahead(
     function: Callable[[X], Y], items: Iterable[X], workers: int
 ) -> Iterator[Y]:
     """As ``map``, computed by threads some items ahead; in order, bounded in memory."""
-    if workers < 1:
-        yield from map(function, items)
-        return
-    items = iter(items)
-    with ThreadPoolExecutor(workers) as pool:
-        queue: deque[Future[Y]] = deque(
-            pool.submit(function, item) for item in islice(items, workers + 1)
-        )
+    queue: deque[Future[Y]] = deque()
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > workers:
+                yield queue.popleft().result()
         while queue:
-            result = queue.popleft().result()
-            for item in islice(items, 1):
-                queue.append(pool.submit(function, item))
-            yield result
+            yield queue.popleft().result()
