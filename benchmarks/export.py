@@ -22,8 +22,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from espnet2_spear.hub.graph import offline_student
-from espnet2_spear.hub.graph_files import write_graph
+from espnet2_spear.hub.graph import write_graph
+from espnet2_spear.hub.graph_student import offline_student
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig

@@ -17,8 +17,8 @@ from espnet2.asr.ctc import CTC
 from torch import nn
 
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
+from espnet2_spear.hub.export import save_student
 from espnet2_spear.hub.load import load_model
-from espnet2_spear.hub.save import save_student
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
@@ -26,20 +26,9 @@ from espnet2_spear.zipformer.schedule import SCHEDULES_END
 
 RATE = 16000
 TOKENS = ["<blank>", "<unk>", "<space>", "a", "b", "<sos/eos>"]
-COMMON = [
-    *("--ngpu", "0", "--num_workers", "0", "--seed", "1", "--use_tensorboard", "false"),
-    *("--batch_type", "unsorted", "--batch_size", "2", "--num_iters_per_epoch", "1"),
-    *(
-        "--max_epoch",
-        "1",
-        "--optim",
-        "adam",
-        "--optim_conf",
-        "lr=0.01",
-        "--use_matplotlib",
-        "false",
-    ),
-]
+COMMON = """--ngpu 0 --num_workers 0 --seed 1 --batch_type unsorted --batch_size 2
+--num_iters_per_epoch 1 --max_epoch 1 --optim adam --optim_conf lr=0.01
+--use_tensorboard false --use_matplotlib false --token_type char""".split()
 BASE = {
     "frontend": None,
     "input_size": 1,
@@ -71,17 +60,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(main, data: Path, out: Path, conf: dict, *options: str) -> dict:
+def run(data: Path, out: Path, conf: dict, *options: str, main=None) -> dict:
     """Train a step; returns the weights after it, with a recognizer's configuration."""
+    from espnet2.bin.asr_train import main as asr_train
+
     out.mkdir(exist_ok=True)
     (out / "train.yaml").write_text(yaml.safe_dump({**BASE, **conf}))
     cmd = [*COMMON, "--config", str(out / "train.yaml"), "--output_dir", str(out)]
-    cmd += ["--token_list", str(data / "tokens.txt"), "--token_type", "char", *options]
+    cmd += ["--token_list", str(data / "tokens.txt"), *options]
     for split in ("train", "valid"):
         for file, kind in (("wav.scp", "speech,sound"), ("text", "text,text")):
             cmd += [f"--{split}_data_path_and_name_and_type", f"{data / file},{kind}"]
         cmd += [f"--{split}_shape_file", str(data / "shape")]
-    main(cmd=cmd)
+    (main or asr_train)(cmd=cmd)
     state = torch.load(out / "1epoch.pth", weights_only=True)
     assert all(v.isfinite().all() for v in state.values())
     return state
@@ -99,8 +90,6 @@ def decode(out: Path, data: Path, **options) -> list:
 
 @pytest.mark.second_env
 def test_ctc_with_self_conditioned_layers_at_25_hz(data: Path, tmp_path: Path) -> None:
-    from espnet2.bin.asr_train import main
-
     arch = {"name": "tiny", "output_downsampling_factor": 2}
     conf = {
         "encoder_conf": {
@@ -111,7 +100,7 @@ def test_ctc_with_self_conditioned_layers_at_25_hz(data: Path, tmp_path: Path) -
         "decoder": None,
         "model_conf": {"ctc_weight": 1.0, "interctc_weight": 0.5},
     }
-    state = run(main, data, tmp_path / "exp", conf)
+    state = run(data, tmp_path / "exp", conf)
     assert state["encoder.conditioning_layer.weight"].shape == (32, len(TOKENS))
     for quantized in (False, True):
         ((text, *_), *_), layers = decode(
@@ -124,8 +113,6 @@ def test_attention_decoder_frozen_embedding_and_init_param(
     data: Path, tmp_path: Path
 ) -> None:
     """And the sizes of the student that ``--init_param`` loads, a 25 Hz one here."""
-    from espnet2.bin.asr_train import main
-
     torch.manual_seed(5)
     sizes = {"name": "tiny", "output_downsampling_factor": 2}
     student = SpearEncoder(ZipformerConfig.from_dict(sizes))
@@ -133,7 +120,6 @@ def test_attention_decoder_frozen_embedding_and_init_param(
     arch = {"name": str(weights), "regularize": True}
     conf = {"encoder_conf": {"arch": arch}, "model_conf": {"ctc_weight": 0.3}}
     state = run(
-        main,
         data,
         tmp_path / "exp",
         {**ATTENTION, **conf},
@@ -157,25 +143,21 @@ def test_attention_decoder_frozen_embedding_and_init_param(
 
 def test_waveforms_are_not_normalised(data: Path, tmp_path: Path) -> None:
     """As asr.sh asks unless it is told otherwise."""
-    from espnet2.bin.asr_train import main
-
     stats = tmp_path / "feats_stats.npz"
     np.savez(stats, count=10, sum=np.zeros(1), sum_square=np.ones(1))
     conf = {"normalize": "global_mvn", "normalize_conf": {"stats_file": str(stats)}}
     with pytest.raises(ValueError, match="GlobalMVN would change .* null"):
-        run(main, data, tmp_path / "exp", {"decoder": None, **conf})
+        run(data, tmp_path / "exp", {"decoder": None, **conf})
 
 
 def test_transducer_decoder(data: Path, tmp_path: Path) -> None:
-    from espnet2.bin.asr_train import main
-
     conf = {
         "decoder": "transducer",
         "decoder_conf": {"hidden_size": 8},
         "joint_net_conf": {"joint_space_size": 8},
         "model_conf": {"ctc_weight": 0.3, "report_cer": False, "report_wer": False},
     }
-    state = run(main, data, tmp_path / "exp", conf)
+    state = run(data, tmp_path / "exp", conf)
     assert any(k.startswith("joint_network") for k in state)
     ((text, *_), *_) = decode(tmp_path / "exp", data, ctc_weight=0.0)
     assert isinstance(text, str)
@@ -184,8 +166,6 @@ def test_transducer_decoder(data: Path, tmp_path: Path) -> None:
 def test_lora(data: Path, tmp_path: Path) -> None:
     """Needs loralib, as ESPnet's option does."""
     pytest.importorskip("loralib")
-    from espnet2.bin.asr_train import main
-
     torch.manual_seed(5)
     student = SpearEncoder(ZipformerConfig.from_name("tiny"))
     weights = save_student(student, tmp_path / "student", "nowhere")
@@ -200,7 +180,7 @@ def test_lora(data: Path, tmp_path: Path) -> None:
     # ESPnet freezes first and adds adapters then: nothing else of the student learns.
     options = ["--init_param", f"{weights}:student:encoder"]
     options += ["--freeze_param", "encoder", "--save_strategy", "all"]
-    state = run(main, data, tmp_path / "exp", conf, *options)
+    state = run(data, tmp_path / "exp", conf, *options)
     assert sum(".lora_B" in k for k in state) == len(targets) * student.num_layers
     for name, value in student.state_dict().items():
         got, adapter = (
@@ -255,7 +235,7 @@ def test_ssl_task(data: Path, tmp_path: Path) -> None:
         arch = {"name": "tiny", "output_downsampling_factor": 2}
         conf = {"preencoder": None, "encoder_conf": {"arch": arch}}
         conf["loss"] = [{"name": "layers", "conf": {}}]
-        state = run(main, data, tmp_path / "exp", conf)
+        state = run(data, tmp_path / "exp", conf, main=main)
         files = (tmp_path / "exp/config.yaml", tmp_path / "exp/1epoch.pth")
         model, _ = SSLTask.build_model_from_file(*files)
         for name, value in model.state_dict().items():
@@ -470,15 +450,15 @@ def test_schedules_of_loaded_weights_are_at_their_end(start: float) -> None:
     assert same.encoder.count.value == start
 
 
-@pytest.mark.parametrize("arch", ["nowhere/x.pth", {"name": "nowhere/x.pth"}])
-def test_sizes_from_nowhere(arch, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither a named size"):
-        ZipformerEncoder(1, arch)
-
-
-def test_sizes_of_a_checkpoint_need_a_place_in_the_configuration(tmp_path) -> None:
+def test_sizes_of_a_checkpoint(tmp_path: Path) -> None:
+    """Which needs a place in the configuration that they are written to."""
     student = SpearEncoder(ZipformerConfig.from_name("tiny"))
     weights = str(save_student(student, tmp_path / "student", "nowhere"))
-    with pytest.raises(ConfigError, match=r"arch: \{name: "):
-        ZipformerEncoder(1, weights)
     assert ZipformerEncoder(1, {"name": weights}).config == student.config
+    for arch, message in (
+        ("nowhere/x.pth", "neither a named size"),
+        ({"name": "nowhere/x.pth"}, "neither a named size"),
+        (weights, r"arch: \{name: "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ZipformerEncoder(1, arch)

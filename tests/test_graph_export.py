@@ -18,10 +18,10 @@ from test_zipformer import fill_by_rule
 
 from espnet2_spear.bin.spear_export import main as spear_export
 from espnet2_spear.errors import UserError
-from espnet2_spear.hub.graph import Network, offline_student
+from espnet2_spear.hub import graph
+from espnet2_spear.hub.graph import Network, write_graph
 from espnet2_spear.hub.graph_ctc import CtcRecognizer, ctc_recognizer, open_recognizer
-from espnet2_spear.hub.graph_files import write_graph
-from espnet2_spear.hub.graph_stream import streaming_student
+from espnet2_spear.hub.graph_student import offline_student, streaming_student
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig
 
@@ -281,8 +281,8 @@ def refused(tmp_path: Path, *options: str, **changes) -> None:
         ),
         ("--streaming true --chunk_size 3", CAUSAL, "chunk size 3: a multiple of 2"),
         ("--quantize int8", {}, "int8 with --format torchscript: .* --format onnx"),
-        ("--layers 5", {}, "has layers 0 to 0"),
-        ("--layers last", {}, "all, none, or numbers"),
+        ("--layers 5", {}, "--layers 5: the model has layers 0 to 0"),
+        ("--layers first", {}, "--layers first: .* last, all or output"),
         ("--max_seconds 7200", {}, "from 1 to 3600"),
         ("--chunk_size 8", CAUSAL, "are of --streaming true"),
         ("--recognizer true --layers all", {}, "leave out --layers"),
@@ -326,10 +326,8 @@ def test_a_network_that_cannot_be_a_graph_is_named() -> None:
 
 
 def test_cpu_without_instructions_for_int8(monkeypatch, caplog) -> None:
-    from espnet2_spear.hub import graph_files
-
     for text, warned in (("flags: avx2", True), ("flags: avx512_vnni", False)):
         monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
         caplog.clear()
-        graph_files._warn_of_slow_int8()
+        graph._warn_of_slow_int8()
         assert ("no instructions for 8-bit products" in caplog.text) is warned

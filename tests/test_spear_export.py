@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from student_files import write_student
 from test_zipformer import GOLDEN_CONFIG, fill_by_rule
 
 from espnet2_spear.bin.spear_export import main as spear_export
@@ -21,7 +22,6 @@ from espnet2_spear.hub import export
 from espnet2_spear.hub.export import export_student
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.zipformer.config import ZipformerConfig
 
 # Runs where this package cannot be imported, in another folder than the export.
 AUTO_MODEL = """
@@ -72,17 +72,8 @@ def expected_by_us(folder: Path, batch: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """An experiment's checkpoint: other heads than published, exact padding."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(3)
-    config = replace(ZipformerConfig.from_name("tiny"), causal=True, padding="exact")
-    model = SpearEncoder(config)
-    fill_by_rule(model)
-    state = {f"student.{k}": v for k, v in model.state_dict().items()}
-    torch.save(state, folder / "valid.loss.best.pth")
-    (folder / "config.yaml").write_text(
-        f"student: tiny\nstudent_conf: {json.dumps(config.to_dict())}\n"
-    )
-    return folder
+    arch = {"name": "tiny", "causal": True, "padding": "exact"}
+    return write_student(tmp_path_factory.mktemp("tiny"), 3, arch).parent
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from espnet2.utils.types import str2bool
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.hub.export import export_student, fits_released_code
-from espnet2_spear.hub.graph import Network, offline_student
+from espnet2_spear.hub.extraction import OUTPUT, Layer, parse_layers
+from espnet2_spear.hub.graph import WRITERS, Network, write_graph
 from espnet2_spear.hub.graph_ctc import ctc_recognizer
-from espnet2_spear.hub.graph_files import WRITERS, write_graph
-from espnet2_spear.hub.graph_stream import streaming_student
+from espnet2_spear.hub.graph_student import offline_student, streaming_student
 from espnet2_spear.hub.load import open_checkpoint
 from espnet2_spear.zipformer.config import PADDING_MODES
 
@@ -79,7 +79,7 @@ def get_parser() -> argparse.ArgumentParser:
     graph.add_argument(
         "--layers",
         default="none",
-        help="hidden states beside the output: all, none, or numbers as 0,5,11",
+        help="hidden states beside the output: all, none, last, or numbers as 0,5,11",
     )
     graph.add_argument(
         "--max_seconds", type=float, default=60.0, help="longest utterance"
@@ -145,7 +145,10 @@ def describe(args: argparse.Namespace) -> Network:
         return ctc_recognizer(args.source, args.max_seconds)
     conf = {"padding": args.padding} if args.padding else {}
     student = open_checkpoint(args.source, conf, args.part).model
-    given = (args.input == "audio", read_layers(args.layers, student.num_layers))
+    layers: list[Layer] = []
+    if args.layers != "none":
+        layers = parse_layers(args.layers, student.num_layers, "--layers")
+    given = (args.input == "audio", [x for x in layers if x != OUTPUT])
     if args.streaming:
         sizes = (args.chunk_size, args.left_context_frames)
         return streaming_student(student, *given, *sizes)
@@ -155,20 +158,6 @@ def describe(args: argparse.Namespace) -> Network:
             "utterances they are as config.yaml or config.json says"
         )
     return offline_student(student, *given, args.max_seconds)
-
-
-def read_layers(text: str, count: int) -> list[int]:
-    """Numbers of layers from what --layers says.
-
-    Raises:
-        UserError: neither all, none nor numbers.
-    """
-    if text in ("all", "none"):
-        return [*range(count)] if text == "all" else []
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise UserError(f"--layers {text}: all, none, or numbers as 0,5,11") from None
 
 
 def export_for_transformers(args: argparse.Namespace) -> None:

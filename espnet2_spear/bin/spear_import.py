@@ -11,10 +11,10 @@ import yaml
 from espnet2.utils.types import str2bool
 
 from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.hub.export import init_param_help, save_student
 from espnet2_spear.hub.fetch import is_hub_id
 from espnet2_spear.hub.infer import compact, named_size
 from espnet2_spear.hub.load import open_checkpoint
-from espnet2_spear.hub.save import init_param_help, save_student
 from espnet2_spear.zipformer.config import PADDING_MODES, ConfigError
 
 

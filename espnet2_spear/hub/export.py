@@ -1,21 +1,26 @@
-"""Write a student as released checkpoints are laid out, with code for transformers."""
+"""Write a student: in our format, or the released one with code for transformers."""
 
 from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
+
 import espnet2_spear
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import CheckpointError
-from espnet2_spear.hub.save import refuse_non_finite
+from espnet2_spear.fileio.atomic import atomic
+from espnet2_spear.hub.infer import compact, named_size
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig
 
-PREFIX = "model.model."
+OURS, RELEASED = "student", "model.model"  # what names of tensors begin with
 FILES = Path(__file__).parent / "transformers_files"
 PACKAGE = "espnet2_spear."
 # In the order of the released files.
@@ -88,6 +93,97 @@ as well.{compatible}
 
 RELEASED_CODE = """ The modelling code of the released SPEAR checkpoints reads
 it too: names of tensors and configuration are theirs."""
+
+
+def check_student(
+    model: SpearEncoder, source: str, files: Iterable[Path], overwrite: bool
+) -> None:
+    """See that a student can be written.
+
+    Raises:
+        CheckpointError: one is there, or weights that are no finite numbers.
+    """
+    there = [str(path) for path in files if path.exists()]
+    if there and not overwrite:
+        raise CheckpointError(f"{', '.join(there)}: exists; choose another folder")
+    state = model.state_dict()
+    bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(
+            f"{source}: {', '.join(bad[:5])} hold NaN or infinity; the training that "
+            "left it had failed, take an earlier checkpoint"
+        )
+
+
+# --- In our format --------------------------------------------------------------------
+
+
+def save_student(
+    model: SpearEncoder, folder: Path, source: str, overwrite: bool = False
+) -> Path:
+    """Write a folder that ``load_model`` and ``--init_param`` take.
+
+    Names are those of a SpearTask's checkpoint, ``student.encoder.*`` and so on, and no
+    other begins with ``student``: ESPnet finds tensors by the start of their names, and
+    ``encoder`` alone would take ``encoder_embed`` for its own.
+
+    Args:
+        model: the student.
+        folder: made if need be.
+        source: where it comes from, noted in ``config.yaml``.
+        overwrite: replace a student that is there.
+
+    Returns:
+        the file of weights, ``student.pth``.
+
+    Raises:
+        CheckpointError: a student is there, or weights that are no finite numbers.
+    """
+    weights, config_file = folder / "student.pth", folder / "config.yaml"
+    check_student(model, source, (weights, config_file), overwrite)
+    with atomic(weights) as file:
+        torch.save({f"{OURS}.{k}": v for k, v in model.state_dict().items()}, file)
+    conf = {
+        "student": named_size(model.config) or "base",
+        "student_conf": model.config.to_dict(),
+    }
+    comment = "".join(f"# {line}\n" for line in f"from {source}".splitlines())
+    with atomic(config_file, "w") as file:
+        file.write(comment)
+        yaml.safe_dump(conf, file, sort_keys=False, default_flow_style=None)
+    return weights
+
+
+def init_param_help(model: SpearEncoder, weights: Path) -> str:
+    """Return the options by which ESPnet loads what :func:`save_student` wrote."""
+    arch = yaml.safe_dump(
+        compact(model.config), default_flow_style=True, sort_keys=False, width=10_000
+    ).strip()
+    source = f"--init_param {weights}:{OURS}:"
+    return f"""\
+As a frontend (any task; asr.sh --python spear-python), in the training configuration:
+    frontend: spear
+    frontend_conf: {{ckpt: {weights.parent}}}
+    normalize: null
+  or, so that no file but the model's own is needed later:
+    frontend_conf: {{arch: {arch}}}
+  and {source}frontend.upstream
+As an encoder, fine-tuned:
+    frontend: null
+    input_size: 1
+    normalize: null
+    encoder: zipformer
+    encoder_conf: {{arch: {arch}}}
+  and {source}encoder
+Either way in speech recognition, that stage 10 of asr.sh does not run the student:
+    model_conf: {{extract_feats_in_collect_stats: false}}
+  and for asr.sh --feats_normalize none
+To go on with pre-training (spear_train), the student alone:
+    {source}student
+"""
+
+
+# --- For transformers -----------------------------------------------------------------
 
 
 def released_config(config: ZipformerConfig) -> dict[str, Any]:
@@ -165,12 +261,10 @@ def export_student(
         ),
     }
     weights = folder / "model.safetensors"
-    there = [p for p in (weights, *(folder / n for n in texts)) if p.exists()]
-    if there and not overwrite:
-        raise CheckpointError(f"{there[0]}: exists; choose another folder")
-    refuse_non_finite(model.state_dict(), source or name)
+    files = [weights, *(folder / file for file in texts)]
+    check_student(model, source or name, files, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {PREFIX + k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    state = {f"{RELEASED}.{k}": v for k, v in model.state_dict().items()}
     save_file(state, weights, metadata={"format": "pt"})
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")

@@ -1,31 +1,39 @@
-"""A student as one graph of tensors, which is run without this package.
+"""A module of tensors as one graph, in a file that is run without this package.
 
 A :class:`Network` is a module that takes and returns nothing but tensors, with what a
 graph of it needs to be told. Its graph holds for every batch and every length within
-the bounds; :mod:`hub.graph_files` writes it.
+the bounds. It is written as ONNX, torch.export's file, or TorchScript. Facts (rate,
+bounds, licence, hash of the weights, ...) travel inside: JSON under the key ``spear``
+of ONNX's metadata, or of the extra files of the others.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import json
+import logging
+import operator
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental import _config as fx_config
+from torch.fx.node import map_arg
 
-from espnet2_spear import __version__
-from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import UserError
-from espnet2_spear.hub.teacher import sha256_of_tensors
-from espnet2_spear.spear.student import MAX_SECONDS, SpearEncoder
-from espnet2_spear.zipformer.embed import MIN_FRAMES
-from espnet2_spear.zipformer.fbank import FRAME_SHIFT
 
 MAX_BATCH = 4096
+KEY = "spear"
+OPSET = 18
+PACKAGES = "pip install 'espnet2-spear[export]'"
+# Any of these multiplies 8-bit numbers faster than 32-bit ones.
+INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
 @dataclass(frozen=True)
@@ -85,125 +93,6 @@ class Network:
         return program
 
 
-class OfflineStudent(nn.Module):
-    """The student with tensors for results.
-
-    Args:
-        student: the network.
-        waveforms: whether it takes audio; else fbank.
-        layers: whose outputs are returned, counted from 0.
-    """
-
-    def __init__(
-        self, student: SpearEncoder, waveforms: bool, layers: Sequence[int]
-    ) -> None:
-        super().__init__()
-        self.student, self.waveforms, self.layers = student, waveforms, [*layers]
-
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        """Map audio (B, samples) or fbank (B, T, bins) and lengths (B,)."""
-        if self.waveforms:
-            x, lengths = self.student.compute_fbank(x, lengths)
-        out = self.student.encode(x, lengths, bool(self.layers))
-        hidden = [out.hidden_states[i] for i in self.layers]
-        lens = [out.hidden_states_lens] if hidden else []
-        return out.encoder_out, out.encoder_out_lens, *lens, *hidden
-
-
-def offline_student(
-    student: SpearEncoder,
-    waveforms: bool = True,
-    layers: Sequence[int] = (),
-    max_seconds: float = 60.0,
-) -> Network:
-    """Describe the graph of a student that is given whole utterances.
-
-    Args:
-        student: the network.
-        waveforms: take audio, with the fbank in the graph; False: take the fbank.
-        layers: hidden states wanted, from 0 or, negative, from the last.
-        max_seconds: longest utterance. Attention is not computed in blocks in a graph:
-            memory grows with its square.
-
-    Raises:
-        UserError: a layer that does not exist, or a bound out of range.
-    """
-    least, most = length_bounds(student, waveforms, max_seconds)
-    chosen = check_layers(layers, student.num_layers)
-    name = "audio" if waveforms else "fbank"
-    example = torch.zeros(2, min(most, least * 11))
-    if not waveforms:
-        example = example[..., None].repeat(1, 1, student.config.num_mel_bins)
-    lengths = torch.tensor([example.size(1), least])
-    return Network(
-        OfflineStudent(student, waveforms, chosen).eval(),
-        {name: example, "lengths": lengths},
-        output_names(chosen),
-        {name: (least, most)},
-        student_facts(student)
-        | {"kind": "student", "input": name, "layers": chosen}
-        | {"min_length": least, "max_length": most},
-    )
-
-
-def output_names(layers: Sequence[int]) -> list[str]:
-    """Names of a student's outputs."""
-    hidden = [f"hidden_{i:02d}" for i in layers]
-    return [
-        "encoder_out",
-        "encoder_out_lens",
-        *(["hidden_lens"] * bool(hidden)),
-        *hidden,
-    ]
-
-
-def student_facts(student: SpearEncoder) -> dict[str, Any]:
-    """What a graph's file says of its student."""
-    config = student.config
-    return {
-        "made_by": f"espnet2-spear {__version__}",
-        "sample_rate": SAMPLE_RATE,
-        "frame_rate": config.frame_rate,
-        "hidden_frame_rate": 50.0,
-        "num_mel_bins": config.num_mel_bins,
-        "dim": student.output_size(),
-        "num_layers": student.num_layers,
-        "padding": config.padding,
-        "weights_sha256": sha256_of_tensors(student.state_dict()),
-    }
-
-
-def length_bounds(
-    student: SpearEncoder, waveforms: bool, max_seconds: float
-) -> tuple[int, int]:
-    """Fewest and most samples, or fbank frames, of an utterance.
-
-    Raises:
-        UserError: a bound out of range.
-    """
-    if not 1 <= max_seconds <= MAX_SECONDS:
-        raise UserError(
-            f"--max_seconds {max_seconds:g}: from 1 to {MAX_SECONDS}, the longest "
-            "utterance that the graph is to take"
-        )
-    most = int(max_seconds * SAMPLE_RATE)
-    if waveforms:
-        return student.min_samples, most
-    return MIN_FRAMES, most // FRAME_SHIFT
-
-
-def check_layers(layers: Sequence[int], count: int) -> list[int]:
-    """Layers counted from 0.
-
-    Raises:
-        UserError: a layer that does not exist.
-    """
-    wrong = [i for i in layers if not -count <= i < count]
-    if wrong:
-        raise UserError(f"--layers {wrong}: the student has layers 0 to {count - 1}")
-    return [i % count for i in layers]
-
-
 class Positional(nn.Module):
     """Calls a module by position, however its arguments are called."""
 
@@ -229,3 +118,198 @@ def drop_assertions(graph_module: torch.fx.GraphModule) -> None:
                     part.graph.erase_node(node)
             part.graph.eliminate_dead_code()
             part.recompile()
+
+
+# --- Files ----------------------------------------------------------------------------
+
+
+def write_graph(
+    network: Network,
+    folder: Path,
+    form: str,
+    licence: str | None = None,
+    int8: bool = False,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write ``model.*`` into a folder, whole or not at all.
+
+    Args:
+        network: what the file computes.
+        folder: made if need be.
+        form: one of ``WRITERS``.
+        licence: of the weights.
+        int8: ONNX only: also write ``model.int8.onnx``. Weights of linear maps have 8
+            bits there, and their inputs become 8 bits as they come (dynamic
+            quantization).
+        overwrite: replace the files of an earlier export.
+
+    Returns:
+        the files; weights beyond 2 GB of ONNX lie beside them, in ``*.data``.
+
+    Raises:
+        UserError: such files are there, packages are missing, or the network cannot
+            be a graph.
+    """
+    if int8 and form != "onnx":
+        raise UserError(
+            f"--quantize int8 with --format {form}: torch keeps 8-bit weights in "
+            "objects of its own, which these files cannot hold; use --format onnx"
+        )
+    suffix, write = WRITERS[form]
+    names = [f"model{suffix}", *(["model.int8.onnx"] if int8 else [])]
+    there = [folder / name for name in names if (folder / name).exists()]
+    if there and not overwrite:
+        raise UserError(
+            f"{there[0]}: exists; choose another folder, or --overwrite true"
+        )
+    facts = network.facts | {"licence": licence}
+    if form == "onnx":
+        _need_onnx()
+        facts["opset"] = OPSET
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export", dir=folder) as work:
+        files = [Path(work) / name for name in names]
+        write(network, files[0], json.dumps(facts))
+        if int8:
+            _warn_of_slow_int8()
+            _quantize(*files, json.dumps(facts | {"quantized": "int8"}))
+        for file in [*Path(work).iterdir()]:
+            file.replace(folder / file.name)
+    return [folder / name for name in names]
+
+
+# --- ONNX -----------------------------------------------------------------------------
+
+
+def _need_onnx() -> None:
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--format onnx needs {error.name}: {PACKAGES}") from None
+
+
+def _write_onnx(network: Network, path: Path, facts: str) -> None:
+    made = torch.onnx.export(
+        network.program,
+        dynamo=True,
+        input_names=[*network.inputs],
+        output_names=network.outputs,
+        opset_version=OPSET,
+        verbose=False,
+    )
+    made.model.metadata_props[KEY] = facts
+    made.save(path)
+
+
+def _quantize(source: Path, path: Path, facts: str) -> None:
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    graph = onnx.load(source, load_external_data=False).graph
+    # Values of a power spectrum are too far apart for 8 bits.
+    mel = [n.name for n in graph.node if any(i.endswith(".fbank.mel") for i in n.input)]
+    large = source.stat().st_size > 2**30 or Path(f"{source}.data").exists()
+    quantize_dynamic(
+        source,
+        path,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        nodes_to_exclude=mel,
+        # Both factors unsigned: products of signed weights saturate at 16 bits on CPUs
+        # without VNNI, and results would differ from machine to machine.
+        weight_type=QuantType.QUInt8,
+        per_channel=True,
+        use_external_data_format=large,
+    )
+    model = onnx.load(path, load_external_data=False)
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {KEY: facts})
+    onnx.save(model, path)
+
+
+def _warn_of_slow_int8() -> None:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return
+    if not INT8_FLAGS & {*text.split()}:
+        logging.warning(
+            "--quantize int8: this CPU has no instructions for 8-bit products (VNNI, "
+            "ARM's dot product); the file computes the same here but no faster than "
+            "float32: leave --quantize out if it is to run on such machines"
+        )
+
+
+# --- Files of torch -------------------------------------------------------------------
+
+
+def _write_torch_export(network: Network, path: Path, facts: str) -> None:
+    torch.export.save(network.program, path, extra_files={KEY: facts})
+
+
+def _write_torchscript(network: Network, path: Path, facts: str) -> None:
+    script = torch.jit.freeze(torch.jit.script(_flat(network.program)).eval())
+    torch.jit.save(script, path, _extra_files={KEY: facts})
+
+
+def _flat(program: ExportedProgram) -> GraphModule:
+    """Return the graph without what TorchScript does not read.
+
+    That is names of weights with numbers in them, graphs within the graph (of
+    autocast, which is off), and functions of sizes that Python has by other names.
+    """
+    source = program.module(check_guards=False)
+    graph, weights = Graph(), nn.Module()
+    outputs = _copy(source, [], graph, weights, {})
+    graph.output(tuple(outputs))
+    graph.eliminate_dead_code()
+    return GraphModule(weights, graph)
+
+
+SIZES = {torch.sym_max: max, torch.sym_min: min, torch.sym_not: operator.not_}
+
+
+def _copy(
+    source: GraphModule, args: list[Node], graph: Graph, weights: nn.Module, names: dict
+) -> Any:
+    """Copy the nodes of a graph; return the nodes of its outputs."""
+    new: dict[Node, Any] = {}
+    for node in source.graph.nodes:
+        if node.op == "placeholder":
+            new[node] = args.pop(0) if args else graph.placeholder(node.name)
+        elif node.op == "output":
+            return map_arg(node.args[0], new.__getitem__)
+        elif node.op == "get_attr":
+            value = operator.attrgetter(node.target)(source)
+            if isinstance(value, GraphModule):
+                new[node] = value
+                continue
+            name = names.setdefault(id(value), f"weight{len(names)}")
+            weights.register_buffer(name, value.detach())
+            new[node] = graph.get_attr(name)
+        elif "wrap_with" in str(node.target):
+            inside = [isinstance(new.get(a), GraphModule) for a in node.args]
+            at = inside.index(True)
+            inner = [new[a] for a in node.args[at + 1 :]]
+            new[node] = _copy(new[node.args[at]], inner, graph, weights, names)
+        elif node.target is operator.getitem and not isinstance(
+            new[node.args[0]], Node
+        ):
+            new[node] = new[node.args[0]][node.args[1]]
+        else:
+            copied = graph.node_copy(node, new.__getitem__)
+            target = getattr(node.target, "overloadpacket", node.target)
+            copied.target = SIZES.get(target, target)
+            copied.kwargs = {
+                k: str(v) if isinstance(v, torch.device) else v
+                for k, v in copied.kwargs.items()
+            }
+            new[node] = copied
+    raise AssertionError("a graph without outputs")
+
+
+WRITERS: dict[str, tuple[str, Callable[[Network, Path, str], None]]] = {
+    "onnx": (".onnx", _write_onnx),
+    "torch_export": (".pt2", _write_torch_export),
+    "torchscript": (".ts", _write_torchscript),
+}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import CheckpointError, UserError
-from espnet2_spear.hub.graph import Network, length_bounds, student_facts
+from espnet2_spear.hub.graph import Network
+from espnet2_spear.hub.graph_student import length_bounds, student_facts
 from espnet2_spear.hub.load import LORA_FACTOR, read_checkpoint
 from espnet2_spear.hub.teacher import sha256_of_tensors
 
