@@ -20,7 +20,6 @@ from packaging.requirements import Requirement
 from espnet2_spear import __version__, autoload, registration
 from espnet2_spear._hook import DISABLE, disabled
 from espnet2_spear.errors import CheckpointError
-from espnet2_spear.hub.packed import describe
 
 REPORT_IT = "report it to the plugin with the versions printed above"
 
@@ -188,6 +187,8 @@ def check_task(report: Report, name: str) -> None:
 
 def check_model(report: Report, path: Path) -> None:
     """Whether a packed model can be opened here."""
+    from espnet2_spear.hub.packed import describe  # needs torch
+
     report.write(f"Model {path}")
     try:
         facts, lacking = describe(path)

@@ -49,8 +49,6 @@ def test_stacked_frames_are_neighbours(ckpt: Path, batch) -> None:
     torch.testing.assert_close(feats, expected[:, : feats.shape[1]])
     with pytest.raises(ValueError, match="stack=40"):
         SpearFrontend(ckpt=str(ckpt), stack=40)(*batch)
-    with pytest.raises(ValueError, match="at least 1"):
-        SpearFrontend(ckpt=str(ckpt), stack=0)
 
 
 def test_frozen_stays_frozen_and_in_eval(ckpt: Path, batch) -> None:
@@ -79,13 +77,6 @@ def test_a_missing_checkpoint_never_trains_a_random_student(ckpt, batch) -> None
     there = SpearFrontend(ckpt=str(ckpt))
     gone.load_state_dict(there.state_dict())
     torch.testing.assert_close(gone(*batch)[0], there(*batch)[0])
-
-
-def test_other_rates_and_architectures_are_refused(ckpt: Path) -> None:
-    with pytest.raises(ValueError, match="8000 Hz"):
-        SpearFrontend(fs="8k", ckpt=str(ckpt))
-    with pytest.raises(CheckpointError, match="differs"):
-        SpearFrontend(ckpt=str(ckpt), arch="mini")
 
 
 def test_reload_after_espnet_initialisation(ckpt: Path) -> None:

@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -228,19 +226,10 @@ print("done")
 def test_two_processes_freeze_and_unfreeze_alike(ckpt: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(DISTRIBUTED, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in "01":
-        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env |= {"WORLD_SIZE": "2", "RANK": rank, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(script), ckpt]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=env, **pipes))
-    for process in processes:
-        out, errors = process.communicate(timeout=300)
-        assert out.endswith("done\n"), errors
+    cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    cmd += ["--local_addr", "127.0.0.1", "--nproc_per_node", "2", str(script), ckpt]
+    done = subprocess.run(cmd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr
 
 
 def test_masks_are_for_training(ckpt: str, batch) -> None:
@@ -259,9 +248,6 @@ def test_masks_are_for_training(ckpt: str, batch) -> None:
     tuned = SpearFrontend(ckpt=ckpt, mask={}, freeze=False).train()
     tuned(*batch)[0].square().sum().backward()
     assert tuned.upstream.mask_emb.grad is not None
-    for bad in ({"prob": 1}, {"time_prob": 1.5}, {"time_span": 0}):
-        with pytest.raises(ValueError, match="mask"):
-            SpearFrontend(ckpt=ckpt, mask=bad)
 
 
 def test_chunks_equal_the_whole_if_the_context_reaches(ckpt: str) -> None:
@@ -300,8 +286,6 @@ def test_chunks_bound_what_the_student_sees(ckpt: str, monkeypatch) -> None:
     sizes.clear()
     frontend.train()(speech, lengths)
     assert len(sizes) == 1
-    with pytest.raises(ValueError, match="chunk_seconds 0"):
-        SpearFrontend(ckpt=ckpt, chunk_seconds=0)
 
 
 def test_two_hours(ckpt: str) -> None:
@@ -338,8 +322,6 @@ def test_own_precision_under_disabled_autocast(ckpt: str, batch, dtype) -> None:
     assert feats.dtype == torch.float32
     error = (feats - expected).norm() / expected.norm()
     assert 1e-5 < error < 0.03
-    with pytest.raises(ValueError, match="float8"):
-        SpearFrontend(ckpt=ckpt, amp_dtype="float8")
 
 
 def test_logmel_is_joined_frame_by_frame(ckpt: str, batch) -> None:
@@ -357,8 +339,6 @@ def test_logmel_is_joined_frame_by_frame(ckpt: str, batch) -> None:
     assert added.output_size() == 32
     added(*batch)[0].square().sum().backward()
     assert added.logmel.project.weight.grad.abs().max() > 0
-    with pytest.raises(ValueError, match="sum"):
-        SpearFrontend(ckpt=ckpt, logmel="sum")
 
 
 def test_bad_audio_is_refused(ckpt: str, batch) -> None:
@@ -379,10 +359,19 @@ def test_bad_audio_is_refused(ckpt: str, batch) -> None:
     [
         ({"freeze": False, "freeze_steps": 5}, "freeze_steps 5 with freeze False"),
         ({"freeze_steps": 0}, "at least 1"),
-        ({"pool": 0}, "pool is 0"),
+        ({"pool": 0}, "pool is 0; at least 1"),
+        ({"stack": 0}, "stack is 0; at least 1"),
         ({"stack": 1.5}, "stack is 1.5"),
         ({"layer": 3}, "3 layers"),
         ({"fs": "44.1k"}, "not 44100 Hz"),
+        ({"fs": "8k"}, "not 8000 Hz"),
+        ({"arch": "mini"}, "architecture differs"),
+        ({"mask": {"prob": 1}}, "mask"),
+        ({"mask": {"time_prob": 1.5}}, "mask"),
+        ({"mask": {"time_span": 0}}, "mask"),
+        ({"chunk_seconds": 0}, "chunk_seconds 0"),
+        ({"amp_dtype": "float8"}, "float8"),
+        ({"logmel": "sum"}, "logmel 'sum'"),
     ],
 )
 def test_options_out_of_range(ckpt: str, options: dict, message: str) -> None:

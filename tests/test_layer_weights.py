@@ -88,23 +88,14 @@ def test_a_lost_checkpoint_leaves_the_weights(tmp_path: Path) -> None:
     assert "-" in spear_layer_weights.table(layers)
 
 
-@pytest.mark.parametrize(
-    ("state", "conf", "message"),
-    [
-        (None, {"layer": 1}, "frontend_conf.layer is 1"),
-        ({"encoder.weight": torch.zeros(3)}, {}, "model.pth: holds 0 tensors"),
-    ],
-)
-def test_models_without_weights(tmp_path, state, conf, message) -> None:
-    files = write_model(tmp_path, state, **conf)
-    with pytest.raises(WeightsError, match=message):
-        main([str(f) for f in files])
-
-
-def test_other_files(tmp_path: Path) -> None:
-    config, model = write_model(tmp_path)
+def test_models_without_weights(tmp_path: Path) -> None:
+    layer = write_model(tmp_path / "layer", layer=1)
+    other = write_model(tmp_path / "other", {"encoder.weight": torch.zeros(3)})
+    config, model = write_model(tmp_path / "default")
     config.write_text("frontend: default\n", encoding="utf-8")
     for words, message in (
+        (layer, "frontend_conf.layer is 1"),
+        (other, "model.pth: holds 0 tensors"),
         ([config, model], "no configuration with frontend: spear"),
         ([model], "is no packed model"),
         ([tmp_path / "gone.zip"], "no such file"),

@@ -109,10 +109,7 @@ def damaged(state: State, damage: str) -> State:
         ("extra", "encoder.encoders.[0-9]+"),
         ("misshapen", r"encoder_embed.out.bias has shape \(31,\), expected \(32,\)"),
         ("integers", "mask_emb holds torch.int32"),
-        (
-            "no anchor",
-            "not a SPEAR checkpoint: download the file again, or pass a SPEAR",
-        ),
+        ("no anchor", "found 0 tensors .* not a SPEAR checkpoint"),
         ("no stack", r"missing encoder\.encoders"),
     ],
 )
@@ -121,9 +118,12 @@ def test_damage_is_named(tmp_path, state, damage, message, with_config) -> None:
     if with_config:
         conf = {k: v for k, v in SMALL.to_dict().items() if v is not None}
         (tmp_path / "config.json").write_text(json.dumps(conf))
-    with pytest.raises(CheckpointError, match=message) as error:
+    remedy = "download the file again, or pass a SPEAR"
+    if with_config and damage != "no anchor":
+        remedy = "take the config.json that belongs"
+    with pytest.raises(CheckpointError, match=f"model.safetensors: .*{message}") as e:
         load_model(path)
-    assert "model.safetensors" in str(error.value)
+    assert remedy in str(e.value)
 
 
 def test_configuration_and_tensors_contradict_each_other(tmp_path, state) -> None:
@@ -193,17 +193,6 @@ def test_which_file_is_meant(tmp_path, state) -> None:
         torch.save(icefall(state), tmp_path / name)
     with pytest.raises(CheckpointError, match="epoch-1.pt, epoch-2.pt.*name one"):
         load_model(tmp_path)
-
-
-def test_what_does_not_fit_has_a_remedy(tmp_path, state) -> None:
-    path = write(tmp_path, "safetensors", damaged(state, "misshapen"))
-    with pytest.raises(
-        CheckpointError, match="shape.*; download the file again, or pass"
-    ):
-        load_model(path)
-    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict()))
-    with pytest.raises(CheckpointError, match="take the config.json that belongs"):
-        load_model(path)
 
 
 def test_low_precision_is_told(tmp_path, state, caplog) -> None:

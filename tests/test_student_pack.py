@@ -18,8 +18,9 @@ from student_files import write_student
 
 from espnet2_spear import load_model
 from espnet2_spear.bin import spear_pack, spear_upload
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.pack import PackError
-from espnet2_spear.hub.packed import FORMAT, STAMP, UnpackError
+from espnet2_spear.hub.packed import FORMAT, STAMP
 
 
 @pytest.fixture
@@ -179,5 +180,5 @@ def test_upload_refuses(tmp_path: Path, exp: Path, capsys) -> None:
     with pytest.raises(FileNotFoundError, match="run stage 8"):
         spear_upload.main(["--packed", "gone.zip", "--repo_id", "a/b"])
     (tmp_path / "bad.zip").write_bytes(packed.read_bytes()[:-100])
-    with pytest.raises(UnpackError, match="bad.zip: .*cut off"):
+    with pytest.raises(CheckpointError, match="bad.zip: .*cut off"):
         spear_upload.main(["--packed", str(tmp_path / "bad.zip"), "--repo_id", "a/b"])

@@ -1,70 +1,42 @@
 """A packed recognizer stands alone: no checkpoint of the student, no training tree."""
 
+import shutil
+
 import pytest
 import soundfile
 import torch
 import yaml
+from student_files import TOKENS, write_student
 
 from espnet2_spear import load_model
 from espnet2_spear.bin import spear_demo, task_pack
 from espnet2_spear.hub.packed import describe, unpack_model
-from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 
 @pytest.fixture
 def student(tmp_path):
     """Folder of a randomly initialised student, in our own layout."""
-    folder = tmp_path / "student"
-    folder.mkdir()
-    torch.manual_seed(0)
-    model = SpearEncoder(ZipformerConfig.from_name("tiny"))
-    state = {f"student.{k}": v for k, v in model.state_dict().items()}
-    torch.save(state, folder / "valid.loss.ave.pth")
-    conf = {"student": "tiny", "student_conf": {}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(conf))
-    return folder
+    return write_student(tmp_path / "student").parent
 
 
 def test_checkpoint_gives_way_to_architecture(student, tmp_path):
-    frontend_conf = {"ckpt": str(student), "freeze": False}
-    config = {"frontend": "spear", "frontend_conf": frontend_conf, "init_param": ["x"]}
-    new = task_pack.self_contained(config, tmp_path / "config.yaml")
-    arch = new["frontend_conf"].pop("arch")
-    assert new["frontend_conf"] == {"freeze": False}
-    assert new["init_param"] == []
-    # Through YAML, as in the packed file.
-    arch = yaml.safe_load(yaml.safe_dump(arch))
-    assert ZipformerConfig.build(arch) == ZipformerConfig.from_name("tiny")
-    assert frontend_conf["ckpt"] == str(student), "the caller's config was changed"
+    def packed(conf, frontend="spear"):
+        config = {"frontend": frontend, "frontend_conf": conf, "init_param": ["x"]}
+        new = task_pack.self_contained(config, tmp_path / "config.yaml")
+        assert new["init_param"] == [] and config["frontend_conf"] is conf
+        return yaml.safe_load(yaml.safe_dump(new["frontend_conf"]))  # as in the file
 
-
-def test_other_frontends_are_left_alone(tmp_path):
-    config = {"frontend": "default", "frontend_conf": {"n_mels": 80}, "init_param": []}
-    assert task_pack.self_contained(config, tmp_path) == config
-
-
-def test_lost_checkpoint(tmp_path):
-    conf = {"ckpt": str(tmp_path / "gone"), "arch": "tiny"}
-    config = {"frontend": "spear", "frontend_conf": conf}
-    new = task_pack.self_contained(config, tmp_path / "config.yaml")
-    assert new["frontend_conf"] == {"arch": "tiny"}
-    del conf["arch"]
+    conf = {"ckpt": str(student), "freeze": False}
+    new = packed(conf)
+    assert ZipformerConfig.build(new.pop("arch")) == ZipformerConfig.from_name("tiny")
+    assert new == {"freeze": False}
+    assert conf["ckpt"] == str(student), "the caller's config was changed"
+    assert packed({"n_mels": 80}, "default") == {"n_mels": 80}
+    gone = {"ckpt": str(tmp_path / "gone")}
+    assert packed({**gone, "arch": "tiny"}) == {"arch": "tiny"}
     with pytest.raises(task_pack.PackError, match="config.yaml.*gone is gone.*arch"):
-        task_pack.self_contained(config, tmp_path / "config.yaml")
-
-
-def test_state_without_student(tmp_path):
-    path = tmp_path / "model.pth"
-    torch.save({"ctc.ctc_lo.bias": torch.zeros(3)}, path)
-    with pytest.raises(task_pack.PackError, match="model.pth.*frontend.upstream"):
-        task_pack.check_weights({"frontend": "spear"}, path)
-
-
-def test_not_trained_yet(tmp_path):
-    cmd = ["--train_config", str(tmp_path / "c.yaml"), "--model_file", "m.pth"]
-    with pytest.raises(task_pack.PackError, match="c.yaml: no such file; train"):
-        task_pack.main([*cmd, "--outpath", str(tmp_path / "x.zip")])
+        packed(gone)
 
 
 def write_recipe(folder, data):
@@ -134,10 +106,16 @@ def test_everything_opens_elsewhere(tmp_path, monkeypatch, suffix):
 @pytest.mark.parametrize(
     "change, words, message",
     [
-        ({"bpemodel": "data/x.model"}, [], r"data/x.model: no such file, .*bpemodel"),
-        ({}, ["--lm_file", "exp/lm_x/valid.loss.ave.pth"], "give both, or none"),
-        ({}, ["--option", "gone.txt"], "gone.txt: no such file"),
-        ({}, ["--outpath", "p.rar"], "p.rar: .*name it xxx.zip"),
+        ({"bpemodel": "data/x.model"}, "", r"data/x.model: no such file, .*bpemodel"),
+        ({}, "--lm_file exp/lm_x/valid.loss.ave.pth", "give both, or none"),
+        ({}, "--option gone.txt", "gone.txt: no such file"),
+        ({}, "--outpath p.rar", "p.rar: .*name it xxx.zip"),
+        ({}, "--train_config c.yaml", "c.yaml: no such file; train"),
+        (
+            {},
+            "--model_file exp/lm_x/valid.loss.ave.pth",
+            "ave.pth: holds no weights of frontend.upstream",
+        ),
     ],
 )
 def test_what_cannot_be_packed(tmp_path, monkeypatch, change, words, message):
@@ -148,7 +126,7 @@ def test_what_cannot_be_packed(tmp_path, monkeypatch, change, words, message):
     cmd = ["--train_config", "exp/asr_x/train.yaml", "--outpath", "p.zip"]
     cmd += ["--model_file", "exp/asr_x/valid.acc.ave.pth"]
     with pytest.raises(task_pack.PackError, match=message):
-        task_pack.main([*cmd, *words])
+        task_pack.main([*cmd, *words.split()])
     assert not list(tmp_path.glob("recipe/*p.*"))
 
 
@@ -165,22 +143,63 @@ def zoo(tmp_path, monkeypatch):
     return make
 
 
-def train(task, folder, config, monkeypatch):
-    """Initialise a model of an ESPnet task and leave what training leaves."""
-    folder.mkdir(parents=True)
-    source = folder / "train.yaml"
-    source.write_text(yaml.safe_dump(config))
-    args = task.get_parser().parse_args(
-        ["--config", str(source), "--output_dir", str(folder)]
-    )
-    torch.manual_seed(1)
-    model = task.build_model(args)
-    (folder / "config.yaml").write_text(yaml.safe_dump(vars(args)))
-    torch.save(model.state_dict(), folder / "model.pth")
-    return ["--train_config", str(folder / "config.yaml")] + [
-        "--model_file",
-        str(folder / "model.pth"),
-    ]
+SMALL = {"output_size": 8, "attention_heads": 2, "linear_units": 8, "num_blocks": 1}
+TASKS = {
+    "asr": {
+        "encoder": "rnn",
+        "encoder_conf": {"num_layers": 1, "hidden_size": 8, "output_size": 8},
+        "decoder": None,
+        "model_conf": {"ctc_weight": 1.0},
+        "token_type": "char",
+        "token_list": TOKENS,
+    },
+    "spk": {
+        "encoder": "identity",
+        "pooling": "mean",
+        "projector": "ska_tdnn",
+        "projector_conf": {"output_size": 8},
+        "loss": "aamsoftmax",
+        "loss_conf": {"margin": 0.2, "scale": 30},
+        "spk_num": 3,
+    },
+    "cls": {
+        "encoder": "transformer",
+        "encoder_conf": {**SMALL, "input_layer": "linear"},
+        "decoder": "linear",
+        "model_conf": {"classification_type": "multi-class"},
+        "token_list": ["dog", "cat", "cow", "<unk>"],
+    },
+}
+SPEECH = torch.randn(32000, generator=torch.Generator().manual_seed(2)).numpy()
+
+
+class Trained:
+    """A model of an ESPnet task, initialised, with what training leaves."""
+
+    def __init__(self, task, name, student):
+        self.folder, self.student, self.name = student.parent / "exp/x", student, name
+        self.folder.mkdir(parents=True)
+        frontend = {"ckpt": str(student), "padding": "exact"}
+        config = {"frontend": "spear", "frontend_conf": frontend, "normalize": None}
+        self.files = [self.folder / "config.yaml", self.folder / "model.pth"]
+        self.files[0].write_text(
+            yaml.safe_dump({**config, "specaug": None, **TASKS[name]})
+        )
+        args = task.get_parser().parse_args(
+            ["--config", str(self.files[0]), "--output_dir", str(self.folder)]
+        )
+        torch.manual_seed(1)
+        model = task.build_model(args)
+        self.files[0].write_text(yaml.safe_dump(vars(args)))
+        torch.save(model.state_dict(), self.files[1])
+
+    def pack(self, outpath, *words):
+        """Pack it, and delete training folder and student."""
+        cmd = ["--task", self.name, "--train_config", str(self.files[0])]
+        cmd += ["--model_file", str(self.files[1]), *map(str, words)]
+        task_pack.main([*cmd, "--outpath", str(outpath)])
+        shutil.rmtree(self.folder)
+        shutil.rmtree(self.student)
 
 
 @pytest.mark.second_env
@@ -190,41 +209,21 @@ def test_pack_unpack_decode(student, tmp_path, monkeypatch, zoo, inside):
 
     Packed in the recipe's folder, and from elsewhere.
     """
-    import shutil
-
     from espnet2.bin.asr_inference import Speech2Text
     from espnet2.tasks import asr
-    from espnet2.tasks.asr import ASRTask
-
-    import espnet2_spear  # noqa: F401  (registers the frontend)
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path if inside else tmp_path / "elsewhere")
-    exp = tmp_path / "exp/asr_x"
-    config = {
-        "frontend": "spear",
-        "frontend_conf": {"ckpt": str(student), "freeze": True},
-        "normalize": None,
-        "encoder": "rnn",
-        "encoder_conf": {"num_layers": 1, "hidden_size": 8, "output_size": 8},
-        "decoder": None,
-        "model_conf": {"ctc_weight": 1.0},
-        "token_type": "char",
-        "token_list": ["<blank>", "<unk>", "<space>", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
-        + ["<sos/eos>"],
-    }
-    cmd = train(ASRTask, exp, config, monkeypatch)
+    trained = Trained(asr.ASRTask, "asr", student)
     decoding = {"ctc_weight": 1.0, "lm_weight": 0.0, "beam_size": 2}
-    speech = torch.randn(16000, generator=torch.Generator().manual_seed(2)).numpy()
-    before = Speech2Text(cmd[1], cmd[3], **decoding)
-    expected = before.asr_model.encode(*_batch(speech))[0]
-
-    (exp / "RESULTS.md").write_text("# RESULTS\n\n|set|WER|\n|---|---|\n|x|12.3|\n")
-    cmd += ["--results", str(exp / "RESULTS.md"), "--language", "en"]
-    task_pack.main([*cmd, "--datasets", "corpus", "--outpath", str(tmp_path / "p.zip")])
-    packed = shutil.move(tmp_path / "p.zip", tmp_path / "elsewhere/packed.zip")
-    shutil.rmtree(tmp_path / "exp")
-    shutil.rmtree(student)
+    batch = torch.tensor(SPEECH)[None], torch.tensor([len(SPEECH)])
+    before = Speech2Text(*trained.files, **decoding)
+    expected = before.asr_model.encode(*batch)[0]
+    results = trained.folder / "RESULTS.md"
+    results.write_text("# RESULTS\n\n|set|WER|\n|---|---|\n|x|12.3|\n")
+    words = ("--results", results, "--language", "en", "--datasets", "corpus")
+    packed = tmp_path / "elsewhere/packed.zip"
+    trained.pack(packed, *words)
     monkeypatch.chdir(tmp_path / "elsewhere")
     unpacked = zoo("cache").unpack_local_file("packed.zip")
     assert all(str(tmp_path / "elsewhere") in path for path in unpacked.values())
@@ -234,11 +233,11 @@ def test_pack_unpack_decode(student, tmp_path, monkeypatch, zoo, inside):
         Speech2Text(**unpack_model(packed, tmp_path / "ours"), **decoding),
     ]
     for after in models:
-        torch.testing.assert_close(after.asr_model.encode(*_batch(speech))[0], expected)
-    assert isinstance(models[0](speech)[0][0], str)
+        torch.testing.assert_close(after.asr_model.encode(*batch)[0], expected)
+    assert isinstance(models[0](SPEECH)[0][0], str)
     # The page in the browser opens it, too.
     transcribe = spear_demo.open_recognizer(packed, tmp_path / "page")
-    assert isinstance(transcribe(speech), str)
+    assert isinstance(transcribe(SPEECH), str)
     (card,) = (tmp_path / "ours").rglob("README.md")
     text = card.read_text()
     head = yaml.safe_load(text.split("---")[1])
@@ -250,7 +249,7 @@ def test_pack_unpack_decode(student, tmp_path, monkeypatch, zoo, inside):
         "<details><summary>configuration" in text and "@article{yang2025spear" in text
     )
     # The demo of the card runs as it is, but for the model's name.
-    soundfile.write("speech.wav", speech, 16000)
+    soundfile.write("speech.wav", SPEECH, 16000)
     demo = text.split("```python\n")[1].split("```")[0]
     names: dict = {}
     exec(demo.replace('"USER/NAME"', repr(str(packed))), names)
@@ -262,36 +261,15 @@ def test_pack_unpack_decode(student, tmp_path, monkeypatch, zoo, inside):
 
 
 def test_pack_speaker_embedder(student, tmp_path, monkeypatch, zoo):
-    """Another task: other names of arguments, another card."""
-    import shutil
-
     from espnet2.bin.spk_inference import Speech2Embedding
     from espnet2.tasks.spk import SpeakerTask
 
-    import espnet2_spear  # noqa: F401
-
     monkeypatch.chdir(tmp_path)
-    config = {
-        "frontend": "spear",
-        "frontend_conf": {"ckpt": str(student), "padding": "exact"},
-        "normalize": None,
-        "specaug": None,
-        "encoder": "identity",
-        "pooling": "mean",
-        "projector": "ska_tdnn",
-        "projector_conf": {"output_size": 8},
-        "loss": "aamsoftmax",
-        "loss_conf": {"margin": 0.2, "scale": 30},
-        "spk_num": 3,
-    }
-    cmd = train(SpeakerTask, tmp_path / "exp/spk_x", config, monkeypatch)
-    speech = torch.randn(32000, generator=torch.Generator().manual_seed(2)).numpy()
-    expected = Speech2Embedding(cmd[1], cmd[3])(speech)
-    task_pack.main(["--task", "spk", *cmd, "--outpath", "packed.tgz"])
-    shutil.rmtree("exp")
-    shutil.rmtree(student)
+    trained = Trained(SpeakerTask, "spk", student)
+    expected = Speech2Embedding(*trained.files)(SPEECH)
+    trained.pack("packed.tgz")
     after = Speech2Embedding.from_pretrained("packed.tgz")
-    torch.testing.assert_close(after(speech), expected)
+    torch.testing.assert_close(after(SPEECH), expected)
     unpack_model("packed.tgz", "ours")
     (card,) = (tmp_path / "ours").rglob("README.md")
     assert "- speaker-recognition" in card.read_text()
@@ -302,41 +280,15 @@ def test_pack_speaker_embedder(student, tmp_path, monkeypatch, zoo):
 def test_pack_classifier(student, tmp_path, monkeypatch, zoo):
     """And what the page in the browser makes of it."""
     pytest.importorskip("torcheval")
-    import shutil
-
     from espnet2.bin.cls_inference import Classification
     from espnet2.tasks.cls import CLSTask
 
-    import espnet2_spear  # noqa: F401
-
     monkeypatch.chdir(tmp_path)
-    config = {
-        "frontend": "spear",
-        "frontend_conf": {"ckpt": str(student), "padding": "exact"},
-        "normalize": None,
-        "specaug": None,
-        "encoder": "transformer",
-        "encoder_conf": {"output_size": 8, "attention_heads": 2, "linear_units": 8}
-        | {"num_blocks": 1, "input_layer": "linear"},
-        "decoder": "linear",
-        "model_conf": {"classification_type": "multi-class"},
-        "token_list": ["dog", "cat", "cow", "<unk>"],
-    }
-    cmd = train(CLSTask, tmp_path / "exp/cls_x", config, monkeypatch)
-    speech = torch.randn(32000, generator=torch.Generator().manual_seed(2)).numpy()
-    expected = Classification(cmd[1], cmd[3])(speech)
-    task_pack.main(["--task", "cls", *cmd, "--outpath", "packed.zip"])
-    shutil.rmtree("exp")
-    shutil.rmtree(student)
+    trained = Trained(CLSTask, "cls", student)
+    expected = Classification(*trained.files)(SPEECH)
+    trained.pack("packed.zip")
     files = zoo("cache").unpack_local_file("packed.zip")
-    after = Classification(**files)(speech)
-    torch.testing.assert_close(after[1], expected[1])
-    tags = spear_demo.open_classifier("packed.zip", tmp_path / "page")(speech)
-    assert sorted(tags) == ["cat", "cow", "dog"]
-    for name, score in tags.items():
-        index = config["token_list"].index(name)
-        assert abs(score - float(expected[1][index])) < 1e-6
-
-
-def _batch(speech):
-    return torch.tensor(speech)[None], torch.tensor([len(speech)])
+    torch.testing.assert_close(Classification(**files)(SPEECH)[1], expected[1])
+    tags = spear_demo.open_classifier("packed.zip", tmp_path / "page")(SPEECH)
+    scores = dict(zip(TASKS["cls"]["token_list"], expected[1].tolist(), strict=False))
+    assert tags == pytest.approx({k: scores[k] for k in ("cat", "cow", "dog")})

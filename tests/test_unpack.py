@@ -18,7 +18,6 @@ from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub import packed as models
-from espnet2_spear.hub.packed import Limits, UnpackError
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
@@ -62,11 +61,11 @@ def write(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def refused(path: Path, match: str, limits: Limits | None = None) -> None:
+def refused(path: Path, match: str) -> None:
     """It is refused by a message that names it, and nothing appears anywhere."""
     before = sorted(path.parent.rglob("*"))
-    with pytest.raises(UnpackError, match=match) as error:
-        models.unpack(path, path.parent / "out", limits)
+    with pytest.raises(CheckpointError, match=match) as error:
+        models.unpack(path, path.parent / "out")
     assert str(path) in str(error.value)
     assert sorted(path.parent.rglob("*")) == before
 
@@ -114,33 +113,34 @@ def test_links_and_devices(tmp_path: Path) -> None:
         refused(tmp_path / "m.tgz", f"'exp/odd' is a {word}")
 
 
-def test_limits(tmp_path: Path) -> None:
+def test_limits_and_what_is_there(tmp_path: Path, monkeypatch) -> None:
+    for suffix in (".zip", ".tgz"):
+        bomb = write(tmp_path / f"b{suffix}", {"a": bytes(80 << 20)})
+        refused(bomb, "over 100 times its size")
+        bomb.unlink()
     packed = write(tmp_path / "m.zip", {"a": b"1" * 1000, "b": b"2" * 1000})
-    refused(packed, "more than 1 members", Limits(members=1))
-    refused(packed, "more than 1500 bytes", Limits(total_bytes=1500))
-    bomb = write(tmp_path / "b.zip", {"a": bytes(80 << 20)})
-    refused(bomb, "over 100 times its size")
-    bomb.unlink()
-    bomb = write(tmp_path / "b.tgz", {"a": bytes(80 << 20)})
-    refused(bomb, "over 100 times its size")
+    monkeypatch.setattr(models, "MAX_BYTES", 1500)
+    refused(packed, "more than 1500 bytes")
+    monkeypatch.setattr(models, "MAX_MEMBERS", 1)
+    refused(packed, "more than 1 members")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a").write_text("mine")
+    refused(packed, "is not empty")
 
 
-def test_headers_that_lie_about_sizes(tmp_path: Path) -> None:
-    """The zip says 10 bytes in both of its headers, and holds 100 000."""
+def test_headers_that_lie(tmp_path: Path) -> None:
+    """The zip says 10 bytes in both of its headers, and holds 100 000; a name twice."""
     path = write(tmp_path / "m.zip", {"a": b"1" * 100_000})
     content = path.read_bytes()
     real = (100_000).to_bytes(4, "little")
     assert content.count(real) == 2
     path.write_bytes(content.replace(real, (10).to_bytes(4, "little")))
     refused(path, "corrupt")
-
-
-def test_the_same_name_twice(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "m.zip", "w") as file:
+    with zipfile.ZipFile(path, "w") as file:
         file.writestr("a", "1")
         with pytest.warns(UserWarning, match="Duplicate"):
             file.writestr("a", "2")
-    refused(tmp_path / "m.zip", "'a' is in it twice")
+    refused(path, "'a' is in it twice")
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tgz"])
@@ -155,13 +155,6 @@ def test_corrupt_archives(tmp_path: Path, suffix: str) -> None:
         refused(path, "corrupt|is empty")
         with pytest.raises(CheckpointError, match=f"m{suffix}"):
             load_model(path)
-
-
-def test_target_is_not_overwritten(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.zip", {"a": b"1"})
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/a").write_text("mine")
-    refused(path, "is not empty")
 
 
 class Exploit:
@@ -181,9 +174,7 @@ def test_code_in_weights_is_not_executed(tmp_path: Path) -> None:
         members = student_members(**{"exp/x/m.pth": content})
         packed = write(tmp_path / "m.zip", members)
         for open_it in (load_model, lambda p: models.unpack_model(p, tmp_path / "o")):
-            with pytest.raises(
-                CheckpointError, match="m.zip: m.pth.*more than tensors"
-            ):
+            with pytest.raises(CheckpointError, match="m.zip: .*m.pth: .*(code|read)"):
                 open_it(packed)
         assert not (tmp_path / "executed").exists() and not (tmp_path / "o").exists()
     # Where it is trusted the exploit works.
@@ -232,20 +223,28 @@ def test_other_models_and_bad_tables(tmp_path: Path) -> None:
         load_model(other)
     for value in ("../m.pth", "/etc/passwd", "exp/x/gone.pth"):
         odd = meta(yaml_files={"train_config": config}, files={"model_file": value})
-        with pytest.raises(UnpackError, match="which is not in it"):
+        with pytest.raises(CheckpointError, match="which is not in it"):
             load_model(odd)
-    with pytest.raises(UnpackError, match="no table 'files'"):
+    with pytest.raises(CheckpointError, match="no table 'files'"):
         load_model(meta(yaml_files={}))
     members = student_members()
     del members["meta.yaml"]
-    with pytest.raises(UnpackError, match="holds no meta.yaml.*no packed model"):
+    with pytest.raises(CheckpointError, match="holds no meta.yaml.*no packed model"):
         load_model(write(tmp_path / "m.zip", members))
-    members = student_members(**{config: b"a: &a\n  b: *a\n"})
-    with pytest.raises(UnpackError, match="never ends"):
-        load_model(write(tmp_path / "m.zip", members))
+
+
+def test_configurations_that_grow(tmp_path: Path) -> None:
+    """Aliases of YAML that hold themselves, or double sixty times."""
+    endless = write(
+        tmp_path / "a.zip", student_members(**{"exp/x/config.yaml": b"a: &a [*a]"})
+    )
+    with pytest.raises(CheckpointError, match="a.zip: .* never ends"):
+        models.unpack_model(endless, tmp_path / "out")
     lines = ["x0: &x0 [1, 1]"]
     lines += [f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 60)]
     bomb = "\n".join(lines).encode()
-    members = student_members(**{config: bomb})
-    with pytest.raises(CheckpointError, match="not the configuration of a SPEAR"):
-        load_model(write(tmp_path / "m.zip", members))
+    packed = write(tmp_path / "b.zip", student_members(**{"exp/x/config.yaml": bomb}))
+    models.unpack_model(packed, tmp_path / "out")
+    for path in (endless, packed):
+        with pytest.raises(CheckpointError, match="not the configuration of a SPEAR"):
+            load_model(path)

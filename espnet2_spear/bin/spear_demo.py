@@ -19,13 +19,13 @@ from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
 from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.hub.inspection import (
-    TeacherTokens,
     TokenSource,
     fbank_picture,
     inspect_recording,
     open_heads,
     similarity,
     similarity_picture,
+    teacher_tokens,
     token_picture,
 )
 from espnet2_spear.hub.load import load_model
@@ -78,17 +78,14 @@ def open_sources(args: argparse.Namespace) -> dict[str, TokenSource]:
         DemoError: a malformed --teachers.
         CheckpointError, TeacherError, QuantizerError: files that cannot be opened.
     """
-    sources: dict[str, TokenSource] = {}
-    for name, source in open_heads(args.model).items():
-        source.head.to(args.device)
-        sources[name] = source
+    sources = open_heads(args.model)
     for word in args.teachers:
         name, equals, files = word.partition("=")
         config, colon, quantizer = files.rpartition(":")
         if not (equals and colon):
             raise DemoError(f"--teachers {word}: must be NAME=YAML:QUANTIZER")
         teacher = build_teacher(*load_teacher_config(config)).to(args.device)
-        sources[f"{name} (teacher)"] = TeacherTokens(
+        sources[f"{name} (teacher)"] = teacher_tokens(
             teacher, load_quantizer(quantizer).to(args.device)
         )
     return sources
@@ -100,7 +97,7 @@ def open_recognizer(
     """Open a packed recognizer; samples in, text out.
 
     Raises:
-        UnpackError, DemoError: no packed recognizer.
+        CheckpointError, DemoError: no packed recognizer.
     """
     files = unpack_model(packed, folder)
     if "asr_train_config" not in files:
@@ -124,7 +121,7 @@ def open_classifier(
     """Open a packed classifier; samples in, probabilities of its classes out.
 
     Raises:
-        UnpackError, DemoError: no packed classifier.
+        CheckpointError, DemoError: no packed classifier.
     """
     files = unpack_model(packed, folder)
     if "classification_train_config" not in files:

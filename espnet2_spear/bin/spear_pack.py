@@ -7,9 +7,14 @@ import argparse
 from typing import Any
 
 from espnet2_spear.fileio.explain import main_with_one_line_errors
-from espnet2_spear.hub.card import REPO, Card
 from espnet2_spear.hub.load import load_model
-from espnet2_spear.hub.pack import add_pack_arguments, check_files, pack_model
+from espnet2_spear.hub.pack import (
+    REPO,
+    Card,
+    add_pack_arguments,
+    check_files,
+    pack_model,
+)
 from espnet2_spear.hub.tensors import read_settings
 from espnet2_spear.zipformer.config import ZipformerConfig
 

@@ -11,16 +11,10 @@ from pathlib import Path
 
 from espnet2.utils.types import str2bool
 
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.fileio.explain import main_with_one_line_errors
-from espnet2_spear.hub.card import REPO
-from espnet2_spear.hub.pack import CARD
-from espnet2_spear.hub.packed import (
-    UnpackError,
-    check_stamp,
-    check_weights,
-    model_files,
-    unpack,
-)
+from espnet2_spear.hub.pack import CARD, REPO
+from espnet2_spear.hub.packed import check_weights, read_packed, unpack
 
 _REPO_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
@@ -40,16 +34,14 @@ def prepare(packed: Path, folder: Path, repo_id: str) -> dict[str, bytes | Path]
         path in the repository -> content, or the file that holds it.
 
     Raises:
-        UnpackError: unsafe or corrupt, no packed model, or no card in it.
+        CheckpointError: unsafe or corrupt, no packed model, or no card in it.
     """
-    files = unpack(packed, folder)
-    configs, weights = model_files(packed, folder)
-    check_stamp(packed, folder)
-    for path in weights.values():
-        check_weights(packed, path)
+    unpack(packed, folder)
+    check_weights(packed, read_packed(packed, folder))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     cards = [path for path in files if path.name == CARD]
     if not cards:
-        raise UnpackError(
+        raise CheckpointError(
             f"{packed}: has no model card ({CARD}); pack it by spear_pack or task_pack"
         )
     card = min(cards, key=lambda path: len(path.parts))
@@ -118,7 +110,7 @@ def main(cmd: list[str] | None = None) -> None:
 
     Raises:
         FileNotFoundError: there is no such packed model.
-        UnpackError: see :func:`prepare`.
+        CheckpointError: see :func:`prepare`.
     """
     main_with_one_line_errors(get_parser(), run, cmd)
 

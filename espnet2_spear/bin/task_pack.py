@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from espnet2_spear.fileio.explain import main_with_one_line_errors
-from espnet2_spear.hub.card import REPO, Card
 from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.pack import (
+    REPO,
+    Card,
     PackError,
     add_pack_arguments,
     check_files,

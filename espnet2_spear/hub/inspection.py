@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,14 +38,30 @@ class Inspection:
     tokens: dict[str, Tensor]
 
 
-class TokenSource(Protocol):
-    """Something that gives tokens of a recording."""
-
-    def tokens(self, speech: Tensor, layers: Sequence[Tensor], out: Tensor) -> Tensor:
-        """Return codes (T, N) of speech (1, samples); see :func:`inspect_recording`."""
+# Codes (T, N) of speech (1, samples), of which the student made these layers and this
+# output, (T', C) each.
+TokenSource = Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]
 
 
-class PredictedTokens:
+def teacher_tokens(teacher: Teacher, quantizer: AbsQuantizer) -> TokenSource:
+    """The codes of a teacher's embeddings by its quantizer.
+
+    Args:
+        teacher: on the student's device.
+        quantizer: there, too.
+    """
+
+    def tokens(speech: Tensor, layers: Sequence[Tensor], out: Tensor) -> Tensor:
+        lengths = torch.tensor([speech.size(1)], device=speech.device)
+        frames, counts = teacher(speech, lengths)
+        return quantizer.encode(frames[0, : int(counts[0])])
+
+    return tokens
+
+
+def predicted_tokens(
+    head: CodebookHead, num_codebooks: int, layer: int | None
+) -> TokenSource:
     """The codes that a pre-trained student predicts, by one of its heads.
 
     Args:
@@ -55,35 +71,15 @@ class PredictedTokens:
         layer: from 1, which predicts them; None for the output.
     """
 
-    def __init__(
-        self, head: CodebookHead, num_codebooks: int, layer: int | None
-    ) -> None:
-        self.head, self.num_codebooks, self.layer = head, num_codebooks, layer
+    def tokens(speech: Tensor, layers: Sequence[Tensor], out: Tensor) -> Tensor:
+        hidden = out if layer is None else layers[layer - 1]
+        codes = head.to(hidden.device).logits(hidden).argmax(dim=-1)
+        return codes.reshape(-1, num_codebooks)
 
-    def tokens(self, speech: Tensor, layers: Sequence[Tensor], out: Tensor) -> Tensor:
-        hidden = out if self.layer is None else layers[self.layer - 1]
-        codes = self.head.logits(hidden).argmax(dim=-1)
-        return codes.reshape(-1, self.num_codebooks)
+    return tokens
 
 
-class TeacherTokens:
-    """The codes of a teacher's embeddings by its quantizer.
-
-    Args:
-        teacher: on the student's device.
-        quantizer: there, too.
-    """
-
-    def __init__(self, teacher: Teacher, quantizer: AbsQuantizer) -> None:
-        self.teacher, self.quantizer = teacher, quantizer
-
-    def tokens(self, speech: Tensor, layers: Sequence[Tensor], out: Tensor) -> Tensor:
-        lengths = torch.tensor([speech.size(1)], device=speech.device)
-        frames, counts = self.teacher(speech, lengths)
-        return self.quantizer.encode(frames[0, : int(counts[0])])
-
-
-def open_heads(path: str | Path) -> dict[str, PredictedTokens]:
+def open_heads(path: str | Path) -> dict[str, TokenSource]:
     """Open the heads of a pre-trained student: teacher -> its tokens.
 
     Args:
@@ -112,7 +108,7 @@ def open_heads(path: str | Path) -> dict[str, PredictedTokens]:
             )
         head = CodebookHead(weight.size(1), len(weight) // size, size)
         head.load_state_dict({"weight": weight, "bias": bias})
-        source = PredictedTokens(head.eval(), codebooks, teacher.layer)
+        source = predicted_tokens(head.eval(), codebooks, teacher.layer)
         found[f"{name} (predicted)"] = source
     return found
 
@@ -165,8 +161,7 @@ def inspect_recording(
     layers = [state[0].float() for state in out.hidden_states]
     final = out.encoder_out[0].float()
     tokens = {
-        name: source.tokens(speech, layers, final).cpu()
-        for name, source in sources.items()
+        name: source(speech, layers, final).cpu() for name, source in sources.items()
     }
     return Inspection(fbank.cpu(), [layer.cpu() for layer in layers], tokens)
 
@@ -232,20 +227,11 @@ def similarity_picture(values: Tensor, kind: str) -> Figure:
     axes.set_xticks(range(number), range(number))
     axes.set_yticks(range(number), range(number))
     axes.set(xlabel="layer", ylabel="layer", title=f"similarity of layers: {kind}")
-    if number <= 16:
-        middle = (image.norm.vmin + image.norm.vmax) / 2
-        for i in range(number):
-            for j in range(number):
-                value = float(values[i, j])
-                axes.text(
-                    j,
-                    i,
-                    f"{value:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if value < middle else "black",
-                )
+    middle = (image.norm.vmin + image.norm.vmax) / 2
+    for (row, column), value in np.ndenumerate(values.numpy()):
+        if number <= 16:
+            style = {"color": "white" if value < middle else "black", "fontsize": 7}
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", **style)
     figure.colorbar(image)
     return figure
 

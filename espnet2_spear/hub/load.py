@@ -1,10 +1,9 @@
 """Open a SPEAR student, whatever it was saved by.
 
 One way, from top to bottom: a name becomes a path (:mod:`hub.fetch`), a path becomes
-tensors and settings (``LAYOUTS``, the first layout that finds itself there), the
-student is taken out of the tensors by their names, and built as the settings or its
-shapes say (:mod:`hub.infer`). Nothing that a checkpoint or its folder holds is
-executed.
+tensors and settings (:func:`read_checkpoint`), the student is taken out of the tensors
+by their names, and built as the settings or its shapes say (:mod:`hub.infer`). Nothing
+that a checkpoint or its folder holds is executed.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import logging
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +25,11 @@ from espnet2_spear.hub.fetch import INDEX_SUFFIX, WEIGHT_SUFFIXES, local_path
 from espnet2_spear.hub.infer import REMEDY, differences, infer_config
 from espnet2_spear.hub.packed import (
     META,
-    check_stamp,
-    check_stamp_beside,
+    STAMP,
     is_archive,
-    model_files,
-    unpack_model,
+    read_packed,
+    read_stamp,
+    unpack,
 )
 from espnet2_spear.hub.tensors import read_settings, read_tensors
 from espnet2_spear.spear.student import SpearEncoder
@@ -172,35 +171,35 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: nothing there, unreadable, or no way to choose.
     """
     path = local_path(path)
-    for find, read in LAYOUTS.values():
-        found = find(path)
-        if found is not None:
-            return read(found)
-    raise CheckpointError(
-        f"{path}: no such file or folder; name a local checkpoint (nothing is "
-        "downloaded by itself; hf:USER/NAME fetches one from Hugging Face)"
-    )
+    if (path / META).is_file():
+        return _read_packed(path, path)
+    if path.is_file() and is_archive(path):
+        with tempfile.TemporaryDirectory(prefix="spear-") as work:
+            unpack(path, Path(work) / "model")
+            return _read_packed(path, Path(work) / "model")
+    if path.is_dir():
+        path = _weights_in(path)
+    elif not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such file or folder; name a local checkpoint (nothing is "
+            "downloaded by itself; hf:USER/NAME fetches one from Hugging Face)"
+        )
+    elif _PART_OF_SEVERAL.search(path.name):
+        raise CheckpointError(
+            f"{path}: one part of several; name their folder or *{INDEX_SUFFIX}"
+        )
+    stamp = path.with_name(STAMP)
+    if stamp.is_file():  # one of a newer format is refused
+        read_stamp(path, stamp)
+    configs = [path.with_name("config.yaml"), path.with_name("config.json")]
+    if path.suffix in (".safetensors", ".bin", ".json"):
+        configs.reverse()
+    return _read(path, path, next(filter(Path.exists, configs), None))
 
 
-def _find_archive(path: Path) -> Path | None:
-    return path if path.is_file() and is_archive(path) else None
-
-
-def _read_archive(path: Path) -> Checkpoint:
-    """Unpack safely, read, and leave nothing behind."""
-    with tempfile.TemporaryDirectory(prefix="spear-") as work:
-        unpack_model(path, Path(work) / "model")
-        return _read_packed(path, Path(work) / "model")
-
-
-def _find_unpacked(path: Path) -> Path | None:
-    return path if (path / META).is_file() else None
-
-
-def _read_packed(path: Path, folder: Path | None = None) -> Checkpoint:
+def _read_packed(path: Path, folder: Path) -> Checkpoint:
     """Read an unpacked model; messages and ``file`` name what the user named."""
-    configs, weights = model_files(path, folder or path)
-    check_stamp(path, folder or path)
+    configs, weights, _ = read_packed(path, folder)
     pairs = [
         (configs[key], weights[key.removesuffix("train_config") + "model_file"])
         for key in configs
@@ -225,36 +224,16 @@ def _may_hold_student(config: Path) -> bool:
     return isinstance(conf, dict) and bool({"frontend", "encoder", "student"} & {*conf})
 
 
-def _find_file(path: Path) -> Path | None:
-    if path.is_file() and _PART_OF_SEVERAL.search(path.name):
-        raise CheckpointError(
-            f"{path}: one part of several; name their folder or *{INDEX_SUFFIX}"
-        )
-    return path if path.is_file() else None
-
-
-def _find_in_folder(path: Path) -> Path | None:
+def _weights_in(folder: Path) -> Path:
     """The file of weights in a folder: of a known name, or the only one."""
-    if not path.is_dir():
-        return None
     for name in WEIGHTS:
-        if (path / name).exists():
-            return path / name
-    others = sorted(p.name for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+        if (folder / name).exists():
+            return folder / name
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     if len(others) == 1 and not _PART_OF_SEVERAL.search(others[0]):
-        return path / others[0]
+        return folder / others[0]
     found = f"; it has {', '.join(others[:5])}: name one of them" if others else ""
-    raise CheckpointError(f"{path}: holds none of {', '.join(WEIGHTS)}{found}")
-
-
-def _read_file(weights: Path) -> Checkpoint:
-    """Read a file of weights and the configuration beside it."""
-    check_stamp_beside(weights)
-    names = ["config.yaml", "config.json"]
-    if weights.suffix in (".safetensors", ".bin", ".json"):
-        names.reverse()
-    found = [f for f in map(weights.with_name, names) if f.exists()]
-    return _read(weights, weights, found[0] if found else None)
+    raise CheckpointError(f"{folder}: holds none of {', '.join(WEIGHTS)}{found}")
 
 
 def _read(name: Path, weights: Path, config: Path | None) -> Checkpoint:
@@ -264,17 +243,6 @@ def _read(name: Path, weights: Path, config: Path | None) -> Checkpoint:
     if key == "model_avg":
         logging.info(f"{name}: model_avg is taken, the average over the training")
     return Checkpoint(name, tensors, config, settings, students)
-
-
-# Layout -> (finder, reader): the finder returns what the reader takes, or None.
-LAYOUTS: dict[
-    str, tuple[Callable[[Path], Path | None], Callable[[Path], Checkpoint]]
-] = {
-    "packed model": (_find_archive, _read_archive),
-    "unpacked model": (_find_unpacked, _read_packed),
-    "file of weights": (_find_file, _read_file),
-    "folder of weights": (_find_in_folder, _read_file),
-}
 
 
 # --- From tensors to a student --------------------------------------------------------

@@ -8,17 +8,20 @@ directory absolutely, links among them, and such a model opens nowhere else.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from espnet2_spear import __version__
 from espnet2_spear.errors import UserError
-from espnet2_spear.hub.packed import META, STAMP, write_stamp
+from espnet2_spear.hub.packed import FORMAT, META, STAMP, with_texts
 
 CARD = "README.md"  # the hub shows it at the top of a repository
 CONFIG = "config.yaml"  # the name that asr.sh --download_model looks for
@@ -85,17 +88,6 @@ def names_in_archive(folder: Path, files: Iterable[Path]) -> dict[Path, str]:
     return names
 
 
-def relocate(config: Any, names: Mapping[Path, str]) -> Any:
-    """Name the packed files in a configuration as they are named in the archive."""
-    if isinstance(config, dict):
-        return {k: relocate(v, names) for k, v in config.items()}
-    if isinstance(config, list | tuple):
-        return [relocate(v, names) for v in config]
-    if isinstance(config, str) and config and Path(config).is_file():
-        return names.get(Path(config).resolve(), config)
-    return config
-
-
 def pack_model(
     outpath: Path,
     folder: Path,
@@ -143,36 +135,141 @@ def pack_model(
         "torch": str(torch.__version__),
         "espnet": espnet_version,
     }
+    stamp = {"spear_format": FORMAT, "espnet2_spear": __version__}
+    texts = {META: yaml.safe_dump(meta), named(folder / CARD): card}
+    texts[named(folder / STAMP)] = yaml.safe_dump(stamp)
+
+    def in_archive(text: str) -> str:
+        inside = os.path.isfile(text)
+        return names.get(Path(text).resolve(), text) if inside else text
+
+    for source, (file, config) in zip(sources, configs.values(), strict=True):
+        content = with_texts(dict(config), in_archive, file)
+        texts[named(source)] = yaml.safe_dump(content, allow_unicode=True)
     outpath.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="spear-pack-") as work:
-        texts = {META: META, named(folder / CARD): CARD, named(folder / STAMP): STAMP}
-        written = Path(work)
-        (written / META).write_text(yaml.safe_dump(meta), encoding="utf-8")
-        (written / CARD).write_text(card, encoding="utf-8")
-        write_stamp(written / STAMP)
-        for number, (source, (_, config)) in enumerate(
-            zip(sources, configs.values(), strict=True)
-        ):
-            text = yaml.safe_dump(relocate(dict(config), names), allow_unicode=True)
-            (written / f"{number}.yaml").write_text(text, encoding="utf-8")
-            texts[named(source)] = f"{number}.yaml"
-        # Not there by half: the archive gets its name when it is complete.
-        partial = outpath.with_name(f".part.{outpath.name}")
-        try:
-            with Archiver(partial, mode="w") as archive:
-                for name, text in texts.items():
-                    archive.add(written / text, name)
-                for path in {p.resolve() for p in (*files.values(), *options)}:
-                    if named(path) not in texts:
-                        archive.add(path, named(path))
-            partial.replace(outpath)
-        except ValueError as error:
-            raise PackError(f"{outpath}: {error}; name it xxx.zip or xxx.tgz") from None
-        finally:
-            partial.unlink(missing_ok=True)
+    # Not there by half: the archive gets its name when it is complete.
+    partial = outpath.with_name(f".part.{outpath.name}")
+    try:
+        with Archiver(partial, mode="w") as archive:
+            for name, text in texts.items():
+                data = text.encode()
+                info = archive.generate_info(name, len(data))
+                archive.addfile(info, BytesIO(data))
+            for path in {p.resolve() for p in (*files.values(), *options)}:
+                if named(path) not in texts:
+                    archive.add(path, named(path))
+        partial.replace(outpath)
+    except ValueError as error:
+        raise PackError(f"{outpath}: {error}; name it xxx.zip or xxx.tgz") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _files_below(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+# --- The card: what the hub shows of a packed model, in ESPnet's form ----------------
+
+REPO = "USER/NAME"  # stands in a card for the repository that it is uploaded to
+
+PLUGIN = f"""### The plugin it needs
+
+The model uses classes that are not in ESPnet itself:
+
+```sh
+pip install 'espnet2-spear>={__version__}'
+```
+
+(in a checkout of it: `pip install .`) and `import espnet2_spear` before the first model
+is built; in a recipe, `--python spear-python` does so. Without it ESPnet says
+`--frontend must be one of ...` (or `--encoder ...`). `python -m espnet2_spear.doctor
+--model PATH` says whether an installation can open a packed model, and what is missing.
+"""
+
+CITATION = """### Citation
+
+```bibtex
+@inproceedings{watanabe2018espnet,
+  author={Shinji Watanabe and Takaaki Hori and Shigeki Karita and Tomoki Hayashi and
+    Jiro Nishitoba and Yuya Unno and Nelson Yalta and Jahn Heymann and Matthew Wiesner
+    and Nanxin Chen and Adithya Renduchintala and Tsubasa Ochiai},
+  title={{ESPnet}: End-to-End Speech Processing Toolkit},
+  year={2018},
+  booktitle={Proceedings of Interspeech},
+  pages={2207--2211},
+  doi={10.21437/Interspeech.2018-1456}
+}
+@article{yang2025spear,
+  author={X. Yang and Y. Yang and Z. Jin and Z. Cui and W. Wu and B. Li and C. Zhang
+    and P. Woodland},
+  title={{SPEAR}: A Unified {SSL} Framework for Learning Speech and Audio
+    Representations},
+  year={2025},
+  journal={arXiv preprint arXiv:2510.25955}
+}
+```
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says.
+
+    Attributes:
+        title: heading.
+        name: of the model, such as its folder's.
+        hf_task: tag by which the hub and ``espnet.load`` know the task.
+        description: a paragraph.
+        demo: Python code that uses the model.
+        language: codes, or ESPnet's ``noinfo``.
+        datasets: names.
+        license: of the weights, as the hub abbreviates it.
+        tables: further Markdown.
+        results: RESULTS.md, if there is one.
+        config: to quote, if any.
+    """
+
+    title: str
+    name: str
+    hf_task: str
+    description: str
+    demo: str
+    language: Sequence[str] = ("noinfo",)
+    datasets: Sequence[str] = ()
+    license: str = "cc-by-4.0"
+    tables: str = ""
+    results: Path | None = None
+    config: Mapping[str, Any] | None = None
+    tags: Sequence[str] = field(default=("spear", "espnet2-spear"))
+
+    def __str__(self) -> str:
+        head: dict[str, object] = {
+            "tags": ["espnet", "audio", self.hf_task, *self.tags],
+            "language": list(self.language),
+            "datasets": list(self.datasets),
+            "license": self.license,
+            "library_name": "espnet",
+        }
+        if not self.datasets:
+            del head["datasets"]
+        parts = [
+            f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+            f"## {self.title}\n\n### `{self.name}`\n\n{self.description}",
+            PLUGIN,
+            f"### Demo: how to use it\n\n```python\n{self.demo.strip()}\n```",
+        ]
+        if self.tables:
+            parts.append(self.tables)
+        if self.results is not None:
+            parts.append(self.results.read_text(encoding="utf-8"))
+        if self.config is not None:
+            text = yaml.safe_dump(dict(self.config), allow_unicode=True)
+            parts.append(
+                "<details><summary>configuration</summary>\n\n```yaml\n"
+                f"{text.strip()}\n```\n\n</details>"
+            )
+        parts.append(CITATION)
+        return "\n\n".join(part.strip() for part in parts) + "\n"
