@@ -8,25 +8,20 @@ import pytest
 from espnet2_spear.bin import spear_check_codes
 from espnet2_spear.codes.facts import CodesMismatch
 from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
-from espnet2_spear.fileio.tables import DataDirError
+from espnet2_spear.fileio.datadir import DataDir, DataDirError
 
 LENGTHS = {"utt0": 16000, "utt1": 24000, "utt2": 31000, "music": 48000}
 
 
 @pytest.fixture
 def data_dir_made(tmp_path):
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    tables = {
-        "wav.scp": {utt: f"{utt}.flac" for utt in LENGTHS},
-        "utt2spk": {utt: utt for utt in LENGTHS},
-        "utt2num_samples": LENGTHS,
-        "utt2domain": {utt: "audio" if utt == "music" else "speech" for utt in LENGTHS},
-    }
-    for name, table in tables.items():
-        lines = (f"{utt} {table[utt]}\n" for utt in sorted(table))
-        (folder / name).write_text("".join(lines))
-    return folder
+    DataDir(
+        wav_scp={utt: f"{utt}.flac" for utt in LENGTHS},
+        utt2spk={utt: utt for utt in LENGTHS},
+        utt2num_samples=LENGTHS,
+        utt2domain={utt: "audio" if utt == "music" else "speech" for utt in LENGTHS},
+    ).write(tmp_path / "raw")
+    return tmp_path / "raw"
 
 
 @pytest.fixture
@@ -43,11 +38,11 @@ def check(tmp_path, data_dir_made):
     """Write codes, check them; returns exit status, listed problems, summary."""
     folder = tmp_path / "codes"
 
-    def write(codes, name="speech"):
+    def write(codes, name="speech", rate=50.0):
         with CodesWriter(folder / f"{name}.ark", folder / f"{name}.scp") as writer:
             for utt, value in codes.items():
                 writer.write(utt, value)
-        facts = {"num_codebooks": 4, "codebook_size": 16, "frame_rate": 50.0}
+        facts = {"num_codebooks": 4, "codebook_size": 16, "frame_rate": rate}
         (folder / f"{name}.json").write_text(json.dumps(facts))
 
     def command(*options):
@@ -164,21 +159,21 @@ def test_utterances_without_codes(check, codes):
 
 def test_two_teachers_and_shapes(check, codes, tmp_path):
     check.write(codes)
-    check.write({utt: value[::2] for utt, value in codes.items()}, "audio")
+    half = {utt: value[::2] for utt, value in codes.items()}
+    check.write(half, "audio")
     audio = ("--codes", f"audio={check.folder}/audio.scp")
     status, lines, summary = check(*audio)
     assert status == 1 and all(" audio wrong length" in line for line in lines)
-    status, lines, summary = check(*audio, "--shape", "audio=4,16,25")
+    check.write(half, "audio", 25.0)
+    status, lines, summary = check(*audio)
     assert status == 0 and set(summary) == {"speech", "audio"}
 
 
 @pytest.mark.parametrize(
     "missing, options, error, message",
     [
-        (None, ["--shape", "speech=4,16"], SystemExit, "expected N,K,HZ"),
-        (None, ["--shape", "video=4,16,50"], SystemExit, "names .*video"),
         (None, ["--domains", "video=speech"], SystemExit, "names .*video"),
-        ("json", [], CodesMismatch, r"speech\.json: missing.*--shape"),
+        ("json", [], CodesMismatch, r"speech\.json: missing.*tokenize"),
         ("scp", [], DataDirError, "speech.scp: cannot be read"),
     ],
 )

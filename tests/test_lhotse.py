@@ -84,16 +84,12 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> "lhotse.CutSet":
 
 def write_data_dir(folder: Path, utts: dict[str, float]) -> Path:
     """What stage 3 leaves, as far as codes need it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tables: dict[str, list[str]] = {
-        "utt2num_samples": [f"{u} {round(16000 * s)}" for u, s in utts.items()],
-        "utt2domain": [f"{u} speech" for u in utts],
-        "utt2spk": [f"{u} {u}" for u in utts],
-        "wav.scp": [f"{u} {u}.flac" for u in utts],
-    }
-    for name, lines in tables.items():
-        text = "".join(f"{line}\n" for line in sorted(lines))
-        (folder / name).write_text(text, encoding="utf-8")
+    DataDir(
+        wav_scp={utt: f"{utt}.flac" for utt in utts},
+        utt2spk={utt: utt for utt in utts},
+        utt2num_samples={utt: round(16000 * s) for utt, s in utts.items()},
+        utt2domain=dict.fromkeys(utts, "speech"),
+    ).write(folder)
     return folder
 
 

@@ -145,7 +145,8 @@ def test_page(tmp_path: Path) -> None:
 
     folder = write_pretrained(tmp_path / "x")
     page = spear_demo.Page(
-        load_model(folder), open_heads(folder), 1.0, lambda x: f"{len(x)}", None
+        *(load_model(folder), open_heads(folder), 1.0),
+        {"recognizer": lambda x: f"{len(x)}"},
     )
     soundfile.write(tmp_path / "a.wav", noise(3.0).numpy(), 32000)
     note, *figures, text = page(str(tmp_path / "a.wav"), "cka")
@@ -174,7 +175,7 @@ def test_downstream_models_that_fail(tmp_path: Path) -> None:
         raise TooShortUttError("has 6 frames and is too short", 6, 7)
 
     folder = write_pretrained(tmp_path / "x")
-    page = spear_demo.Page(load_model(folder), {}, 9.0, fail, None)
+    page = spear_demo.Page(load_model(folder), {}, 9.0, {"recognizer": fail})
     soundfile.write(tmp_path / "a.wav", noise(0.2).numpy(), 16000)
     with pytest.raises(spear_demo.DemoError, match="recognizer cannot.*too short"):
         page(str(tmp_path / "a.wav"), "cka")
@@ -187,7 +188,8 @@ def test_page_is_built(tmp_path: Path) -> None:
     folder = write_pretrained(tmp_path / "x")
     model = load_model(folder)
     page = spear_demo.Page(
-        model, open_heads(folder), 1.0, lambda x: "", lambda x: {"dog": 1.0}
+        *(model, open_heads(folder), 1.0),
+        {"recognizer": lambda x: "", "classifier": lambda x: {"dog": 1.0}},
     )
     config = spear_demo.build(page).config
     ids = {part["props"].get("elem_id") for part in config["components"]}

@@ -76,9 +76,9 @@ def test_table_of_a_plan(
     command = ["--config", str(MINI), "--gpu", "a100-40", "--num_gpus", "2"]
     command += ["--share", "0.5", "--", "--batch_bins", "19200000"]
     spear_plan.main(command)
-    _, _, plain, _, _, note = capsys.readouterr().out.splitlines()
-    cells = [c.strip() for c in plain.strip("|").split("|")]
-    row = dict(zip(spear_plan.HEAD, cells, strict=True))
+    head, _, plain, _, _, note = capsys.readouterr().out.splitlines()
+    cells = [line.strip("| ").split(" | ") for line in (head, plain)]
+    row = dict(zip(*cells, strict=True))
     assert row["fits"] == "yes" and row["GiB in all"] == "29.03"
     # 36 GiB to be used, less 4.03 that last, at 25 GiB for 600 s of each of two GPUs.
     assert int(row["largest batch_bins"]) == pytest.approx(

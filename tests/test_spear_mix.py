@@ -11,38 +11,37 @@ import soundfile
 from espnet2_spear.bin.spear_mix import TABLE, main
 from espnet2_spear.codes.facts import CodesMismatch
 from espnet2_spear.fileio.ark import CodesWriter
+from espnet2_spear.fileio.datadir import DataDir, DataDirError
 
 RATE = 16000
 
 
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
-    """Four spoken utterances in two recordings, their codes, and a noise."""
+    """Four spoken utterances, their codes, and a noise."""
     rng = np.random.default_rng(0)
-    data = tmp_path / "data"
-    data.mkdir()
-    tables: dict[str, list[str]] = {}
-    for r in range(2):
-        path = tmp_path / f"r{r}.flac"
-        soundfile.write(path, 0.1 * rng.standard_normal(2 * RATE), RATE)
-        tables.setdefault("wav.scp", []).append(f"r{r} {path}")
-        for half in range(2):
-            utt = f"u{r}{half}"
-            tables.setdefault("segments", []).append(f"{utt} r{r} {half} {half + 1}")
-            tables.setdefault("utt2spk", []).append(f"{utt} s")
-            tables.setdefault("utt2domain", []).append(f"{utt} speech")
-    for name, lines in tables.items():
-        (data / name).write_text("".join(f"{line}\n" for line in lines))
+    utts = [f"u{number:02b}" for number in range(4)]
+    for utt in utts:
+        soundfile.write(tmp_path / f"{utt}.flac", 0.1 * rng.standard_normal(RATE), RATE)
+    DataDir(
+        wav_scp={utt: str(tmp_path / f"{utt}.flac") for utt in utts},
+        utt2spk=dict.fromkeys(utts, "s"),
+        utt2domain=dict.fromkeys(utts, "speech"),
+    ).write(tmp_path / "data")
     with CodesWriter(tmp_path / "speech.ark", tmp_path / "speech.scp") as writer:
-        for i, line in enumerate(tables["utt2spk"]):
-            # Codes tell whose they are.
-            writer.write(line.split()[0], np.full((49, 8), i))
+        for i, utt in enumerate(utts):
+            writer.write(utt, np.full((49, 8), i))  # codes tell whose they are
     facts = {"num_codebooks": 8, "codebook_size": 256, "frame_rate": 50.0}
     (tmp_path / "speech.json").write_text(json.dumps(facts))
     soundfile.write(tmp_path / "hum.wav", np.full(800, 0.2), RATE)
     (tmp_path / "noise.scp").write_text(f"hum {tmp_path / 'hum.wav'}\n")
     return [
-        *("--data_dir", str(data), "--codes", f"speech={tmp_path / 'speech.scp'}"),
+        *(
+            "--data_dir",
+            str(tmp_path / "data"),
+            "--codes",
+            f"speech={tmp_path / 'speech.scp'}",
+        ),
         *("--out_dir", str(tmp_path / "out"), "--batch_size", "4"),
     ]
 
@@ -92,6 +91,10 @@ def test_bad_options(options: list[str], tmp_path: Path) -> None:
         main(options)
     with pytest.raises(SystemExit, match="mixer_conf: .*unknown"):
         main([*options, "--mixer_conf", "{rule: 1}"])
+    (tmp_path / "data/segments").touch()
+    with pytest.raises(DataDirError, match="has segments; name formatted data"):
+        main(options)
+    (tmp_path / "data/segments").unlink()
     (tmp_path / "speech.json").unlink()
     with pytest.raises(CodesMismatch, match="speech.json: missing or malformed"):
         main(options)

@@ -6,15 +6,13 @@ import logging
 
 from espnet2.utils.types import str2bool
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.mvq.files import export_library, load_quantizer
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--quantizer", required=True, help="file to read, of kind mvq")
     parser.add_argument("--output", required=True, help="file to write")
     parser.add_argument(

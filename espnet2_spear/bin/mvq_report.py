@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.mvq.embeddings import INDEX, EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import AbsQuantizer, QuantizerError
@@ -16,9 +16,7 @@ from espnet2_spear.teachers.base import difference
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument(
         "--quantizer",
         required=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from espnet2_spear.fileio.explain import main_with_one_line_errors
-from espnet2_spear.fileio.utterances import read_utterances, select_domains
+from espnet2_spear.fileio.utterances import beside_wav_scp
 from espnet2_spear.mvq.baselines import train_baseline
 from espnet2_spear.mvq.embeddings import EmbeddingSet, TrainingFrames
 from espnet2_spear.mvq.options import (
@@ -36,11 +36,7 @@ def _frames(args: argparse.Namespace) -> TrainingFrames:
         return EmbeddingSet(args.embeddings, seed=args.seed)
     if not args.teacher_config:
         raise TrainingError("--wav_scp needs --teacher_config")
-    folder = Path(args.wav_scp).parent
-    utterances = read_utterances(args.wav_scp, folder / "utt2num_samples")
-    if args.domains:
-        domains = args.domains.split(",")
-        utterances = select_domains(utterances, folder / "utt2domain", domains)
+    utterances = beside_wav_scp(args.wav_scp, args.domains)
     teacher = build_teacher(*load_teacher_config(args.teacher_config))
     return TeacherFrames(
         teacher.to(args.device), utterances, args.wav_scp, seed=args.seed

@@ -12,16 +12,14 @@ import argparse
 import logging
 from pathlib import Path
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.train.average import average_between
 from espnet2_spear.train.writing import save_whole
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--exp", type=Path, required=True, help="Folder of a training")
     parser.add_argument(
         "--from_epoch",
@@ -33,8 +31,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        default=None,
-        help="[EXP/average_FROM_TO.pth, which has its config.yaml beside it]",
+        help="by default EXP/average_FROM_TO.pth, which has its config.yaml beside it",
     )
     return parser
 

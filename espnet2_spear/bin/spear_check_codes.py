@@ -9,9 +9,9 @@ from pathlib import Path
 
 from espnet2_spear.codes.check import CodesCheck, check_codes
 from espnet2_spear.codes.facts import codes_shape
-from espnet2_spear.codes.targets import MAX_MISSING_ROWS, TeacherCodes
+from espnet2_spear.codes.targets import MAX_MISSING_ROWS
 from espnet2_spear.fileio.datadir import check, entries
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.fileio.tables import TEXT, sorted_rows
 
 PROBLEMS = "codes_problems.txt"
@@ -20,9 +20,7 @@ SUMMARY = "codes_check.json"
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument(
         "--data_dir", required=True, help="with wav.scp, utt2num_samples, utt2domain"
     )
@@ -30,24 +28,15 @@ def get_parser() -> argparse.ArgumentParser:
         "--codes",
         required=True,
         action="append",
-        type=_named,
+        type=named,
         metavar="TEACHER=SCP",
         help="scp file of a teacher's codes; once for each teacher",
-    )
-    parser.add_argument(
-        "--shape",
-        default=[],
-        action="append",
-        type=_named,
-        metavar="TEACHER=N,K,HZ",
-        help="codebooks, entries in each and frames per second; by default as "
-        "the .json beside the scp file says",
     )
     parser.add_argument(
         "--domains",
         default=[],
         action="append",
-        type=_named,
+        type=named,
         metavar="TEACHER=A,B",
         help="domains whose utterances must have codes; by default all",
     )
@@ -70,22 +59,12 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _named(text: str) -> tuple[str, str]:
+def named(text: str) -> tuple[str, str]:
+    """Read TEACHER=VALUE of an option."""
     name, equals, value = text.partition("=")
     if not (name and equals and value):
         raise argparse.ArgumentTypeError(f"expected TEACHER=..., found '{text}'")
     return name, value
-
-
-def _shape(name: str, text: str | None, scp: Path) -> TeacherCodes:
-    """Shape of a teacher's codes, from the option or from what stage 5 wrote."""
-    if text is not None:
-        try:
-            num, size, rate = text.split(",")
-            return TeacherCodes(int(num), int(size), float(rate))
-        except ValueError:
-            raise SystemExit(f"--shape {name}={text}: expected N,K,HZ") from None
-    return codes_shape(scp, f", or give --shape {name}=N,K,HZ")
 
 
 def _log(name: str, scp: Path, check: CodesCheck) -> None:
@@ -121,17 +100,16 @@ def run(args: argparse.Namespace) -> None:
     """Check the codes of all teachers named."""
     require = ("utt2num_samples", "utt2domain")
     check(args.data_dir, require)
-    shapes, domains = dict(args.shape), dict(args.domains)
-    for option, names in (("--shape", shapes), ("--domains", domains)):
-        if unknown := names.keys() - dict(args.codes).keys():
-            raise SystemExit(f"{option} names {sorted(unknown)}, --codes does not")
+    domains = dict(args.domains)
+    if unknown := domains.keys() - dict(args.codes).keys():
+        raise SystemExit(f"--domains names {sorted(unknown)}, --codes does not")
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     lines, summary, failures = [], {}, []
     for name, path in args.codes:
         scp = Path(path)
         wanted = set(domains[name].split(",")) if name in domains else None
-        teacher = _shape(name, shapes.get(name), scp)
+        teacher = codes_shape(scp)
         specs = sorted_rows(scp, "utterance file:offset")
         utterances = entries(args.data_dir, require)
         found = check_codes(utterances, specs, teacher, wanted, args.tolerance)

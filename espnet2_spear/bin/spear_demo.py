@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.hub.inspection import (
     TokenSource,
     fbank_picture,
@@ -44,9 +45,7 @@ class DemoError(UserError):
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument(
         "--model",
         required=True,
@@ -91,17 +90,24 @@ def open_sources(args: argparse.Namespace) -> dict[str, TokenSource]:
     return sources
 
 
+def open_packed(packed: Path, folder: Path, what: str, needed: str) -> dict[str, Any]:
+    """Unpack a downstream model: arguments of its inference class.
+
+    Raises:
+        CheckpointError: unsafe or corrupt.
+        DemoError: another model, without the file ``needed``.
+    """
+    files = unpack_model(packed, folder)
+    if needed not in files:
+        raise DemoError(f"{packed}: is no {what} but has {', '.join(files)}")
+    return files
+
+
 def open_recognizer(
     packed: Path, folder: Path, device: str = "cpu"
 ) -> Callable[[Any], str]:
-    """Open a packed recognizer; samples in, text out.
-
-    Raises:
-        CheckpointError, DemoError: no packed recognizer.
-    """
-    files = unpack_model(packed, folder)
-    if "asr_train_config" not in files:
-        raise DemoError(f"--asr {packed}: is no recognizer but has {', '.join(files)}")
+    """Open a packed recognizer; samples in, text out; see :func:`open_packed`."""
+    files = open_packed(packed, folder, "recognizer", "asr_train_config")
     from espnet2.bin.asr_inference import Speech2Text
 
     config = yaml.safe_load(Path(files["asr_train_config"]).read_text("utf-8"))
@@ -118,14 +124,8 @@ def open_recognizer(
 def open_classifier(
     packed: Path, folder: Path, device: str = "cpu"
 ) -> Callable[[Any], dict[str, float]]:
-    """Open a packed classifier; samples in, probabilities of its classes out.
-
-    Raises:
-        CheckpointError, DemoError: no packed classifier.
-    """
-    files = unpack_model(packed, folder)
-    if "classification_train_config" not in files:
-        raise DemoError(f"--cls {packed}: is no classifier but has {', '.join(files)}")
+    """Open a packed classifier; samples in, probabilities of its classes out."""
+    files = open_packed(packed, folder, "classifier", "classification_train_config")
     from espnet2.bin.cls_inference import Classification
 
     model = Classification(**files, device=device)
@@ -138,26 +138,21 @@ def open_classifier(
     return tag
 
 
+@dataclass
 class Page:
     """What happens when a recording is given.
 
-    Args:
+    Attributes:
         model: the student.
         sources: of tokens.
         max_seconds: of a recording that are looked at.
-        transcribe, tag: of the downstream models, or None.
+        downstream: ``recognizer`` and ``classifier``, those that there are.
     """
 
-    def __init__(
-        self,
-        model: SpearEncoder,
-        sources: dict[str, TokenSource],
-        max_seconds: float,
-        transcribe: Callable[[Any], str] | None,
-        tag: Callable[[Any], dict[str, float]] | None,
-    ) -> None:
-        self.model, self.sources, self.max_seconds = model, sources, max_seconds
-        self.transcribe, self.tag = transcribe, tag
+    model: SpearEncoder
+    sources: dict[str, TokenSource]
+    max_seconds: float
+    downstream: dict[str, Callable[[Any], Any]]
 
     def __call__(self, path: str | None, kind: str) -> list[Any]:
         """Return note, fbank, similarity, tokens, text and tags, those that there are.
@@ -184,19 +179,14 @@ class Page:
         results.append(similarity_picture(similarity(seen.layers, kind), kind))
         if self.sources:
             results.append(token_picture(seen.tokens, len(speech) / SAMPLE_RATE))
-        for name, call in (("recognizer", self.transcribe), ("classifier", self.tag)):
-            if call is not None:
-                results.append(_asked(name, call, speech))
+        for name, call in self.downstream.items():
+            try:
+                results.append(call(speech))
+            except Exception as error:  # ESPnet's TooShortUttError is no ValueError
+                logging.exception("the %s failed", name)
+                message = f"The {name} cannot use this recording: {error}"
+                raise DemoError(message) from error
         return results
-
-
-def _asked(name: str, call: Callable[[Any], Any], speech: Any) -> Any:
-    """What a downstream model says; whatever it raises becomes a message."""
-    try:
-        return call(speech)
-    except Exception as error:  # ESPnet's TooShortUttError is no ValueError
-        logging.exception("the %s failed", name)
-        raise DemoError(f"The {name} cannot use this recording: {error}") from error
 
 
 def build(page: Page) -> Any:
@@ -241,9 +231,9 @@ def build(page: Page) -> Any:
         outputs.append(gr.Plot(show_label=False, elem_id="similarity"))
         if page.sources:
             outputs.append(gr.Plot(show_label=False, elem_id="tokens"))
-        if page.transcribe is not None:
+        if "recognizer" in page.downstream:
             outputs.append(gr.Textbox(label="Transcription", elem_id="text"))
-        if page.tag is not None:
+        if "classifier" in page.downstream:
             outputs.append(gr.Label(label="Tags", num_top_classes=5, elem_id="tags"))
         button.click(show, [audio, kind], outputs, api_name="look")
     return blocks
@@ -267,12 +257,16 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="spear-demo-") as work:
         folder = Path(work)
         model = load_model(args.model, padding="exact").to(args.device)
-        transcribe = tag = None
+        downstream = {}
         if args.asr is not None:
-            transcribe = open_recognizer(args.asr, folder / "asr", args.device)
+            downstream["recognizer"] = open_recognizer(
+                args.asr, folder / "asr", args.device
+            )
         if args.cls is not None:
-            tag = open_classifier(args.cls, folder / "cls", args.device)
-        page = Page(model, open_sources(args), args.max_seconds, transcribe, tag)
+            downstream["classifier"] = open_classifier(
+                args.cls, folder / "cls", args.device
+            )
+        page = Page(model, open_sources(args), args.max_seconds, downstream)
         build(page).launch(
             server_name=args.host, server_port=args.port, max_file_size="100mb"
         )

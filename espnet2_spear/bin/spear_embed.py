@@ -3,12 +3,11 @@
 
 import argparse
 import logging
-from pathlib import Path
 
 import torch
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors
-from espnet2_spear.fileio.utterances import read_utterances, select_domains
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.utterances import beside_wav_scp
 from espnet2_spear.teachers import (
     build_teacher,
     load_teacher_config,
@@ -19,18 +18,14 @@ from espnet2_spear.teachers.embeddings import INDEX, choose, store_embeddings
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument(
         "--teacher_config", required=True, help="YAML, as conf/teachers/*.yaml"
     )
     parser.add_argument(
-        "--wav_scp", required=True, help="utterance and path of a 16 kHz file a line"
-    )
-    parser.add_argument("--utt2num_samples", help="lengths; by default beside wav_scp")
-    parser.add_argument(
-        "--utt2domain", help="domains of utterances; by default beside wav_scp"
+        "--wav_scp",
+        required=True,
+        help="of 16 kHz files; utt2num_samples and utt2domain are beside it",
     )
     parser.add_argument(
         "--domains", help="only these, separated by commas; by default all"
@@ -84,16 +79,7 @@ def run(args: argparse.Namespace) -> None:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     name, conf = load_teacher_config(args.teacher_config)
-    folder = Path(args.wav_scp).parent
-    utterances = read_utterances(
-        args.wav_scp, args.utt2num_samples or folder / "utt2num_samples"
-    )
-    if args.domains:
-        utterances = select_domains(
-            utterances,
-            args.utt2domain or folder / "utt2domain",
-            args.domains.split(","),
-        )
+    utterances = beside_wav_scp(args.wav_scp, args.domains)
     teacher = build_teacher(name, conf).to(args.device)
     wanted = args.max_frames
     if wanted is None:

@@ -9,43 +9,36 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
+from collections.abc import Sequence
 
-from espnet2.utils.types import str2bool
-
+from espnet2_spear.bin.spear_import import add_student_options
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import (
+    add_switch,
+    main_with_one_line_errors,
+    option_parser,
+)
 from espnet2_spear.hub.export import export_student, fits_released_code
 from espnet2_spear.hub.extraction import OUTPUT, Layer, parse_layers
 from espnet2_spear.hub.graph import WRITERS, Network, write_graph
 from espnet2_spear.hub.graph_ctc import ctc_recognizer
 from espnet2_spear.hub.graph_student import offline_student, streaming_student
 from espnet2_spear.hub.load import open_checkpoint
-from espnet2_spear.zipformer.config import PADDING_MODES
 
-GRAPH_OPTIONS = ("recognizer", "input", "layers", "max_seconds", "quantize")
-GRAPH_OPTIONS += ("streaming", "chunk_size", "left_context_frames")
+STUDENT_OPTIONS = ("input", "layers", "streaming", "chunk_size")
+STUDENT_OPTIONS += ("left_context_frames", "padding", "part")
+GRAPH_OPTIONS = ("recognizer", "max_seconds", "quantize", *STUDENT_OPTIONS[:5])
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = argparse.ArgumentParser(
-        description="Write a student for transformers, onnxruntime or torch",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("source", help="whatever espnet2_spear.load_model opens")
-    parser.add_argument(
-        "--part",
-        help="which student, where a model holds several, such as frontend or encoder",
-    )
-    parser.add_argument(
+    parser = option_parser("Write a student for transformers, onnxruntime or torch")
+    add_student_options(parser, "whatever espnet2_spear.load_model opens")
+    add_switch(
+        parser,
         "--from_finetuned",
-        type=str2bool,
-        default=False,
-        help="Take the student out of a model that was trained on a task; the card "
-        "says so (true or false)",
+        "Take the student out of a model that was trained on a task; the card says so",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--format", choices=("transformers", *WRITERS), default="transformers"
     )
@@ -56,22 +49,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--about", default="", help="for the card: what it was trained on, and how"
     )
-    parser.add_argument(
-        "--padding", choices=PADDING_MODES, help="write this into the configuration"
-    )
-    parser.add_argument(
-        "--overwrite",
-        type=str2bool,
-        default=False,
-        help="Replace the files of an earlier export (true or false)",
-    )
     graph = parser.add_argument_group("graphs (every --format but transformers)")
-    graph.add_argument(
+    add_switch(
+        graph,
         "--recognizer",
-        type=str2bool,
-        default=False,
-        help="SOURCE is an ESPnet recognizer: audio to log-probabilities of CTC tokens "
-        "(true or false)",
+        "SOURCE is an ESPnet recognizer: audio to log-probabilities of CTC tokens",
     )
     graph.add_argument(
         "--input", choices=("audio", "fbank"), default="audio", help="what it takes"
@@ -87,11 +69,8 @@ def get_parser() -> argparse.ArgumentParser:
     graph.add_argument(
         "--quantize", choices=("none", "int8"), default="none", help="with onnx"
     )
-    graph.add_argument(
-        "--streaming",
-        type=str2bool,
-        default=False,
-        help="A chunk a call, state in and out; causal students only (true or false)",
+    add_switch(
+        graph, "--streaming", "A chunk a call, state in and out; causal students only"
     )
     graph.add_argument(
         "--chunk_size", type=int, help="frames (50 Hz) of a chunk; default: configured"
@@ -113,12 +92,9 @@ def main(cmd: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write, and say what was written."""
     if args.format == "transformers":
-        default = get_parser().get_default
-        given = [n for n in GRAPH_OPTIONS if getattr(args, n) != default(n)]
-        if given:
+        if given := _given(args, GRAPH_OPTIONS):
             raise UserError(
-                f"--{', --'.join(given)}: of graphs, name one: --format "
-                f"{', '.join(WRITERS)}"
+                f"{given}: of graphs, name one: --format {', '.join(WRITERS)}"
             )
         export_for_transformers(args)
         return
@@ -129,18 +105,20 @@ def run(args: argparse.Namespace) -> None:
     print({k: v for k, v in network.facts.items() if k not in ("tokens", "state")})
 
 
+def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
+    """Those of some options that are not at their defaults, in words."""
+    default = get_parser().get_default
+    given = [f"--{name}" for name in names if getattr(args, name) != default(name)]
+    return ", ".join(given)
+
+
 def describe(args: argparse.Namespace) -> Network:
     """Return the network that the options name."""
     if args.recognizer:
-        other = ("input", "layers", "streaming", "chunk_size", "left_context_frames")
-        default = get_parser().get_default
-        given = [
-            n for n in (*other, "padding", "part") if getattr(args, n) != default(n)
-        ]
-        if given:
+        if given := _given(args, STUDENT_OPTIONS):
             raise UserError(
                 "--recognizer takes whole utterances of audio and returns CTC's "
-                f"log-probabilities: leave out --{', --'.join(given)}"
+                f"log-probabilities: leave out {given}"
             )
         return ctc_recognizer(args.source, args.max_seconds)
     conf = {"padding": args.padding} if args.padding else {}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.hub.extraction import (
     ExtractError,
     ExtractionRun,
@@ -29,9 +29,7 @@ from espnet2_spear.hub.recordings import find_recordings
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument(
         "inputs",
         nargs="+",

@@ -12,26 +12,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from espnet2_spear.bin.spear_format import in_words
 from espnet2_spear.fileio.datadir import RAW, Entry, entries, entry_writer
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.fileio.tables import DataDirError, join, sorted_rows, table_writer
-
-
-def reason_to_skip(
-    seconds: float,
-    peak_db: float,
-    min_seconds: float,
-    max_seconds: float,
-    min_peak_db: float,
-) -> str:
-    """Return why an utterance is unfit for training, or an empty string."""
-    if seconds < min_seconds:
-        return f"too_short {seconds:.3f} s, the limit is {min_seconds} s"
-    if seconds > max_seconds:
-        return f"too_long {seconds:.3f} s, the limit is {max_seconds} s"
-    if peak_db < min_peak_db:
-        return f"silence peak {peak_db:.1f} dB, the limit is {min_peak_db} dB"
-    return ""
 
 
 def formatted(folder: Path) -> Iterator[tuple[str, Entry | None, str, float]]:
@@ -58,46 +42,20 @@ def formatted(folder: Path) -> Iterator[tuple[str, Entry | None, str, float]]:
         yield utt, entry, reason, 0.0 if peak is None else float(peak[1])
 
 
-def filter_entries(args: argparse.Namespace) -> tuple[Counter[str], float, int]:
-    """Write what is kept, and skipped.txt.
-
-    Returns:
-        how many were skipped, by reason; seconds and number of those kept.
-
-    Raises:
-        DataDirError: none is left.
-    """
-    limits = (args.min_seconds, args.max_seconds, args.min_peak_db)
-    reasons: Counter[str] = Counter()
-    samples = 0
-    with entry_writer(args.out_dir, RAW) as writer:
-        with table_writer(args.out_dir / "skipped.txt") as skipped:
-            for utt, entry, reason, peak in formatted(args.in_dir):
-                if entry is not None:
-                    reason = reason_to_skip(entry.samples / args.fs, peak, *limits)
-                if reason:
-                    skipped.add(utt, reason)
-                    reasons[reason.split()[0]] += 1
-                else:
-                    writer.add(entry)
-                    samples += entry.samples
-        if not writer.count:
-            raise DataDirError(
-                f"{args.in_dir}: no utterance is left ({summary(reasons)}); see "
-                f"{args.out_dir}/skipped.txt and the limits --min_seconds, "
-                "--max_seconds, --min_peak_db"
-            )
-    return reasons, samples / args.fs, writer.count
-
-
-def summary(reasons: Counter[str]) -> str:
-    """Return numbers of skipped utterances in words."""
-    return ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items()))
+def reason_to_skip(seconds: float, peak_db: float, args: argparse.Namespace) -> str:
+    """Return why an utterance is unfit for training, or an empty string."""
+    if seconds < args.min_seconds:
+        return f"too_short {seconds:.3f} s, the limit is {args.min_seconds} s"
+    if seconds > args.max_seconds:
+        return f"too_long {seconds:.3f} s, the limit is {args.max_seconds} s"
+    if peak_db < args.min_peak_db:
+        return f"silence peak {peak_db:.1f} dB, the limit is {args.min_peak_db} dB"
+    return ""
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = option_parser(__doc__)
     parser.add_argument("--in_dir", type=Path, required=True, help="of spear_format")
     parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
     parser.add_argument("--fs", type=int, default=16000, help="sampling rate in Hz")
@@ -123,16 +81,38 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Filter, and say what was left out and why."""
-    reasons, seconds, kept = filter_entries(args)
+    """Write what is kept, and skipped.txt.
+
+    Raises:
+        DataDirError: no utterance is left.
+    """
+    reasons: Counter[str] = Counter()
+    samples = 0
+    with entry_writer(args.out_dir, RAW) as writer:
+        with table_writer(args.out_dir / "skipped.txt") as skipped:
+            for utt, entry, reason, peak in formatted(args.in_dir):
+                if entry is not None:
+                    reason = reason_to_skip(entry.samples / args.fs, peak, args)
+                if reason:
+                    skipped.add(utt, reason)
+                    reasons[reason.split()[0]] += 1
+                else:
+                    writer.add(entry)
+                    samples += entry.samples
+        found = in_words(reasons)
+        if not writer.count:
+            raise DataDirError(
+                f"{args.in_dir}: no utterance is left ({found}); see "
+                f"{args.out_dir}/skipped.txt and the limits --min_seconds, "
+                "--max_seconds, --min_peak_db"
+            )
     if reasons:
         logging.warning(
             "skipped %d utterances (%s), listed in %s/skipped.txt",
-            sum(reasons.values()),
-            summary(reasons),
-            args.out_dir,
+            *(reasons.total(), found, args.out_dir),
         )
-    logging.info("%s: %d utterances, %.1f min", args.out_dir, kept, seconds / 60)
+    minutes = samples / args.fs / 60
+    logging.info("%s: %d utterances, %.1f min", args.out_dir, writer.count, minutes)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from espnet2_spear.fileio.convert import (
     shards_of,
 )
 from espnet2_spear.fileio.datadir import RAW, check, entries, entry_writer
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
 from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare, add_job_share_option
 from espnet2_spear.fileio.shards import Progress, in_processes
@@ -72,75 +71,76 @@ def run(
         logging.info("%d utterances were already done", before)
 
 
-@dataclass
-class Totals:
-    """What became of a data set: numbers of utterances, and samples."""
-
-    good: int = 0
-    samples: int = 0
-    resampled: int = 0
-    mixed_down: int = 0
-    clipped: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
-
-    def add(self, result: Result, fs: int) -> None:
-        """Count an utterance; ``fs`` is the sampling rate wanted, in Hz."""
-        if result.reason:
-            self.reasons[result.reason] += 1
-            return
-        self.good += 1
-        self.samples += result.samples
-        self.resampled += result.source_rate != fs
-        self.mixed_down += result.source_channels > 1
-        self.clipped += result.clipped > 0
-        self.notes.update(note.split()[0] for note in result.notes)
-
-
 def write_results(
     in_dir: Path, results: Iterable[Result], out_dir: Path, fs: int
-) -> Totals:
+) -> None:
     """Write the converted data directory, utt2peak_db, skipped.txt and notes.txt.
 
     Args:
         in_dir: data directory that was converted.
         results: of all its utterances, in the order of their ids.
         out_dir: data directory.
-        fs: sampling rate in Hz, for the totals.
+        fs: sampling rate in Hz that was wanted, for the log.
 
     Raises:
         DataDirError: not one utterance could be converted.
     """
-    totals = Totals()
+    totals: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
+    noted: Counter[str] = Counter()
     with (
         entry_writer(out_dir, RAW) as writer,
         table_writer(out_dir / "utt2peak_db") as peaks,
     ):
         with (
-            table_writer(out_dir / "skipped.txt") as skipped,
+            table_writer(out_dir / "skipped.txt") as reasons,
             table_writer(out_dir / "notes.txt") as notes,
         ):
             for entry, result in zip(entries(in_dir), results, strict=True):
-                totals.add(result, fs)
                 if result.reason:
-                    skipped.add(entry.utt, f"{result.reason} {result.detail}")
+                    reasons.add(entry.utt, f"{result.reason} {result.detail}")
+                    skipped[result.reason] += 1
                     continue
                 peaks.add(entry.utt, f"{result.peak_db:.2f}")
                 for note in result.notes:
                     notes.add(entry.utt, note)
+                    noted[note.split()[0]] += 1
                 new = {"path": result.file, "segment": None, "samples": result.samples}
                 writer.add(entry._replace(**new))
-        if not totals.good:
+                totals["samples"] += result.samples
+                totals["resampled"] += result.source_rate != fs
+                totals["mixed down"] += result.source_channels > 1
+                totals["clipped"] += result.clipped > 0
+        if not writer.count:
             raise DataDirError(
-                f"{in_dir}: none of its {sum(totals.reasons.values())} utterances "
-                f"could be converted; the reasons are in {out_dir}/skipped.txt"
+                f"{in_dir}: none of its {skipped.total()} utterances could be "
+                f"converted; the reasons are in {out_dir}/skipped.txt"
             )
-    return totals
+    logging.info(
+        f"{out_dir}: {writer.count} utterances, {totals['samples'] / fs / 60:.1f} min; "
+        f"{totals['resampled']} resampled to {fs} Hz, {totals['mixed down']} mixed "
+        f"down to mono, {totals['clipped']} clipped"
+    )
+    if noted:
+        logging.warning(
+            f"{out_dir}: {in_words(noted)} utterances are used although something is "
+            f"wrong with them, listed in {out_dir}/notes.txt"
+        )
+    if skipped:
+        logging.warning(
+            f"skipped {skipped.total()} utterances ({in_words(skipped)}), listed in "
+            f"{out_dir}/skipped.txt"
+        )
+
+
+def in_words(counts: Counter[str]) -> str:
+    """Names and how many there are of each."""
+    return ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = option_parser(__doc__)
     parser.add_argument("--in_dir", type=Path, required=True, help="data directory")
     parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
     parser.add_argument(
@@ -192,33 +192,7 @@ def format_directory(args: argparse.Namespace) -> None:
     with by_utterance as results:
         for result in run(args.in_dir, options, args.nj, total, WHOLE_JOB):
             results.add(result)
-        totals = write_results(args.in_dir, results, args.out_dir, args.fs)
-    logging.info(
-        "%s: %d utterances, %.1f min; %d resampled to %d Hz, %d mixed down to mono, "
-        "%d clipped",
-        args.out_dir,
-        totals.good,
-        totals.samples / args.fs / 60,
-        totals.resampled,
-        args.fs,
-        totals.mixed_down,
-        totals.clipped,
-    )
-    if totals.notes:
-        logging.warning(
-            "%s: %s utterances are used although something is wrong with them, listed "
-            "in %s/notes.txt",
-            args.out_dir,
-            ", ".join(f"{name} {n}" for name, n in sorted(totals.notes.items())),
-            args.out_dir,
-        )
-    if totals.reasons:
-        logging.warning(
-            "skipped %d utterances (%s), listed in %s/skipped.txt",
-            sum(totals.reasons.values()),
-            ", ".join(f"{name} {n}" for name, n in sorted(totals.reasons.items())),
-            args.out_dir,
-        )
+        write_results(args.in_dir, results, args.out_dir, args.fs)
 
 
 if __name__ == "__main__":

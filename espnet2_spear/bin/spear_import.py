@@ -8,9 +8,12 @@ import logging
 from pathlib import Path
 
 import yaml
-from espnet2.utils.types import str2bool
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import (
+    add_switch,
+    main_with_one_line_errors,
+    option_parser,
+)
 from espnet2_spear.hub.export import init_param_help, save_student
 from espnet2_spear.hub.fetch import is_hub_id
 from espnet2_spear.hub.infer import compact, named_size
@@ -18,23 +21,31 @@ from espnet2_spear.hub.load import open_checkpoint
 from espnet2_spear.zipformer.config import PADDING_MODES, ConfigError
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the parser of this command."""
-    parser = argparse.ArgumentParser(
-        description="Check a checkpoint and write it as config.yaml and student.pth",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "source",
-        help="folder or file (model.safetensors, pytorch_model.bin, icefall's *.pt, "
-        "*.pth of ours or of ESPnet, packed models), or "
-        "hf:USER/NAME[@REVISION][:FILE], which is downloaded",
-    )
+def add_student_options(parser: argparse.ArgumentParser, source: str) -> None:
+    """Give a parser the options of a student that is opened, and written elsewhere."""
+    parser.add_argument("source", help=source)
     parser.add_argument(
         "--part",
         help="which student, where a model holds several, such as frontend or encoder",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--padding", choices=PADDING_MODES, help="write this into the configuration"
+    )
+    add_switch(parser, "--overwrite", "Replace what an earlier run wrote there")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    parser = option_parser(
+        "Check a checkpoint and write it as config.yaml and student.pth"
+    )
+    add_student_options(
+        parser,
+        "folder or file (model.safetensors, pytorch_model.bin, icefall's *.pt, *.pth "
+        "of ours or of ESPnet, packed models), or hf:USER/NAME[@REVISION][:FILE], "
+        "which is downloaded",
+    )
     parser.add_argument(
         "--conf",
         nargs="*",
@@ -42,15 +53,6 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="fields of ZipformerConfig that the checkpoint does not tell, as "
         "encoder_unmasked_dim=256,256,256 chunk_size=32",
-    )
-    parser.add_argument(
-        "--padding", choices=PADDING_MODES, help="write this into the configuration"
-    )
-    parser.add_argument(
-        "--overwrite",
-        type=str2bool,
-        default=False,
-        help="Replace a student that is in the folder (true or false)",
     )
     return parser
 

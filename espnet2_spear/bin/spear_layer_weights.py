@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from espnet2_spear.errors import CheckpointError, UserError
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.hub.infer import infer_config
 from espnet2_spear.hub.load import PARTS, Checkpoint, read_checkpoint
 from espnet2_spear.hub.packed import is_packed
@@ -26,21 +24,18 @@ class WeightsError(UserError):
     """A model without learned layer weights; names the file and the reason."""
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One layer and its share in the features.
 
     Attributes:
-        index: from 0, as ``frontend_conf.layer`` counts.
+        weight: share, all of them add up to 1.
         stack: of the Zipformer, from 0; None: unknown.
         rate: frames per second at which it works; None: unknown.
-        weight: share, all of them add up to 1.
     """
 
-    index: int
-    stack: int | None
-    rate: float | None
     weight: float
+    stack: int | None = None
+    rate: float | None = None
 
 
 def read_layers(model: Checkpoint) -> tuple[list[Layer], bool]:
@@ -68,29 +63,25 @@ def read_layers(model: Checkpoint) -> tuple[list[Layer], bool]:
             f"{model.file}: holds {len(found)} tensors named *frontend.{KEY}, expected "
             "one; name the weights of the whole model (such as valid.acc.best.pth)"
         )
-    weights = found[0].float().softmax(dim=0)
-    places = _places(conf, model, len(weights))
-    layers = [
-        Layer(i, *place, weight)
-        for i, (place, weight) in enumerate(zip(places, weights.tolist(), strict=True))
-    ]
+    weights = found[0].float().softmax(dim=0).tolist()
+    places = _places(conf.get("arch"), model)
+    if len(places) != len(weights):
+        places = [()] * len(weights)
+    layers = [Layer(w, *place) for w, place in zip(weights, places, strict=True)]
     return layers, bool(conf.get("layer_norm", True))
 
 
-def _places(
-    conf: dict[str, Any], model: Checkpoint, layers: int
-) -> list[tuple[int | None, float | None]]:
-    """Stack and frame rate of every layer, as far as they are known."""
+def _places(arch: Any, model: Checkpoint) -> list[tuple]:
+    """Stack and frame rate of every layer, if they are known."""
+    prefix = next(prefix for prefix, part in PARTS.items() if part == "frontend")
     try:
-        config = (
-            ZipformerConfig.build(conf["arch"])
-            if conf.get("arch") is not None
-            else infer_config(_student(model.tensors), model.file)
-        )
+        if arch is not None:
+            config = ZipformerConfig.build(arch)
+        else:
+            student = {k.removeprefix(prefix): v for k, v in model.tensors.items()}
+            config = infer_config(student, model.file)
     except CheckpointError:
-        return [(None, None)] * layers
-    if sum(config.num_encoder_layers) != layers:
-        return [(None, None)] * layers
+        return []
     return [
         (stack, 50.0 / config.downsampling_factor[stack])
         for stack, count in enumerate(config.num_encoder_layers)
@@ -98,22 +89,14 @@ def _places(
     ]
 
 
-def _student(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = next(prefix for prefix, part in PARTS.items() if part == "frontend")
-    return {k.removeprefix(prefix): v for k, v in tensors.items()}
-
-
 def table(layers: list[Layer]) -> str:
     """Lines of text: layer, stack, frame rate, weight in percent and as a bar."""
     highest = max(layer.weight for layer in layers)
     lines = ["layer  stack  Hz     weight"]
-    for layer in layers:
-        stack = "-" if layer.stack is None else layer.stack
-        rate = "-" if layer.rate is None else f"{layer.rate:g}"
-        bar = "#" * round(40 * layer.weight / highest)
-        lines.append(
-            f"{layer.index:<6} {stack:<6} {rate:<6} {100 * layer.weight:5.1f} %  {bar}"
-        )
+    for index, (weight, stack, rate) in enumerate(layers):
+        place = "-      -" if rate is None else f"{stack:<6} {rate:g}"
+        bar = "#" * round(40 * weight / highest)
+        lines.append(f"{index:<6} {place:<13} {100 * weight:5.1f} %  {bar}")
     return "\n".join(lines)
 
 
@@ -123,16 +106,12 @@ def plot(layers: list[Layer], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(1.5 + 0.4 * len(layers), 3.5), layout="constrained")
     axes = figure.subplots()
-    for stack in sorted({layer.stack or 0 for layer in layers}):
-        own = [layer for layer in layers if (layer.stack or 0) == stack]
-        rate = own[0].rate
-        axes.bar(
-            [layer.index for layer in own],
-            [100 * layer.weight for layer in own],
-            label=None if rate is None else f"stack {stack}, {rate:g} Hz",
-        )
+    for place, group in groupby(enumerate(layers), key=lambda item: item[1][1:]):
+        numbers, own = zip(*group, strict=True)
+        label = None if place[1] is None else "stack {}, {:g} Hz".format(*place)
+        axes.bar(numbers, [100 * layer.weight for layer in own], label=label)
     axes.axhline(100 / len(layers), color="black", linewidth=0.8, linestyle="--")
-    axes.set_xticks([layer.index for layer in layers])
+    axes.set_xticks(range(len(layers)))
     axes.set(xlabel="layer", ylabel="weight, %", title=title)
     if layers[0].rate is not None:
         figure.legend(loc="outside right upper", fontsize="small")
@@ -142,10 +121,8 @@ def plot(layers: list[Layer], path: Path, title: str) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = argparse.ArgumentParser(
-        description="Print and plot the layer weights that a model with frontend spear "
-        "has learned",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = option_parser(
+        "Print and plot the layer weights that a model with frontend spear has learned"
     )
     parser.add_argument(
         "model",

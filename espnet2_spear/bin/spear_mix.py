@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ import numpy as np
 import soundfile
 import torch
 import yaml
+from espnet2.train.dataset import ESPnetDataset
 
+from espnet2_spear.bin.spear_check_codes import named
 from espnet2_spear.codes.facts import codes_shape
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.data.collate import SpearCollateFn
 from espnet2_spear.data.noise import NoiseList
 from espnet2_spear.data.preprocessor import SpearPreprocessor
-from espnet2_spear.fileio.ark import read_matrix, read_scp
-from espnet2_spear.fileio.audio import AudioError, Span, read_pieces, resample
-from espnet2_spear.fileio.datadir import DOMAINS, DataDir
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.ark import read_scp
+from espnet2_spear.fileio.datadir import DOMAINS, read_table
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.tables import DataDirError
 from espnet2_spear.spear.mixing import PRESETS, Mixer, MixerConfig, Mixture
 
 TABLE = "mixtures.tsv"
@@ -31,19 +34,21 @@ LEVEL = 0.9  # loudest sample of a written file, at most
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = option_parser(__doc__)
+    parser.add_argument(
+        "--data_dir", type=Path, required=True, help="with wav.scp, utt2domain"
     )
-    parser.add_argument("--data_dir", required=True, help="with wav.scp, utt2domain")
     parser.add_argument(
         "--codes",
         required=True,
         action="append",
-        type=_named,
+        type=named,
         metavar="TEACHER=SCP",
         help="scp file of a teacher's codes, TEACHER.json beside it; once for each",
     )
-    parser.add_argument("--out_dir", required=True, help=f"for wav files and {TABLE}")
+    parser.add_argument(
+        "--out_dir", type=Path, required=True, help=f"for wav files and {TABLE}"
+    )
     parser.add_argument(
         "--preset", default="token_mixing", choices=list(PRESETS), help="of mixer_conf"
     )
@@ -60,50 +65,11 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _named(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"expected TEACHER=SCP, found '{text}'")
-    return name, value
-
-
 def _mapping(text: str) -> dict[str, Any]:
     value = yaml.safe_load(text)
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a YAML mapping, found '{text}'")
     return value
-
-
-@dataclass
-class Source:
-    """Utterances of a data directory with the codes of all teachers.
-
-    Attributes:
-        data: the directory.
-        specs: teacher -> utterance -> ``ark:offset``.
-        prepare: checks of one utterance, those of the training.
-    """
-
-    data: DataDir
-    specs: dict[str, dict[str, str]]
-    prepare: SpearPreprocessor
-
-    def read(self, utt: str) -> tuple[str, dict[str, np.ndarray]]:
-        """Load one utterance as the training does."""
-        file, span = utt, Span(None, None)
-        if self.data.segments is not None:
-            file, start, end, channel = self.data.segments[utt]
-            span = Span(start, end if end >= 0 else None, channel)
-        ((samples, info),) = read_pieces(self.data.wav_scp[file], [span])
-        if isinstance(samples, AudioError):
-            raise samples
-        loaded = {
-            "speech": resample(samples, info.rate, SAMPLE_RATE),
-            "domain": self.data.utt2domain[utt],
-        }
-        for name, specs in self.specs.items():
-            loaded[f"codes_{name}"] = read_matrix(specs[utt], utt)
-        return utt, self.prepare(utt, loaded)
 
 
 def _share_of_source(
@@ -132,9 +98,9 @@ def _describe(
     noises: list[str],
     batch: dict[str, torch.Tensor],
     hops: dict[str, int],
-) -> list[dict[str, str]]:
-    """A row of the table for every utterance of a batch that was changed."""
-    plan, rows = mixture.plan, []
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Numbers in the batch of the utterances that were changed, and their rows."""
+    plan = mixture.plan
     for i in plan.mixed.nonzero().flatten().tolist():
         source = (ids + noises)[int(plan.row[i])]
         row = {
@@ -157,8 +123,7 @@ def _describe(
                 share, tail = _share_of_source(mixture, i, name, hop, codes, samples)
                 row[f"{name}_replaced"] = f"{share:.3f}"
                 row[f"{name}_tail_frames"] = str(tail)
-        rows.append(row)
-    return rows
+        yield i, row
 
 
 def _write_audio(path: Path, samples: np.ndarray) -> None:
@@ -180,9 +145,13 @@ def main(cmd=None):
 
 def run(args: argparse.Namespace) -> None:
     """Mix and write."""
-    data = DataDir.load(args.data_dir, require=("utt2domain",))
+    if (args.data_dir / "segments").exists():
+        raise DataDirError(
+            f"{args.data_dir}: has segments; name formatted data (dump/raw, made by "
+            "stage 2 of the recipe), where every utterance is a file"
+        )
+    utt2domain = read_table(args.data_dir / "utt2domain", "utterance domain")
     teachers = {name: codes_shape(scp) for name, scp in args.codes}
-    specs = {name: read_scp(scp) for name, scp in args.codes}
     conf = {"preset": args.preset} | args.mixer_conf
     try:
         config = MixerConfig.from_dict(conf, DOMAINS, list(teachers))
@@ -196,14 +165,13 @@ def run(args: argparse.Namespace) -> None:
         )
     noise = NoiseList(args.noise_scp) if args.noise_scp else None
     collate = SpearCollateFn(noise, clips=args.batch_size, seed=args.seed)
-    source = Source(data, specs, SpearPreprocessor(teachers, DOMAINS))
-
-    usable = [
-        utt
-        for utt in data.utterances
-        if data.utt2domain[utt] in config.rules
-        and all(utt in s for s in specs.values())
-    ]
+    lists = [(f"{args.data_dir}/wav.scp", "speech", "sound")]
+    lists += [(f"{args.data_dir}/utt2domain", "domain", "text")]
+    lists += [(scp, f"codes_{name}", "kaldi_ark") for name, scp in args.codes]
+    dataset = ESPnetDataset(lists, SpearPreprocessor(teachers, DOMAINS))
+    coded = set.intersection(*(set(read_scp(scp)) for _, scp in args.codes))
+    usable = [u for u, domain in utt2domain.items() if domain in config.rules]
+    usable = [utt for utt in usable if utt in coded]
     if len(usable) < 2:
         raise SystemExit(
             f"{args.data_dir}: {len(usable)} utterances of domain "
@@ -211,13 +179,18 @@ def run(args: argparse.Namespace) -> None:
         )
     order = np.random.default_rng(args.seed).permutation(len(usable))
     torch.manual_seed(args.seed)
-    out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     table: list[dict[str, str]] = []
     order = order[: args.num_batches * args.batch_size]
     for first in range(0, len(order), args.batch_size):
         chosen = [usable[k] for k in order[first : first + args.batch_size]]
-        ids, batch = collate([source.read(utt) for utt in chosen])
+        try:
+            utterances = [dataset[utt] for utt in chosen]
+        except (RuntimeError, ValueError) as error:
+            raise DataDirError(
+                f"{args.data_dir}: {error}; format and tokenize it again (stages 2, 5)"
+            ) from error
+        ids, batch = collate(utterances)
         codes = {name: batch[f"codes_{name}"] for name in teachers}
         mixture = mixer(
             batch["speech"],
@@ -228,24 +201,24 @@ def run(args: argparse.Namespace) -> None:
             batch.get("noise_lengths"),
         )
         noises = [name for name, _ in collate.draw_noise(ids)]
-        for row in _describe(mixture, ids, noises, batch, mixer.hops):
-            i = ids.index(row["utterance"])
-            row = {"file": f"{len(table):03d}_{row['kind']}.wav"} | row
+        for i, row in _describe(mixture, ids, noises, batch, mixer.hops):
+            file = args.out_dir / f"{len(table):03d}_{row['kind']}.wav"
             samples = mixture.speech[i, : int(mixture.lengths[i])].numpy()
-            _write_audio(out_dir / row["file"], samples)
+            _write_audio(file, samples)
             if mixture.plan.mixes_targets[i]:
                 targets = {k: v[i].numpy() for k, v in mixture.codes.items()}
-                np.savez_compressed(
-                    (out_dir / row["file"]).with_suffix(".npz"), **targets
-                )
-            table.append(row)
+                np.savez_compressed(file.with_suffix(".npz"), **targets)
+            table.append({"file": file.name} | row)
     if not table:
         raise SystemExit("nothing was mixed: draw more (--num_batches), or raise prob")
-    columns = list(table[0])
-    lines = ["\t".join(columns)]
-    lines += ["\t".join(row[column] for column in columns) for row in table]
-    (out_dir / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    logging.info(f"{len(table)} mixtures of {len(order)} utterances: {out_dir / TABLE}")
+    listing = args.out_dir / TABLE
+    with listing.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(
+            file, list(table[0]), delimiter="\t", lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows(table)
+    logging.info(f"{len(table)} mixtures of {len(order)} utterances: {listing}")
 
 
 if __name__ == "__main__":

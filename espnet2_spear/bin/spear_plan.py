@@ -12,7 +12,7 @@ import argparse
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ import torch
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.train.average import disk_bytes
 from espnet2_spear.train.simulate import StepCosts, simulate_step
@@ -49,68 +50,6 @@ GPUS = {
 }
 GIB = 2**30
 BUCKETS = 4  # bytes a parameter: DDP copies gradients into buckets
-HEAD = (
-    "configuration",
-    "checkpointing",
-    "M parameters",
-    "TFLOP a batch",
-    "weights",
-    "gradients",
-    "optimizer",
-    "activations",
-    "heads",
-    "in passing",
-    "GiB in all",
-    "fits",
-    "largest batch_bins",
-    "days",
-    "x real time",
-    "disk, GB",
-)
-
-
-class Plan(NamedTuple):
-    """A training on GPUs, with or without activation checkpointing.
-
-    Attributes:
-        name: of the configuration.
-        checkpointing: whether layers are computed again in the backward pass.
-        parameters: of student and heads.
-        costs: of a batch on a GPU, as long as ``batch_bins`` says.
-        needed: bytes on a GPU.
-        largest: ``batch_bins`` that fit on all GPUs; 0: not one utterance.
-        days: for all steps; None: the GPU's speed is not known.
-        rate: seconds of audio that all GPUs hear in a second; None, as above.
-        disk: bytes, while it trains.
-    """
-
-    name: str
-    checkpointing: bool
-    parameters: int
-    costs: StepCosts
-    needed: float
-    largest: int
-    days: float | None
-    rate: float | None
-    disk: float
-
-    def row(self, gib: float) -> list[str]:
-        """Cells of the table, for a GPU of so many GiB to be used."""
-        costs = self.costs
-        parts = [costs.weights, costs.gradients, costs.optimizer, costs.activations]
-        parts += [costs.heads, costs.passing, self.needed]
-        return [
-            self.name,
-            "yes" if self.checkpointing else "no",
-            f"{self.parameters / 1e6:.1f}",
-            f"{costs.operations / 1e12:.3g}",
-            *(f"{part / GIB:.2f}" for part in parts),
-            "yes" if self.needed <= gib * GIB else "no",
-            str(self.largest),
-            "-" if self.days is None else f"{self.days:.3g}",
-            "-" if self.rate is None else f"{self.rate:.0f}",
-            f"{self.disk / 1e9:.3g}",
-        ]
 
 
 def parse_gpu(text: str) -> Gpu:
@@ -171,13 +110,16 @@ def simulate(
     )
 
 
-def plan(path: Path, gpu: Gpu, args: argparse.Namespace) -> Iterator[Plan]:
+def plan(path: Path, gpu: Gpu, args: argparse.Namespace) -> Iterator[dict[str, str]]:
     """Plan a configuration, without and with activation checkpointing.
 
     Args:
         path: of the configuration.
         gpu: memory and speed.
         args: of this command.
+
+    Yields:
+        a row of the table: heading -> cell.
 
     Raises:
         UserError: not one utterance fits, even with activation checkpointing.
@@ -203,7 +145,8 @@ def plan(path: Path, gpu: Gpu, args: argparse.Namespace) -> Iterator[Plan]:
         lasting = costs.lasting + buckets
         a_sample = (costs.peak - costs.lasting) / samples
         fitting = max(0.0, usable - lasting) / a_sample
-        if fitting < longest * SAMPLE_RATE and checkpointing:
+        one_fits = fitting >= longest * SAMPLE_RATE
+        if not one_fits and checkpointing:
             needed = (lasting + a_sample * longest * SAMPLE_RATE) / GIB
             raise UserError(
                 f"--gpu {args.gpu}: not one utterance of {longest:.3g} s fits: "
@@ -211,48 +154,56 @@ def plan(path: Path, gpu: Gpu, args: argparse.Namespace) -> Iterator[Plan]:
                 "activation checkpointing; take a larger GPU, a smaller --student or "
                 "shorter utterances (--utterance_seconds, spear_filter)"
             )
-        days = rate = None
+        days = rate = "-"
         if peak is not None:
             step = costs.operations / (args.share * peak * 1e12)
-            days, rate = batches * step / 86400, options.batch_bins / SAMPLE_RATE / step
-        yield Plan(
-            path.stem.removeprefix("train_spear_"),
-            checkpointing,
-            parameters,
-            costs,
-            lasting + a_sample * samples,
-            int(fitting * args.num_gpus) if fitting >= longest * SAMPLE_RATE else 0,
-            days,
-            rate,
-            disk_bytes(parameters, vars(options)),
-        )
+            days = f"{batches * step / 86400:.3g}"
+            rate = f"{options.batch_bins / SAMPLE_RATE / step:.0f}"
+        memory = {
+            "weights": costs.weights,
+            "gradients": costs.gradients,
+            "optimizer": costs.optimizer,
+            "activations": costs.activations,
+            "heads": costs.heads,
+            "in passing": costs.passing,
+            "GiB in all": costs.peak + buckets,
+        }
+        yield {
+            "configuration": path.stem.removeprefix("train_spear_"),
+            "checkpointing": "yes" if checkpointing else "no",
+            "M parameters": f"{parameters / 1e6:.1f}",
+            "TFLOP a batch": f"{costs.operations / 1e12:.3g}",
+            **{part: f"{size / GIB:.2f}" for part, size in memory.items()},
+            "fits": "yes" if costs.peak + buckets <= usable else "no",
+            "largest batch_bins": str(int(fitting * args.num_gpus) if one_fits else 0),
+            "days": days,
+            "x real time": rate,
+            "disk, GB": f"{disk_bytes(parameters, vars(options)) / 1e9:.3g}",
+        }
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--config", type=Path, nargs="+", required=True)
     parser.add_argument(
         "--gpu", required=True, help=f"{', '.join(GPUS)}, or its memory, such as 24GB"
     )
     parser.add_argument("--num_gpus", type=int, default=8)
     parser.add_argument(
-        "--share", type=float, default=0.1, help="of the GPU's peak that is used [0.1]"
+        "--share", type=float, default=0.1, help="of the GPU's peak that is used"
     )
     parser.add_argument(
         "--reserve",
         type=float,
         default=0.1,
-        help="share of the memory for CUDA, NCCL and fragments [0.1]",
+        help="share of the memory for CUDA, NCCL and fragments",
     )
     parser.add_argument(
         "--utterance_seconds",
         type=float,
         default=30.0,
-        help="the longest: a batch of such takes the most memory [30]",
+        help="the longest: a batch of such takes the most memory",
     )
     parser.add_argument(
         "options", nargs="*", help="of spear_train, after --: -- --batch_bins 9600000"
@@ -276,22 +227,14 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--num_gpus and --utterance_seconds: at least 1, above 0")
     if not (0 < args.share <= 1 and 0 <= args.reserve < 1):
         raise UserError("--share and --reserve: shares, such as 0.1 of 1")
-    usable = (1 - args.reserve) * gpu.gib
-    plans = [p for path in args.config for p in plan(path, gpu, args)]
-    print_table([HEAD, ["---"] * len(HEAD), *(p.row(usable) for p in plans)])
+    table = [row for path in args.config for row in plan(path, gpu, args)]
+    print(markdown_table(list(table[0]), [list(row.values()) for row in table]))
     print(
-        f"\n{args.num_gpus} x {args.gpu}: {usable:.1f} of {gpu.gib:g} GiB each, "
-        f"{args.share:.0%} of the peak, utterances of {args.utterance_seconds:g} s. "
-        "Memory in GiB on a GPU; all of it includes DDP's buckets of gradients"
+        f"\n{args.num_gpus} x {args.gpu}: {(1 - args.reserve) * gpu.gib:.1f} of "
+        f"{gpu.gib:g} GiB each, {args.share:.0%} of the peak, utterances of "
+        f"{args.utterance_seconds:g} s. Memory in GiB on a GPU; all of it includes "
+        "DDP's buckets of gradients"
     )
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of cells as Markdown, aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

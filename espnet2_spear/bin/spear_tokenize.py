@@ -15,17 +15,15 @@ import torch
 from espnet2_spear.codes.tokenize_run import TokenizeRun
 from espnet2_spear.codes.tokenizer import TokenizeOptions
 from espnet2_spear.fileio.datadir import DataDirError
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.fileio.job_share import add_job_share_option
-from espnet2_spear.fileio.utterances import read_utterances, select_domains
+from espnet2_spear.fileio.utterances import beside_wav_scp, select_domains
 from espnet2_spear.teachers import load_teacher_config
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument(
         "--teacher_config", required=True, nargs="+", help="conf/teachers/*.yaml"
     )
@@ -143,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
             f"{data_dir}: has segments; tokenize the formatted data (dump/raw, made by "
             "stage 2 of the recipe), where every utterance is a file"
         )
-    utterances = read_utterances(data_dir / "wav.scp", data_dir / "utt2num_samples")
+    utterances = beside_wav_scp(data_dir / "wav.scp")
     chosen = [
         utterances
         if names == "all"

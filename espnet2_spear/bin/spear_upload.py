@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 import tempfile
 from pathlib import Path
@@ -12,15 +11,16 @@ from pathlib import Path
 from espnet2.utils.types import str2bool
 
 from espnet2_spear.errors import CheckpointError
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.hashes import hash_of
 from espnet2_spear.hub.pack import CARD, REPO
 from espnet2_spear.hub.packed import check_weights, read_packed, unpack
 
 _REPO_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
 
-def prepare(packed: Path, folder: Path, repo_id: str) -> dict[str, bytes | Path]:
-    """Unpack a model and return what the repository will hold.
+def prepare(packed: Path, folder: Path, repo_id: str) -> list[Path]:
+    """Unpack a model into a folder, which then is what the repository will hold.
 
     As ESPnet's uploads: the archive's members under their names, unchanged, and the
     card at the top, where the repository's name is put in.
@@ -31,7 +31,7 @@ def prepare(packed: Path, folder: Path, repo_id: str) -> dict[str, bytes | Path]
         repo_id: ``user/name``.
 
     Returns:
-        path in the repository -> content, or the file that holds it.
+        all files, the card first.
 
     Raises:
         CheckpointError: unsafe or corrupt, no packed model, or no card in it.
@@ -44,47 +44,16 @@ def prepare(packed: Path, folder: Path, repo_id: str) -> dict[str, bytes | Path]
         raise CheckpointError(
             f"{packed}: has no model card ({CARD}); pack it by spear_pack or task_pack"
         )
-    card = min(cards, key=lambda path: len(path.parts))
-    content: dict[str, bytes | Path] = {
-        CARD: card.read_text(encoding="utf-8").replace(REPO, repo_id).encode()
-    }
-    for path in files:
-        if path != card:
-            content[path.relative_to(folder).as_posix()] = path
-    return content
-
-
-def describe(content: dict[str, bytes | Path]) -> list[str]:
-    """Lines of name, bytes and SHA-256."""
-    lines = []
-    for name, value in content.items():
-        data = value if isinstance(value, bytes) else value.read_bytes()
-        lines.append(
-            f"  {name} ({len(data)} bytes, {hashlib.sha256(data).hexdigest()})"
-        )
-    return lines
-
-
-def send(content: dict[str, bytes | Path], repo_id: str, private: bool) -> str:
-    """Make the repository if it is not there, and one commit; return its address."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi()
-    api.create_repo(repo_id, exist_ok=True, private=private)
-    operations = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=value)
-        for name, value in content.items()
-    ]
-    info = api.create_commit(repo_id, operations, commit_message="Upload a model")
-    return info.commit_url
+    card, top = min(cards, key=lambda path: len(path.parts)), folder / CARD
+    text = card.read_text(encoding="utf-8").replace(REPO, repo_id)
+    card.unlink()
+    top.write_text(text, encoding="utf-8")
+    return [top, *(path for path in files if path != card)]
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = argparse.ArgumentParser(
-        description="Upload a packed model to the Hugging Face hub",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = option_parser("Upload a packed model to the Hugging Face hub")
     parser.add_argument("--packed", type=Path, required=True, help="xxx.zip, xxx.tgz")
     parser.add_argument("--repo_id", type=_repo_id, required=True, help="user/name")
     parser.add_argument(
@@ -120,17 +89,25 @@ def run(args: argparse.Namespace) -> None:
     if not args.packed.is_file():
         raise FileNotFoundError(f"{args.packed}: no packed model; run stage 8 first")
     with tempfile.TemporaryDirectory() as work:
-        content = prepare(args.packed, Path(work) / "model", args.repo_id)
-        lines = describe(content)
+        folder = Path(work) / "model"
+        files = prepare(args.packed, folder, args.repo_id)
         verb = "would be sent" if args.dry_run else "are being sent"
-        print(f"{len(lines)} files {verb} to {args.repo_id}, in one commit:")
-        print("\n".join(lines))
+        print(f"{len(files)} files {verb} to {args.repo_id}, in one commit:")
+        for path in files:
+            facts = f"{path.stat().st_size} bytes, {hash_of(path)}"
+            print(f"  {path.relative_to(folder).as_posix()} ({facts})")
         if args.dry_run:
-            print(f"The card, {CARD}:\n")
-            print(content[CARD].decode())
+            print(f"The card, {CARD}:\n\n{files[0].read_text(encoding='utf-8')}")
             print("Dry run: nothing was sent; --dry_run false (--skip_upload false)")
             return
-        print(f"Uploaded: {send(content, args.repo_id, args.private)}")
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(args.repo_id, exist_ok=True, private=args.private)
+        info = api.upload_folder(
+            repo_id=args.repo_id, folder_path=folder, commit_message="Upload a model"
+        )
+        print(f"Uploaded: {info.commit_url}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 #!/usr/bin/env python3
-"""Pack an ESPnet model that uses SPEAR, needing no pre-training checkpoint any more."""
+"""Pack an ESPnet model that uses SPEAR, or a pre-trained student, with a card.
+
+For the task's inference class and espnet_model_zoo; the packed model needs no
+pre-training checkpoint any more.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,12 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import load_model
-from espnet2_spear.hub.pack import (
-    REPO,
-    Card,
-    PackError,
-    add_pack_arguments,
-    check_files,
-    pack_model,
-)
+from espnet2_spear.hub.pack import REPO, Card, PackError, check_files, pack_model
 from espnet2_spear.hub.packed import FORMAT, named_files
 from espnet2_spear.hub.tensors import read_settings, read_tensors
 
@@ -38,59 +37,34 @@ class Kind(NamedTuple):
     use: str
 
 
+_RECOGNITION = "automatic-speech-recognition"
+_TEXT = "text = model(speech)[0][0]"
 TASKS = {
-    "asr": Kind(
-        "asr_",
-        "asr_inference.Speech2Text",
-        "automatic-speech-recognition",
-        "text = model(speech)[0][0]",
-    ),
+    "asr": Kind("asr_", "asr_inference.Speech2Text", _RECOGNITION, _TEXT),
     "asr_transducer": Kind(
-        "asr_",
-        "asr_transducer_inference.Speech2Text",
-        "automatic-speech-recognition",
+        *("asr_", "asr_transducer_inference.Speech2Text", _RECOGNITION),
         "text = model.hypotheses_to_results(model(speech))[0][0]",
     ),
-    "st": Kind(
-        "st_",
-        "st_inference.Speech2Text",
-        "speech-translation",
-        "text = model(speech)[0][0]",
-    ),
-    "s2t": Kind(
-        "s2t_",
-        "s2t_inference.Speech2Text",
-        "automatic-speech-recognition",
-        "text = model(speech)[0][0]",
-    ),
+    "st": Kind("st_", "st_inference.Speech2Text", "speech-translation", _TEXT),
+    "s2t": Kind("s2t_", "s2t_inference.Speech2Text", _RECOGNITION, _TEXT),
     "slu": Kind(
-        "slu_",
-        "slu_inference.Speech2Understand",
-        "automatic-speech-recognition",
+        *("slu_", "slu_inference.Speech2Understand", _RECOGNITION),
         "intent_and_text = model(speech)[0][0]",
     ),
     "spk": Kind(
-        "",
-        "spk_inference.Speech2Embedding",
-        "speaker-recognition",
+        *("", "spk_inference.Speech2Embedding", "speaker-recognition"),
         "embedding = model(speech)",
     ),
     "diar": Kind(
-        "",
-        "diar_inference.DiarizeSpeech",
-        "diarization",
+        *("", "diar_inference.DiarizeSpeech", "diarization"),
         "speakers = model(speech[None], fs=16000)",
     ),
     "cls": Kind(
-        "classification_",
-        "cls_inference.Classification",
-        "audio-classification",
+        *("classification_", "cls_inference.Classification", "audio-classification"),
         "labels = model(speech)",
     ),
     "aqa": Kind(
-        "",
-        "aqa_inference.AqaInference",
-        "audio-classification",
+        *("", "aqa_inference.AqaInference", "audio-classification"),
         "scores = model(speech)",
     ),
 }
@@ -106,6 +80,21 @@ speech, rate = soundfile.read("speech.wav")
 assert rate == 16000 and speech.ndim == 1, "convert it to 16 kHz, mono"
 {use}
 """
+
+
+STUDENT = "student"
+STUDENT_DEMO = """import torch
+from espnet2_spear import load_model
+
+model = load_model("hf:{repo}")  # or the path of the zip, or of the unpacked folder
+speech = torch.zeros(1, 16000)  # (B, samples), 16 kHz, in [-1, 1]
+out = model(speech, torch.tensor([16000]))
+out.encoder_out, out.encoder_out_lens, out.hidden_states
+"""
+USE = """In an ESPnet recipe: `frontend: spear`, `frontend_conf: {ckpt: PATH}`,
+`normalize: null`; for recognition `asr.sh --feats_normalize none` and
+`model_conf: {extract_feats_in_collect_stats: false}`. Features of files: `python -m
+espnet2_spear.bin.spear_extract --model PATH --out DIR wav.scp`."""
 
 
 def self_contained(config: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -167,41 +156,78 @@ def check_weights(config: dict[str, Any], model_file: Path) -> None:
         )
 
 
-def make_card(args: argparse.Namespace, config: dict[str, Any], name: str) -> Card:
-    """Return the card of the packed model; ``config`` is the one that is packed."""
-    ctc_only = args.task == "asr" and config.get("decoder") is None
-    kind = TASKS[args.task]
+def task_card(task: str, config: dict[str, Any]) -> dict[str, str]:
+    """What the card of a task's model says; ``config`` is the one that is packed."""
+    kind = TASKS[task]
     module, inference = kind.inference.split(".")
-    return Card(
-        title=f"ESPnet2 {args.task.upper()} model",
-        name=name,
-        hf_task=kind.hf_task,
-        description="Trained with [ESPnet](https://github.com/espnet/espnet) on the "
+    ctc_only = task == "asr" and config.get("decoder") is None
+    return {
+        "title": f"ESPnet2 {task.upper()} model",
+        "hf_task": kind.hf_task,
+        "description": "Trained with [ESPnet](https://github.com/espnet/espnet) on the "
         "features of a student pre-trained by SPEAR (arXiv 2510.25955).",
-        demo=DEMO.format(
+        "demo": DEMO.format(
             module=module,
             name=inference,
             repo=REPO,
             decoding=", ctc_weight=1.0, lm_weight=0.0" if ctc_only else "",
             use=kind.use,
         ),
-        language=args.language,
-        datasets=args.datasets,
-        license=args.license,
-        results=args.results,
-        config=config,
-    )
+    }
+
+
+def student_card(model_file: Path, config: dict[str, Any]) -> dict[str, str]:
+    """What the card of a student says.
+
+    Raises:
+        CheckpointError: weights and configuration that do not belong together.
+    """
+    model = load_model(model_file)
+    teachers = config.get("teachers") or {}
+    rows = []
+    for name, conf in teachers.items():
+        codes = TeacherCodes.from_dict(name, conf)
+        shape = (codes.num_codebooks, codes.codebook_size, codes.frame_rate)
+        rows.append([name, *map(str, shape)])
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    facts = {
+        "student": config.get("student"),
+        "parameters, millions": f"{millions:.1f}",
+        "hidden size": model.config.encoder_dim[0],
+        "layers": sum(model.config.num_encoder_layers),
+        "frames per second": f"{model.config.frame_rate:g}",
+        "epochs": config.get("max_epoch"),
+    }
+    head = ["teacher", "codebooks", "entries of each", "frames per second"]
+    tables = [USE, markdown_table(list(facts), [[*map(str, facts.values())]])]
+    return {
+        "title": "SPEAR student",
+        "hf_task": "self-supervised-learning",
+        "description": "Pre-trained with [ESPnet](https://github.com/espnet/espnet) by "
+        "masked prediction of multi-codebook tokens (SPEAR, arXiv 2510.25955) of "
+        f"{len(teachers)} teachers: {', '.join(teachers)}.",
+        "demo": STUDENT_DEMO.format(repo=REPO),
+        "tables": "\n\n".join([*tables, markdown_table(head, rows)]),
+    }
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = argparse.ArgumentParser(
-        description="Pack a model of an ESPnet task for its inference class and "
-        "espnet_model_zoo, with a card",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = option_parser(__doc__)
+    parser.add_argument("--task", choices=[*TASKS, STUDENT], default="asr")
+    parser.add_argument("--train_config", type=Path, required=True, help="config.yaml")
+    parser.add_argument("--model_file", type=Path, required=True, help="xxx.pth")
+    parser.add_argument("--outpath", type=Path, required=True, help="xxx.zip, xxx.tgz")
+    parser.add_argument(
+        "--option", type=Path, nargs="*", default=[], help="Further files to include"
     )
-    parser.add_argument("--task", choices=list(TASKS), default="asr")
-    add_pack_arguments(parser)
+    group = parser.add_argument_group("Model card")
+    group.add_argument("--results", type=Path, help="RESULTS.md to quote")
+    group.add_argument(
+        "--language", nargs="+", default=["noinfo"], help="codes, such as en"
+    )
+    group.add_argument("--datasets", nargs="*", default=[], help="names")
+    group.add_argument("--license", default="cc-by-4.0", help="of the weights")
     group = parser.add_argument_group("Language model, used in decoding")
     group.add_argument("--lm_train_config", type=Path, help="its config.yaml")
     group.add_argument("--lm_file", type=Path, help="its weights, xxx.pth")
@@ -221,9 +247,14 @@ def run(args: argparse.Namespace) -> None:
     """Pack; run it where training ran: names in configurations are relative to it."""
     check_files(args.train_config, args.model_file, *args.option)
     config = read_settings(args.train_config)
-    config = stamped(self_contained(config, args.train_config))
-    check_weights(config, args.model_file)
-    prefix = TASKS[args.task].prefix
+    prefix, named = "", []
+    if args.task == STUDENT:
+        card = student_card(args.model_file, config)
+    else:
+        config = stamped(self_contained(config, args.train_config))
+        check_weights(config, args.model_file)
+        prefix, named = TASKS[args.task].prefix, _needed(config)
+        card = task_card(args.task, config)
     files = {f"{prefix}model_file": args.model_file}
     configs = {f"{prefix}train_config": (args.train_config, config)}
     if (args.lm_file is None) != (args.lm_train_config is None):
@@ -233,19 +264,21 @@ def run(args: argparse.Namespace) -> None:
         files["lm_file"] = args.lm_file
         lm = read_settings(args.lm_train_config)
         configs["lm_train_config"] = (args.lm_train_config, lm)
-    needed = [Path(name) for _, c in configs.values() for name in _needed(c)]
+        named += _needed(lm)
+    folder = args.train_config.parent
+    said = {k: getattr(args, k) for k in ("language", "datasets", "license", "results")}
     pack_model(
         args.outpath,
-        args.train_config.parent,
+        folder,
         files,
         configs,
-        options=[*args.option, *needed, *filter(None, [args.results])],
-        card=str(make_card(args, config, args.train_config.parent.resolve().name)),
+        options=[*args.option, *named, *filter(None, [args.results])],
+        card=str(Card(name=folder.resolve().name, config=config, **card, **said)),
     )
     print(f"Packed {args.outpath}")
 
 
-def _needed(config: dict[str, Any]) -> list[str]:
+def _needed(config: dict[str, Any]) -> list[Path]:
     """Files that inference will read, which must be there."""
     for key, name in named_files(config).items():
         if not Path(name).is_file():
@@ -253,7 +286,7 @@ def _needed(config: dict[str, Any]) -> list[str]:
                 f"{name}: no such file, which the configuration names ({key}); run "
                 "this in the folder that the model was trained in"
             )
-    return list(named_files(config).values())
+    return [Path(name) for name in named_files(config).values()]
 
 
 if __name__ == "__main__":

@@ -40,12 +40,11 @@ def codes_facts(path: str | Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) else None
 
 
-def codes_shape(path: str | Path, instead: str = "") -> TeacherCodes:
+def codes_shape(path: str | Path) -> TeacherCodes:
     """Shape of codes, by the facts beside them.
 
     Args:
         path: as for :func:`codes_facts`.
-        instead: what else the user can do if there are none, for the message.
 
     Raises:
         CodesMismatch: no facts, or none of the number of codebooks.
@@ -56,7 +55,7 @@ def codes_shape(path: str | Path, instead: str = "") -> TeacherCodes:
     except TypeError as error:
         raise CodesMismatch(
             f"{Path(path).with_suffix('.json')}: missing or malformed ({error}); it is "
-            f"written beside the codes: tokenize (stage 5){instead}"
+            f"written beside the codes: tokenize (stage 5)"
         ) from None
 
 

@@ -19,6 +19,27 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
 
 
+class _HelpFormatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Lines of the description as they are, options with their defaults."""
+
+
+def option_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of which ``--help`` shows a description and all defaults."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=_HelpFormatter
+    )
+
+
+def add_switch(parser: argparse._ActionsContainer, name: str, help: str) -> None:
+    """Give a parser an option that is false unless ``true`` is given, as ESPnet's."""
+    from espnet2.utils.types import str2bool
+
+    help += " (true or false)"
+    parser.add_argument(name, type=str2bool, default=False, help=help)
+
+
 def main_with_one_line_errors(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], T],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -59,7 +60,22 @@ class Matrix:
         self._file.seek(end)
 
 
-class ArkFeatures(AbstractContextManager):
+class FeatureFiles(AbstractContextManager, ABC):
+    """One matrix after the other, each given as blocks of rows."""
+
+    @abstractmethod
+    def matrix(self, utt: str) -> AbstractContextManager[Matrix]:
+        """Write the matrix of an utterance; nothing of it stays after an error."""
+
+    @abstractmethod
+    def paths(self) -> list[Path]:
+        """Return the files written so far."""
+
+    def __exit__(self, *unused: object) -> None:
+        """Nothing is left to do."""
+
+
+class ArkFeatures(FeatureFiles):
     """Float matrices in one ark file, found again by ``file.ark:offset``.
 
     Args:
@@ -76,7 +92,6 @@ class ArkFeatures(AbstractContextManager):
 
     @contextmanager
     def matrix(self, utt: str) -> Iterator[Matrix]:
-        """Write the matrix of an utterance; nothing of it stays after an error."""
         start = self._file.tell()
         try:
             self._file.write(f"{utt} ".encode())
@@ -90,7 +105,6 @@ class ArkFeatures(AbstractContextManager):
             raise
 
     def paths(self) -> list[Path]:
-        """Return the files written so far."""
         return [self.path]
 
 
@@ -98,7 +112,7 @@ def _ark_header(rows: int, columns: int) -> bytes:
     return _MATRIX + struct.pack("<bibi", 4, rows, 4, columns)
 
 
-class NpyFeatures(AbstractContextManager):
+class NpyFeatures(FeatureFiles):
     """One ``.npy`` (rows, columns) an utterance, there whole or not at all.
 
     Args:
@@ -110,12 +124,8 @@ class NpyFeatures(AbstractContextManager):
         self.folder, self.dtype = folder, dtype
         self._paths: list[Path] = []
 
-    def __exit__(self, *unused: object) -> None:
-        """Nothing is left to do."""
-
     @contextmanager
     def matrix(self, utt: str) -> Iterator[Matrix]:
-        """Write the matrix of an utterance, whole or not at all."""
         path = self.folder / file_name(utt, ".npy")
         with atomic(path) as file:
             matrix = Matrix(file, self.dtype, self._header, str(path))
@@ -124,7 +134,6 @@ class NpyFeatures(AbstractContextManager):
         self._paths.append(path)
 
     def paths(self) -> list[Path]:
-        """Return the files written so far."""
         return list(self._paths)
 
     def _header(self, rows: int, columns: int) -> bytes:
@@ -134,6 +143,3 @@ class NpyFeatures(AbstractContextManager):
         buffer = io.BytesIO()
         np.lib.format.write_array_header_1_0(buffer, header)
         return buffer.getvalue()
-
-
-FeatureFiles = ArkFeatures | NpyFeatures

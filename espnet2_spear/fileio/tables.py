@@ -291,3 +291,10 @@ def table_writer(path: Path) -> Iterator[TableWriter]:
     """``with table_writer(path) as table:`` writes a table, whole or not at all."""
     with atomic(path, "w") as file:
         yield TableWriter(path, file)
+
+
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Write a table for people: its head and its lines of cells, as Markdown."""
+    return "\n".join(
+        "| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)
+    )

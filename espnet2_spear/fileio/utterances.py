@@ -105,6 +105,24 @@ def select_domains(
     return utterances.take(np.flatnonzero(kept))
 
 
+def beside_wav_scp(wav_scp: str | Path, domains: str | None = None) -> UtteranceTable:
+    """List utterances by the tables of their data directory.
+
+    Args:
+        wav_scp: a path a line; utt2num_samples and utt2domain lie beside it.
+        domains: keep only these, separated by commas; None: all.
+
+    Raises:
+        DataDirError: see :func:`read_utterances` and :func:`select_domains`.
+    """
+    folder = Path(wav_scp).parent
+    utterances = read_utterances(wav_scp, folder / "utt2num_samples")
+    if domains:
+        names = domains.split(",")
+        utterances = select_domains(utterances, folder / "utt2domain", names)
+    return utterances
+
+
 class Batched:
     """Batches of utterances, made when asked for.
 

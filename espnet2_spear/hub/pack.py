@@ -7,7 +7,6 @@ directory absolutely, links among them, and such a model opens nowhere else.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -29,23 +28,6 @@ CONFIG = "config.yaml"  # the name that asr.sh --download_model looks for
 
 class PackError(UserError):
     """A model that cannot be packed; names the file and the remedy."""
-
-
-def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the files to pack, and what the card says besides what they tell."""
-    parser.add_argument("--train_config", type=Path, required=True, help="config.yaml")
-    parser.add_argument("--model_file", type=Path, required=True, help="xxx.pth")
-    parser.add_argument("--outpath", type=Path, required=True, help="xxx.zip, xxx.tgz")
-    parser.add_argument(
-        "--option", type=Path, nargs="*", default=[], help="Further files to include"
-    )
-    group = parser.add_argument_group("Model card")
-    group.add_argument("--results", type=Path, help="RESULTS.md to quote")
-    group.add_argument(
-        "--language", nargs="+", default=["noinfo"], help="codes, such as en"
-    )
-    group.add_argument("--datasets", nargs="*", default=[], help="names")
-    group.add_argument("--license", default="cc-by-4.0", help="of the weights")
 
 
 def check_files(*paths: Path) -> None:

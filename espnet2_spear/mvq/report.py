@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.mvq.embeddings import TrainingFrames
 from espnet2_spear.mvq.quantizer import AbsQuantizer
 from espnet2_spear.mvq.training import code_usage, entropy
@@ -134,7 +135,7 @@ def _page(summaries: Mapping[str, Summary], plots: Sequence[str]) -> str:
         columns = [column(summary) for summary in summaries.values()]
         names = dict.fromkeys(name for entries in columns for name in entries)
         rows = [[str(n), *(entries.get(n, "") for entries in columns)] for n in names]
-        return _table([head, *summaries], rows)
+        return markdown_table([head, *summaries], rows)
 
     identities = ", ".join(s["identity"] for s in summaries.values())
     title = "Quantizer" if len(summaries) == 1 else "Quantizers"
@@ -152,11 +153,6 @@ def _page(summaries: Mapping[str, Summary], plots: Sequence[str]) -> str:
     if not plots:
         blocks.append("No plots: matplotlib was not installed.")
     return "\n\n".join(blocks) + "\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _overview(summary: Summary) -> dict[str, str]:
@@ -192,7 +188,7 @@ def _usage(summary: Summary) -> str:
         [str(n), f"{bits:.2f}", str(dead)]
         for n, (bits, dead) in enumerate(zip(*columns, strict=True))
     ]
-    return _table(["codebook", "entropy, bits", "dead entries"], rows)
+    return markdown_table(["codebook", "entropy, bits", "dead entries"], rows)
 
 
 def _plot(
