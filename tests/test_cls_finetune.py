@@ -13,7 +13,7 @@ import soundfile
 import yaml
 from student_files import write_student
 
-from espnet2_spear.fileio.datadir import DataDirError
+from espnet2_spear.fileio.datadir import DataDir, DataDirError, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "egs2/spear/cls1"
@@ -126,21 +126,19 @@ def test_dry_run_lists_what_is_not_there_yet(tmp_path: Path) -> None:
 
 def write_set(folder: Path, labels: dict[str, str]) -> Path:
     """Write a formatted set of tones and, beside it, the labels of its corpus."""
-    folder.mkdir()
-    tables: dict[str, list[str]] = {n: [] for n in ("wav.scp", "utt2spk")}
-    tables["utt2num_samples"] = []
     for i, (utt, names) in enumerate(sorted(labels.items())):
-        path = folder / f"{utt}.wav"
         sound = sum(tone(SOUNDS.get(name, 800), i) for name in names.split())
-        soundfile.write(path, sound, 16000)
-        for table, value in zip(tables, (path, utt, 16000), strict=True):
-            tables[table].append(f"{utt} {value}\n")
-    for name, lines in tables.items():
-        (folder / name).write_text("".join(lines))
+        (folder / "wav").mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / f"wav/{utt}.wav", sound, 16000)
+    DataDir(
+        wav_scp={utt: str(folder / f"wav/{utt}.wav") for utt in labels},
+        utt2spk={utt: utt for utt in labels},
+        utt2num_samples=dict.fromkeys(labels, 16000),
+    ).write(folder)
     path = folder.with_suffix(".labels")
     # Labels of clips that formatting left out do not matter.
     lines = {**labels, "a-gone": "low", "zz-gone": "unheard"}
-    path.write_text("".join(f"{utt} {lines[utt]}\n" for utt in sorted(lines)))
+    write_table(path, lines)
     return path
 
 

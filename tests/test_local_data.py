@@ -47,6 +47,11 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-0.3, 0.3, round(seconds * 16000))
 
 
+def wav(path: Path, seconds: float = 0.1, seed: int = 0, **options: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, noise(seconds, seed), 16000, **options)
+
+
 # --- Asterisk prompts -----------------------------------------------------------------
 
 
@@ -138,8 +143,7 @@ def test_split_lists_of_the_repository() -> None:
 def test_folder_of_audio_files(tmp_path: Path) -> None:
     folder = tmp_path / "my sounds"
     for name in ["a b/c d.wav", "a_b/c_d.wav", "\u00e4.flac", "e.wav", "e.flac"]:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(folder / name, noise(0.1), 16000)
+        wav(folder / name)
     for name in [".hidden.wav", "notes.txt"]:
         (folder / name).touch()
     data_folders.main(["--audio_dirs", str(folder), "--out_dir", str(tmp_path / "out")])
@@ -166,8 +170,7 @@ def test_links_are_followed_and_files_taken_once(tmp_path: Path) -> None:
     folder, other = tmp_path / "top", tmp_path / "other"
     names = ["real/y.wav", "real/deep/z.wav", "../other/x.wav", "../other/sub/w.wav"]
     for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(folder / name, noise(0.1), 16000)
+        wav(folder / name)
     (folder / "a_link").symlink_to(folder / "real")  # comes first, but is no place
     (folder / "linked").symlink_to(other)
     (folder / "again").symlink_to(other / "sub")
@@ -175,7 +178,7 @@ def test_links_are_followed_and_files_taken_once(tmp_path: Path) -> None:
     (other / "back").symlink_to(folder)
     (other / "gone").symlink_to(tmp_path / "nowhere")
     (folder / "file.wav").symlink_to(folder / "real/y.wav")
-    soundfile.write(tmp_path / "single", noise(0.1), 16000, format="WAV")
+    wav(tmp_path / "single", format="WAV")
     (folder / "one.wav").symlink_to(tmp_path / "single")
     (folder / "two.wav").symlink_to(tmp_path / "single")
     (folder / "broken.wav").symlink_to(tmp_path / "nowhere.wav")
@@ -194,9 +197,7 @@ def test_links_are_followed_and_files_taken_once(tmp_path: Path) -> None:
 def test_ids_of_long_paths(tmp_path: Path) -> None:
     long = "a" * 100
     for name in (f"{long}/{long}/{long}", f"{long}/{long}/{long}b", "short"):
-        path = tmp_path / f"top/{name}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, noise(0.1), 16000)
+        wav(tmp_path / f"top/{name}.wav")
     first = prepare(tmp_path, tmp_path / "top")
     assert len(first.utterances) == 3
     assert max(map(len, first.utterances)) <= 200
@@ -211,7 +212,7 @@ def test_dumps_of_espnet_in_arks(tmp_path: Path, relative: bool) -> None:
         utt2spk=dict.fromkeys(["u0", "u1", "u2"], "s"),
     ).write(tmp_path / "data")
     for i in range(3):
-        soundfile.write(tmp_path / f"{i}.wav", noise(1.0 + i), 16000)
+        wav(tmp_path / f"{i}.wav", 1.0 + i)
     options = ["--in_dir", str(tmp_path / "data"), "--out_dir", str(dump)]
     spear_format.main([*options, "--audio_format", "flac.ark"])
     if relative:
@@ -230,7 +231,7 @@ def test_dumps_of_espnet_in_arks(tmp_path: Path, relative: bool) -> None:
 def test_lengths_that_headers_do_not_tell(tmp_path: Path) -> None:
     """They would be cut into pieces without end."""
     for name in ("a", "b"):
-        soundfile.write(tmp_path / f"{name}.flac", noise(3.0), 16000)
+        wav(tmp_path / f"{name}.flac", 3.0)
     content = bytearray((tmp_path / "a.flac").read_bytes())
     content[21] &= 0xF0
     content[22:26] = bytes(4)
@@ -246,8 +247,7 @@ def test_lengths_that_headers_do_not_tell(tmp_path: Path) -> None:
 
 def test_kaldi_directory_keeps_speakers_text_and_segments(tmp_path: Path) -> None:
     kaldi = tmp_path / "kaldi"
-    kaldi.mkdir()
-    soundfile.write(kaldi / "r.wav", noise(3), 16000)
+    wav(kaldi / "r.wav", 3)
     (kaldi / "wav.scp").write_text("r r.wav\n")
     (kaldi / "segments").write_text("s-a r 0 1\ns-b r 1 3\n")
     (kaldi / "utt2spk").write_text("s-a s\ns-b s\n")
@@ -270,18 +270,14 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataDirError, match="empty: no audio files found"):
         data_folders.main(["--speech_dirs", str(tmp_path / "empty"), *out])
     for parent in ("a", "b"):
-        (tmp_path / parent / "wavs").mkdir(parents=True)
-        soundfile.write(tmp_path / parent / "wavs/x.wav", noise(0.1), 16000)
+        wav(tmp_path / parent / "wavs/x.wav")
     both = f"{tmp_path}/a/wavs {tmp_path}/b/wavs"
     with pytest.raises(DataDirError, match="have the same name"):
         data_folders.main(["--speech_dirs", both, *out])
     data_folders.main(["--speech_dirs", f"{tmp_path}/a/wavs b={tmp_path}/b/wavs", *out])
     assert DataDir.load(tmp_path / "out/b").utterances == ["b-x"]
-
-
-def test_no_folders_means_none_not_the_current_one() -> None:
-    assert data_folders.parse_folders("") == []
-    assert data_folders.parse_folders(" ") == []
+    # No folders are none, not the current one.
+    assert data_folders.parse_folders("") == data_folders.parse_folders(" ") == []
 
 
 # --- Pooling --------------------------------------------------------------------------
@@ -290,13 +286,11 @@ def test_no_folders_means_none_not_the_current_one() -> None:
 @pytest.fixture
 def sources(tmp_path: Path) -> list[Path]:
     """Two sources: 60 short utterances of speech; 6 sounds, one of 25 s."""
-    folder = tmp_path / "wav"
-    folder.mkdir()
-    parts = []
+    folder, parts = tmp_path / "wav", []
     for domain, lengths in (("speech", [1.0] * 60), ("audio", [2.0] * 5 + [25.0])):
         names = [f"{domain}-{i:02d}" for i in range(len(lengths))]
         for name, seconds in zip(names, lengths, strict=True):
-            soundfile.write(folder / f"{name}.wav", noise(seconds), 16000)
+            wav(folder / f"{name}.wav", seconds)
         data = DataDir(
             wav_scp={name: str(folder / f"{name}.wav") for name in names},
             utt2spk={name: domain if domain == "speech" else name for name in names},
@@ -314,6 +308,24 @@ def pool(tmp_path: Path, sources: list[Path], *options: str) -> tuple[DataDir, D
     cmd = ["--out_dir", str(out), *options, "--", *map(str, sources)]
     pool_data.main(cmd)
     return DataDir.load(out / "train"), DataDir.load(out / "valid")
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pool recordings of speech that are not there, by their names and lengths."""
+    monkeypatch.setattr(pool_data, "recording_seconds", lambda path: float(path))
+    monkeypatch.setattr(pool_data, "ProcessPoolExecutor", ThreadPoolExecutor)
+
+    def run(seconds: dict[str, float], *options: str) -> tuple[DataDir, DataDir]:
+        data = DataDir(
+            wav_scp={name: str(value) for name, value in seconds.items()},
+            utt2spk={name: name for name in seconds},
+            utt2domain=dict.fromkeys(seconds, "speech"),
+        )
+        data.write(tmp_path / "in")
+        return pool(tmp_path, [tmp_path / "in"], *options)
+
+    return run
 
 
 def test_pool_cuts_and_holds_out(tmp_path: Path, sources: list[Path]) -> None:
@@ -353,22 +365,9 @@ def test_pool_cuts_and_holds_out(tmp_path: Path, sources: list[Path]) -> None:
     ],
 )
 def test_pieces(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    seconds: float,
-    options: tuple[str, ...],
-    pieces: list[float],
+    pretended, seconds: float, options: tuple[str, ...], pieces: list[float]
 ) -> None:
-    monkeypatch.setattr(pool_data, "recording_seconds", lambda path: float(path))
-    monkeypatch.setattr(pool_data, "ProcessPoolExecutor", ThreadPoolExecutor)
-    names = ("a", "b")
-    data = DataDir(
-        wav_scp=dict.fromkeys(names, str(seconds)),
-        utt2spk={name: name for name in names},
-        utt2domain=dict.fromkeys(names, "speech"),
-    )
-    data.write(tmp_path / "in")
-    found, _ = pool(tmp_path, [tmp_path / "in"], *options)
+    found, _ = pretended(dict.fromkeys("ab", seconds), *options)
     lengths = [segment.end - segment.start for segment in found.segments.values()]
     assert lengths == pytest.approx(pieces)
 
@@ -376,34 +375,25 @@ def test_pieces(
 @pytest.mark.parametrize(
     ("seconds", "cap", "held"),
     [
-        ([3600.0] * 40, 5.0, 5),
-        ([3600.0] * 40, 5.5, 5),
-        ([3600.0] * 40, 100.0, None),  # more than the share that is held out
-        ([36000.0] * 40, 5.0, 5),  # of one recording as many pieces as fit
+        (3600.0, 5.0, 5),
+        (3600.0, 5.5, 5),
+        (3600.0, 100.0, None),  # more than the share that is held out
+        (36000.0, 5.0, 5),  # of one recording as many pieces as fit
     ],
 )
 def test_hours_of_validation_have_a_bound(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    pretended,
     caplog: pytest.LogCaptureFixture,
-    seconds: list[float],
+    seconds: float,
     cap: float,
     held: int | None,
 ) -> None:
-    monkeypatch.setattr(pool_data, "recording_seconds", lambda path: float(path))
-    monkeypatch.setattr(pool_data, "ProcessPoolExecutor", ThreadPoolExecutor)
-    names = [f"r{i:02d}" for i in range(len(seconds))]
-    data = DataDir(
-        wav_scp=dict(zip(names, map(str, seconds), strict=True)),
-        utt2spk={name: name for name in names},
-        utt2domain=dict.fromkeys(names, "speech"),
-    )
-    data.write(tmp_path / "in")
+    names = [f"r{i:02d}" for i in range(40)]
     options = ["--valid_fraction", "0.5", "--max_piece_seconds", "3600"]
+    options += ["--max_valid_hours", str(cap)]
     with caplog.at_level(logging.INFO):
-        train, valid = pool(
-            tmp_path, [tmp_path / "in"], *options, "--max_valid_hours", str(cap)
-        )
+        train, valid = pretended(dict.fromkeys(names, seconds), *options)
     summary = json.loads((tmp_path / "data/summary.json").read_text())
     count = len(valid.utterances)
     assert summary["valid"]["speech"] == {"utterances": count, "seconds": count * 3600}

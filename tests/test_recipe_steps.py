@@ -19,7 +19,6 @@ from test_local_data import LOCAL, RECIPE, load, run_sh
 
 from espnet2_spear.mvq.quantizer import Quantizer
 
-load("check_training")
 load("figures")
 load("training_config")
 plan = load("plan")
@@ -359,20 +358,6 @@ def test_all_domains_are_tokenized_once(planned) -> None:
     }
 
 
-def test_folders_of_earlier_versions_are_told(planned, tmp_path: Path, caplog) -> None:
-    old = tmp_path / "exp/teachers/speech/quantizer.pt"
-    old.parent.mkdir(parents=True)
-    old.touch()
-    _, _, (speech, _) = planned("--begin")
-    (line,) = [r.message for r in caplog.records]
-    assert str(old) in line and f"{speech.quantizers}/quantizer.pt" in line
-    caplog.clear()
-    speech.quantizers.mkdir(parents=True)
-    (speech.quantizers / "quantizer.pt").touch()
-    planned("--begin")
-    assert not caplog.records
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -629,16 +614,24 @@ def test_plan_writes_a_configuration(planned, tmp_path: Path, monkeypatch) -> No
 # --- run.sh ---------------------------------------------------------------------------
 
 
+def folders(tmp_path: Path) -> list[str]:
+    """Options that keep all outputs in the test's folder."""
+    return [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
+
+
+def dry_run(tmp_path: Path, *options: str, **env: str) -> str:
+    """What run.sh lists."""
+    words = ["--dry_run", "true", *folders(tmp_path), *options]
+    result = run_sh(*words, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
 def test_dry_run_lists_all_stages_and_writes_nothing(tmp_path: Path) -> None:
-    folders = [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
-    result = run_sh(
-        *("--dry_run", "true", "--ngpu", "8", "--num_nodes", "2", *folders),
-        *("--student", "base", "--config-override", "max_epoch=2"),
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
+    words = ["--ngpu", "8", "--num_nodes", "2", "--student", "base"]
+    out = dry_run(tmp_path, *words, "--config-override", "max_epoch=2")
     for number in range(1, 10):
-        assert f"Stage {number}: " in result.stdout
+        assert f"Stage {number}: " in out
     for part in (
         "--num_codebooks 16 --standardize true --iters_phase1 35000",
         "--gpu 8 --num_threads",
@@ -648,7 +641,7 @@ def test_dry_run_lists_all_stages_and_writes_nothing(tmp_path: Path) -> None:
         "codes/train/audio_dasheng_1.2b_mvq8_audio.scp,codes_audio,kaldi_ark",
         f"writes  {tmp_path}/exp/spear_base_speech_audio/valid.loss.best.pth",
     ):
-        assert part in result.stdout, part
+        assert part in out, part
     assert list(tmp_path.iterdir()) == []
 
 
@@ -680,8 +673,7 @@ def test_dry_run_tells_what_there_is_to_do(tmp_path: Path) -> None:
     result = run_sh(
         *("--dry_run", "true", "--student", "large", "--nj", "1", "--ngpu", "8"),
         *("--data_config", str(tmp_path / "mix.yaml"), "--audio_format", "wav"),
-        *("--strict", "true"),
-        *(f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")),
+        *("--strict", "true", *folders(tmp_path)),
         cwd=tmp_path,
         env={k.upper(): str(v) for k, v in roots.items()}
         | {"FREESOUND": str(tmp_path / "freesound")},
@@ -722,18 +714,16 @@ def test_quantizers_on_data_of_their_own(tmp_path: Path) -> None:
     libri = tmp_path / "libri speech"
     options = ["--stage", "4", "--stop_stage", "4", "--ngpu", "0"]
     options += ["--quantizer_data", f"speech='{libri}'"]
-    options += [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
-    result = run_sh(*options, "--dry_run", "true", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    commands = [x for x in result.stdout.splitlines() if "bin.spear_embed" in x]
+    out = dry_run(tmp_path, *options)
+    commands = [x for x in out.splitlines() if "bin.spear_embed" in x]
     speech, audio = map(shlex.split, commands)
-    assert speech[speech.index("--wav_scp") + 1] == f"{libri}/wav.scp"
+    assert after(speech, "--wav_scp") == f"{libri}/wav.scp"
     assert "--domains" not in speech
-    assert audio[audio.index("--wav_scp") + 1] == f"{tmp_path}/dump/raw/train/wav.scp"
-    assert audio[audio.index("--domains") + 1] == "audio"
-    assert f"reads   {libri}/utt2num_samples (not there yet)" in result.stdout
-    assert f"reads   {libri}/utt2domain" not in result.stdout
-    result = run_sh(*options, cwd=tmp_path)
+    assert after(audio, "--wav_scp") == f"{tmp_path}/dump/raw/train/wav.scp"
+    assert after(audio, "--domains") == "audio"
+    assert f"reads   {libri}/utt2num_samples (not there yet)" in out
+    assert f"reads   {libri}/utt2domain" not in out
+    result = run_sh(*options, *folders(tmp_path), cwd=tmp_path)
     assert result.returncode == 1
     assert f"--quantizer_data: {libri}/wav.scp is not there" in result.stderr
 
@@ -743,16 +733,15 @@ def test_quantizers_are_not_made_again_in_their_place(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     mark = {"version": step.VERSION, "command": ["--max_frames", "9"], "inputs": {}}
     (folder / "embed.json").write_text(json.dumps(mark))
-    options = ["--stage", "4", "--stop_stage", "4", "--dry_run", "true"]
-    options += [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
-    result = run_sh(*options, cwd=tmp_path)
+    options = ["--stage", "4", "--stop_stage", "4"]
+    words = [*options, "--dry_run", "true", *folders(tmp_path)]
+    result = run_sh(*words, cwd=tmp_path)
     assert result.returncode == 1 and "--max_frames was 9, is not" in result.stderr
     assert f"--quantizer_tag NAME to make another beside it, or remove {folder}" in (
         result.stderr
     )
-    result = run_sh(*options, "--quantizer_tag", "more", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert f"{folder}_more/mvq8/quantizer.pt" in result.stdout
+    out = dry_run(tmp_path, *options, "--quantizer_tag", "more")
+    assert f"{folder}_more/mvq8/quantizer.pt" in out
 
 
 @pytest.mark.parametrize(
@@ -765,13 +754,11 @@ def test_quantizers_are_not_made_again_in_their_place(tmp_path: Path) -> None:
 def test_embedded_data_are_those_of_the_teachers(
     tmp_path: Path, teachers: str, langs: str, sets: str
 ) -> None:
-    options = ["--dry_run", "true", "--stop_stage", "1", "--teachers", teachers]
-    result = run_sh(*options, "--datadir", str(tmp_path / "data"), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    (command,) = (x for x in result.stdout.splitlines() if "local/data.sh" in x)
+    out = dry_run(tmp_path, "--stop_stage", "1", "--teachers", teachers)
+    (command,) = (x for x in out.splitlines() if "local/data.sh" in x)
     words = shlex.split(command)
-    assert words[words.index("--speech_langs") + 1] == langs
-    assert words[words.index("--audio_sets") + 1] == sets
+    assert after(words, "--speech_langs") == langs
+    assert after(words, "--audio_sets") == sets
 
 
 def listed(text: str, module: str) -> list[tuple[list[str], list[str]]]:
@@ -811,20 +798,17 @@ def test_who_gets_which_cores_and_gpus(
     threads: str,
     jobs: str,
 ) -> None:
-    words = ["--stage", "4", "--stop_stage", "7", "--dry_run", "true", "--nj", nj]
-    words += ["--ngpu", ngpu, "--datadir", str(tmp_path)]
-    env = {"cmd_backend": backend, "OMP_NUM_THREADS": set_before}
-    result = run_sh(*words, cwd=tmp_path, env=env)
-    assert result.returncode == 0, result.stderr
+    words = ["--stage", "4", "--stop_stage", "7", "--nj", nj, "--ngpu", ngpu]
+    out = dry_run(tmp_path, *words, cmd_backend=backend, OMP_NUM_THREADS=set_before)
     of_quantizer, of_job, of_rank = threads.split()
     for module in ("spear_embed", "mvq_train"):
-        steps = listed(result.stdout, module)
+        steps = listed(out, module)
         assert [after(command, "--device") for command, _ in steps] == devices
         for command, runner in steps:
             assert after(runner, "--gpu") == ("0" if ngpu == "0" else "1")
             assert after(runner, "--num_threads") == of_quantizer
             assert after(command, "--num_threads") == of_quantizer
-    steps = listed(result.stdout, "spear_tokenize")
+    steps = listed(out, "spear_tokenize")
     assert len(steps) == 4  # two teachers, two sets
     for command, runner in steps:
         assert after(runner, "--num_threads") == nj  # the cores of the job
@@ -832,7 +816,7 @@ def test_who_gets_which_cores_and_gpus(
         assert runner[-2:] == ["env", f"OMP_NUM_THREADS={of_job}"]
         assert after(command, "--nj") == jobs
         assert after(command, "--num_threads") == of_job
-    ((_, runner),) = listed(result.stdout, "spear_train")
+    ((_, runner),) = listed(out, "spear_train")
     assert runner[-2:] == ["env", f"OMP_NUM_THREADS={of_rank}"]
 
 
@@ -840,17 +824,13 @@ def test_stages_2_and_5_as_arrays_of_jobs(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/.done.json").write_text('{"finished": ""}')
     (tmp_path / "data/sets").write_text("train valid\n")
-    words = ["--stop_stage", "5", "--dry_run", "true", "--num_jobs", "4", "--ngpu", "8"]
-    words += ["--nj", "64", "--datadir", str(tmp_path / "data"), "--one_pass", "true"]
-    result = run_sh(
-        *words, "--dumpdir", str(tmp_path), cwd=tmp_path, env={"cmd_backend": "slurm"}
-    )
-    assert result.returncode == 0, result.stderr
+    words = ["--stop_stage", "5", "--num_jobs", "4", "--ngpu", "8", "--nj", "64"]
+    out = dry_run(tmp_path, *words, "--one_pass", "true", cmd_backend="slurm")
     for module, gpus, threads in (
         ("spear_format", "0", "1"),
         ("spear_tokenize", "8", "8"),
     ):
-        lines = result.stdout.splitlines()
+        lines = out.splitlines()
         at = [i for i, line in enumerate(lines) if f"bin.{module} " in line]
         assert len(at) == 4  # train and valid: the array, then the command itself
         for array, last in (at[:2], at[2:]):

@@ -77,9 +77,6 @@ dry_run=false
 
 . ../ssl1/local/recipe.sh
 
-if [ -z "${ngpu}" ]; then
-    ngpu=$(nvidia-smi -L 2>/dev/null | grep -c "^GPU" || true)
-fi
 # Where ESPnet's asr.sh looks for them.
 case ${token_type} in
 char) token_dir=${datadir}/token_list/char bpemodel= ;;
@@ -233,6 +230,7 @@ if wanted 3; then
             -regex '.*\.\(yaml\|json\|pth\|pt\|bin\|safetensors\)' | sort)
     fi
     for file in "${student[@]}"; do inputs+=(--input "${file}"); done
+    count_gpus
     launch_options "${asr_exp}"
     # shellcheck disable=SC2086
     step --mark "${asr_exp}/train.json" "${inputs[@]}" --adopt \

@@ -82,9 +82,7 @@ tag=${tag:-${setting}${suffix}}
 exp=${expdir}/cls_${tag}
 train_set=${setting}${suffix}_train test_set=${corpus}_${test_parts}
 tokens=${datadir}/token_list/${setting}${suffix}.txt
-if [ -z "${ngpu}" ]; then
-    ngpu=$(nvidia-smi -L 2>/dev/null | grep -c "^GPU" || true)
-fi
+if wanted 3 || wanted 4; then count_gpus; fi
 
 if wanted 1; then
     log "Stage 1: clips of ${corpus}"

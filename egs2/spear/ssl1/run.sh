@@ -311,9 +311,7 @@ if wanted 3; then
 fi
 if wanted 2 || wanted 3; then unlock; fi
 
-if [ "${stop_stage}" -ge 4 ] && [ -z "${ngpu}" ]; then
-    ngpu=$(python -c "import torch; print(torch.cuda.device_count())")
-fi
+[ "${stop_stage}" -lt 4 ] || count_gpus
 
 # train_quantizer <number of the teacher> <threads> <GPU, or nothing>
 train_quantizer() {

@@ -43,6 +43,7 @@ class Found:
         self.missing = self.recordings = 0
         self.seconds = 0.0
         self.examples: list[str] = []
+        self._there: dict[str, bool] = {}  # of each recording with segments
 
     def add(
         self,
@@ -65,10 +66,16 @@ class Found:
     def add_segment(
         self, utt: str, path: Path, segment: Segment, speaker: str, text: str = ""
     ) -> None:
-        """Add a piece of a recording of speech, whose file is known to be there."""
+        """Add a piece of a recording of speech, or count the recording as missing."""
         file = str(path.absolute())
-        self.entries.add(Entry(utt, file, speaker, "speech", segment, text or None))
-        self.seconds += max(segment.end - segment.start, 0.0)
+        if file not in self._there:
+            self._there[file] = path.is_file()
+            if not self._there[file]:
+                self.miss(path)
+        if self._there[file]:
+            entry = Entry(utt, file, speaker, "speech", segment, text or None)
+            self.entries.add(entry)
+            self.seconds += max(segment.end - segment.start, 0.0)
 
     def miss(self, path: Path | str) -> None:
         """Count a file that is not there."""
@@ -85,6 +92,7 @@ class FileIndex:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         # Names may have white space in them, which keys of tables have not.
         with ExternalSorter[tuple[str, str]]() as files:
             for path in audio_files(folder):
@@ -97,6 +105,10 @@ class FileIndex:
         found = self._lines.find(quote_from_bytes(os.fsencode(stem)))
         return Path(found) if found else None
 
+    def path(self, stem: str, suffix: str) -> Path:
+        """The file of a name, or where one of this suffix should be."""
+        return self.find(stem) or self.folder / f"{stem}{suffix}"
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -104,8 +116,8 @@ class Corpus:
 
     Attributes:
         name: of the corpus; begins the utterance ids.
-        read: (root, part) -> what is there; raises DataDirError where the layout is not
-            the expected one.
+        read: (root, part) -> what is there; raises FileNotFoundError where the layout
+            is not the expected one.
         parts: part -> utterances in it as published, None where that is not known.
         default_parts: used unless others are asked for.
         licence: of the audio.
@@ -174,7 +186,17 @@ class Corpus:
             if part not in self.parts:
                 known = ", ".join(self.parts)
                 raise DataDirError(f"{self.name} has no part '{part}'; it has: {known}")
-            result = self.read(root, part)
+            try:
+                result = self.read(root, part)
+            except FileNotFoundError as error:
+                raise DataDirError(
+                    f"{error.filename}: not there; expected: {self.layout}"
+                ) from None
+            except KeyError as error:
+                raise DataDirError(
+                    f"{root}: a list of '{part}' has no {error}; fetch it again; "
+                    f"expected: {self.layout}"
+                ) from None
             self._check(root, part, result, partial)
             for entry in result.entries:
                 found.entries.add(entry._replace(part=part) if keep_parts else entry)
@@ -240,33 +262,47 @@ class Corpus:
         logging.info("%s: %d utterances", args.out_dir, count)
 
 
-def needed(path: Path, layout: str) -> Path:
-    """Return a path that has to exist.
+def list_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a list, which may be packed by gzip, with their ends.
 
     Raises:
-        DataDirError: it does not.
+        FileNotFoundError: there is no such file.
+        DataDirError: it is cut off, cannot be read, or is no UTF-8.
     """
-    if not path.exists():
-        raise DataDirError(f"{path}: not there; expected: {layout}")
-    return path
+    try:
+        with open_text(path, newline="") as file:
+            yield from file
+    except FileNotFoundError:
+        raise
+    except (EOFError, OSError) as error:
+        raise DataDirError(f"{path}: broken ({error}); fetch it again") from None
 
 
-def read_csv(path: Path, fields: Sequence[str] | None = None) -> Iterator[dict]:
+def read_csv(
+    path: Path, fields: Sequence[str] | None = None, delimiter: str = ","
+) -> Iterator[dict]:
     """Yield the rows of a CSV file; lines that begin with # are left out.
 
     Args:
         path: of the file.
         fields: names of the columns, where the first row does not give them.
+        delimiter: between columns.
 
     Raises:
-        DataDirError: a row with too few columns, or no UTF-8.
+        FileNotFoundError: there is no such file.
+        DataDirError: a row with too few columns, or a file that cannot be read.
     """
-    with open_text(path, newline="") as file:
-        lines = (line for line in file if not line.startswith("#"))
-        for row in csv.DictReader(lines, fields, skipinitialspace=True):
-            if None in row.values():
-                raise DataDirError(
-                    f"{path}: a row with too few columns, {list(row.values())}; fetch "
-                    "the file again"
-                )
-            yield row
+    lines = (line for line in list_lines(path) if not line.startswith("#"))
+    rows = csv.DictReader(lines, fields, delimiter=delimiter, skipinitialspace=True)
+    for row in rows:
+        if None in row.values():
+            raise DataDirError(
+                f"{path}: a row with too few columns, {list(row.values())}; fetch the "
+                "file again"
+            )
+        yield row
+
+
+def label(text: str) -> str:
+    """A class' name as a label: _ in place of spaces and commas."""
+    return "_".join(text.replace(",", " ").split())

@@ -3,12 +3,8 @@
 
 from pathlib import Path
 
-from corpus import Corpus, FileIndex, Found, needed, read_csv
+from corpus import Corpus, FileIndex, Found, read_csv
 
-LAYOUT = (
-    "<part>_segments.csv as published, and audio/<part>/ with files named by the "
-    "video's id (ID, YID, or either followed by _START in s or ms)"
-)
 FIELDS = ("YTID", "start_seconds", "end_seconds", "positive_labels")
 
 
@@ -20,14 +16,12 @@ def names(video: str, start: float) -> list[str]:
 
 def read(root: Path, part: str) -> Found:
     """Read a part; labels are AudioSet's ids (such as /m/09x0r)."""
-    listing = needed(root / f"{part}_segments.csv", LAYOUT)
-    folder = needed(root / "audio" / part, LAYOUT)
-    files = FileIndex(folder)
+    files = FileIndex(root / "audio" / part)
     found = Found()
-    for row in read_csv(listing, FIELDS):
+    for row in read_csv(root / f"{part}_segments.csv", FIELDS):
         video, start = row["YTID"], float(row["start_seconds"])
         paths = filter(None, map(files.find, names(video, start)))
-        path = next(paths, folder / f"{video}.wav")
+        path = next(paths, files.folder / f"{video}.wav")
         labels = row["positive_labels"].replace(",", " ")
         found.add(f"audioset-{part}-{video}", path, "audio", labels=labels)
     return found
@@ -40,7 +34,8 @@ CORPUS = Corpus(
     default_parts=("balanced_train", "unbalanced_train"),
     licence="labels CC BY 4.0; the audio remains its owners'",
     source="https://research.google.com/audioset/download.html",
-    layout=LAYOUT,
+    layout="<part>_segments.csv as published, and audio/<part>/ with files named by "
+    "the video's id (ID, YID, or either followed by _START in s or ms)",
     incomplete=True,
 )
 

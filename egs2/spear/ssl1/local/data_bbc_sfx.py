@@ -3,21 +3,17 @@
 
 from pathlib import Path
 
-from corpus import Corpus, FileIndex, Found, needed, read_csv
-
-LAYOUT = "BBCSoundEffects.csv as published, and audio/ with the files it names"
+from corpus import Corpus, FileIndex, Found, label, read_csv
 
 
 def read(root: Path, part: str) -> Found:
     """Read all clips; the label is the category, with _ for spaces."""
-    folder = needed(root / "audio", LAYOUT)
-    files = FileIndex(folder)
+    files = FileIndex(root / "audio")
     found = Found()
-    for row in read_csv(needed(root / "BBCSoundEffects.csv", LAYOUT)):
+    for row in read_csv(root / "BBCSoundEffects.csv"):
         name = Path(row["location"]).stem
-        label = "_".join(row["category"].replace(",", " ").split())
-        path = files.find(name) or folder / row["location"]
-        found.add(f"bbc_sfx-{name}", path, "audio", labels=label)
+        path = files.path(name, ".wav")
+        found.add(f"bbc_sfx-{name}", path, "audio", labels=label(row["category"]))
     return found
 
 
@@ -28,7 +24,7 @@ CORPUS = Corpus(
     default_parts=("all",),
     licence="RemArc: personal use, education, research",
     source="https://sound-effects.bbcrewind.co.uk",
-    layout=LAYOUT,
+    layout="BBCSoundEffects.csv as published, and audio/ with the files it names",
     incomplete=True,
 )
 

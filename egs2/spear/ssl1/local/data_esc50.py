@@ -3,15 +3,13 @@
 
 from pathlib import Path
 
-from corpus import Corpus, Found, needed, read_csv
-
-LAYOUT = "meta/esc50.csv and audio/*.wav"
+from corpus import Corpus, Found, read_csv
 
 
 def read(root: Path, part: str) -> Found:
     """Read a fold; the label is the category."""
     found = Found()
-    for row in read_csv(needed(root / "meta/esc50.csv", LAYOUT)):
+    for row in read_csv(root / "meta/esc50.csv"):
         if f"fold{row['fold']}" == part:
             path = root / "audio" / row["filename"]
             found.add(f"esc50-{path.stem}", path, "audio", labels=row["category"])
@@ -26,7 +24,7 @@ CORPUS = Corpus(
     default_parts=FOLDS,
     licence="CC BY-NC 3.0",
     source="https://github.com/karolpiczak/ESC-50",
-    layout=LAYOUT,
+    layout="meta/esc50.csv and audio/*.wav",
 )
 
 if __name__ == "__main__":

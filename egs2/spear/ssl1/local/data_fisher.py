@@ -5,17 +5,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpus import Corpus, Found, needed
+from corpus import Corpus, Found, list_lines
 
 from espnet2_spear.fileio.datadir import DataDirError, Segment
 from espnet2_spear.fileio.folders import files_below
-from espnet2_spear.fileio.tables import open_text
 
-LAYOUT = (
-    "the unpacked LDC discs: audio/NNN/fe_03_NNNNN.{sph,wav,flac} and "
-    "trans/NNN/fe_03_NNNNN.txt at any depth (LDC2004S13 and LDC2004T19 are part p1, "
-    "LDC2005S13 and LDC2005T19 p2)"
-)
 LAST_OF_P1, LAST = 5850, 11699  # conversations: p1 has the first ones, p2 the others
 LINE = re.compile(r"([0-9.]+) ([0-9.]+) ([AB]):\s*(.*)")
 SUFFIXES = {".sph", ".wav", ".flac"}
@@ -27,14 +21,14 @@ def turns(path: Path) -> Iterator[tuple[float, float, str, str]]:
     Raises:
         DataDirError: a line of another form, or no UTF-8.
     """
-    with open_text(path) as file:
-        lines = file.read().splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(list_lines(path), 1):
         if not line.strip() or line.startswith("#"):
             continue
         match = LINE.fullmatch(line.strip())
         if match is None:
-            raise DataDirError(f"{path}, line {number}: {line!r} is not 'start end A:'")
+            raise DataDirError(
+                f"{path}, line {number}: {line.strip()!r} is not 'start end A:'"
+            )
         yield float(match[1]), float(match[2]), match[3], match[4]
 
 
@@ -50,7 +44,6 @@ def read(root: Path, part: str) -> Found:
     found_files = [*files_below(root, lambda name: name.startswith("fe_03_"))]
     files = {p.stem: p for p in found_files if p.suffix in SUFFIXES}
     transcripts = sorted(p for p in found_files if p.suffix == ".txt" and of_part(p))
-    needed(root / "trans" if not transcripts else root, LAYOUT)
     for path in transcripts:
         recording = f"fisher-{path.stem}"
         if path.stem not in files:
@@ -76,7 +69,9 @@ CORPUS = Corpus(
     default_parts=("p1", "p2"),
     licence="LDC user agreement",
     source="https://catalog.ldc.upenn.edu/LDC2004S13",
-    layout=LAYOUT,
+    layout="the unpacked LDC discs: audio/NNN/fe_03_NNNNN.{sph,wav,flac} and "
+    "trans/NNN/fe_03_NNNNN.txt at any depth (LDC2004S13 and LDC2004T19 are part p1, "
+    "LDC2005S13 and LDC2005T19 p2)",
 )
 
 if __name__ == "__main__":

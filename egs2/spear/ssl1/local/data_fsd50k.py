@@ -3,20 +3,14 @@
 
 from pathlib import Path
 
-from corpus import Corpus, Found, needed, read_csv
-
-LAYOUT = (
-    "FSD50K.dev_audio/*.wav, FSD50K.eval_audio/*.wav and "
-    "FSD50K.ground_truth/{dev,eval}.csv"
-)
+from corpus import Corpus, Found, read_csv
 
 
 def read(root: Path, part: str) -> Found:
     """Read a part; labels are the names of the vocabulary."""
     group = "eval" if part == "eval" else "dev"
-    listing = needed(root / "FSD50K.ground_truth" / f"{group}.csv", LAYOUT)
     found = Found()
-    for row in read_csv(listing):
+    for row in read_csv(root / f"FSD50K.ground_truth/{group}.csv"):
         if row.get("split", "eval") == part:
             path = root / f"FSD50K.{group}_audio" / f"{row['fname']}.wav"
             labels = row["labels"].replace(",", " ")
@@ -31,7 +25,8 @@ CORPUS = Corpus(
     default_parts=("train", "val"),
     licence="CC BY 4.0; single clips CC0, CC BY, CC BY-NC or CC Sampling+",
     source="https://zenodo.org/records/4060432",
-    layout=LAYOUT,
+    layout="FSD50K.dev_audio/*.wav, FSD50K.eval_audio/*.wav and "
+    "FSD50K.ground_truth/{dev,eval}.csv",
 )
 
 if __name__ == "__main__":

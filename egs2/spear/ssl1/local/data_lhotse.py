@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Prepare cuts of lhotse, such as an icefall recipe leaves them, as a data directory.
 
 Each cut is an utterance: a segment of its recording, of one channel or of the mean of
@@ -6,15 +5,12 @@ all. Its custom fields and supervisions go to a table `custom`, as JSON. Audio w
 folder of the form Shar is written to files in a folder `audio`.
 """
 
-import argparse
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 from espnet2_spear.fileio.cuts import read_cuts, utterance_id
-from espnet2_spear.fileio.datadir import DOMAINS, Entry, Segment, write_entries
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.datadir import Entry, Segment
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.names import short_id
 from espnet2_spear.fileio.tables import DataDirError, table_writer
@@ -49,8 +45,8 @@ def from_cuts(
         if file not in there and not Path(file).is_file():
             raise DataDirError(
                 f"{path}: cut '{cut.id}': its audio {file} is not there; if it moved, "
-                "name the folder that paths start from by `audio_root` in the list "
-                "(--audio_root), or correct the paths by lhotse's "
+                "name the folder that paths start from by `audio_root` in the list, "
+                "or correct the paths by lhotse's "
                 "CutSet.with_recording_path_prefix"
             )
         there.add(file)
@@ -124,22 +120,3 @@ def custom_fields(cut: Any) -> dict[str, Any]:
     if cut.supervisions:
         fields["supervisions"] = [s.to_dict() for s in cut.supervisions]
     return fields
-
-
-def main(cmd: list[str] | None = None) -> None:
-    """Prepare; see ``--help``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cuts", type=Path, required=True)
-    parser.add_argument("--name", required=True, help="begins the utterance ids")
-    parser.add_argument("--domain", choices=DOMAINS, required=True)
-    parser.add_argument("--audio_root", type=Path, default=Path())
-    parser.add_argument("--out_dir", type=Path, required=True)
-    args = parser.parse_args(cmd)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    found = from_cuts(args.cuts, args.name, args.domain, args.audio_root, args.out_dir)
-    count = write_entries(found, args.out_dir)
-    logging.info("%s: %d utterances", args.out_dir, count)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,20 +1,14 @@
 #!/usr/bin/env python3
 """Prepare LibriHeavy: transcribed segments of the recordings of Libri-Light."""
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from corpus import Corpus, Found, needed
+from corpus import Corpus, Found, list_lines
 
 from espnet2_spear.fileio.datadir import DataDirError, Segment
-
-LAYOUT = (
-    "libriheavy_cuts_<part>.jsonl.gz as published, and Libri-Light's folders small, "
-    "medium, large (or links to them)"
-)
 
 
 def cuts(path: Path) -> Iterator[dict[str, Any]]:
@@ -23,33 +17,23 @@ def cuts(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataDirError: the file is cut off or malformed.
     """
-    number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                number += 1
-                yield json.loads(line)
-    except (EOFError, OSError, ValueError) as error:
-        raise DataDirError(
-            f"{path}: broken at line {number + 1} ({error}); fetch it again"
-        ) from None
+    for number, line in enumerate(list_lines(path), 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise DataDirError(
+                f"{path}: broken at line {number} ({error}); fetch it again"
+            ) from None
 
 
 def read(root: Path, part: str) -> Found:
     """Read a part; the text is the book's, with case and punctuation."""
     found = Found()
-    there: dict[str, bool] = {}  # of each recording
-    for cut in cuts(needed(root / f"libriheavy_cuts_{part}.jsonl.gz", LAYOUT)):
+    for cut in cuts(root / f"libriheavy_cuts_{part}.jsonl.gz"):
         (supervision,) = cut["supervisions"]
         name = supervision["recording_id"]
         path = root / f"{name}.flac"
         recording = f"libriheavy-{name.replace('/', '-')}"
-        if name not in there:
-            there[name] = path.is_file()
-            if not there[name]:
-                found.miss(path)
-        if not there[name]:
-            continue
         utt = f"libriheavy-{cut['id'].replace('/', '-')}"
         start = float(cut["start"])
         end = start + float(cut["duration"])
@@ -71,7 +55,8 @@ CORPUS = Corpus(
     hours={"small": 500, "medium": 4500, "large": 45000},
     licence="public domain; the manifests Apache-2.0",
     source="https://github.com/k2-fsa/libriheavy",
-    layout=LAYOUT,
+    layout="libriheavy_cuts_<part>.jsonl.gz as published, and Libri-Light's folders "
+    "small, medium, large (or links to them)",
 )
 
 if __name__ == "__main__":

@@ -3,24 +3,16 @@
 
 from pathlib import Path
 
-from corpus import Corpus, Found, needed
-
-from espnet2_spear.fileio.tables import open_text
-
-LAYOUT = "<part>/<speaker>/<chapter>/*.flac and *.trans.txt (or LibriSpeech/<part>/...)"
+from corpus import Corpus, Found, list_lines
 
 
 def read(root: Path, part: str) -> Found:
     """Read a part; transcripts are upper case without punctuation, as published."""
-    folder = root / part
-    if not folder.exists():
-        folder = needed(root / "LibriSpeech" / part, LAYOUT)
+    folder = root if (root / part).exists() else root / "LibriSpeech"
     found = Found()
-    for listing in sorted(folder.glob("*/*/*.trans.txt")):
-        with open_text(listing) as file:
-            lines = file.read().splitlines()
-        for line in lines:
-            name, _, text = line.partition(" ")
+    for listing in sorted((folder / part).glob("*/*/*.trans.txt")):
+        for line in list_lines(listing):
+            name, _, text = line.strip().partition(" ")
             speaker, chapter, _ = name.split("-")
             found.add(
                 f"librispeech-{name}",
@@ -47,7 +39,7 @@ CORPUS = Corpus(
     default_parts=("train-clean-100", "train-clean-360", "train-other-500"),
     licence="CC BY 4.0",
     source="https://www.openslr.org/12",
-    layout=LAYOUT,
+    layout="<part>/<speaker>/<chapter>/*.flac and *.trans.txt, here or in LibriSpeech/",
 )
 
 if __name__ == "__main__":

@@ -1,30 +1,24 @@
 #!/usr/bin/env python3
 """Prepare MTG-Jamendo: full tracks, with tags."""
 
+from itertools import islice
 from pathlib import Path
 
-from corpus import Corpus, Found, needed
+from corpus import Corpus, Found, list_lines
 
 from espnet2_spear.fileio.datadir import DataDirError
-from espnet2_spear.fileio.tables import open_text
 
-LAYOUT = (
-    "data/raw_30s.tsv (part all) and data/splits/split-0/autotagging-<part>.tsv of the "
-    "repository, and the audio as NN/ID.mp3 or NN/ID.low.mp3, here or in audio/"
-)
 FIXED = 5  # columns before the tags: track, artist, album, path, duration
 
 
 def read(root: Path, part: str) -> Found:
     """Read a part; the speaker is the artist, labels are tags such as genre---rock."""
     name = "raw_30s" if part == "all" else f"splits/split-0/autotagging-{part}"
-    listing = needed(root / "data" / f"{name}.tsv", LAYOUT)
+    listing = root / f"data/{name}.tsv"
     folders = [folder for folder in (root / "audio", root) if folder.is_dir()]
     found = Found()
-    with open_text(listing) as file:
-        lines = file.read().splitlines()
-    for line in lines[1:]:
-        columns = line.split("\t")
+    for line in islice(list_lines(listing), 1, None):
+        columns = line.rstrip("\r\n").split("\t")
         if len(columns) < FIXED:
             raise DataDirError(f"{listing}: {line!r} has too few columns")
         track, artist, _, relative = columns[:4]
@@ -44,7 +38,8 @@ CORPUS = Corpus(
     default_parts=("all",),
     licence="Creative Commons, by track",
     source="https://github.com/MTG/mtg-jamendo-dataset",
-    layout=LAYOUT,
+    layout="data/raw_30s.tsv (part all) and data/splits/split-0/autotagging-<part>.tsv "
+    "of the repository, and the audio as NN/ID.mp3 or NN/ID.low.mp3, here or in audio/",
 )
 
 if __name__ == "__main__":

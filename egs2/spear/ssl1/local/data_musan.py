@@ -3,16 +3,14 @@
 
 from pathlib import Path
 
-from corpus import Corpus, Found, audio_files, needed
-
-LAYOUT = "{music,speech,noise}/<source>/*.wav (or musan/...)"
+from corpus import Corpus, Found, audio_files
 
 
 def read(root: Path, part: str) -> Found:
     """Read a part; its speech is of domain speech."""
     folder = root / part if (root / part).exists() else root / "musan" / part
     found = Found()
-    for path in audio_files(needed(folder, LAYOUT)):
+    for path in audio_files(folder):
         domain = "speech" if part == "speech" else "audio"
         found.add(f"musan-{path.stem}", path, domain, labels=part)
     return found
@@ -25,7 +23,7 @@ CORPUS = Corpus(
     default_parts=("music", "noise"),
     licence="CC BY 4.0",
     source="https://www.openslr.org/17",
-    layout=LAYOUT,
+    layout="{music,speech,noise}/<source>/*.wav (or musan/...)",
 )
 
 if __name__ == "__main__":

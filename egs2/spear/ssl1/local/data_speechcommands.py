@@ -3,20 +3,16 @@
 
 from pathlib import Path
 
-from corpus import Corpus, Found, audio_files, needed
+from corpus import Corpus, Found, audio_files, list_lines
 
-from espnet2_spear.fileio.tables import open_text
-
-LAYOUT = "<word>/<speaker>_nohash_<n>.wav, validation_list.txt, testing_list.txt"
 LISTS = {"valid": "validation_list.txt", "test": "testing_list.txt"}
 
 
 def read(root: Path, part: str) -> Found:
     """Read a part; the label, and the text in upper case, is the word."""
-    listed = {}
-    for name, file in LISTS.items():
-        with open_text(needed(root / file, LAYOUT)) as lines:
-            listed[name] = lines.read().split()
+    listed = {
+        name: "".join(list_lines(root / file)).split() for name, file in LISTS.items()
+    }
     if part in listed:
         files = [root / name for name in listed[part]]
     else:
@@ -43,7 +39,7 @@ CORPUS = Corpus(
     default_parts=("train",),
     licence="CC BY 4.0",
     source="http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
-    layout=LAYOUT,
+    layout="<word>/<speaker>_nohash_<n>.wav, validation_list.txt, testing_list.txt",
 )
 
 if __name__ == "__main__":

@@ -3,23 +3,20 @@
 
 from pathlib import Path
 
-from corpus import Corpus, FileIndex, Found, needed, read_csv
+from corpus import Corpus, FileIndex, Found, label, read_csv
 
-LAYOUT = "vggsound.csv as published, and audio/ with files named ID_START (in 6 digits)"
 FIELDS = ("video", "start", "label", "split")
 
 
 def read(root: Path, part: str) -> Found:
     """Read a part; the label is the class, with _ for spaces."""
-    folder = needed(root / "audio", LAYOUT)
-    files = FileIndex(folder)
+    files = FileIndex(root / "audio")
     found = Found()
-    for row in read_csv(needed(root / "vggsound.csv", LAYOUT), FIELDS):
+    for row in read_csv(root / "vggsound.csv", FIELDS):
         if row["split"] == part:
             name = f"{row['video']}_{int(row['start']):06d}"
-            label = "_".join(row["label"].replace(",", " ").split())
-            path = files.find(name) or folder / f"{name}.wav"
-            found.add(f"vggsound-{name}", path, "audio", labels=label)
+            path = files.path(name, ".wav")
+            found.add(f"vggsound-{name}", path, "audio", labels=label(row["label"]))
     return found
 
 
@@ -30,7 +27,7 @@ CORPUS = Corpus(
     default_parts=("train",),
     licence="annotations CC BY 4.0; the audio remains its owners'",
     source="https://www.robots.ox.ac.uk/~vgg/data/vggsound/",
-    layout=LAYOUT,
+    layout="vggsound.csv as published, and audio/ with files named ID_START (6 digits)",
     incomplete=True,
 )
 

@@ -3,24 +3,19 @@
 
 from pathlib import Path
 
-from corpus import Corpus, Found, needed
+from corpus import Corpus, Found, list_lines
 
 from espnet2_spear.fileio.datadir import DataDirError
-from espnet2_spear.fileio.tables import open_text
 
-LAYOUT = "wav/<speaker>/<video>/<n>.wav (dev and test together) and iden_split.txt"
 NUMBERS = {"1": "train", "2": "valid", "3": "test"}
 
 
 def read(root: Path, part: str) -> Found:
     """Read a part; the label is the speaker."""
-    listing = needed(root / "iden_split.txt", LAYOUT)
-    needed(root / "wav", LAYOUT)
+    listing = root / "iden_split.txt"
     found = Found()
-    with open_text(listing) as file:
-        lines = file.read().splitlines()
-    for line in lines:
-        number, _, name = line.strip().partition(" ")
+    for line in map(str.strip, list_lines(listing)):
+        number, _, name = line.partition(" ")
         if number not in NUMBERS or name.count("/") != 2:
             raise DataDirError(
                 f"{listing}: expected '1|2|3 speaker/video/n.wav', found {line!r}; "
@@ -41,7 +36,7 @@ CORPUS = Corpus(
     default_parts=("train",),
     licence="metadata CC BY 4.0; the audio remains its owners'",
     source="https://www.robots.ox.ac.uk/~vgg/data/voxceleb/vox1.html",
-    layout=LAYOUT,
+    layout="wav/<speaker>/<video>/<n>.wav (dev and test together) and iden_split.txt",
 )
 
 if __name__ == "__main__":

@@ -5,58 +5,29 @@ A part is a language of version 2 (such as en_v2, the paper's), read from the ra
 recordings and the published list of segments; nothing has to be cut to files before.
 """
 
-import csv
-from collections.abc import Iterator
 from pathlib import Path
 
-from corpus import Corpus, Found, needed
+from corpus import Corpus, Found, read_csv
 
-from espnet2_spear.fileio.datadir import DataDirError, Segment
-from espnet2_spear.fileio.tables import open_text
+from espnet2_spear.fileio.datadir import Segment
 
-LAYOUT = (
-    "raw_audios/<language>/<year>/EVENT.ogg, and unlabelled_data/unlabelled_v2.tsv.gz "
-    "as published"
-)
 LANGUAGES = (
     "bg cs da de el en es et fi fr hr hu it lt lv mt nl pl pt ro sk sl sv".split()
 )
-
-
-def rows(path: Path) -> Iterator[dict[str, str]]:
-    """Yield the lines of the list of segments.
-
-    Raises:
-        DataDirError: the file is cut off, of another form, or no UTF-8.
-    """
-    try:
-        with open_text(path, newline="") as file:
-            for row in csv.DictReader(file, delimiter="\t"):
-                if None in row.values() or "event_id" not in row:
-                    raise DataDirError(f"{path}: the row {row} is malformed")
-                yield row
-    except (EOFError, OSError) as error:
-        raise DataDirError(f"{path}: broken ({error}); fetch it again") from None
 
 
 def read(root: Path, part: str) -> Found:
     """Read a language: all events (version 2), or plenary sessions (version 1)."""
     lang, _, version = part.partition("_")
     found = Found()
-    there: dict[str, bool] = {}  # of each event
-    for row in rows(needed(root / "unlabelled_data/unlabelled_v2.tsv.gz", LAYOUT)):
+    listing = root / "unlabelled_data/unlabelled_v2.tsv.gz"
+    for row in read_csv(listing, delimiter="\t"):
         event = row["event_id"]
         of_version = version == "v2" or "PLENARY" in event
         if not event.endswith(f"_{lang}") or not of_version:
             continue
         recording = f"voxpopuli-{event}"
         path = root / "raw_audios" / lang / event[:4] / f"{event}.ogg"
-        if event not in there:
-            there[event] = path.is_file()
-            if not there[event]:
-                found.miss(path)
-        if not there[event]:
-            continue
         utt = f"{recording}_{row['segment_no']}"
         segment = Segment(recording, float(row["start"]), float(row["end"]))
         found.add_segment(utt, path, segment, recording)
@@ -71,7 +42,8 @@ CORPUS = Corpus(
     hours={"en_v2": 24151},  # as SPEAR's authors counted its 3.06 million segments
     licence="CC0; see the European Parliament's legal notice for the recordings",
     source="https://github.com/facebookresearch/voxpopuli",
-    layout=LAYOUT,
+    layout="raw_audios/<language>/<year>/EVENT.ogg, and unlabelled_data/"
+    "unlabelled_v2.tsv.gz as published",
 )
 
 if __name__ == "__main__":

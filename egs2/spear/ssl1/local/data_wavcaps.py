@@ -4,15 +4,10 @@
 import json
 from pathlib import Path
 
-from corpus import Corpus, FileIndex, Found, needed
+from corpus import Corpus, FileIndex, Found
 
 from espnet2_spear.fileio.datadir import DataDirError
 
-LAYOUT = (
-    "json_files/FreeSound/fsd_final.json (and BBC_Sound_Effects/bbc_final.json, "
-    "SoundBible/sb_final.json), and the unpacked audio with files named ID.flac in "
-    "audio/<part>/"
-)
 LISTS = {
     "freesound": "FreeSound/fsd_final.json",
     "bbc": "BBC_Sound_Effects/bbc_final.json",
@@ -22,17 +17,15 @@ LISTS = {
 
 def read(root: Path, part: str) -> Found:
     """Read a part."""
-    listing = needed(root / "json_files" / LISTS[part], LAYOUT)
-    folder = needed(root / "audio" / part, LAYOUT)
-    files = FileIndex(folder)
+    listing = root / "json_files" / LISTS[part]
+    files = FileIndex(root / "audio" / part)
     found = Found()
     try:
         ids = [str(entry["id"]) for entry in json.loads(listing.read_text())["data"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataDirError(f"{listing}: malformed ({error}); fetch it again") from None
     for name in ids:
-        path = files.find(name) or folder / f"{name}.flac"
-        found.add(f"wavcaps-{part}-{name}", path, "audio")
+        found.add(f"wavcaps-{part}-{name}", files.path(name, ".flac"), "audio")
     return found
 
 
@@ -43,7 +36,9 @@ CORPUS = Corpus(
     default_parts=("freesound",),
     licence="for academic use; the clips keep their own licences",
     source="https://huggingface.co/datasets/cvssp/WavCaps",
-    layout=LAYOUT,
+    layout="json_files/FreeSound/fsd_final.json (and BBC_Sound_Effects/bbc_final.json, "
+    "SoundBible/sb_final.json), and the unpacked audio with files named ID.flac in "
+    "audio/<part>/",
     incomplete=True,
 )
 

@@ -8,21 +8,18 @@ archives unpacked. Granary's selection of it comes as manifests: give those as
 
 from pathlib import Path
 
-from corpus import Corpus, FileIndex, Found, needed
+from corpus import Corpus, FileIndex, Found
 
 from espnet2_spear.fileio.datadir import read_table
-
-LAYOUT = "data/<part>/audio/NNNNNNNN/UTTERANCE.wav and data/<part>/text/NNNNNNNN.txt"
 
 
 def read(root: Path, part: str) -> Found:
     """Read a shard; the texts name its utterances."""
     found = Found()
-    for path in sorted(needed(root / "data" / part / "text", LAYOUT).glob("*.txt")):
-        folder = root / "data" / part / "audio" / path.stem
-        files = FileIndex(folder)
+    for path in sorted((root / "data" / part / "text").glob("*.txt")):
+        files = FileIndex(root / "data" / part / "audio" / path.stem)
         for name, text in read_table(path, "utterance text", empty_values=True).items():
-            file = files.find(name) or folder / f"{name}.wav"
+            file = files.path(name, ".wav")
             found.add(f"yodas-{part}-{name}", file, "speech", text=text)
     return found
 
@@ -38,7 +35,7 @@ CORPUS = Corpus(
     default_parts=("en000",),
     licence="CC BY 3.0",
     source="https://huggingface.co/datasets/espnet/yodas",
-    layout=LAYOUT,
+    layout="data/<part>/audio/NNNNNNNN/UTTERANCE.wav and data/<part>/text/NNNNNNNN.txt",
     incomplete=True,
 )
 

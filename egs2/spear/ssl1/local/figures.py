@@ -70,15 +70,12 @@ def figures(
             f"{steps * batch / hours['train']:.3g} times the data; after every {every} "
             f"steps {hours['valid']:.2f} h of validation"
         )
-    yield f"exp: {_size(checkpoint_bytes(config))} of checkpoints while it trains"
-
-
-def checkpoint_bytes(config: Mapping[str, Any]) -> float:
-    """Size of what a training keeps (docs/pretraining.md, "Disk"), heads aside."""
     options = {"name": config["student"], **config.get("student_conf", {})}
     with torch.device("meta"):  # no memory, whatever the size
         student = SpearEncoder(ZipformerConfig.from_dict(options))
-    return disk_bytes(sum(p.numel() for p in student.parameters()), config)
+    # What a training keeps (docs/pretraining.md, "Disk"), heads aside.
+    kept = disk_bytes(sum(p.numel() for p in student.parameters()), config)
+    yield f"exp: {_size(kept)} of checkpoints while it trains"
 
 
 def _sum(table: Mapping[str, Mapping[str, float]], key: str) -> float:

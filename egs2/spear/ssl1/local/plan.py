@@ -31,6 +31,7 @@ from training_config import (
     PlanError,
     check_data,
     check_noise,
+    check_training,
     choose_config,
     domains_of,
     override,
@@ -51,7 +52,7 @@ SECONDS = {
     "max_seconds": ("30", "32"),
     "max_piece_seconds": ("10", "30"),
 }
-CODEBOOK_SIZE = 256  # is not in the names
+CODEBOOK_SIZE = "256"  # is not in the names
 # What is learned: an experiment that began with others is not continued with these.
 LEARNED = ("student", "student_conf", "teachers", "loss_weights")
 
@@ -246,13 +247,9 @@ def size_of(args: argparse.Namespace, codebooks: int) -> str:
 
     And their size, if another was asked for.
     """
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--codebook_size", default=CODEBOOK_SIZE)
-    known, _ = parser.parse_known_args(shlex.split(args.quantizer_args))
-    size = str(known.codebook_size)
-    return f"{args.quantizer}{codebooks}" + (
-        f"x{size}" if size != str(CODEBOOK_SIZE) else ""
-    )
+    sizes = re.findall(r"--codebook_size[ =]+(\d+)", args.quantizer_args)
+    more = f"x{sizes[-1]}" if sizes and sizes[-1] != CODEBOOK_SIZE else ""
+    return f"{args.quantizer}{codebooks}{more}"
 
 
 def check_experiment(exp: Path, config: Config, codes: Collection[str]) -> None:
@@ -288,19 +285,6 @@ def check_experiment(exp: Path, config: Config, codes: Collection[str]) -> None:
         raise PlanError(
             f"{exp}: was begun with codes {', '.join(sorted(read))}, not "
             f"{', '.join(sorted(codes))}; {remedy}"
-        )
-
-
-def tell_of_earlier_folders(teacher: TeacherPlan, dumpdir: Path) -> None:
-    """Say that files in the folders of version 0.1.0's first form are not used."""
-    name = teacher.names
-    old = teacher.folders.with_name(name) / "quantizer.pt"
-    new = teacher.quantizers / "quantizer.pt"
-    if old.exists() and not new.exists():
-        logging.warning(
-            f"{old} and {dumpdir}/codes/*/{name}.scp lie where earlier versions put "
-            f"them and are not used; to keep them, copy the one to {new} and the "
-            f"others, each with its .json, to {teacher.codes}.scp (and .json) beside it"
         )
 
 
@@ -432,8 +416,6 @@ def plan(args: argparse.Namespace) -> tuple[Config, dict[str, str], list[Teacher
     check_noise(config)
     check_experiment(args.expdir / tag, config, [teacher.codes for teacher in teachers])
     if args.check_training is not None:
-        from check_training import check_training  # takes seconds to import
-
         try:
             check_training(config, shlex.split(args.check_training))
         except ValueError as error:
@@ -491,10 +473,8 @@ def plan_teacher(
         quantizers=folder / size,
         codes=f"{folder.name}_{size}_{'-'.join(domains)}",
     )
-    if args.begin:
-        tell_of_earlier_folders(teacher, args.dumpdir)
-        if args.quantizer_args or args.quantizer_iters:
-            check_training_options(teacher.mvq_options, codebooks)
+    if args.begin and (args.quantizer_args or args.quantizer_iters):
+        check_training_options(teacher.mvq_options, codebooks)
     quantizer = teacher.quantizers / "quantizer.pt"
     if args.check_quantizers and not quantizer.with_name("train.json").exists():
         check_quantizer(quantizer, codebooks)

@@ -38,6 +38,11 @@ unlock() {
     lock_fd=
 }
 
+# count_gpus: sets ngpu to the number that torch sees, unless it was given
+count_gpus() {
+    [ -n "${ngpu}" ] || ngpu=$(python -c "import torch; print(torch.cuda.device_count())")
+}
+
 # train_runner <gpus> <machines> <cores> <log>: words for step --runner
 train_runner() {
     echo "${cuda_cmd} --gpu $1 --num_nodes $2 --num_threads $3 $(printf %q "$4")" \

@@ -19,6 +19,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,37 +79,35 @@ def facts_of(path: Path, before: dict[str, Any]) -> dict[str, Any]:
     return {"sha256": digest_of(path), **facts}
 
 
+@dataclass
 class Step:
     """A command with its inputs, outputs and mark.
 
-    Args:
+    Attributes:
         mark: JSON file; absent if the command never ended well.
         command: words that count.
-        uncounted: words that are added to them and do not count.
         inputs: files or folders it reads.
         outputs: files it has written when it is done.
         adopt: outputs without a mark were made by the user, and are kept.
+        before: what the mark says; empty if there is none.
+        facts: of the inputs, as they are now.
     """
 
-    def __init__(
-        self,
-        mark: Path,
-        command: list[str],
-        uncounted: list[str],
-        inputs: list[Path],
-        outputs: list[Path],
-        adopt: bool = False,
-    ) -> None:
-        self.mark, self.command, self.uncounted = mark, command, uncounted
-        self.inputs, self.outputs, self.adopt = inputs, outputs, adopt
+    mark: Path
+    command: list[str]
+    inputs: list[Path]
+    outputs: list[Path]
+    adopt: bool = False
+
+    def __post_init__(self) -> None:
         self.before: dict[str, Any] = {}
-        if mark.exists():
+        if self.mark.exists():
             try:
-                self.before = json.loads(mark.read_text(encoding="utf-8"))
+                self.before = json.loads(self.mark.read_text(encoding="utf-8"))
             except ValueError:
                 self.before = {"version": "a damaged mark"}
         known = self.before.get("inputs", {})
-        self.facts = {str(p): facts_of(p, known.get(str(p), {})) for p in inputs}
+        self.facts = {str(p): facts_of(p, known.get(str(p), {})) for p in self.inputs}
 
     def state(self) -> tuple[bool, str]:
         """Whether it has to be run, and why (not)."""
@@ -194,16 +193,16 @@ def own_folders(values: list[str]) -> list[Path]:
     return [folder for value in values for _, folder in parse_folders(value)]
 
 
-def say(line: str) -> None:
-    """Print a line at once; several steps may be running."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+def refuse(message: str) -> int:
+    """Say what is wrong; returns the exit status."""
+    print(f"ERROR (step.py): {message}", file=sys.stderr)
+    return 1
 
 
-def partition(words: list[str], mark: str) -> tuple[list[str], str, list[str]]:
-    """Divide words as str.partition does."""
+def divide(words: list[str], mark: str) -> tuple[list[str], list[str]]:
+    """Words before a mark, and behind it."""
     at = words.index(mark) if mark in words else len(words)
-    return words[:at], mark, words[at + 1 :]
+    return words[:at], words[at + 1 :]
 
 
 def run(command: list[str]) -> int:
@@ -278,19 +277,19 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: list[str] | None = None) -> int:
     """Return the command's exit status, 0 if it was skipped."""
     words = sys.argv[1:] if cmd is None else cmd
-    own, _, command = partition(words, "--")
+    own, command = divide(words, "--")
     args = get_parser().parse_args(own)
     if not command:
         get_parser().error("no command after --")
-    command, _, uncounted = partition(command, "+")
+    command, uncounted = divide(command, "+")
     inputs = [*args.input, *own_folders(args.input_dirs)]
-    step = Step(args.mark, command, uncounted, inputs, args.output, args.adopt)
+    step = Step(args.mark, command, inputs, args.output, args.adopt)
     todo, why = step.state()
     what = ", ".join(map(str, args.output)) or str(args.mark)
     if args.refuse is not None and (changes := step.changes()):
-        message = f"{what}: was made otherwise ({'; '.join(changes)}); {args.refuse}"
-        print(f"ERROR (step.py): {message}", file=sys.stderr)
-        return 1
+        return refuse(
+            f"{what}: was made otherwise ({'; '.join(changes)}); {args.refuse}"
+        )
     words = [*command, *uncounted]
     runs = [(shlex.split(args.runner), words)]
     if args.jobs > 1:
@@ -301,18 +300,16 @@ def main(cmd: list[str] | None = None) -> int:
         return 0
     if not todo:
         same = ", with the same inputs and options: skipped" if step.before else ""
-        say(f"{what}: {why}{same}")
+        print(f"{what}: {why}{same}\n", end="", flush=True)
         return 0
     if step.before:
-        say(f"{what}: {args.again}, because {why}")
+        print(f"{what}: {args.again}, because {why}\n", end="", flush=True)
     missing = [str(path) for path in args.input if not path.exists()]
     if missing:
-        print(
-            f"ERROR (step.py): {', '.join(missing)}: not there; run the stage that "
-            "writes it first (see --help)",
-            file=sys.stderr,
+        return refuse(
+            f"{', '.join(missing)}: not there; run the stage that writes it first (see "
+            "--help)"
         )
-        return 1
     step.write_mark(pending=True)
     status = 0
     for runner, words in runs:
@@ -320,12 +317,10 @@ def main(cmd: list[str] | None = None) -> int:
     if status == 0:
         gone = [str(path) for path in step.outputs if not path.exists()]
         if gone:
-            print(
-                f"ERROR (step.py): the command ended well, but did not write "
-                f"{', '.join(gone)}: {shlex.join(command)}",
-                file=sys.stderr,
+            return refuse(
+                f"the command ended well, but did not write {', '.join(gone)}: "
+                f"{shlex.join(command)}"
             )
-            return 1
         step.write_mark()
     return status
 

@@ -3,9 +3,10 @@
 import json
 import logging
 import shlex
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -188,3 +189,34 @@ def take_over(config: Config, facts_of: Mapping[str, list[Path]]) -> None:
                 conf[key] = facts[key]
             if "num_codebooks" in facts:
                 origin = path
+
+
+def check_training(config: Config, train_args: Sequence[str]) -> None:
+    """Build all that spear_train builds of its options, and open the files they name.
+
+    (Takes seconds, for its imports.)
+
+    Args:
+        config: of spear_train.
+        train_args: further words of its command line.
+
+    Raises:
+        ValueError: options that it would refuse.
+    """
+    from espnet2_spear.tasks.spear import SpearTask
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    parser = SpearTask.get_parser()
+    parser.error = refuse
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        yaml.safe_dump(config, file)
+        file.flush()
+        words = ["--config", file.name, "--output_dir", "unused", *train_args]
+        args = parser.parse_args(words)
+    logging.disable(logging.WARNING)  # stage 7 says it, and where it has GPUs
+    try:
+        SpearTask.check_options(args)
+    finally:
+        logging.disable(logging.NOTSET)

@@ -22,28 +22,13 @@ PREFIXES = ("model.teacher.encoder.", "teacher.encoder.", "encoder.", "")
 ANCHOR = "patch_embed.patch_embed.weight"
 
 
-class _Block(nn.Module):
-    """Transformer block, norm first; named as in the released checkpoints."""
-
-    def __init__(self, dim: int, num_heads: int, hidden: int, qkv_bias: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict(
-            {"qkv": nn.Linear(dim, 3 * dim, qkv_bias), "proj": nn.Linear(dim, dim)}
-        )
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.ModuleDict(
-            {"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)}
-        )
-
-    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
-        """Map (B, T, C); keys are those of ``keep`` (B, 1, 1, T) bool."""
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=keep)
-        x = x + self.attn["proj"](out.transpose(1, 2).flatten(2))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+# Names of torch's TransformerEncoderLayer in place of the released ones.
+NAMES = {
+    ".attn.qkv.": ".self_attn.in_proj_",
+    ".attn.proj.": ".self_attn.out_proj.",
+    ".mlp.fc1.": ".linear1.",
+    ".mlp.fc2.": ".linear2.",
+}
 
 
 class _Encoder(nn.Module):
@@ -54,18 +39,29 @@ class _Encoder(nn.Module):
         dim = state[ANCHOR].size(0)
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
         hidden = state["blocks.0.mlp.fc1.weight"].size(0)
-        bias = "blocks.0.attn.qkv.bias" in state
-        heads = num_heads or max(1, dim // HEAD_DIM)
         self.patch_embed = nn.ModuleDict(
             {"patch_embed": nn.Linear(NUM_MELS * PATCH, dim)}
         )
         self.pos_embed = nn.Parameter(torch.zeros_like(state["pos_embed"]))
         self.blocks = nn.ModuleList(
-            _Block(dim, heads, hidden, bias) for _ in range(depth)
+            nn.TransformerEncoderLayer(
+                *(dim, num_heads or max(1, dim // HEAD_DIM), hidden, 0.0, "gelu", 1e-6),
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(depth)
         )
         self.norm_frame = nn.LayerNorm(dim, eps=1e-6)
-        unused = {key for key in state if key in ("mask_embed", "prompt_embed")}
-        self.load_state_dict({k: v for k, v in state.items() if k not in unused})
+        ours = {}
+        for key, value in state.items():
+            for old, new in NAMES.items():
+                key = key.replace(old, new)
+            if key not in ("mask_embed", "prompt_embed"):
+                ours[key] = value
+        for number in range(depth):  # checkpoints may have none
+            name = f"blocks.{number}.self_attn.in_proj_bias"
+            ours.setdefault(name, torch.zeros(3 * dim))
+        self.load_state_dict(ours)
 
 
 class AtstFrameTeacher(Teacher):
@@ -143,9 +139,9 @@ class AtstFrameTeacher(Teacher):
             part = x[rows, start : start + self.window]
             end = part.size(1)
             part = part + self.model.pos_embed[:, 1 : end + 1]
-            keep = ~padding_mask(counts[rows] - start, end)[:, None, None]
+            past = padding_mask(counts[rows] - start, end)
             for block in self.model.blocks:
-                part = block(part, keep)
+                part = block(part, src_key_padding_mask=past)
             out = self.model.norm_frame(part)
             frames[rows, start : start + end] = out.to(frames.dtype)
         return frames, counts

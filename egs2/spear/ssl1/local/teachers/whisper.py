@@ -70,29 +70,6 @@ class LogMel(nn.Module):
         return mel.masked_fill_(past, 0.0), frames
 
 
-class EncoderLayer(nn.Module):
-    """One pre-norm transformer block."""
-
-    def __init__(self, dim: int, heads: int, feedforward: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.feedforward_norm = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, feedforward)
-        self.linear2 = nn.Linear(feedforward, dim)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Map (B, T, dim); mask is (B, 1, 1, T) bool, True where to attend."""
-        batch, time, dim = x.shape
-        qkv = self.qkv(self.attention_norm(x))
-        q, k, v = qkv.view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.out(y.transpose(1, 2).reshape(batch, time, dim))
-        return x + self.linear2(F.gelu(self.linear1(self.feedforward_norm(x))))
-
-
 class WhisperTeacher(Teacher):
     """Embeddings of one layer of a Whisper encoder stored by CTranslate2.
 
@@ -151,33 +128,35 @@ class WhisperTeacher(Teacher):
         self.conv1 = nn.Conv1d(mels, channels, 3, padding=1)
         self.conv2 = nn.Conv1d(channels, channels, 3, stride=2, padding=1)
         self.layers = nn.ModuleList(
-            EncoderLayer(channels, heads, feedforward) for _ in range(layer)
+            nn.TransformerEncoderLayer(
+                *(channels, heads, feedforward, 0.0, "gelu"),
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(layer)
         )
         self.norm = nn.LayerNorm(channels) if last else nn.Identity()
         positions = state["position_encodings/encodings"].float()
         self.register_buffer("positions", positions)
 
     def _load(self, state: dict[str, Tensor]) -> None:
-        names = {"conv1": "conv1", "conv2": "conv2"}
+        names = {"conv1.": "conv1", "conv2.": "conv2"}
         for i in range(len(self.layers)):
             ours, theirs = f"layers.{i}", f"layer_{i}"
-            names[f"{ours}.attention_norm"] = f"{theirs}/self_attention/layer_norm"
-            names[f"{ours}.qkv"] = f"{theirs}/self_attention/linear_0"
-            names[f"{ours}.out"] = f"{theirs}/self_attention/linear_1"
-            names[f"{ours}.feedforward_norm"] = f"{theirs}/ffn/layer_norm"
-            names[f"{ours}.linear1"] = f"{theirs}/ffn/linear_0"
-            names[f"{ours}.linear2"] = f"{theirs}/ffn/linear_1"
+            names[f"{ours}.norm1."] = f"{theirs}/self_attention/layer_norm"
+            names[f"{ours}.self_attn.in_proj_"] = f"{theirs}/self_attention/linear_0"
+            names[f"{ours}.self_attn.out_proj."] = f"{theirs}/self_attention/linear_1"
+            names[f"{ours}.norm2."] = f"{theirs}/ffn/layer_norm"
+            names[f"{ours}.linear1."] = f"{theirs}/ffn/linear_0"
+            names[f"{ours}.linear2."] = f"{theirs}/ffn/linear_1"
         if isinstance(self.norm, nn.LayerNorm):
-            names["norm"] = "layer_norm"
+            names["norm."] = "layer_norm"
         converted = {"positions": self.positions}
         for ours, theirs in names.items():
             is_norm = f"{theirs}/gamma" in state
-            for key, stored in (
-                ("weight", "gamma" if is_norm else "weight"),
-                ("bias", "beta" if is_norm else "bias"),
-            ):
-                tensor = state[f"{theirs}/{stored}"]
-                converted[f"{ours}.{key}"] = tensor.float()
+            weight, bias = ("gamma", "beta") if is_norm else ("weight", "bias")
+            converted[f"{ours}weight"] = state[f"{theirs}/{weight}"].float()
+            converted[f"{ours}bias"] = state[f"{theirs}/{bias}"].float()
         self.load_state_dict(converted)
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
@@ -188,18 +167,13 @@ class WhisperTeacher(Teacher):
         """Embed a batch; see :class:`Teacher`."""
         mel, mel_lengths = self.log_mel(speech, lengths)
         x = F.gelu(self.conv1(mel))
-        past = padding_mask(mel_lengths, x.size(2))
-        ragged = bool(past.any())
-        if ragged:
-            x = x.masked_fill_(past[:, None], 0.0)
+        x = x.masked_fill_(padding_mask(mel_lengths, x.size(2))[:, None], 0.0)
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         out_lengths = self.output_lengths(lengths)
         x = x + self.positions[: x.size(1)]
-        mask = None
-        if ragged:
-            mask = ~padding_mask(out_lengths, x.size(1))[:, None, None]
+        past = padding_mask(out_lengths, x.size(1))
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, src_key_padding_mask=past if past.any() else None)
         return self.norm(x), out_lengths
 
 
