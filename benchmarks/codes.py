@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from process_memory import memory
+from measure import MIB, fresh, memory
 from tqdm import tqdm
 
 from espnet2_spear.fileio.ark import (
@@ -20,15 +18,13 @@ from espnet2_spear.fileio.ark import (
     read_matrix,
     read_scp,
 )
-
-MEGABYTE = 2**20
+from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.tables import markdown_table
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--utterances", type=int, default=1_000_000)
     parser.add_argument("--frames", type=int, default=100, help="mean of an utterance")
     parser.add_argument("--num_codebooks", type=int, default=8)
@@ -86,28 +82,24 @@ def main(cmd=None):
         folder = Path(name)
         written = write(folder, args)
         size = sum(file.stat().st_size for file in folder.iterdir())
-        context = multiprocessing.get_context("spawn")
-        results = {}
-        for form in ("dictionary", "looked up in the file"):
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                results[form] = pool.submit(measure, form, folder, args).result()
+        forms = ("dictionary", "looked up in the file")
+        results = {form: fresh(measure, form, folder, args) for form in forms}
     if len({result["total"] for result in results.values()}) > 1:
         raise SystemExit(f"the two forms gave different codes: {results}")
     print(
         f"{args.utterances} utterances of {args.frames} frames on average, "
         f"{args.num_codebooks} codebooks, written in {written:.1f} s, "
-        f"{size / MEGABYTE:.0f} MB; {args.reads} read at random, seed {args.seed}; "
+        f"{size / MIB:.0f} MB; {args.reads} read at random, seed {args.seed}; "
         "files in the system's cache\n"
     )
-    print(
-        "| names | opened, s | reads/s | memory of a worker's own, MB | resident, MB |"
-    )
-    print("|---|--:|--:|--:|--:|")
-    for form, result in results.items():
-        print(
-            f"| {form} | {result['open']:.3f} | {result['rate']:,.0f} "
-            f"| {result['own']:.1f} | {result['resident']:.0f} |"
-        )
+    head = ["names", "opened, s", "reads/s"]
+    head += ["memory of a worker's own, MB", "resident, MB"]
+    rows = [
+        [form, f"{r['open']:.3f}", f"{r['rate']:,.0f}"]
+        + [f"{r['own']:.1f}", f"{r['resident']:.0f}"]
+        for form, r in results.items()
+    ]
+    print(markdown_table(head, rows))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import soundfile
 from espnet2.samplers.build_batch_sampler import build_batch_sampler
-from process_memory import memory
+from measure import MIB, fresh, memory
 from tqdm import tqdm
 
 from espnet2_spear.codes.targets import TeacherCodes
@@ -29,8 +28,8 @@ from espnet2_spear.data.preprocessor import SpearPreprocessor
 from espnet2_spear.data.sampler import SamplerConfig, StepSampler
 from espnet2_spear.data.skipping import SkipLimits, SkipLog
 from espnet2_spear.fileio.ark import CodesWriter
+from espnet2_spear.fileio.explain import option_parser
 
-MEGABYTE = 2**20
 DOMAINS = ["speech", "audio"]
 CORPORA = ("books", "talks", "sounds")  # of equal size; the last is general audio
 WEIGHTS = {"books": 1.0, "talks": 1.0, "sounds": 2.0}
@@ -39,9 +38,7 @@ TEACHERS = {"speech": TeacherCodes(16, 256, 50.0), "audio": TeacherCodes(8, 256,
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--utterances", type=int, default=10_000_000, help="of lists")
     parser.add_argument("--files", type=int, default=2000, help="really written")
     parser.add_argument("--num_workers", type=int, nargs="+", default=[0, 1, 2])
@@ -92,12 +89,6 @@ def write_lists(folder: Path, args: argparse.Namespace) -> Lists:
     )
 
 
-def in_a_fresh_process(function: Callable, *args: object) -> dict:
-    """Call it where nothing was allocated before."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
-
-
 def build(folder: Path, lists: Lists) -> dict:
     """Build the manifest; seconds and peak memory."""
     start = time.perf_counter()
@@ -105,7 +96,7 @@ def build(folder: Path, lists: Lists) -> dict:
     seconds = time.perf_counter() - start
     size = sum(file.stat().st_size for file in manifest.folder.iterdir())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds, "size": size / MEGABYTE, "peak": peak}
+    return {"seconds": seconds, "size": size / MIB, "peak": peak}
 
 
 def start_up(folder: Path, lists: Lists, args: argparse.Namespace) -> dict:
@@ -255,11 +246,11 @@ def main(cmd=None):
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
         folder = Path(name)
         lists = write_lists(folder, args)
-        size = sum((folder / f).stat().st_size for f in folder.iterdir()) / MEGABYTE
-        made = in_a_fresh_process(build, folder, lists)
-        ready = in_a_fresh_process(start_up, folder, lists, args)
-        reader = in_a_fresh_process(worker, folder, lists, args.seed)
-        espnet = in_a_fresh_process(numel_of_espnet, lists, args)
+        size = sum((folder / f).stat().st_size for f in folder.iterdir()) / MIB
+        made = fresh(build, folder, lists)
+        ready = fresh(start_up, folder, lists, args)
+        reader = fresh(worker, folder, lists, args.seed)
+        espnet = fresh(numel_of_espnet, lists, args)
         print(
             f"{args.utterances} utterances in lists of {size:.0f} MB, "
             f"{args.gpu_seconds:g} s a GPU, {args.shards} shards a step, seed "

@@ -10,54 +10,28 @@ sizes and times are the same, errors of 8 bits are not.
 
 from __future__ import annotations
 
-import argparse
+import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
-import soundfile
 import torch
-from torch import Tensor
+from measure import in_turn, read_audio
 
+from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.fileio.explain import option_parser
 from espnet2_spear.hub.graph import write_graph
 from espnet2_spear.hub.graph_student import offline_student
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
-RATE = 16000
-
-
-def read(wav_scp: Path | None, samples: int) -> Tensor:
-    """One utterance (1, samples): the recordings one after the other, or noise."""
-    if wav_scp is None:
-        return torch.randn(1, samples) * 0.1
-    pieces: list[np.ndarray] = []
-    paths = [line.split()[1] for line in wav_scp.read_text().splitlines()]
-    while sum(map(len, pieces)) < samples:
-        pieces += [soundfile.read(path, dtype="float32")[0] for path in paths]
-    return torch.from_numpy(np.concatenate(pieces)[:samples])[None]
-
-
-def seconds(run: Callable[[], object], trials: int) -> float:
-    """Median time of a call."""
-    run()
-    times = []
-    for _ in range(trials):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
 
 def main(cmd: list[str] | None = None) -> None:
     """Export, and measure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--student")
     parser.add_argument("--size", default="base", help="without --student")
     parser.add_argument("--wav_scp", type=Path)
@@ -82,26 +56,28 @@ def main(cmd: list[str] | None = None) -> None:
         sizes = [file.stat().st_size for file in files]
     print("| | MB |", *(f"{s:g} s of audio, s |" for s in args.lengths), "error |")
     print("|---|--:|", "--:|" * (len(args.lengths) + 1))
-    utterances = [read(args.wav_scp, int(s * RATE)) for s in args.lengths]
+    counts = [int(s * SAMPLE_RATE) for s in args.lengths]
+    utterances = [torch.randn(1, n) * 0.1 for n in counts]
+    if args.wav_scp:
+        utterances = [read_audio(args.wav_scp, n) for n in counts]
     lens = [torch.tensor([x.size(1)]) for x in utterances]
     with torch.inference_mode():
         pairs = [*zip(utterances, lens, strict=True)]
         expected = [model(x, n, False).encoder_out for x, n in pairs]
-        times = [
-            seconds(lambda x=x, n=n: model(x, n, False), args.trials) for x, n in pairs
-        ]
-    row("ours", weights, times, 0.0)
+        calls = [partial(model, x, n, False) for x, n in pairs]
+        row("ours", weights, calls, 0.0, args.trials)
     for file, size, session in zip(files, sizes, sessions, strict=True):
         inputs = [{"audio": x.numpy(), "lengths": n.numpy()} for x, n in pairs]
         got = torch.from_numpy(session.run(None, inputs[-1])[0])
         error = (got - expected[-1]).norm() / expected[-1].norm()
-        times = [seconds(lambda i=i: session.run(None, i), args.trials) for i in inputs]  # noqa: B023
-        row(file.name, size, times, float(error))
+        calls = [partial(session.run, None, i) for i in inputs]
+        row(file.name, size, calls, float(error), args.trials)
 
 
-def row(name: str, size: int, times: list[float], error: float) -> None:
+def row(name: str, size: int, calls: list[Callable], error: float, trials: int) -> None:
     """Print a line of the table; error: of the output, relative."""
-    cells = " ".join(f"{t:.3f} |" for t in times)
+    times = in_turn(dict(enumerate(calls)), trials).values()
+    cells = " ".join(f"{statistics.median(values):.3f} |" for values in times)
     print(f"| {name} | {size / 1e6:.1f} | {cells} {error:.1e} |", flush=True)
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Speed of the fbank: ours in batches beside torchaudio's, utterance by utterance.
 
-Ours runs on --device, torchaudio.compliance.kaldi.fbank always on the CPU, as data
-loaders of other recipes do it; the two take turns. Lengths of the utterances are drawn
-between half and all of --seconds.
+Ours runs on --device (--batch 1: one by one, too), torchaudio.compliance.kaldi.fbank
+always on the CPU, as data loaders of other recipes do it; the two take turns. Lengths
+of the utterances are drawn between half and all of --seconds.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import argparse
 import statistics
 
 import torch
-from roofline import timed
+from measure import in_turn
 from torchaudio.compliance import kaldi
 
 from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.zipformer.cpu import use_cpu_versions
 from espnet2_spear.zipformer.fbank import Fbank
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="of ours: cpu, cuda, ...")
     parser.add_argument("--utterances", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8, help="utterances at once")
@@ -39,7 +39,7 @@ def main(cmd=None):
     """Measure; see ``--help``."""
     args = get_parser().parse_args(cmd)
     torch.set_num_threads(args.num_threads)
-    device, cpu = torch.device(args.device), torch.device("cpu")
+    device = torch.device(args.device)
     generator = torch.Generator().manual_seed(0)
     samples = int(args.seconds * SAMPLE_RATE)
     lengths = torch.randint(
@@ -58,13 +58,6 @@ def main(cmd=None):
     def ours():
         return [fbank(*batch)[0] for batch in batches]
 
-    def alone():
-        ones = (torch.tensor([wave.size(1)]) for wave in waves)
-        return [
-            fbank(wave.to(device), one)[0]
-            for wave, one in zip(waves, ones, strict=True)
-        ]
-
     def torchaudio():
         return [
             kaldi.fbank(
@@ -78,31 +71,24 @@ def main(cmd=None):
             for wave in waves
         ]
 
-    work = {
-        f"ours, {args.batch} at once, {device}": (ours, device),
-        f"ours, one by one, {device}": (alone, device),
-        "torchaudio, one by one, cpu": (torchaudio, cpu),
-    }
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for trial in range(args.trials + 1):  # the first one does not count
-        for name, (call, where) in work.items():
-            seconds, _ = timed(call, where)
-            if trial:
-                times[name].append(seconds)
-    difference = (alone()[0][0, :-2].cpu() - torchaudio()[0][:-2]).abs().max()
+    names = f"ours, {args.batch} at once, {device}", "torchaudio, one by one, cpu"
+    times = in_turn(
+        dict(zip(names, (ours, torchaudio), strict=True)), args.trials, device
+    )
+    # Of the longest utterance, which is not padded.
+    difference = (ours()[-1][-1, :-2].cpu() - torchaudio()[-1][:-2]).abs().max()
     total = float(lengths.sum()) / SAMPLE_RATE
     print(
         f"{args.utterances} utterances, {total:.0f} s of audio, {args.num_threads} "
         f"threads, median of {args.trials}; largest difference {float(difference):.1e}"
-        "\n\n| | ms | times real time | speed beside torchaudio |\n|---|--:|--:|--:|"
+        "\n"
     )
-    reference = statistics.median(times["torchaudio, one by one, cpu"])
-    for name, values in times.items():
-        median = statistics.median(values)
-        print(
-            f"| {name} | {1000 * median:.1f} | {total / median:,.0f} "
-            f"| {reference / median:.2f} |"
-        )
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    rows = [
+        [name, f"{1000 * m:.1f}", f"{total / m:,.0f}", f"{medians[names[1]] / m:.2f}"]
+        for name, m in medians.items()
+    ]
+    print(markdown_table(["", "ms", "times real time", "beside torchaudio"], rows))
 
 
 if __name__ == "__main__":

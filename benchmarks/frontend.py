@@ -9,28 +9,18 @@ No timing: what it prints does not depend on what else the machine does.
 from __future__ import annotations
 
 import argparse
-import resource
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
+from measure import MIB, read_audio, read_peak
 from torch import Tensor
 
 from espnet2_spear.asr.frontend.spear import SpearFrontend
+from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.fileio.explain import option_parser
 
 CONTEXTS = (0.0, 1.0, 2.5, 5.0, 10.0, 20.0)
-
-
-def read(wav_scp: Path, seconds: float) -> Tensor:
-    """Recordings one after the other, (1, samples); repeated if there are too few."""
-    pieces, have = [], 0
-    paths = [line.split()[1] for line in wav_scp.read_text().splitlines()]
-    while have < seconds * 16000:
-        for path in paths:
-            pieces.append(soundfile.read(path, dtype="float32")[0])
-            have += len(pieces[-1])
-    return torch.from_numpy(np.concatenate(pieces)[: int(seconds * 16000)])[None]
 
 
 def features(student: str, speech: Tensor, **options) -> Tensor:
@@ -42,7 +32,8 @@ def features(student: str, speech: Tensor, **options) -> Tensor:
 def chunk_errors(student: str, speech: Tensor, chunk: float) -> None:
     """Relative difference of the features from those of the whole, by context."""
     whole = features(student, speech)
-    print(f"{speech.size(1) / 16000:.0f} s, {len(whole)} frames, pieces of {chunk:g} s")
+    seconds = speech.size(1) / SAMPLE_RATE
+    print(f"{seconds:.0f} s, {len(whole)} frames, pieces of {chunk:g} s")
     print("context s   all frames   worst frame   frames off by over 10 %")
     for context in CONTEXTS:
         options = {"chunk_seconds": chunk, "context_seconds": context}
@@ -56,11 +47,11 @@ def chunk_errors(student: str, speech: Tensor, chunk: float) -> None:
 
 def chunk_memory(student: str, speech: Tensor, hours: float, chunk: float) -> None:
     """Peak memory of this process before and after so much audio, in pieces."""
-    times = int(np.ceil(hours * 3600 * 16000 / speech.size(1)))
-    long = speech.repeat(1, times)[:, : int(hours * 3600 * 16000)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    times = int(np.ceil(hours * 3600 * SAMPLE_RATE / speech.size(1)))
+    long = speech.repeat(1, times)[:, : int(hours * 3600 * SAMPLE_RATE)]
+    before = read_peak(speech.device) / MIB
     out = features(student, long, chunk_seconds=chunk, pool=2)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    after = read_peak(speech.device) / MIB
     print(
         f"{hours:g} h: {out.shape[0]} frames of {out.shape[1]}; waveform "
         f"{long.nbytes >> 20} MiB, features {out.nbytes >> 20} MiB; peak of the "
@@ -96,9 +87,7 @@ def alignment(student: str, speech: Tensor) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--student", required=True)
     parser.add_argument("--wav_scp", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=180.0, help="the whole")
@@ -111,7 +100,7 @@ def main(cmd: list[str] | None = None) -> None:
     """Run all measurements."""
     args = get_parser().parse_args(cmd)
     torch.manual_seed(0)
-    speech = read(args.wav_scp, args.seconds)
+    speech = read_audio(args.wav_scp, int(args.seconds * SAMPLE_RATE))
     if args.hours > 0:  # first: the peak is that of the whole process
         chunk_memory(args.student, speech, args.hours, args.chunk_seconds)
     chunk_errors(args.student, speech, args.chunk_seconds)

@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import resource
 import statistics
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from measure import MIB, fresh, in_turn, product_rate, read_peak, reset_peak
+from mvq_codes import compare_grid, compare_passes
 from peer import (
     load_peer,
     noisy_vectors,
@@ -21,9 +20,10 @@ from peer import (
     random_quantizer,
     squared_errors,
 )
-from roofline import frame_cost, measure_activity, report, timed
 from torch import Tensor
 
+from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.mvq.embeddings import EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer
@@ -31,9 +31,7 @@ from espnet2_spear.mvq.quantizer import Quantizer
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument(
         "--peer",
         default="",
@@ -98,51 +96,59 @@ def get_parser() -> argparse.ArgumentParser:
 
 @torch.no_grad()
 def peak_of_long_utterance(
-    file: str, quantizer_file: str, frames: int, options: dict, threads: int
+    folder: Path, frames: int, options: dict, threads: int
 ) -> tuple[float, float]:
     """Peak resident memory in MB before and after encoding; in a fresh process."""
     torch.set_num_threads(threads)
-    quantizer = load_quantizer(quantizer_file)
-    x = np.memmap(file, np.float16, "c", shape=(frames, quantizer.dim))
+    quantizer = load_quantizer(folder / "quantizer.pt")
+    x = np.memmap(folder / "x.f16", np.float16, "c", shape=(frames, quantizer.dim))
     x = torch.from_numpy(x)
     quantizer.encode(x[:1], **options)  # its tables
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = read_peak(x.device)
     quantizer.encode(x, **options)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return before / 1024, after / 1024
+    return before / MIB, read_peak(x.device) / MIB
 
 
 def measure_memory(quantizer: Quantizer, x: Tensor, args, options: dict) -> str:
     """Line on the memory that a very long utterance takes."""
     length = args.memory_frames
     if x.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(x.device)
+        reset_peak(x.device)
         long = x[torch.arange(length, device=x.device) % len(x)].half()
-        held = torch.cuda.memory_allocated(x.device) / 2**20
+        held = torch.cuda.memory_allocated(x.device) / MIB
         quantizer.encode(long, **options)
-        peak = torch.cuda.max_memory_allocated(x.device) / 2**20
         return (
-            f"memory, {length} frames at once: peak {peak:.0f} MB on the GPU, of it "
-            f"{held:.0f} MB quantizer and input"
+            f"memory, {length} frames at once: peak {read_peak(x.device) / MIB:.0f} MB "
+            f"on the GPU, of it {held:.0f} MB quantizer and input"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        file, saved = Path(folder) / "x.f16", Path(folder) / "quantizer.pt"
-        quantizer.save(saved)
-        with open(file, "wb") as stream:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        quantizer.save(folder / "quantizer.pt")
+        with open(folder / "x.f16", "wb") as stream:
             part = x.half().numpy()
             for start in range(0, length, len(part)):
                 part[: length - start].tofile(stream)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            before, after = pool.submit(
-                peak_of_long_utterance,
-                *(str(file), str(saved), length, options, args.num_threads),
-            ).result()
+        before, after = fresh(
+            peak_of_long_utterance, folder, length, options, args.num_threads
+        )
     return (
         f"memory, {length} frames at once: peak resident {after:.0f} MB, of it "
         f"{before:.0f} MB Python, torch, the quantizer and its tables; the input "
-        f"(memory-mapped, {length * quantizer.dim * 2 / 2**20:.0f} MB) is counted"
+        f"(memory-mapped, {length * quantizer.dim * 2 / MIB:.0f} MB) is counted"
     )
+
+
+@torch.no_grad()
+def passes_taken(quantizer: Quantizer, x: Tensor, passes: int) -> float:
+    """Passes that a frame takes part in, on average, by the codes after each."""
+    active = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    taken, before = 0.0, quantizer.encode(x, 0)
+    for number in range(1, passes + 1):
+        taken += float(active.float().mean())
+        after = quantizer.encode(x, number)
+        active &= (after != before).any(dim=1)
+        before = after
+    return taken
 
 
 @torch.no_grad()
@@ -177,8 +183,6 @@ def encoding(args: argparse.Namespace) -> None:
         x = noisy_vectors(quantizer, args.frames, args.seed + 1)
     quantizer, x = quantizer.to(device), x.to(device)
     if args.passes:
-        from mvq_passes import compare_passes
-
         return compare_passes(args, quantizer, x)
     options = {"refine_iters": args.refine_iters}
     if args.max_frames:
@@ -192,27 +196,21 @@ def encoding(args: argparse.Namespace) -> None:
             len(few),
             lambda: peer_codes(other, few, args.refine_iters, args.peer_frames),
         )
-    for _, call in work.values():
-        call()
-    rates: dict[str, list[float]] = {name: [] for name in work}
-    codes = {}
-    for _ in range(args.trials):
-        for name, (count, call) in work.items():
-            seconds, codes[name] = timed(call, device)
-            rates[name].append(count / seconds)
+    times = in_turn({n: call for n, (_, call) in work.items()}, args.trials, device)
+    rates = {n: [work[n][0] / t for t in values] for n, values in times.items()}
     print(
         f"D={quantizer.dim}, N={quantizer.num_codebooks}, K={quantizer.codebook_size}, "
         f"{args.refine_iters} passes, {device}"
         + (f", {args.num_threads} threads" if device.type == "cpu" else "")
         + f", {args.trials} alternating trials\n"
     )
-    print("| | frames a trial | frames/s, median | min | max |")
-    print("|---|--:|--:|--:|--:|")
-    for name, values in rates.items():
-        print(
-            f"| {name} | {work[name][0]} | {statistics.median(values):,.1f} "
-            f"| {min(values):,.1f} | {max(values):,.1f} |"
-        )
+    rows = [
+        [name, str(work[name][0]), f"{statistics.median(values):,.1f}"]
+        + [f"{min(values):,.1f}", f"{max(values):,.1f}"]
+        for name, values in rates.items()
+    ]
+    head = ["", "frames a trial", "frames/s, median", "min", "max"]
+    print(markdown_table(head, rows))
     rate = statistics.median(rates["ours"])
     if peer is not None:
         pairs = zip(rates["ours"], rates["library"], strict=True)
@@ -221,22 +219,21 @@ def encoding(args: argparse.Namespace) -> None:
             f"\nratio: {statistics.median(ratios):.1f} (median of the trials; "
             f"{min(ratios):.1f} to {max(ratios):.1f})"
         )
-        count = len(codes["library"])
-        few_codes = codes["ours"][:count]
-        print(compare_codes(quantizer, x[:count], few_codes, codes["library"]))
-    activity = measure_activity(quantizer, x, args.refine_iters)
+        ours, theirs = (call() for _, call in work.values())
+        count = len(theirs)
+        print(compare_codes(quantizer, x[:count], ours[:count], theirs))
+    taken = passes_taken(quantizer, x, args.refine_iters)
     print(
-        f"a frame is searched in {activity.passes:.2f} of {args.refine_iters} passes; "
-        "it has reached its fixed point after that"
+        f"a frame is searched in {taken:.2f} of {args.refine_iters} passes; it has "
+        "reached its fixed point after that"
     )
-    cost = frame_cost(
-        quantizer.dim,
-        quantizer.codebook_size,
-        quantizer.num_codebooks,
-        activity,
-        args.max_frames or quantizer.default_max_frames(device),
+    # Logits, and inner products with all centres.
+    entries = quantizer.num_codebooks * quantizer.codebook_size
+    bound = product_rate(device) / (4 * quantizer.dim * entries)
+    print(
+        f"bound by its two matrix products, measured here: {bound:,.0f} frames/s; "
+        f"reached {rate / bound:.0%}"
     )
-    print(report(cost, rate, device))
     if args.memory_frames:
         print(measure_memory(quantizer, x, args, options))
 
@@ -246,8 +243,6 @@ def main(cmd=None):
     args = get_parser().parse_args(cmd)
     torch.set_num_threads(args.num_threads)
     if args.grid:
-        from mvq_grid import compare_grid
-
         return compare_grid(args)
     if not args.train:
         return encoding(args)

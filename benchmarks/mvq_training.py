@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from measure import timed
 from peer import load_peer, peer_codes
-from roofline import timed
 from torch import Tensor
 
+from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.mvq.embeddings import EmbeddingSet
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.report import relative_error
@@ -98,10 +99,8 @@ def compare_training(args: argparse.Namespace) -> None:
         f"{args.num_threads} threads; relative error of {len(x)} held-out frames "
         "after 5 passes\n"
     )
-    print("| | held-out relative error | seconds |")
-    print("|---|--:|--:|")
-    for name, error in errors.items():
-        print(f"| {name} | {error:.4f} | {seconds[name]:.1f} |")
+    rows = [[n, f"{error:.4f}", f"{seconds[n]:.1f}"] for n, error in errors.items()]
+    print(markdown_table(["", "held-out relative error", "seconds"], rows))
     if other is not None:
         print(
             f"\ntime: {seconds['ours'] / seconds['library']:.3f} of the library's, "

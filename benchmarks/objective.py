@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from measure import (
+    MIB,
+    fresh,
+    in_turn,
+    kept_bytes,
+    read_peak,
+    reset_peak,
+    resident,
+)
 from torch import Tensor
 
+from espnet2_spear.fileio.explain import option_parser
 from espnet2_spear.spear.objective import CodebookHead
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 SIZE = 256
-MIB = 2**20
 VARIANTS = ("encoder", "plain", "chunked")
 
 
@@ -74,29 +79,6 @@ def total_loss(kind: str, heads: Heads, hidden: Tensor) -> Tensor:
     return sum(LOSSES[kind](head, hidden, targets) for head, targets in heads)
 
 
-def kept(function: Callable[[], Tensor], parameters: set[int]) -> int:
-    """Bytes that autograd keeps for the backward pass, parameters not counted."""
-    storages: dict[int, int] = {}
-    alive = []
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-            alive.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        function()
-    return sum(storages.values())
-
-
-def status(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    with open("/proc/self/status", encoding="ascii") as lines:
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(key))
-
-
 def step_of(args: argparse.Namespace, variant: str) -> Callable[[], None]:
     """Forward and backward of encoder and heads."""
     torch.manual_seed(args.seed)
@@ -114,18 +96,16 @@ def step_of(args: argparse.Namespace, variant: str) -> Callable[[], None]:
     return step
 
 
-def measure_peak(args: argparse.Namespace) -> dict[str, float]:
-    """Peak of a step above what the process holds before it, in MiB, and its time."""
-    step = step_of(args, args.variant)
+def peak_of_step(args: argparse.Namespace, variant: str) -> int:
+    """Peak of a step above what the process holds before it, in bytes."""
+    torch.set_num_threads(args.num_threads)
+    step = step_of(args, variant)
     step()  # gradients exist from here on
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed does not count
-    before = status("VmRSS")
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # forget the peak so far
-    start = time.perf_counter()
+    cpu, before = torch.device("cpu"), resident()
+    reset_peak(cpu)
     step()
-    seconds = time.perf_counter() - start
-    return {"peak": (status("VmHWM") - before) / MIB, "seconds": seconds}
+    return read_peak(cpu) - before
 
 
 def report_memory(args: argparse.Namespace) -> None:
@@ -138,27 +118,25 @@ def report_memory(args: argparse.Namespace) -> None:
     def encode() -> Tensor:
         return student.encode(fbank, lengths).encoder_out
 
-    own = {p.untyped_storage().data_ptr() for p in student.parameters()}
-    encoder = kept(encode, own)
+    with kept_bytes(student.parameters()) as sizes:
+        encode()
+    encoder = sum(sizes.values())
     with torch.no_grad():
         hidden = encode().flatten(0, 1)
     heads = make_heads(args, hidden.size(1), hidden.size(0))
     hidden.requires_grad_()
-    own = {hidden.untyped_storage().data_ptr()}
-    for head, _ in heads:
-        own |= {p.untyped_storage().data_ptr() for p in head.parameters()}
+    own = [hidden, *(p for head, _ in heads for p in head.parameters())]
     print(f"{hidden.size(0)} frames of {hidden.size(1)}, codebooks {args.codebooks}")
     print(f"kept by the encoder: {encoder / MIB:.1f} MiB")
     for kind in LOSSES:
-        size = kept(lambda kind=kind: total_loss(kind, heads, hidden), own)
+        with kept_bytes(own) as sizes:
+            total_loss(kind, heads, hidden)
+        size = sum(sizes.values())
         print(f"kept by {kind} heads: {size / MIB:.1f} MiB, {size / encoder:.3f} of it")
-    peaks = {}
-    for variant in VARIANTS:
-        words = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-        out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-        peaks[variant] = json.loads(out)["peak"]
-        ratio = peaks[variant] / peaks["encoder"]
-        print(f"peak with {variant}: {peaks[variant]:.0f} MiB, {ratio:.3f}")
+    peaks = {variant: fresh(peak_of_step, args, variant) for variant in VARIANTS}
+    for variant, peak in peaks.items():
+        ratio = peak / peaks["encoder"]
+        print(f"peak with {variant}: {peak / MIB:.0f} MiB, {ratio:.3f}")
 
 
 def report_time(args: argparse.Namespace) -> None:
@@ -168,13 +146,11 @@ def report_time(args: argparse.Namespace) -> None:
     frames = round(50 * args.seconds * args.utts / args.downsampling)
     hidden = torch.randn(frames, dim, requires_grad=True)
     heads = make_heads(args, dim, frames)
-    times: dict[str, list[float]] = {kind: [] for kind in LOSSES}
-    for trial in range(args.trials + 1):
-        for kind in LOSSES:
-            start = time.perf_counter()
-            total_loss(kind, heads, hidden).backward()
-            if trial:  # the first warms up
-                times[kind].append(time.perf_counter() - start)
+    calls = {
+        kind: lambda kind=kind: total_loss(kind, heads, hidden).backward()
+        for kind in LOSSES
+    }
+    times = in_turn(calls, args.trials)
     ratios = [c / p for c, p in zip(times["chunked"], times["plain"], strict=True)]
     for kind, values in times.items():
         print(f"heads, {kind}: {1000 * statistics.median(values):.0f} ms")
@@ -186,9 +162,7 @@ def report_time(args: argparse.Namespace) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--student", default="base")
     parser.add_argument("--downsampling", type=int, default=1, help="2: 25 Hz")
     parser.add_argument("--codebooks", type=int, nargs=2, default=[16, 8])
@@ -200,8 +174,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=int, default=7)
     parser.add_argument("--num_threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--part", choices=["memory", "time"], nargs="+")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--part", choices=["memory", "time"], nargs="+", default=["memory", "time"]
+    )
     return parser
 
 
@@ -209,13 +184,9 @@ def main(cmd: list[str] | None = None) -> None:
     """Measure; see ``--help``."""
     args = get_parser().parse_args(cmd)
     torch.set_num_threads(args.num_threads)
-    if args.variant:
-        print(json.dumps(measure_peak(args)))
-        return
-    parts = args.part or ["memory", "time"]
-    if "memory" in parts:
+    if "memory" in args.part:
         report_memory(args)
-    if "time" in parts:
+    if "time" in args.part:
         report_time(args)
 
 

@@ -80,6 +80,7 @@ def random_quantizer(dim: int, size: int, num: int, seed: int) -> Quantizer:
     return quantizer.eval()
 
 
+@torch.no_grad()
 def noisy_vectors(quantizer: Quantizer, count: int, seed: int) -> Tensor:
     """Sums of centres with as much noise added, (count, D)."""
     generator = torch.Generator().manual_seed(seed)

@@ -15,17 +15,24 @@ Batches are random audio and codes: nothing is read from files.
 from __future__ import annotations
 
 import argparse
-import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from argparse import Namespace
 from collections import defaultdict
 
 import torch
+from measure import (
+    fresh,
+    kept_bytes,
+    product_rate,
+    read_peak,
+    reset_peak,
+    synchronize,
+)
 from torch import Tensor, nn
+
+from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.tables import markdown_table
 
 TEACHERS = {
     "speech": {"num_codebooks": 16, "codebook_size": 256, "frame_rate": 50.0},
@@ -37,9 +44,7 @@ BATCH_SECONDS = {"base": 400.0, "large": 300.0, "xlarge": 300.0}
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     flag = {"type": lambda x: x.lower() in ("true", "1", "yes"), "metavar": "BOOL"}
     parser.add_argument("--sizes", nargs="+", default=["base", "large", "xlarge"])
     parser.add_argument("--device", default="cpu")
@@ -52,8 +57,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--amp", help="bfloat16, float16 or none [bfloat16 on a GPU]")
     parser.add_argument("--compile", nargs="?", const=True, default=False, **flag)
     parser.add_argument("--checkpointing", nargs="?", const=True, default=False, **flag)
-    parser.add_argument("--regularize", default=True, help="[true]", **flag)
-    parser.add_argument("--split", default=True, help="time by part [true]", **flag)
+    parser.add_argument("--regularize", default=True, help="of the student", **flag)
+    parser.add_argument("--split", default=True, help="time by part", **flag)
     parser.add_argument("--num_threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -62,16 +67,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="of the device in the format of matrix products; without it measured by "
         "a product of 8192 x 8192 (GPU) or 2048 x 2048 matrices",
     )
-    parser.add_argument("--job", help=argparse.SUPPRESS)  # of a child process
     return parser
 
 
 def main(cmd: list[str] | None = None) -> None:
     """Measure; see ``--help``."""
     args = get_parser().parse_args(cmd)
-    if args.job:
-        print(json.dumps(run_job(json.loads(args.job))))
-        return
     if args.amp is None:
         args.amp = "bfloat16" if args.device.startswith("cuda") else "none"
     for size in args.sizes:
@@ -80,19 +81,9 @@ def main(cmd: list[str] | None = None) -> None:
         results: dict[str, list[dict]] = {v: [] for v in args.variants}
         for _ in range(args.rounds):
             for variant, runs in results.items():
-                runs.append(run_child({**job, "variant": variant}))
-        operations = run_child({**job, "variant": "operations"})
+                runs.append(fresh(run_job, {**job, "variant": variant}))
+        operations = fresh(count_operations, job)
         report(size, job, results, operations)
-
-
-def run_child(job: dict) -> dict:
-    """Measure a variant in a new process."""
-    command = [sys.executable, __file__, "--job", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.stderr.write(done.stderr[-4000:])
-        sys.exit(f"{job['size']}, {job['variant']}: failed")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 class Clock:
@@ -146,12 +137,6 @@ class Clock:
 def stack_factor(stack: nn.Module) -> int:
     """Downsampling factor of a stack."""
     return getattr(stack, "factor", 1)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def build(job: dict) -> tuple[nn.Module, torch.optim.Optimizer, torch.dtype | None]:
@@ -208,8 +193,6 @@ def run_job(job: dict) -> dict:
     """Measure one variant; runs in the child process."""
     torch.set_num_threads(job["num_threads"])
     device = torch.device(job["device"])
-    if job["variant"] == "operations":
-        return count_operations({**job, "variant": "ours", "regularize": False})
     model, optimizer, amp = build(job)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 
@@ -238,7 +221,7 @@ def run_job(job: dict) -> dict:
         clock.lap("optimizer")
         synchronize(device)
         times.append(time.perf_counter() - begin)
-        frames.append(batch_frames(model, batch))
+        frames.append(int(model.student.output_lengths(batch["speech_lengths"]).sum()))
 
     times: list[float] = []
     frames: list[int] = []
@@ -246,15 +229,12 @@ def run_job(job: dict) -> dict:
     for index in range(job["warmup"]):
         step(index, silent)
     del times[:], frames[:]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":  # of a CPU the whole process counts
+        reset_peak(device)
     for index in range(job["steps"]):
         step(index, silent)
     result = {"times": list(times), "frames": statistics.mean(frames)}
-    if device.type == "cuda":
-        result["peak"] = torch.cuda.max_memory_allocated()
-    else:
-        result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result["peak"] = read_peak(device)
     if job["split"]:
         clock = Clock(device, True)
         for index in range(job["steps"]):
@@ -263,98 +243,55 @@ def run_job(job: dict) -> dict:
     return result
 
 
-def batch_frames(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Output frames of a batch, without padding."""
-    return int(model.student.output_lengths(batch["speech_lengths"]).sum())
-
-
 def count_operations(job: dict) -> dict[str, float]:
-    """Operations of a step's matrix products and convolutions, counted in two ways.
+    """Operations of a step's matrix products and convolutions, and what it keeps.
 
     Returns:
         ``counted``: by FlopCounterMode, forward and backward, without regularisers, in
-        PyTorch's own operations, which are all that it knows;
-        ``analytic``: 6 x weights x the frames that they see (padding included), of the
-        student's layers and heads: no attention scores, no embedding.
+        PyTorch's own operations, which are all that it knows; ``kept`` and
+        ``kept_checkpointing``: bytes for the backward pass; ``peak``: FLOP/s.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     from espnet2_spear.train.simulate import convolution_backward
     from espnet2_spear.zipformer.cpu import use_cpu_versions
 
-    model, _, _ = build({**job, "compile": False, "checkpointing": False})
-    student, batch = model.student, make_batch(job, 0)
+    torch.set_num_threads(job["num_threads"])
+    plain = {"variant": "ours", "regularize": False, "compile": False}
+    model, _, _ = build({**job, **plain, "checkpointing": False})
+    batch = make_batch(job, 0)
     use_cpu_versions(False)
     mapping = {torch.ops.aten.convolution_backward: convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         model(**batch)[0].sum().backward()
     use_cpu_versions()
-    utts, samples = batch["speech"].shape
-    frames = utts * student.hidden_lengths(samples)
-    seen = 0
-    for stack in student.encoder.encoders:
-        weights = sum(
-            p.numel() for n, p in stack.named_parameters() if n.endswith("weight")
-        )
-        seen += weights * frames / stack_factor(stack)
-    heads = sum(p.numel() for p in model.heads.parameters() if p.dim() > 1)
-    seen += heads * utts * student.output_lengths(samples)
     device, amp = torch.device(job["device"]), job["amp"]
     dtype = torch.float32 if amp == "none" else getattr(torch, amp)
-    peak = job["peak_tflops"]
     kept = {}
     for checkpointing in (False, True):
-        for module in student.modules():
+        for module in model.student.modules():
             if hasattr(module, "checkpointing"):
                 module.checkpointing = checkpointing
         with torch.autocast(device.type, dtype, enabled=amp != "none"):
-            kept[checkpointing] = kept_bytes(model, batch)
+            with kept_bytes(model.parameters()) as sizes:
+                loss = model(**batch)[0]
+        kept[checkpointing] = sum(sizes.values())
+        del loss
+    peak = job["peak_tflops"]
     return {
         "kept": kept[False],
         "kept_checkpointing": kept[True],
         "counted": counter.get_total_flops(),
-        "analytic": 6.0 * float(seen),
         "peak": peak * 1e12 if peak else product_rate(device, dtype),
-        "parameters": sum(p.numel() for p in student.parameters()),
+        "parameters": sum(p.numel() for p in model.student.parameters()),
     }
-
-
-def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, besides parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = model(**batch)[0]
-    del loss
-    return sum(kept.values())
-
-
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of five."""
-    side = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
 
 
 def report(
     size: str, job: dict, results: dict[str, list[dict]], operations: dict
 ) -> None:
     """Print a table of the variants, and of the parts of a step."""
-    counted, analytic, peak = (operations[k] for k in ("counted", "analytic", "peak"))
+    counted, peak = operations["counted"], operations["peak"]
     print(
         f"\n## {size}: {job['seconds']:g} s a batch of at most "
         f"{job['utterance_seconds']:g} s, {job['device']}, ours: amp {job['amp']}, "
@@ -362,21 +299,19 @@ def report(
     )
     print(
         f"{operations['parameters'] / 1e6:.1f} M parameters; operations of a step: "
-        f"{counted / 1e12:.3f} T counted, {analytic / 1e12:.3f} T by 6 x weights x "
-        f"frames; peak {peak / 1e12:.3f} TFLOP/s "
+        f"{counted / 1e12:.3f} T; peak {peak / 1e12:.3f} TFLOP/s "
         f"({'given' if job['peak_tflops'] else 'measured'}); kept for the backward "
         f"pass {operations['kept'] / 2**30:.2f} GiB, with activation checkpointing "
         f"{operations['kept_checkpointing'] / 2**30:.2f} (amp {job['amp']})\n"
     )
     print(
         "| variant | step, s: median (min to max) | frames/s | x real time "
-        "| utilisation: counted, analytic | peak memory, GiB | optimizer |"
+        "| utilisation | peak memory, GiB | optimizer |"
     )
     print("|---|--:|--:|--:|--:|--:|--:|")
     for variant, runs in results.items():
         times = [t for run in runs for t in run["times"]]
         median, frames = statistics.median(times), runs[0]["frames"]
-        use = " ".join(f"{x / (peak * median):.1%}" for x in (counted, analytic))
         share = "-"
         if job["split"]:
             parts = runs[0]["split"]
@@ -384,16 +319,17 @@ def report(
         memory = statistics.median(r["peak"] for r in runs) / 2**30
         print(
             f"| {variant} | {median:.3f} ({min(times):.3f} to {max(times):.3f}) "
-            f"| {frames / median:.0f} | {frames / median / 50:.1f} | {use} "
+            f"| {frames / median:.0f} | {frames / median / 50:.1f} "
+            f"| {counted / (peak * median):.1%} "
             f"| {memory:.2f} | {share} |"
         )
     if not job["split"] or not results:
         return
-    print("\n| part of a step, s | " + " | ".join(results) + " |")
-    print("|---|" + "--:|" * len(results))
+    rows = []
     for name in next(iter(results.values()))[0]["split"]:
-        row = [statistics.median(r["split"][name] for r in v) for v in results.values()]
-        print(f"| {name} | " + " | ".join(f"{x:.4f}" for x in row) + " |")
+        parts = [[run["split"][name] for run in runs] for runs in results.values()]
+        rows.append([name, *(f"{statistics.median(part):.4f}" for part in parts)])
+    print("\n" + markdown_table(["part of a step, s", *results], rows))
 
 
 if __name__ == "__main__":

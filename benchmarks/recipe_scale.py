@@ -13,19 +13,19 @@ one of its processes had. The teachers' packages must be installed (make setup).
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
+from measure import fresh, timed
+
+from espnet2_spear.fileio.explain import option_parser
 
 RECIPE = Path(__file__).resolve().parent.parent / "egs2/spear/ssl1"
 RATE = 16000
@@ -35,16 +35,13 @@ STAGES = ("data", "format", "filter", "quantizers", "tokenization", "checks")
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--utterances", type=int, nargs="+", default=[10000, 100000])
     parser.add_argument("--seconds", type=float, default=0.6, help="of an utterance")
     parser.add_argument("--nj", type=int, default=2)
     parser.add_argument("--stop_stage", type=int, default=6)
     parser.add_argument("--workdir", type=Path, help="kept; by default a temporary one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser
 
 
@@ -97,35 +94,23 @@ def stages(
     options += ["--max_piece_seconds", "10", "--min_seconds", "0.2"]
     for number, name in enumerate(STAGES[: args.stop_stage], 1):
         command = ["./run.sh", "--stage", str(number), "--stop_stage", str(number)]
-        child = [sys.executable, __file__, "--child", json.dumps([*command, *options])]
-        done = subprocess.run(child, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(
-                f"stage {number} failed\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
-            )
-        yield name, *json.loads(done.stdout.splitlines()[-1])
+        yield name, *fresh(run_stage, [*command, *options])
 
 
-def run_child(command: list[str]) -> None:
-    """Run a command and print its time and the memory of its largest process."""
-    start = time.perf_counter()
-    with open(os.devnull, "w") as nothing:
-        done = subprocess.run(
-            command, cwd=RECIPE, stdout=nothing, stderr=subprocess.PIPE, text=True
-        )
+def run_stage(command: list[str]) -> tuple[float, float]:
+    """Run a command; its seconds, and MB of its largest process."""
+    seconds, done = timed(
+        lambda: subprocess.run(command, cwd=RECIPE, capture_output=True, text=True),
+        torch.device("cpu"),
+    )
     if done.returncode:
-        sys.exit(done.stderr)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(json.dumps([seconds, peak]))
+        raise RuntimeError(f"{command}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
 def main(cmd: list[str] | None = None) -> None:
     """Measure; see ``--help``."""
     args = get_parser().parse_args(cmd)
-    if args.child:
-        run_child(json.loads(args.child))
-        return
     print("| utterances | hours | stage | s | utterances/s | x real time | peak MB |")
     print("|--:|--:|---|--:|--:|--:|--:|", flush=True)
     for count in args.utterances:

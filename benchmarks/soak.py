@@ -28,6 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_training import RATE, difference, options, start, train, write_data  # noqa: E402
 
+from espnet2_spear.fileio.explain import option_parser  # noqa: E402
+
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 DISK = "disk full"
 UTTS, STEPS = 40, 20  # steps of an epoch
@@ -59,13 +61,11 @@ def spoil(data: dict[str, str]) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=30.0, help="at least; [30]")
-    parser.add_argument("--epochs", type=int, default=30, help="of a training; [30]")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults; [0]")
-    parser.add_argument("--num_workers", type=int, default=0, help="of the loader; [0]")
+    parser = option_parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0, help="at least")
+    parser.add_argument("--epochs", type=int, default=30, help="of a training")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--num_workers", type=int, default=0, help="of the loader")
     return parser
 
 

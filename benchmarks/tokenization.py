@@ -7,14 +7,12 @@ import argparse
 import statistics
 
 import torch
-from roofline import timed
+from measure import timed
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.fileio.utterances import (
-    make_batches,
-    read_utterances,
-    select_domains,
-)
+from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.tables import markdown_table
+from espnet2_spear.fileio.utterances import beside_wav_scp, make_batches
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.teachers.embed import embed_batch
@@ -22,9 +20,7 @@ from espnet2_spear.teachers.embed import embed_batch
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--teacher_config", required=True)
     parser.add_argument("--quantizer", required=True)
     parser.add_argument("--data_dir", required=True, help="formatted, 16 kHz")
@@ -44,12 +40,7 @@ def main(cmd=None):
     device = torch.device(args.device)
     teacher = build_teacher(*load_teacher_config(args.teacher_config)).to(device)
     quantizer = load_quantizer(args.quantizer).to(device)
-    utterances = read_utterances(
-        f"{args.data_dir}/wav.scp", f"{args.data_dir}/utt2num_samples"
-    )
-    utterances = select_domains(
-        utterances, f"{args.data_dir}/utt2domain", [args.domain]
-    )
+    utterances = beside_wav_scp(f"{args.data_dir}/wav.scp", args.domain)
     chosen, seconds = [], 0.0
     for utterance in utterances:
         if seconds < args.seconds:
@@ -80,11 +71,9 @@ def main(cmd=None):
         f"{quantizer.dim}; N={quantizer.num_codebooks}, {quantizer.kind}, {device}, "
         f"{args.num_threads} threads, median of {args.trials}\n"
     )
-    print("| | seconds | times real time |")
-    print("|---|--:|--:|")
     medians = {name: statistics.median(v[1:]) for name, v in times.items()}
-    for name, median in medians.items():
-        print(f"| {name} | {median:.2f} | {seconds / median:.0f} |")
+    rows = [[n, f"{m:.2f}", f"{seconds / m:.0f}"] for n, m in medians.items()]
+    print(markdown_table(["", "seconds", "times real time"], rows))
     print(
         f"\nthe quantizer takes {medians['quantizer'] / medians['teacher']:.2f} of the "
         "teacher's time"

@@ -12,18 +12,15 @@ the same torch:
         onnxconverter_common
     python benchmarks/zipformer.py --peer_path peer --num_threads 2
 
-Without --peer_path and --peer_python (another interpreter for the peer) ours is
-measured alone. The peer's count of batches is set behind most schedules, as is ours.
+Without --peer_path ours is measured alone. The peer's count of batches is set behind
+most schedules, as is ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +28,9 @@ from pathlib import Path
 
 import torch
 import yaml
+from measure import fresh, read_peak, reset_peak, resident, timed
+
+from espnet2_spear.fileio.explain import option_parser
 
 MODES = ("inference", "training")
 BATCHES_DONE = 20000.0  # count that the schedules of training are set to
@@ -39,9 +39,7 @@ COMPILED_STEPS = 10  # in which graphs are made, and that do not count
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--size", default="base")
     parser.add_argument(
         "--conf",
@@ -69,32 +67,24 @@ def get_parser() -> argparse.ArgumentParser:
         help="ours: the chains of training, as spear_train does; inference as a whole",
     )
     parser.add_argument("--peak_tflops", type=float, help="of the device, for its use")
-    parser.add_argument("--peer_python")
     parser.add_argument("--peer_path", default="")
-    parser.add_argument("--job", help=argparse.SUPPRESS)  # of a child process
     return parser
 
 
 def main(cmd=None):
     """Measure; see ``--help``."""
     args = get_parser().parse_args(cmd)
-    if args.job:
-        print(json.dumps(run_job(json.loads(args.job))))
-        return
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.pt"
         config = save_weights(args, weights)
-        jobs = [("ours", sys.executable, "")]
-        if args.peer_python or args.peer_path:
-            python = args.peer_python or sys.executable
-            jobs.append(("peer", python, args.peer_path))
+        shared = {**vars(args), "config": config, "weights": str(weights)}
+        names = ["ours", "peer"] if args.peer_path else ["ours"]
         for mode in args.modes:
-            results: dict[str, list[dict]] = {name: [] for name, *_ in jobs}
+            results: dict[str, list[dict]] = {name: [] for name in names}
             for _ in range(args.rounds):
-                for name, python, path in jobs:
-                    job = {**vars(args), "mode": mode, "name": name}
-                    job.update(config=config, weights=str(weights))
-                    results[name].append(run_child(python, path, job))
+                for name in names:
+                    job = {**shared, "mode": mode, "name": name}
+                    results[name].append(fresh(run_job, job))
             report(mode, results, args)
 
 
@@ -123,18 +113,6 @@ def _pair(setting: str) -> tuple[str, object]:
     return key, yaml.safe_load(value)
 
 
-def run_child(python: str, path: str, job: dict) -> dict:
-    """Run one measurement in a process of its own."""
-    env = dict(os.environ, OMP_NUM_THREADS=str(job["num_threads"]))
-    if path:
-        env["PYTHONPATH"] = str(Path(path).resolve())
-    command = [python, __file__, "--job", json.dumps(job)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{job['name']}, {job['mode']}: failed\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def run_job(job: dict) -> dict:
     """Measure one implementation in one mode; runs in the child process."""
     torch.set_num_threads(job["num_threads"])
@@ -159,7 +137,7 @@ def run_job(job: dict) -> dict:
                 module.zero_grad(set_to_none=True)
         return out.detach()
 
-    held = _status("VmRSS") if device.type == "cpu" else 0
+    held = resident() if device.type == "cpu" else 0
     if job["trials"]:
         out = step()  # the first one does not count
     for _ in range(COMPILED_STEPS if job["compile"] else 0):
@@ -167,11 +145,8 @@ def run_job(job: dict) -> dict:
     reset_peak(device)
     times, used = [], time.process_time()
     for _ in range(max(1, job["trials"])):
-        start = time.perf_counter()
-        out = step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        seconds, out = timed(step, device)
+        times.append(seconds)
     result = {
         "times": times,
         "cpu": (time.process_time() - used) / len(times),
@@ -200,27 +175,6 @@ def count_flops(job: dict, fbank, lens, training: bool) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         student.encode(frames, lens[:1])
     return counter.get_total_flops() * len(fbank) * (3 if training else 1)
-
-
-def reset_peak(device: torch.device) -> None:
-    """Begin to measure the peak of memory anew: loading weights does not count."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def read_peak(device: torch.device) -> int:
-    """Peak in bytes: allocated on the GPU, else resident of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
 
 def build_ours(job: dict):
@@ -253,6 +207,7 @@ def build_peer(job: dict):
     # This script has the package's name, and its folder comes first.
     here = Path(__file__).resolve().parent
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != here]
+    sys.path.insert(0, job["peer_path"])
     from zipformer.modules.scaling import ScheduledFloat
     from zipformer.modules.subsampling import Conv2dSubsampling
     from zipformer.modules.zipformer import Zipformer

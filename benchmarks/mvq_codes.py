@@ -1,4 +1,4 @@
-"""Codes of random quantizers of many sizes beside the library's (mvq.py --grid).
+"""Codes of our search: beside the library's (mvq.py --grid), and of more passes.
 
 Where the codes of a frame differ, the same search in float64 says who rounded where two
 candidates nearly tie.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
+import time
 
 import torch
 from peer import (
@@ -21,9 +23,12 @@ from peer import (
 from torch import Tensor
 
 from espnet2_spear.mvq.quantizer import Quantizer
+from espnet2_spear.mvq.report import relative_error
 from espnet2_spear.mvq.search import GramTables, refine
 
 DIMS, NUMS, SIZES = (384, 512, 1024, 1536), (4, 8, 16, 32), (16, 256)
+DEFAULT = (5, 0)
+OPTIONS = (DEFAULT, (20, 0), (5, 1), (5, 2), (5, 5), (5, 10))
 ALLOWED = 1e-5  # by which our squared error may be larger, relative
 HEAD = (
     "| D | N | K | frames with other codes | of them as in float64: ours | the "
@@ -95,4 +100,38 @@ def compare_grid(args: argparse.Namespace) -> None:
     if wrong:
         raise SystemExit(
             f"{wrong} of them are neither those of float64 nor within {ALLOWED:.0e}"
+        )
+
+
+@torch.no_grad()
+def compare_passes(args: argparse.Namespace, quantizer: Quantizer, x: Tensor) -> None:
+    """Print a row for each number of passes and of extra passes."""
+    seconds: dict[tuple[int, int], list[float]] = {o: [] for o in OPTIONS}
+    codes = {}
+    for trial in range(args.trials + 1):
+        for option in OPTIONS:
+            start = time.process_time()
+            codes[option] = quantizer.encode(x, option[0], args.max_frames, option[1])
+            if trial:  # the first one does not count
+                seconds[option].append(time.process_time() - start)
+    usual = squared_errors(quantizer, x, codes[DEFAULT])
+    standard = quantizer.standardise(x)
+    print(
+        f"D={quantizer.dim}, N={quantizer.num_codebooks}, {len(x)} frames, "
+        f"{args.trials} alternating trials\n\n"
+        "| passes | extra passes | relative error | frames better than with "
+        f"{DEFAULT[0]} passes | worse | time of a core, relative |\n"
+        "|--:|--:|--:|--:|--:|--:|"
+    )
+    for option in OPTIONS:
+        change = squared_errors(quantizer, x, codes[option]) / usual - 1
+        better, worse = (
+            float(c.float().mean()) for c in (change < -1e-5, change > 1e-5)
+        )
+        pairs = zip(seconds[option], seconds[DEFAULT], strict=True)
+        print(
+            f"| {option[0]} | {option[1]} "
+            f"| {relative_error(standard, quantizer.sum_centers(codes[option])):.4f} "
+            f"| {100 * better:.1f} % | {100 * worse:.1f} % "
+            f"| {statistics.median(a / b for a, b in pairs):.2f} |"
         )
