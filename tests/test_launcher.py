@@ -77,38 +77,28 @@ def run(
         ["-um", "package.show", "a"],
         ["-X", "dev", "-Wignore", "-O", "show.py", "-X"],
         ["-W", "error::UserWarning", "-c", SHOW],
+        ["--version"],
+        ["no_such_script.py"],
+        ["-c"],
+        ["-m", "no_such_module"],
+        ["-c", "import sys; sys.exit(3)"],
     ],
     ids=lambda args: " ".join(args).replace(SHOW, "CODE") or "stdin",
 )
 def test_same_as_python(folder: Path, args: list[str]) -> None:
     args = [arg.replace("FOLDER", str(folder)) for arg in args]
-    expected = run([sys.executable, *args], folder, text=SHOW)
-    assert expected.returncode == 0 and expected.stdout
-    assert run([*LAUNCHER, *args], folder, text=SHOW).stdout == expected.stdout
+    expected, found = (
+        run([*python, *args], folder, text=SHOW)
+        for python in ([sys.executable], LAUNCHER)
+    )
+    assert (found.returncode, found.stdout) == (expected.returncode, expected.stdout)
+    assert found.stderr.splitlines()[-1:] == expected.stderr.splitlines()[-1:]
 
 
-def test_registers_and_passes_the_exit_code(folder: Path) -> None:
-    code = "import sys; sys.exit(3 if 'espnet2_spear' in sys.modules else 4)"
-    assert run([*LAUNCHER, "-c", code], folder).returncode == 3
-    assert run([*LAUNCHER, "-u", "-c", code], folder).returncode == 3
-
-
-def test_version_is_pythons(folder: Path) -> None:
-    assert run([*LAUNCHER, "--version"], folder).stdout.startswith("Python 3.")
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["no_such_script.py"], "can't open file"),
-        (["-c"], "Argument expected for the -c option"),
-        (["-m", "no_such_module"], "No module named no_such_module"),
-    ],
-)
-def test_wrong_command_line(folder: Path, args: list[str], message: str) -> None:
-    done = run([*LAUNCHER, *args], folder)
-    assert done.returncode != 0
-    assert message in done.stderr
+@pytest.mark.parametrize("option", [[], ["-u"]])
+def test_registers(folder: Path, option: list[str]) -> None:
+    code = "import sys; print('espnet2_spear' in sys.modules)"
+    assert run([*LAUNCHER, *option, "-c", code], folder).stdout == "True\n"
 
 
 def test_paths_are_as_without_it(folder: Path) -> None:
