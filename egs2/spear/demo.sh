@@ -29,9 +29,9 @@ if [ "${full}" = true ]; then
     tag=spear_mini_full
     ssl_opts=(--quantizer_iters 2000 --quantizer_frames 500000 --quantizer_tag full)
     ssl_opts+=(--train_args "--max_epoch 24 --scheduler_conf warmup_steps_list=[0,300,12000]")
-    say "all of the data and three times the steps, up to two hours on 2 CPU cores"
+    say "all of the data and three times the steps, up to four hours on 2 CPU cores"
 else
-    say "about 40 minutes on 2 CPU cores"
+    say "40 to 90 minutes on 2 CPU cores"
 fi
 # Small batches: on a CPU many small steps give more in the same time.
 ssl_opts+=(--quantizer_args "--batch_frames 128 --lr 0.01")

@@ -5,29 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import os
+import threading
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from espnet2_spear.codes.tokenize_worker import (
-    Shard,
-    start_worker,
-    tokenize_shard,
-    work,
-)
 from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer, check_agreement
-from espnet2_spear.fileio.ark import SCP_COLUMNS, write_missing_codes
+from espnet2_spear.fileio.ark import SCP_COLUMNS, CodesWriter, write_missing_codes
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.hashes import digest_of, hash_of
 from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare
 from espnet2_spear.fileio.shards import (
+    Batches,
     DoneMarks,
     Shards,
     fingerprint,
@@ -35,8 +33,9 @@ from espnet2_spear.fileio.shards import (
     split_into_shards,
 )
 from espnet2_spear.fileio.tables import join, rows, table_writer
-from espnet2_spear.fileio.utterances import UtteranceTable, make_batches
+from espnet2_spear.fileio.utterances import Utterance, UtteranceTable, make_batches
 from espnet2_spear.teachers.base import TeacherError
+from espnet2_spear.teachers.embed import read_batch
 
 
 class TokenizeRun:
@@ -236,3 +235,92 @@ class TokenizeRun:
 
     def _write(self, name: str, text: str) -> None:
         write_atomically(self.folder / name, text.encode("utf-8", "surrogateescape"))
+
+
+# --- A process that works -------------------------------------------------------------
+
+
+class Shard(NamedTuple):
+    """A shard, as it is sent to a worker.
+
+    Attributes:
+        number: of the shard.
+        batches: audio, read once for all teachers.
+        wanted: for each teacher, the names of the utterances that it tokenizes.
+        stems: for each teacher, the path of its files without ``.ark`` and ``.scp``.
+    """
+
+    number: int
+    batches: Batches
+    wanted: Sequence[Collection[str]]
+    stems: Sequence[str]
+
+
+def tokenize_shard(
+    tokenizers: Sequence[Tokenizer], shard: Shard
+) -> tuple[int, list[dict[str, Any]]]:
+    """Write the codes of one shard; what fails is tried once more at the end.
+
+    Returns:
+        the number of the shard, and for each teacher how many ``frames`` were written
+        and which utterances ``failed``, with the reason.
+    """
+    records: list[dict[str, Any]] = [{"frames": 0, "failed": []} for _ in tokenizers]
+
+    def tokenize(batch: Sequence[Utterance], names: Sequence[Collection[str]]) -> None:
+        audio = read_batch(batch)
+        for i, tokenizer in enumerate(tokenizers):
+            encoded, failed = tokenizer.encode(audio.select(names[i]))
+            records[i]["failed"] += failed
+            for utt, codes in encoded.items():
+                writers[i].write(utt, codes)
+                records[i]["frames"] += len(codes)
+
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                CodesWriter(
+                    f"{stem}.ark", f"{stem}.scp", tokenizer.quantizer.codebook_size
+                )
+            )
+            for stem, tokenizer in zip(shard.stems, tokenizers, strict=True)
+        ]
+        for batch in shard.batches:
+            tokenize(batch, shard.wanted)
+        # Once more, each alone: a file server may have been busy for a moment.
+        again = [{utt for utt, _ in record["failed"]} for record in records]
+        for record in records:
+            record["failed"] = []
+        for utterance in (u for batch in shard.batches for u in batch):
+            if any(utterance.utt in names for names in again):
+                tokenize([utterance], again)
+    return shard.number, records
+
+
+# Of a worker process; building teachers for every shard would cost seconds.
+_tokenizers: list[Tokenizer] = []
+
+
+def start_worker(
+    teachers: Sequence[TokenizeOptions], devices: Sequence[str], threads: int
+) -> None:
+    """Build the tokenizers of a worker process; the devices are dealt out."""
+    # A worker whose run was killed would wait for ever, or write beside the next run.
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    # Spawned workers are numbered from 1.
+    number = int(current_process().name.rpartition("-")[2] or 0)
+    device = devices[number % len(devices)]
+    _tokenizers.extend(Tokenizer(options, device) for options in teachers)
+
+
+def _follow_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def work(shard: Shard) -> tuple[int, list[dict[str, Any]]]:
+    """As :func:`tokenize_shard`, with the tokenizers of this worker process."""
+    return tokenize_shard(_tokenizers, shard)

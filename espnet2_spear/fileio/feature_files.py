@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import struct
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -60,22 +59,7 @@ class Matrix:
         self._file.seek(end)
 
 
-class FeatureFiles(AbstractContextManager, ABC):
-    """One matrix after the other, each given as blocks of rows."""
-
-    @abstractmethod
-    def matrix(self, utt: str) -> AbstractContextManager[Matrix]:
-        """Write the matrix of an utterance; nothing of it stays after an error."""
-
-    @abstractmethod
-    def paths(self) -> list[Path]:
-        """Return the files written so far."""
-
-    def __exit__(self, *unused: object) -> None:
-        """Nothing is left to do."""
-
-
-class ArkFeatures(FeatureFiles):
+class ArkFeatures(AbstractContextManager):
     """Float matrices in one ark file, found again by ``file.ark:offset``.
 
     Args:
@@ -92,6 +76,7 @@ class ArkFeatures(FeatureFiles):
 
     @contextmanager
     def matrix(self, utt: str) -> Iterator[Matrix]:
+        """Write the matrix of an utterance; nothing of it stays after an error."""
         start = self._file.tell()
         try:
             self._file.write(f"{utt} ".encode())
@@ -105,6 +90,7 @@ class ArkFeatures(FeatureFiles):
             raise
 
     def paths(self) -> list[Path]:
+        """Return the files written so far."""
         return [self.path]
 
 
@@ -112,7 +98,7 @@ def _ark_header(rows: int, columns: int) -> bytes:
     return _MATRIX + struct.pack("<bibi", 4, rows, 4, columns)
 
 
-class NpyFeatures(FeatureFiles):
+class NpyFeatures(AbstractContextManager):
     """One ``.npy`` (rows, columns) an utterance, there whole or not at all.
 
     Args:
@@ -124,8 +110,12 @@ class NpyFeatures(FeatureFiles):
         self.folder, self.dtype = folder, dtype
         self._paths: list[Path] = []
 
+    def __exit__(self, *unused: object) -> None:
+        """Nothing is left to do."""
+
     @contextmanager
     def matrix(self, utt: str) -> Iterator[Matrix]:
+        """Write the matrix of an utterance, whole or not at all."""
         path = self.folder / file_name(utt, ".npy")
         with atomic(path) as file:
             matrix = Matrix(file, self.dtype, self._header, str(path))
@@ -134,6 +124,7 @@ class NpyFeatures(FeatureFiles):
         self._paths.append(path)
 
     def paths(self) -> list[Path]:
+        """Return the files written so far."""
         return list(self._paths)
 
     def _header(self, rows: int, columns: int) -> bytes:
@@ -143,3 +134,6 @@ class NpyFeatures(FeatureFiles):
         buffer = io.BytesIO()
         np.lib.format.write_array_header_1_0(buffer, header)
         return buffer.getvalue()
+
+
+FeatureFiles = ArkFeatures | NpyFeatures

@@ -32,13 +32,10 @@ BEYOND = 7 + 2 * CONVNEXT_REACH
 
 def output_names(layers: Sequence[int]) -> list[str]:
     """Names of a student's outputs."""
-    hidden = [f"hidden_{i:02d}" for i in layers]
-    return [
-        "encoder_out",
-        "encoder_out_lens",
-        *(["hidden_lens"] * bool(hidden)),
-        *hidden,
-    ]
+    names = ["encoder_out", "encoder_out_lens"]
+    if layers:
+        names += ["hidden_lens", *(f"hidden_{i:02d}" for i in layers)]
+    return names
 
 
 def student_facts(student: SpearEncoder) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from espnet2_spear.zipformer.config import NAMED_CONFIGS, ConfigError, Zipformer
 REMEDY = "download the file again, or pass a SPEAR student's checkpoint"
 # The only fields that names and shapes of tensors do not determine.
 UNSEEN = ("encoder_unmasked_dim",)
+HEAD_DIMS = ("query_head_dim", "pos_head_dim", "value_head_dim")
 # Options that distinguish variants of a named size.
 _VARIANT = ("output_downsampling_factor", "causal", "regularize")
 
@@ -60,9 +61,8 @@ def infer_config(
     if not stacks:
         raise CheckpointError(f"{path}: missing encoder.encoders.*; {REMEDY}")
     conf |= {key: [stack[key] for stack in stacks] for key in stacks[0]}
-    for key in ("causal", "pos_dim", "query_head_dim", "pos_head_dim"):
+    for key in ("causal", "pos_dim", *HEAD_DIMS):
         conf[key] = _only(conf[key], key, path)
-    conf["value_head_dim"] = _only(conf["value_head_dim"], "value_head_dim", path)
     conf["encoder_unmasked_dim"] = conf["encoder_dim"]
     try:
         config = ZipformerConfig.from_dict(conf)

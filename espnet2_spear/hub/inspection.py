@@ -100,7 +100,9 @@ def open_heads(path: str | Path) -> dict[str, TokenSource]:
         if weight is None:
             continue
         size, codebooks = teacher.codebook_size, teacher.num_codebooks
-        if not _fits(weight, bias, size, codebooks):
+        numbers = all(isinstance(n, int) and n > 0 for n in (size, codebooks))
+        whole = numbers and weight.dim() == 2 and not len(weight) % (size * codebooks)
+        if not whole or bias is None or bias.shape != weight.shape[:1]:
             raise CheckpointError(
                 f"{weights}: heads.{name}.weight is {tuple(weight.shape)}, which does "
                 f"not fit {codebooks} codebooks of {size} in {config}, or has no bias "
@@ -111,15 +113,6 @@ def open_heads(path: str | Path) -> dict[str, TokenSource]:
         source = predicted_tokens(head.eval(), codebooks, teacher.layer)
         found[f"{name} (predicted)"] = source
     return found
-
-
-def _fits(weight: Tensor, bias: Tensor | None, size: object, codebooks: object) -> bool:
-    """Whether a head predicts whole sets of so many codebooks of so many codes."""
-    for number in (size, codebooks):
-        if not isinstance(number, int) or number < 1:
-            return False
-    whole = weight.dim() == 2 and len(weight) % (size * codebooks) == 0
-    return whole and bias is not None and bias.shape == weight.shape[:1]
 
 
 def _teachers(checkpoint: Checkpoint) -> dict[str, TeacherCodes]:

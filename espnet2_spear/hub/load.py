@@ -22,7 +22,7 @@ from torch import Tensor
 
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import INDEX_SUFFIX, WEIGHT_SUFFIXES, local_path
-from espnet2_spear.hub.infer import REMEDY, differences, infer_config
+from espnet2_spear.hub.infer import HEAD_DIMS, REMEDY, differences, infer_config
 from espnet2_spear.hub.packed import (
     META,
     STAMP,
@@ -205,9 +205,7 @@ def _read_packed(path: Path, folder: Path) -> Checkpoint:
         for key in configs
         if key.removesuffix("train_config") + "model_file" in weights
     ]
-    # A language model beside a recognizer holds no student.
-    pairs = [p for p in pairs if len(pairs) == 1 or _may_hold_student(p[0])]
-    if len(pairs) != 1:
+    if len(pairs) != 1:  # a language model's weights are called otherwise: lm_file
         raise CheckpointError(
             f"{path}: holds no model that could be a SPEAR student's but "
             f"{', '.join([*configs, *weights])}"
@@ -217,11 +215,6 @@ def _read_packed(path: Path, folder: Path) -> Checkpoint:
         return _read(path, file, config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def _may_hold_student(config: Path) -> bool:
-    conf = read_settings(config)
-    return isinstance(conf, dict) and bool({"frontend", "encoder", "student"} & {*conf})
 
 
 def _weights_in(folder: Path) -> Path:
@@ -418,10 +411,7 @@ def _contradiction(
     config: ZipformerConfig, state: Mapping[str, Tensor], config_file: Path
 ) -> str:
     """Say which fields of a configuration the tensors contradict, if they can tell."""
-    heads = {
-        key: getattr(config, key)
-        for key in ("query_head_dim", "pos_head_dim", "value_head_dim")
-    }
+    heads = {key: getattr(config, key) for key in HEAD_DIMS}
     try:
         differ = differences(config, infer_config(state, config_file, heads))
     except CheckpointError:

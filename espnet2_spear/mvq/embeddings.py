@@ -97,10 +97,12 @@ class EmbeddingSet:
         wanted = min(MAX_HELD_OUT, HELD_OUT_SHARE * total)
         order = np.random.default_rng(seed).permutation(len(segments))
         held_out = np.sort(order[: max(1, int(wanted / length))])
-        self._held_out = _Segments(segments[held_out], length, total)
-        self._train = _Segments(np.delete(segments, held_out), length, total)
-        self.num_train = self._train.num_frames
-        self.num_held_out = self._held_out.num_frames
+        self._length = length
+        self._train, self._held_out = np.delete(segments, held_out), segments[held_out]
+        self.num_train, self.num_held_out = (
+            int(np.minimum(length, total - starts).sum())
+            for starts in (self._train, self._held_out)
+        )
 
     def _open(self, path: Path, frames: int) -> np.ndarray:
         remedy = "embed again (recipe stage 4)"
@@ -123,13 +125,13 @@ class EmbeddingSet:
 
     def train_frames(self, which: np.ndarray) -> Tensor:
         """Frames float32 (len(which), dim) of the training part by number."""
-        return self._read(self._train.frames(which))
+        return self._read(self._train, which)
 
     def held_out_frames(self, count: int | None = None) -> Tensor:
         """Held-out frames float32 (frames, dim): all, or ``count`` spread evenly."""
         count = min(count or self.num_held_out, self.num_held_out)
         which = np.arange(count) * self.num_held_out // count
-        return self._read(self._held_out.frames(which))
+        return self._read(self._held_out, which)
 
     def train_sample(self, count: int, seed: int) -> Tensor:
         """At most ``count`` different training frames, drawn at random."""
@@ -142,8 +144,14 @@ class EmbeddingSet:
         rng = np.random.default_rng([seed, step])
         return self.train_frames(rng.integers(0, self.num_train, size))
 
-    def _read(self, frames: np.ndarray) -> Tensor:
-        """Frames float32 by their number in the whole set, in the order given."""
+    def _read(self, starts: np.ndarray, which: np.ndarray) -> Tensor:
+        """Frames float32 by their number in a part, in the order given.
+
+        Args:
+            starts: of the part's segments, of which only the last may be shorter.
+            which: numbers, without the gaps between the segments.
+        """
+        frames = starts[which // self._length] + which % self._length
         order = np.argsort(frames, kind="stable")  # read the disk forwards
         frames = frames[order]
         result = np.empty((len(frames), self.dim), np.float32)
@@ -160,21 +168,6 @@ class EmbeddingSet:
                 )
             result[order[cuts[n] : cuts[n + 1]]] = values
         return torch.from_numpy(result)
-
-
-class _Segments:
-    """Frames of some segments, numbered without the gaps between them."""
-
-    def __init__(self, starts: np.ndarray, length: int, total: int) -> None:
-        self.starts = starts
-        lengths = np.minimum(length, total - starts)
-        self.ends = np.cumsum(lengths)
-        self.begins = self.ends - lengths
-        self.num_frames = int(self.ends[-1])
-
-    def frames(self, which: np.ndarray) -> np.ndarray:
-        segment = np.searchsorted(self.ends, which, side="right")
-        return self.starts[segment] + which - self.begins[segment]
 
 
 def _read_index(path: Path) -> dict[str, Any]:

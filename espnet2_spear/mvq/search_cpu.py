@@ -171,28 +171,30 @@ def _move(scores: ndarray, new: ndarray, old: ndarray) -> None:
 @_compiled
 def _take_candidates(work: Work, scores: ndarray, current: ndarray) -> None:
     """The best centres of every codebook, each codebook a group of its own."""
-    num, count = len(work.order), work.kept[0]
+    num, count, best = len(work.order), work.kept[0], work.best
+    centers, members = work.centers[0], work.members[0]
     size = len(scores) // num
     for g in range(num):
         first = work.order[g] * size
         own = scores[first : first + size]
-        _smallest(work, own, count)
-        work.centers[0, g, 0] = current[g]
-        work.members[0, g, 0, 0] = 0
+        _smallest(own, count, best, work.pool, work.bounds)
+        centers[g, 0] = current[g]
+        members[g, 0, 0] = 0
         work.widths[0, g] = count + 1
         for c in range(count):
-            work.centers[0, g, c + 1] = first + work.best[c]
-            work.members[0, g, c + 1, 0] = c + 1
-            work.scores[0, g, c] = own[work.best[c]]
+            centers[g, c + 1] = first + best[c]
+            members[g, c + 1, 0] = c + 1
+            work.scores[0, g, c] = own[best[c]]
 
 
 @_compiled
-def _smallest(work: Work, values: ndarray, count: int) -> None:
+def _smallest(
+    values: ndarray, count: int, best: ndarray, pool: ndarray, bounds: ndarray
+) -> None:
     """Write positions of the ``count`` smallest values, in any order, to the best.
 
     Both numbers are powers of two.
     """
-    best, pool, bounds = work.best, work.pool, work.bounds
     total = len(values)
     if count == total:
         for c in range(count):
@@ -250,7 +252,8 @@ def _join_all(work: Work, new: ndarray) -> None:
         for g in range(num // (2 * joined)):
             _cross_products(work, source, 2 * g, old, joined)
             _joint_scores(work, source, 2 * g, old)
-            _smallest(work, work.joint[: old * old], count)
+            joint = work.joint[: old * old]
+            _smallest(joint, count, work.best, work.pool, work.bounds)
             _join(work, source, g, old, count, joined)
         joined *= 2
         level += 1

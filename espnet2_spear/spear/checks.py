@@ -128,8 +128,8 @@ def check_shortest(lengths: Sequence[int], least: int) -> None:
         )
 
 
-def check_fbank(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
-    """Refuse features and lengths that do not fit together.
+def check_features(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
+    """Refuse features and lengths of other shapes and types.
 
     Args:
         fbank: (B, T, num_mel_bins), 100 Hz.
@@ -137,13 +137,29 @@ def check_fbank(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
         num_mel_bins: expected width.
 
     Raises:
-        InputError: no utterances, another shape, fewer than the 9 frames that one
-            output frame needs, or a length beyond the tensor; names the utterances
-            by their index in the batch.
+        InputError: such ones, or no utterances.
     """
-    _check_features(fbank, lengths, num_mel_bins)
+    _check_any(fbank)
+    if fbank.dim() != 3 or fbank.size(2) != num_mel_bins:
+        raise InputError(
+            f"expected fbank (B, T, {num_mel_bins}), got {tuple(fbank.shape)}"
+        )
+    if not fbank.is_floating_point():
+        raise InputError(f"fbank is {fbank.dtype}; floating point numbers are needed")
+    _check_whole(lengths)
     if lengths.shape != fbank.shape[:1]:
         raise InputError(f"{fbank.size(0)} utterances, lengths {tuple(lengths.shape)}")
+
+
+def check_fbank(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
+    """As :func:`check_features`, of whole utterances.
+
+    Raises:
+        InputError: in addition, fewer than the 9 frames that one output frame needs,
+            or a length beyond the tensor; names the utterances by their index in the
+            batch.
+    """
+    check_features(fbank, lengths, num_mel_bins)
     if not on_host(lengths):
         return
     bad = _outside(lengths, MIN_FRAMES, fbank.size(1))
@@ -154,79 +170,44 @@ def check_fbank(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
         )
 
 
-def check_fbank_piece(
-    fbank: Tensor,
+def check_piece(
     lengths: Tensor,
-    num_mel_bins: int,
+    most: int,
     total: Tensor,
     ended: Tensor,
-    last: bool,
+    least: int,
+    unit: str,
 ) -> None:
-    """Refuse what does not continue a stream of fbank.
+    """Refuse a piece that does not continue a stream.
 
     Args:
-        fbank: (B, n, num_mel_bins), the next frames.
-        lengths: (B,) frames of each.
-        num_mel_bins: expected width.
-        total: (B,) frames received before.
+        lengths: (B,) frames or samples of each utterance in the piece.
+        most: of the piece.
+        total: (B,) of them received before.
         ended: (B,) bool, utterances whose end was seen.
-        last: whether the stream ends here.
+        least: of them that every utterance must have now; 0 before the stream's end.
+        unit: ``frames`` or ``samples``.
 
     Raises:
         InputError: the piece does not fit.
     """
-    _check_features(fbank, lengths, num_mel_bins)
-    if lengths.shape != fbank.shape[:1] or total.shape != lengths.shape:
+    if total.shape != lengths.shape:
         raise InputError(
-            f"a stream of {total.size(0)} utterances continues with fbank "
-            f"{tuple(fbank.shape)} and lengths {tuple(lengths.shape)}"
+            f"a stream of {total.size(0)} utterances continues with {lengths.size(0)}"
         )
     if not on_host(lengths, total, ended):
         return
-    _check_piece(lengths, fbank.size(1), ended, "frames")
-    total = total + lengths
-    if last and int(total.min()) < MIN_FRAMES:
-        raise InputError(
-            f"stream of {total.tolist()} fbank frames: at least {MIN_FRAMES} are needed"
-        )
-
-
-def check_waveform_piece(
-    speech: Tensor, lengths: Tensor, total: Tensor, ended: Tensor, last: bool
-) -> None:
-    """Refuse what does not continue a stream of waveforms.
-
-    Args:
-        speech: (B, n), the next samples.
-        lengths: (B,) samples of each.
-        total: (B,) samples received before.
-        ended: (B,) bool, utterances whose end was seen.
-        last: whether the stream ends here.
-
-    Raises:
-        InputError: the piece does not fit, samples that are no numbers, or an utterance
-            without samples.
-    """
-    if total.size(0) != speech.size(0):
-        raise InputError(
-            f"a stream of {total.size(0)} utterances continues with {speech.size(0)}"
-        )
-    if not on_host(speech, lengths, total, ended):
-        return
-    _check_piece(lengths, speech.size(1), ended, "samples")
-    check_finite(speech, lengths)
-    total = total + lengths
-    if last and int(total.min()) < 1:
-        raise InputError(f"a stream of {total.tolist()} samples ends")
-
-
-def _check_piece(lengths: Tensor, most: int, ended: Tensor, unit: str) -> None:
     if _outside(lengths, 0, most):
         raise InputError(f"lengths {lengths.tolist()} must be in 0..{most} {unit}")
     if bool((ended & (lengths > 0)).any()):
         raise InputError(
             f"lengths {lengths.tolist()}: utterances that had ended "
             f"({ended.nonzero().flatten().tolist()}) go on"
+        )
+    total = total + lengths
+    if int(total.min()) < least:
+        raise InputError(
+            f"a stream of {total.tolist()} {unit} ends: at least {least} are needed"
         )
 
 
@@ -238,17 +219,6 @@ def _outside(lengths: Tensor, least: int, most: int) -> str:
     return (
         f"utterances {found.tolist()} of the batch: lengths {lengths[found].tolist()}"
     )
-
-
-def _check_features(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
-    _check_any(fbank)
-    if fbank.dim() != 3 or fbank.size(2) != num_mel_bins:
-        raise InputError(
-            f"expected fbank (B, T, {num_mel_bins}), got {tuple(fbank.shape)}"
-        )
-    if not fbank.is_floating_point():
-        raise InputError(f"fbank is {fbank.dtype}; floating point numbers are needed")
-    _check_whole(lengths)
 
 
 def _check_whole(lengths: Tensor) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from espnet2_spear.spear.checks import (
     InputError,
-    check_fbank_piece,
-    check_waveform_piece,
+    check_features,
+    check_finite,
+    check_piece,
     check_waveforms,
 )
 from espnet2_spear.zipformer.embed import (
@@ -88,7 +89,8 @@ def streaming_fbank(
         none = torch.zeros_like(lengths)
         state = FbankState(speech[:, :0], 0, none, 0)
     ended = state.lengths < state.start + state.samples.size(1)
-    check_waveform_piece(speech, lengths, state.lengths, ended, last)
+    check_piece(lengths, speech.size(1), state.lengths, ended, int(last), "samples")
+    check_finite(speech, lengths)
     lengths = state.lengths + lengths
     speech = torch.cat([state.samples, speech], dim=1)
     start, done = state.start, state.frames
@@ -163,7 +165,9 @@ def continue_stream(
     if total is None or ended is None:
         total = torch.zeros_like(fbank_lens)
         ended = total.bool()
-    check_fbank_piece(fbank, fbank_lens, state.num_mel_bins, total, ended, last)
+    check_features(fbank, fbank_lens, state.num_mel_bins)
+    least = MIN_FRAMES if last else 0
+    check_piece(fbank_lens, fbank.size(1), total, ended, least, "frames")
     return replace(
         state,
         tensors=dict(state.tensors),
