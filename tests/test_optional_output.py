@@ -14,7 +14,7 @@ from espnet2_spear.fileio.optional_output import (
     read_lines,
     warn_on_oserror,
 )
-from espnet2_spear.spear.predictions import PredictedTokens, Prediction
+from espnet2_spear.spear.model import PredictedTokens, Prediction
 from espnet2_spear.train.pictures import show_prediction
 from espnet2_spear.train.reporter import SpearReporter
 

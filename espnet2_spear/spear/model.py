@@ -30,7 +30,6 @@ from espnet2_spear.spear.objective import (
     code_statistics,
     resolve_loss_weights,
 )
-from espnet2_spear.spear.predictions import PredictedTokens, Prediction
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.encoder import FRAME_RATE as HIDDEN_RATE
 
@@ -61,6 +60,50 @@ class StudentFrames:
         return match_frame_rate(
             codes, teacher.frame_rate, self.rate, frames, self.delay
         )
+
+
+@dataclass(frozen=True)
+class PredictedTokens:
+    """Codes of one teacher and their prediction, of T frames and N codebooks.
+
+    Attributes:
+        true: (T, N) int, negative where there is none.
+        predicted: (T, N) int, the most probable codes.
+        masked: (T,) bool.
+        rate: frames per second.
+        codebook_size: K.
+    """
+
+    true: Tensor
+    predicted: Tensor
+    masked: Tensor
+    rate: float
+    codebook_size: int
+
+    def accuracy(self, masked: bool) -> Tensor:
+        """Share (N,) of each codebook's codes that are right; nan if there is none.
+
+        Args:
+            masked: of masked frames, or of the others.
+        """
+        counted = (self.true >= 0) & (self.masked == masked)[:, None]
+        right = (self.predicted == self.true) & counted
+        return right.sum(0) / counted.sum(0)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the student got of an utterance and what it made of it.
+
+    Attributes:
+        fbank: (T, mels) at 100 frames a second, with the masks.
+        masked: (T,) bool, frames that were masked.
+        teachers: teacher name -> tokens, of the teachers that the loss asks for.
+    """
+
+    fbank: Tensor
+    masked: Tensor
+    teachers: Mapping[str, PredictedTokens]
 
 
 class SpearPretrainModel(AbsESPnetModel):

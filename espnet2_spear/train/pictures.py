@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from espnet2_spear.fileio.optional_output import warn_on_oserror
-from espnet2_spear.spear.model import FBANK_RATE
-from espnet2_spear.spear.predictions import PredictedTokens, Prediction
+from espnet2_spear.spear.model import FBANK_RATE, PredictedTokens, Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
