@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from espnet2_spear.codes.targets import TeacherCodes
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.data.collate import SpearCollateFn
-from espnet2_spear.data.dataset import ManifestDataset
+from espnet2_spear.data.dataset import ManifestDataset, SpearPreprocessor
 from espnet2_spear.data.iter_factory import SpearIterFactory, StepBatches
 from espnet2_spear.data.manifest import Lists, Manifest, open_manifest
-from espnet2_spear.data.preprocessor import SpearPreprocessor
+from espnet2_spear.data.noise import SpearCollateFn
 from espnet2_spear.data.sampler import SamplerConfig, StepSampler
 from espnet2_spear.data.skipping import SkipLimits, SkipLog
 from espnet2_spear.fileio.ark import CodesWriter
@@ -219,23 +218,22 @@ def read_batches(manifest: Manifest, workers: int, args: argparse.Namespace) -> 
         bound=sampler.shard_samples,
         num_workers=workers,
     )
-    iterator = factory.build_iter(1)
-    batches = iter(iterator)
+    batches = iter(factory.build_iter(1))
     next(batches)  # workers are started
     pids = [process.pid for process in multiprocessing.active_children()]
-    own, audio = [], 0
+    own, audio, padded = [], 0, 0
     start = time.perf_counter()
     for number, (_, batch) in enumerate(batches):
         audio += int(batch["speech_lengths"].sum())
+        padded += batch["speech"].numel()
         if number in (args.batches // 2, args.batches - 5):  # workers still run
             own.append([memory(pid)[1] for pid in pids])
     seconds = time.perf_counter() - start
-    stats = iterator.stats()
     return {
         "batches": args.batches / seconds,
         "realtime": audio / SAMPLE_RATE / seconds,
-        "waste": stats["padding_waste"],
-        "fill": stats["batch_fill"],
+        "waste": 1 - audio / padded,
+        "fill": padded / (args.batches * sampler.shard_samples),
         "own": [max(of_all) for of_all in own if of_all],
     }
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from espnet2_spear.data.category_draw import CategoryDraw
 from espnet2_spear.fileio.tables import DataDirError
+from espnet2_spear.tasks.cls import CategoryDraw
 
 
 def write(path: Path, classes: dict[str, list[str]]) -> Path:
@@ -22,9 +22,9 @@ def test_classes_are_drawn_by_their_weight(
 ) -> None:
     many, few = [f"m{i}" for i in range(30)], ["f0", "f1"]
     table = write(tmp_path / "category2utt", {"many": many, "few": few})
-    sizes = dict.fromkeys([*many, *few], 100)
-    draw = CategoryDraw(table, sizes, factor, 1000)
-    batches = draw.batches(1, 100)
+    facts = None, table, dict.fromkeys([*many, *few], 100)
+    draw = CategoryDraw(*facts, 100, factor, 1000)
+    batches = draw.batches(1)
     assert len(batches) == 100 and {len(batch) for batch in batches} == {11}
     drawn = Counter(utt for batch in batches for utt in batch)
     assert sum(drawn[u] for u in many) / 1100 == pytest.approx(share, abs=0.05)
@@ -32,19 +32,19 @@ def test_classes_are_drawn_by_their_weight(
     for clips in (many, few):
         counts = [drawn[u] for u in clips]
         assert max(counts) - min(counts) <= 1
-    assert draw.batches(1, 100) == batches != draw.batches(2, 100)
-    draw = CategoryDraw(table, sizes, factor, 1000, max_batch_size=4)
-    assert {len(batch) for batch in draw.batches(1, 10)} == {4}
-    draw = CategoryDraw(table, sizes, factor, 100, min_batch_size=8)
-    assert {len(batch) for batch in draw.batches(1, 10)} == {8}
+    assert draw.batches(1) == batches != draw.batches(2)
+    draw = CategoryDraw(*facts, 10, factor, 1000, max_batch_size=4)
+    assert {len(batch) for batch in draw.batches(1)} == {4}
+    draw = CategoryDraw(*facts, 10, factor, 100, min_batch_size=8)
+    assert {len(batch) for batch in draw.batches(1)} == {8}
 
 
 def test_lists_that_do_not_fit(tmp_path: Path) -> None:
     table = write(tmp_path / "category2utt", {"a": ["u", "v"]})
     with pytest.raises(DataDirError, match="length of 'v' is not known"):
-        CategoryDraw(table, {"u": 5}, 0.0, 100)
+        CategoryDraw(None, table, {"u": 5}, 1, 0.0, 100)
     with pytest.raises(DataDirError, match="cannot be read"):
-        CategoryDraw(tmp_path / "none", {"u": 5}, 0.0, 100)
+        CategoryDraw(None, tmp_path / "none", {"u": 5}, 1, 0.0, 100)
 
 
 def test_an_epoch_costs_what_it_draws(tmp_path: Path) -> None:
@@ -52,10 +52,9 @@ def test_an_epoch_costs_what_it_draws(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     utts = [f"clip{i:06d}" for i in range(300_000)]
     parts = np.array_split(rng.permutation(utts), 527)
-    classes = {f"c{i}": list(part) for i, part in enumerate(parts)}
-    draw = CategoryDraw(
-        write(tmp_path / "c", classes), dict.fromkeys(utts, 160_000), 0.0, 1_600_000
-    )
+    table = write(tmp_path / "c", {f"c{i}": list(x) for i, x in enumerate(parts)})
+    sizes = dict.fromkeys(utts, 160_000)
+    draw = CategoryDraw(None, table, sizes, 200, 0.0, 1_600_000)
     start = time.process_time()
-    assert len(draw.batches(1, 200)) == 200
+    assert len(draw.batches(1)) == 200
     assert time.process_time() - start < 3

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from espnet2_spear.data.data_types import register_data_types
+from espnet2_spear.data.build import register_data_types
 from espnet2_spear.fileio import ark as kaldi_ark
 from espnet2_spear.fileio.ark import (
     ArkError,

@@ -10,8 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from espnet2_spear.data.collate import SpearCollateFn
-from espnet2_spear.data.noise import NoiseError, NoiseList
+from espnet2_spear.data.noise import NoiseError, NoiseList, SpearCollateFn
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.tasks.spear import SpearTask
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from espnet2_spear.codes.targets import TeacherCodes, match_frame_rate
-from espnet2_spear.data.preprocessor import SpearPreprocessor
+from espnet2_spear.data.dataset import SpearPreprocessor
 
 
 @pytest.mark.parametrize(

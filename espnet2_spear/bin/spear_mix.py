@@ -19,9 +19,8 @@ from espnet2.train.dataset import ESPnetDataset
 from espnet2_spear.bin.spear_check_codes import named
 from espnet2_spear.codes.facts import codes_shape
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.data.collate import SpearCollateFn
-from espnet2_spear.data.noise import NoiseList
-from espnet2_spear.data.preprocessor import SpearPreprocessor
+from espnet2_spear.data.dataset import SpearPreprocessor
+from espnet2_spear.data.noise import NoiseList, SpearCollateFn
 from espnet2_spear.fileio.ark import read_scp
 from espnet2_spear.fileio.datadir import DOMAINS, read_table
 from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from espnet2.train.dataset import DATA_TYPES
 from espnet2.utils.nested_dict_action import NestedDictAction
 
-from espnet2_spear.data.data_types import CODES_STORE
 from espnet2_spear.data.dataset import ManifestDataset
 from espnet2_spear.data.iter_factory import (
     Batches,
@@ -23,10 +23,24 @@ from espnet2_spear.data.iter_factory import (
 from espnet2_spear.data.manifest import Lists, open_manifest
 from espnet2_spear.data.sampler import SamplerConfig, StepSampler, validation_batches
 from espnet2_spear.data.skipping import SkipLimits, SkipLog
+from espnet2_spear.fileio.ark import MatricesByName
 
 Config = TypeVar("Config")
 TYPES = {"speech": ("sound",), "domain": ("text",)}
+CODES_STORE = "codes_store"
 CODES_TYPES = ("kaldi_ark", CODES_STORE)
+
+
+def register_data_types() -> None:
+    """Make ``FILE.scp,codes_<teacher>,codes_store`` possible; can be called again."""
+    DATA_TYPES.setdefault(
+        CODES_STORE,
+        {
+            "func": MatricesByName,
+            "kwargs": [],
+            "help": "As kaldi_ark, but the scp file is not held in memory",
+        },
+    )
 
 
 def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
@@ -58,7 +72,6 @@ def build_iter_factory(
     args: argparse.Namespace,
     iter_options: Any,
     mode: str,
-    check: Callable[[ManifestDataset], None],
     max_extension: float = 0.0,
 ) -> SpearIterFactory:
     """Build what SpearTask's ``build_task_iter_factory`` returns.
@@ -67,7 +80,6 @@ def build_iter_factory(
         args: all options.
         iter_options: ESPnet's IteratorOptions.
         mode: ``train``, ``valid`` or ``plot_att``.
-        check: called with the dataset.
         max_extension: seconds by which mixing may make a batch of training longer than
             its longest utterance.
 
@@ -81,8 +93,6 @@ def build_iter_factory(
             f"batch_type '{iter_options.batch_type}': with iterator_type 'task', "
             "batches are bounded by batch_bins: use 'numel'"
         )
-    if iter_options.preprocess_fn is None:
-        raise ValueError("use_preprocessor false: iterator_type 'task' needs it true")
     world_size, rank = 1, 0
     if iter_options.distributed:
         world_size = torch.distributed.get_world_size()
@@ -101,7 +111,6 @@ def build_iter_factory(
         args.train_dtype,
         substitute=iter_options.train,
     )
-    check(dataset)
     bound: int | None = int(iter_options.batch_bins) // world_size
     batches: Batches
     if iter_options.train:

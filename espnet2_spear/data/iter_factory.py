@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
@@ -82,7 +81,7 @@ class StepBatches:
 
 
 class FixedBatches:
-    """The same batches in every epoch."""
+    """The same batches in every epoch, as lists of rows."""
 
     def __init__(self, batches: Sequence[Sequence[int]]) -> None:
         self.batches = batches
@@ -131,108 +130,66 @@ class SpearIterFactory(AbsIterFactory):
     def build_iter(
         self, epoch: int, shuffle: bool | None = None, start: int = 0
     ) -> EpochIterator:
-        """Iterate over the batches of an epoch.
+        """Iterate over the batches of an epoch, once.
 
         Args:
             epoch: its number, from 1.
-            shuffle: part of ESPnet's interface; only None, as the order is the
-                sampler's.
+            shuffle: part of ESPnet's interface, without effect.
             start: batch to begin with, from 0. Earlier ones are not read.
 
         Raises:
-            ValueError: a ``start`` outside the epoch, or another ``shuffle``.
+            ValueError: a ``start`` outside the epoch.
         """
-        if shuffle is not None:
-            raise ValueError(
-                "the order of batches is sampler_conf's: shuffle=None only"
-            )
         if not 0 <= start <= len(self.batches):
             raise ValueError(f"batch {start} of an epoch of {len(self.batches)}")
         if hasattr(self.collate_fn, "set_epoch"):
             self.collate_fn.set_epoch(epoch)
-        return EpochIterator(
-            self.skips,
-            self.name,
-            self.bound,
-            dataset=self.dataset,
-            batch_sampler=_Rows(self.batches, epoch, start),
-            collate_fn=partial(collate_loaded, self.collate_fn),
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-        )
+        return EpochIterator(self, epoch, start)
 
 
 class EpochIterator(DataLoader):
-    """Batches of an epoch, as ESPnet's trainer wants them, and facts about them.
+    """Batches of an epoch, as ESPnet's trainer wants them.
 
     Args:
-        skips: counts and lists what cannot be read.
-        name: of the data, for the log.
-        bound: samples of a batch, with padding, at most.
-        options: of DataLoader.
+        factory: whose data are read.
+        epoch: its number, from 1.
+        start: batch to begin with, from 0.
 
     Attributes:
-        samples: of audio, so far.
-        padded: the same with padding.
-        count: batches so far.
-        utterances: so far.
+        skips: counts and lists what cannot be read.
     """
 
-    def __init__(
-        self, skips: SkipLog, name: str, bound: int | None, **options: Any
-    ) -> None:
-        super().__init__(**options)
-        self.skips, self.name, self.bound = skips, name, bound
-        self.samples = self.padded = self.count = self.utterances = 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        for utts, batch, loaded in super().__iter__():
-            self.skips.add(loaded)
-            self.count += 1
-            self.utterances += len(utts)
-            self.samples += int(batch["speech_lengths"].sum())
-            self.padded += batch["speech"].shape[0] * batch["speech"].shape[1]
-            yield utts, batch
-        self.log()
-
-    def stats(self) -> dict[str, float]:
-        """What was read so far, by this rank.
-
-        Returns:
-            ``padding_waste``: share of the samples that were padding;
-            ``batch_fill``: mean share of the bound that batches took, with padding;
-            ``audio_seconds``, ``utterances``, and counts of skipped utterances (all of
-            the run's, by cause).
-        """
-        stats: dict[str, Any] = {
-            "padding_waste": 1 - self.samples / max(self.padded, 1),
-            "audio_seconds": self.samples / SAMPLE_RATE,
-            "utterances": self.utterances,
-        }
-        if self.bound is not None:
-            stats["batch_fill"] = self.padded / (max(self.count, 1) * self.bound)
-        return {**stats, **self.skips.stats()}
-
-    def log(self) -> None:
-        """Write the facts to the log."""
-        stats = self.stats()
-        fill = f", {stats['batch_fill']:.1%} of the bound" if self.bound else ""
-        skips = f"; skipped so far: {self.skips.summary()}" if len(self.skips) else ""
-        logging.info(
-            f"[{self.name}] {self.count} batches, {self.utterances} utterances, "
-            f"{stats['audio_seconds'] / 3600:.2f} h; padding "
-            f"{stats['padding_waste']:.1%}{fill}{skips}"
+    def __init__(self, factory: SpearIterFactory, epoch: int, start: int) -> None:
+        self.factory, self.skips = factory, factory.skips
+        self.left = len(factory.batches) - start
+        super().__init__(
+            factory.dataset,
+            batch_sampler=factory.batches.rows(epoch, start),
+            collate_fn=partial(collate_loaded, factory.collate_fn),
+            num_workers=factory.num_workers,
+            pin_memory=factory.pin_memory,
         )
 
-
-class _Rows:
-    """The batch sampler of a DataLoader; runs in the main process."""
-
-    def __init__(self, batches: Batches, epoch: int, start: int) -> None:
-        self.batches, self.epoch, self.start = batches, epoch, start
-
     def __len__(self) -> int:
-        return len(self.batches) - self.start
+        return self.left
 
-    def __iter__(self) -> Iterator[Sequence[int]]:
-        return self.batches.rows(self.epoch, self.start)
+    def __iter__(self) -> Iterator[Batch]:
+        batches = utterances = samples = padded = 0
+        for utts, batch, loaded in super().__iter__():
+            self.skips.add(loaded)
+            batches += 1
+            utterances += len(utts)
+            samples += int(batch["speech_lengths"].sum())
+            padded += batch["speech"].numel()
+            yield utts, batch
+        fill = skips = ""
+        if self.factory.bound is not None:
+            share = padded / (max(batches, 1) * self.factory.bound)
+            fill = f", {share:.1%} of the bound"
+        if len(self.skips):
+            skips = f"; skipped so far: {self.skips.summary()}"
+        logging.info(
+            f"[{self.factory.name}] {batches} batches, {utterances} utterances, "
+            f"{samples / SAMPLE_RATE / 3600:.2f} h; padding "
+            f"{1 - samples / max(padded, 1):.1%}{fill}{skips}"
+        )

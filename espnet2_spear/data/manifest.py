@@ -19,11 +19,9 @@ import logging
 import os
 import shutil
 import socket
-import tempfile
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from espnet2_spear.fileio.tables import (
     Differences,
     Lines,
     join,
+    open_table,
     sorted_rows,
 )
 
@@ -88,13 +87,8 @@ class Lists:
         paths = {"lengths": self.lengths, "domain": self.domain, **self.files}
         facts = {}
         for name, path in paths.items():
-            try:
-                stat = os.stat(path)
-            except OSError as error:
-                raise DataDirError(
-                    f"{path}: cannot be read ({error.strerror}); run the stage that "
-                    "writes it, or correct the option that names it"
-                ) from error
+            with open_table(Path(path)) as file:
+                stat = os.fstat(file.fileno())
             facts[name] = {
                 "path": os.path.abspath(path),
                 "size": stat.st_size,
@@ -206,11 +200,11 @@ def open_manifest(
         "domains": list(domains),
         "corpora": sorted(corpora),
     }
-    digest = digest_of(identity)
-    target = folder / digest[:16]
+    target = folder / digest_of(identity)[:16]
     if not (target / INDEX).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / ".lock"):
+        with open(folder / ".lock", "a", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # lost when the process ends, however
             if not (target / INDEX).exists():
                 _build_at(target, lists, identity)
     return Manifest(target)
@@ -218,10 +212,9 @@ def open_manifest(
 
 def _build_at(target: Path, lists: Lists, identity: Mapping[str, Any]) -> None:
     start = time.perf_counter()
-    prefix = f".building-{socket.gethostname()}-"
-    for stale in target.parent.glob(f"{prefix}*"):  # of a process that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+    part = target.with_name(f".building-{socket.gethostname()}")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir()
     try:
         groups = _build(part, lists, identity["domains"], identity["corpora"])
         if lists.facts() != identity["lists"]:
@@ -231,7 +224,6 @@ def _build_at(target: Path, lists: Lists, identity: Mapping[str, Any]) -> None:
         content = {**identity, "groups": [asdict(group) for group in groups]}
         text = json.dumps(content, indent=1) + "\n"
         (part / INDEX).write_text(text, encoding="utf-8")
-        os.chmod(part, 0o755)
         try:
             part.rename(target)
         except OSError:
@@ -320,11 +312,3 @@ def _groups(
             raise DataDirError(f"{message}, nor of any other that has a weight")
         logging.warning(message)
     return groups
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock that a process loses when it ends, however it does."""
-    with open(path, "a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

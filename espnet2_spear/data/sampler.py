@@ -19,7 +19,6 @@ from espnet2_spear.data.permutation import hash64, permuted
 from espnet2_spear.fileio.tables import DataDirError
 
 BLOCK = 1024  # steps whose buckets are drawn at once
-CHUNK = 16  # steps whose rows are looked up at once
 GOLDEN = 0.6180339887498949
 CANDIDATES = 200  # lengths that may become edges of buckets
 MIN_STEPS = 4  # that the utterances of a bucket suffice for, unless it is the only one
@@ -234,12 +233,13 @@ class StepSampler:
             drawn = self._drawn_before(number)
             buckets, counts = self._block(number, drawn)
             np.add.at(drawn, buckets[:skip], counts[:skip])
-            for first in range(skip, BLOCK, CHUNK):
-                chunk = slice(first, min(first + CHUNK, BLOCK))
-                steps = self._chunk(buckets[chunk], counts[chunk], drawn)
-                for place, rows in enumerate(steps, number * BLOCK + first):
-                    order = _random(self.seed, 1, place).permutation(len(rows))
-                    yield rows[order]
+            for place in range(skip, BLOCK):
+                bucket, count = int(buckets[place]), counts[place]
+                before = drawn[bucket].copy()
+                drawn[bucket] += count
+                rows = self._rows(bucket, before, count)
+                random = _random(self.seed, 1, number * BLOCK + place)
+                yield rows[random.permutation(len(rows))]
             number, skip = number + 1, 0
 
     def _drawn_before(self, number: int) -> np.ndarray:
@@ -271,40 +271,21 @@ class StepSampler:
         below = np.clip(below, 0, self._step_rows[buckets, None]).astype(np.int64)
         return buckets, np.diff(below, axis=1)
 
-    def _chunk(
-        self, buckets: np.ndarray, counts: np.ndarray, drawn: np.ndarray
-    ) -> Iterator[np.ndarray]:
-        """Rows of some steps in the order of their groups; ``drawn`` is carried on."""
-        before = np.empty_like(counts)
-        for place, bucket in enumerate(buckets):
-            before[place] = drawn[bucket]
-            drawn[bucket] += counts[place]
-        repeats = counts.ravel()
-        within = np.arange(repeats.sum()) - np.repeat(
-            np.cumsum(repeats) - repeats, repeats
-        )
-        groups = np.repeat(np.tile(np.arange(counts.shape[1]), len(counts)), repeats)
-        rows = self._lookup(
-            np.repeat(buckets, counts.sum(axis=1)),
-            groups,
-            np.repeat(before.ravel(), repeats) + within,
-        )
-        parts = np.split(rows, np.cumsum(counts.sum(axis=1))[:-1])
-        for place, part in enumerate(parts):
-            if len(np.unique(part)) < len(part):
-                part = self._distinct(
-                    part, buckets[place], before[place], counts[place]
-                )
-            yield part
+    def _rows(self, bucket: int, before: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Rows of a step in the order of their groups.
 
-    def _distinct(
-        self, rows: np.ndarray, bucket: int, before: np.ndarray, counts: np.ndarray
-    ) -> np.ndarray:
-        """Replace what is in a step twice.
-
-        The end of one order of a group and the beginning of the next may share
-        utterances: those of the next are passed over.
+        Args:
+            bucket: that it comes from.
+            before: utterances that each group has given from there.
+            counts: utterances that each group gives.
         """
+        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        groups = np.repeat(np.arange(len(counts)), counts)
+        rows = self._lookup(bucket, groups, np.repeat(before, counts) + within)
+        if len(np.unique(rows)) == len(rows):
+            return rows
+        # The end of one order of a group and the beginning of the next may share
+        # utterances: those of the next are passed over.
         parts = np.split(rows, np.cumsum(counts)[:-1])
         for group in np.flatnonzero(counts):
             if counts[group] > self._counts[bucket, group]:
@@ -312,15 +293,13 @@ class StepSampler:
             kept = dict.fromkeys(parts[group].tolist())
             place = before[group] + counts[group]
             while len(kept) < counts[group]:
-                more = self._lookup(*(np.array([i]) for i in (bucket, group, place)))
-                kept.setdefault(int(more[0]))
+                (row,) = self._lookup(bucket, np.array([group]), np.array([place]))
+                kept.setdefault(int(row))
                 place += 1
             parts[group] = np.array(list(kept), np.int64)
         return np.concatenate(parts)
 
-    def _lookup(
-        self, bucket: np.ndarray, groups: np.ndarray, place: np.ndarray
-    ) -> np.ndarray:
+    def _lookup(self, bucket: int, groups: np.ndarray, place: np.ndarray) -> np.ndarray:
         """Rows at places of the endless orders of groups in a bucket."""
         count, first = self._counts[bucket, groups], self._first[bucket, groups]
         number, index = np.divmod(place, count)

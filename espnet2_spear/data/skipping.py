@@ -151,8 +151,3 @@ class SkipLog:
     def summary(self) -> str:
         """Counts by cause, the most frequent first."""
         return ", ".join(f"{n} {cause}" for cause, n in self.causes.most_common())
-
-    def stats(self) -> dict[str, int]:
-        """Counts for a reporter: ``skipped`` and ``skipped_<cause>``."""
-        counts = {f"skipped_{cause}": n for cause, n in self.causes.items()}
-        return {"skipped": len(self), **counts}

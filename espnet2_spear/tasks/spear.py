@@ -22,12 +22,11 @@ from espnet2_spear.data.build import (
     add_sampling_arguments,
     build_iter_factory,
     check_sampling_options,
+    register_data_types,
 )
-from espnet2_spear.data.collate import SpearCollateFn
-from espnet2_spear.data.data_types import register_data_types
+from espnet2_spear.data.dataset import SpearPreprocessor
 from espnet2_spear.data.iter_factory import SpearIterFactory
-from espnet2_spear.data.noise import NoiseList
-from espnet2_spear.data.preprocessor import SpearPreprocessor
+from espnet2_spear.data.noise import NoiseList, SpearCollateFn
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.mixing import PRESETS as MIXING_PRESETS
 from espnet2_spear.spear.mixing import Mixer, MixerConfig
@@ -70,6 +69,7 @@ class SpearTask(AbsTask):
         group = parser.add_argument_group("Task related")
         required = parser.get_default("required")
         required += ["teachers"]
+        parser.set_defaults(unused_parameters=True)  # see Training._wrap_for_ranks
         group.add_argument(
             "--student",
             type=str,
@@ -133,12 +133,6 @@ class SpearTask(AbsTask):
             "recording}",
         )
         group.add_argument(
-            "--use_preprocessor",
-            type=str2bool,
-            default=True,
-            help="Check and convert the data; needed unless the loader does so",
-        )
-        group.add_argument(
             "--compile",
             type=str2bool,
             default=False,
@@ -187,10 +181,8 @@ class SpearTask(AbsTask):
     @classmethod
     def build_preprocess_fn(
         cls, args: argparse.Namespace, train: bool
-    ) -> Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]] | None:
+    ) -> SpearPreprocessor:
         """Return the per-utterance checks."""
-        if not args.use_preprocessor:
-            return None
         return SpearPreprocessor(build_teacher_codes(args.teachers), args.domains)
 
     @classmethod
@@ -216,29 +208,19 @@ class SpearTask(AbsTask):
         ESPnet lists optional names per class, while the teachers of a SPEAR run are
         named by its configuration.
         """
-        others = [n for n in dataset.names() if not n.startswith("codes_")]
-        unknown = set(others) - set(cls.required_data_names(train, inference))
-        if unknown and not allow_variable_data_keys:
-            raise RuntimeError(
-                f"data names {sorted(unknown)} are neither speech, domain nor "
-                "codes_<teacher>"
-            )
-        super().check_task_requirements(dataset, True, train, inference)
+        required = cls.required_data_names(train, inference)
+        known = (n in required or n.startswith("codes_") for n in dataset.names())
+        allowed = allow_variable_data_keys or all(known)
+        super().check_task_requirements(dataset, allowed, train, inference)
 
     @classmethod
     def build_task_iter_factory(
         cls, args: argparse.Namespace, iter_options, mode: str
     ) -> SpearIterFactory:
         """Mix corpora and domains by weight, for ``iterator_type: task``."""
-
-        def check(dataset) -> None:
-            cls.check_task_requirements(
-                dataset, args.allow_variable_data_keys, train=iter_options.train
-            )
-
         mixing = build_mixer_config(args)
         extension = 0.0 if mixing is None else mixing.max_extension
-        return build_iter_factory(args, iter_options, mode, check, extension)
+        return build_iter_factory(args, iter_options, mode, extension)
 
     @classmethod
     def main(
