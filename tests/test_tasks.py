@@ -115,9 +115,6 @@ S2T = inference(
     task_sym="<asr>",
     **BEAM,
 )
-S2T_CTC = inference(
-    "s2t_inference_ctc:Speech2TextGreedySearch", "s2t_train_config", "s2t_model_file"
-)
 TRANSDUCER = inference(
     "asr_transducer_inference:Speech2Text",
     "asr_train_config",
@@ -133,19 +130,53 @@ CLS = inference(
     "classification_train_config",
     "classification_model_file",
 )
-SPOOF = inference(
-    "asvspoof_inference:SpeechAntiSpoof", "asvspoof_train_config", "asvspoof_model_file"
-)
 AQA = inference("aqa_inference:AqaInference", "train_config", "model_file")
 
 # The first token is taken for a space and dropped.
 TIMED = "<space> <eng> <asr> <0.00> a b <30.00>"
 HYBRID = DECODER + "normalize: null\nmodel_conf: {ctc_weight: 0.3, report_wer: false}\n"
+ECAPA = """normalize: null
+encoder: ecapa_tdnn
+encoder_conf: {ndim: 16, model_scale: 2, output_size: 24}
+pooling: chn_attn_stat
+projector: rawnet3
+projector_conf: {output_size: 8}
+loss: aamsoftmax
+"""
+
+
+def both(task: str, conf: str, *facts: Any, **more: Any) -> dict[str, Case]:
+    """A task with the frontend, and with the encoder."""
+    name = task.partition(":")[0]
+    return {
+        f"{name}-frontend": Case(task, spear() + TRANSFORMER + conf, *facts, **more),
+        f"{name}-encoder": Case(task, ZIPFORMER + conf, *facts, **more),
+    }
+
+
 CASES = {
-    "asr-frontend": Case(
-        "asr:ASRTask", spear() + TRANSFORMER + HYBRID, TEXT, TOKENS, ASR
+    **both("asr:ASRTask", HYBRID, TEXT, TOKENS, ASR),
+    **both("slu:SLUTask", HYBRID, TEXT, TOKENS, SLU),
+    **both("s2t:S2TTask", HYBRID + TWO_SECONDS, S2T_TEXT, WORDS, S2T),
+    **both(
+        "diar:DiarizationTask",
+        "normalize: null\nnum_spk: 2\n"
+        "label_aggregator_conf: {win_length: 1360, hop_length: 320, center: false}\n"
+        "model_conf: {attractor_weight: 0.0}\n",
+        {"speech": "sound", "spk_labels": "npy"},
+        (),
+        DIAR,
+        since=202611,
     ),
-    "asr-encoder": Case("asr:ASRTask", ZIPFORMER + HYBRID, TEXT, TOKENS, ASR),
+    **both(
+        "cls:CLSTask",
+        "normalize: null\ndecoder: linear\n"
+        "model_conf: {classification_type: multi-class}\n",
+        {"speech": "sound", "label": "text"},
+        ("--token_list", "CLASSES", "--token_type", "word"),
+        CLS,
+        needs="torcheval",
+    ),
     "asr_transducer": Case(
         "asr_transducer:ASRTransducerTask",
         spear(", stack: 2")
@@ -157,20 +188,6 @@ CASES = {
         TEXT,
         TOKENS,
         TRANSDUCER,
-    ),
-    "s2t-frontend": Case(
-        "s2t:S2TTask",
-        spear() + TRANSFORMER + HYBRID + TWO_SECONDS,
-        S2T_TEXT,
-        WORDS,
-        S2T,
-    ),
-    "s2t-encoder": Case(
-        "s2t:S2TTask",
-        ZIPFORMER + HYBRID + TWO_SECONDS,
-        S2T_TEXT,
-        WORDS,
-        S2T,
     ),
     "st-frontend": Case(
         "st:STTask",
@@ -187,36 +204,9 @@ CASES = {
         (*TOKENS, "--src_token_list", "TOKENS", "--src_token_type", "char"),
         ST,
     ),
-    "slu-frontend": Case(
-        "slu:SLUTask", spear() + TRANSFORMER + HYBRID, TEXT, TOKENS, SLU
-    ),
-    "slu-encoder": Case("slu:SLUTask", ZIPFORMER + HYBRID, TEXT, TOKENS, SLU),
-    "diar-frontend": Case(
-        "diar:DiarizationTask",
-        spear() + TRANSFORMER + "normalize: null\nnum_spk: 2\n"
-        "label_aggregator_conf: {win_length: 1360, hop_length: 320, center: false}\n"
-        "model_conf: {attractor_weight: 0.0}\n",
-        {"speech": "sound", "spk_labels": "npy"},
-        (),
-        DIAR,
-        since=202611,
-    ),
-    "diar-encoder": Case(
-        "diar:DiarizationTask",
-        ZIPFORMER + "normalize: null\nnum_spk: 2\n"
-        "label_aggregator_conf: {win_length: 1360, hop_length: 320, center: false}\n"
-        "model_conf: {attractor_weight: 0.0}\n",
-        {"speech": "sound", "spk_labels": "npy"},
-        (),
-        DIAR,
-        since=202611,
-    ),
     "spk": Case(
         "spk:SpeakerTask",
-        spear() + "normalize: null\nencoder: ecapa_tdnn\nencoder_conf: {ndim: 16, "
-        "model_scale: 2, output_size: 24}\n"
-        "pooling: chn_attn_stat\nprojector: rawnet3\nprojector_conf: {output_size: 8}\n"
-        "loss: aamsoftmax\npreprocessor: spk\n"
+        spear() + ECAPA + "preprocessor: spk\n"
         "preprocessor_conf: {target_duration: 0.5, num_eval: 2, noise_apply_prob: 0.0, "
         "rir_apply_prob: 0.0}\nspk_num: 3\n",
         {"speech": "sound", "spk_labels": "text"},
@@ -226,31 +216,10 @@ CASES = {
     ),
     "lid": Case(
         "lid:LIDTask",
-        spear() + "normalize: null\nencoder: ecapa_tdnn\nencoder_conf: {ndim: 16, "
-        "model_scale: 2, output_size: 24}\n"
-        "pooling: chn_attn_stat\nprojector: rawnet3\nprojector_conf: {output_size: 8}\n"
-        "loss: aamsoftmax\npreprocessor_conf: {target_duration: 0.5, "
+        spear() + ECAPA + "preprocessor_conf: {target_duration: 0.5, "
         "noise_apply_prob: 0.0, rir_apply_prob: 0.0}\nlang_num: 3\n",
         {"speech": "sound", "lid_labels": "text"},
         ("--lang2utt", "SPK2UTT"),
-    ),
-    "cls-frontend": Case(
-        "cls:CLSTask",
-        spear() + TRANSFORMER + "normalize: null\ndecoder: linear\n"
-        "model_conf: {classification_type: multi-class}\n",
-        {"speech": "sound", "label": "text"},
-        ("--token_list", "CLASSES", "--token_type", "word"),
-        CLS,
-        needs="torcheval",
-    ),
-    "cls-encoder": Case(
-        "cls:CLSTask",
-        ZIPFORMER + "normalize: null\ndecoder: linear\n"
-        "model_conf: {classification_type: multi-class}\n",
-        {"speech": "sound", "label": "text"},
-        ("--token_list", "CLASSES", "--token_type", "word"),
-        CLS,
-        needs="torcheval",
     ),
     "ssl-frontend": Case(
         "ssl:SSLTask",

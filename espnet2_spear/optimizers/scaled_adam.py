@@ -149,18 +149,8 @@ class ScaledAdam(torch.optim.Optimizer):
         self._stacks = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore from a checkpoint or a copy.
-
-        States of versions without ``zero_rms`` go on as they were.
-        """
+        """Restore from a checkpoint or a copy."""
         super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("zero_rms", group["param_min_rms"])
-            for p in group["params"]:
-                if "param_rms" in self.state.get(p, {}):
-                    rms = self.state[p]["param_rms"]
-                    least = torch.full_like(rms, group["param_min_rms"])
-                    self.state[p].setdefault("min_rms", least)
         self._stacks = None
 
     def _stack_parameters(self) -> list[_Stack]:
