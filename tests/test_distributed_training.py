@@ -4,15 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from tiny_training import end, launch
-
-from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
+from tiny_training import data_options, end, launch, write_data
 
 pytestmark = pytest.mark.second_env
 
-RATE = 16000
 STEPS = 4
 # Utterances of a batch are dealt out in turn: with four ranks the last one has no
 # audio in any batch, and so no target for the audio teacher's head.
@@ -20,8 +16,6 @@ DOMAINS = ("audio", "speech", "speech", "speech")
 COMMON = [
     *("--ngpu", "0", "--num_workers", "0", "--seed", "1", "--student", "tiny"),
     *("--use_tensorboard", "false", "--use_matplotlib", "false"),
-    *("--teachers", "speech.num_codebooks=4", "--teachers", "audio.num_codebooks=2"),
-    *("--teachers", "audio.frame_rate=25.0"),
     *("--model_conf", "normalize=frames"),
     *("--batch_type", "unsorted", "--batch_size", "8", "--num_iters_per_epoch", "1"),
     *("--max_epoch", str(STEPS), "--keep_nbest_models", "1"),
@@ -58,49 +52,11 @@ RUNS = {
 }
 
 
-def write_data(folder: Path) -> list[str]:
-    """Write 16 utterances of different lengths; return the options that name them."""
-    rng = np.random.default_rng(0)
-    tables = {name: [] for name in ("wav.scp", "utt2domain", "audio.scp", "shape")}
-    missing = write_missing_codes(folder / "missing.ark", 2)
-    with (
-        CodesWriter(folder / "speech.ark", folder / "speech.scp") as speech,
-        CodesWriter(folder / "audio.ark", folder / "written.scp") as audio,
-    ):
-        for i in range(16):
-            utt, samples = f"u{i:02d}", int(rng.integers(RATE // 2, RATE * 3 // 2))
-            noise = 0.1 * rng.standard_normal(samples)
-            soundfile.write(folder / f"{utt}.wav", noise.astype(np.float32), RATE)
-            domain = DOMAINS[i % 4]
-            speech.write(utt, rng.integers(0, 256, (samples // 320, 4)))
-            if domain == "audio":
-                audio.write(utt, rng.integers(0, 256, (samples // 640, 2)))
-            else:
-                tables["audio.scp"].append(f"{utt} {missing}\n")
-            tables["wav.scp"].append(f"{utt} {folder / utt}.wav\n")
-            tables["utt2domain"].append(f"{utt} {domain}\n")
-            tables["shape"].append(f"{utt} {samples}\n")
-    tables["audio.scp"] += (folder / "written.scp").read_text().splitlines(True)
-    for name, lines in tables.items():
-        (folder / name).write_text("".join(sorted(lines)), encoding="utf-8")
-    options = []
-    for split in ("train", "valid"):
-        options += [f"--{split}_shape_file", str(folder / "shape")]
-        for entry in (
-            "wav.scp,speech,sound",
-            "utt2domain,domain,text",
-            "speech.scp,codes_speech,kaldi_ark",
-            "audio.scp,codes_audio,kaldi_ark",
-        ):
-            options += [f"--{split}_data_path_and_name_and_type", f"{folder}/{entry}"]
-    return options
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with an experiment for each of RUNS."""
     folder = tmp_path_factory.mktemp("distributed")
-    data = write_data(folder)
+    data = data_options(write_data(folder, 16, DOMAINS))
     for name, (world, options) in RUNS.items():
         out = folder / name
         out.mkdir()

@@ -32,24 +32,26 @@ class MeanSquares(torch.nn.Module):
 
 def gradients(model, batches):
     model.zero_grad()
-    result = accumulate_gradients(
+    results, _ = accumulate_gradients(
         model,
         [{"x": b} for b in batches],
+        [{"rows": len(b)} for b in batches],
         contextlib.nullcontext,
         lambda loss: loss.backward(),
         lambda index: None,
     )
-    return [p.grad.clone() for p in model.parameters()], result
+    return [p.grad.clone() for p in model.parameters()], results
 
 
 def test_mean_over_unequal_batches_is_that_of_one_big_batch():
     model = MeanSquares()
     x = torch.randn(20, 5, generator=torch.Generator().manual_seed(1)).double()
     expected, _ = gradients(model, [x])
-    accumulated, result = gradients(model, [x[:2], x[2:15], x[15:]])
+    accumulated, results = gradients(model, [x[:2], x[2:15], x[15:]])
     for a, b in zip(expected, accumulated, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert [float(w) for w in result.weights] == [2, 13, 5]
+    for name in ("weight", "rows"):
+        assert [float(result.sums[name]) for result in results] == [2, 13, 5]
     # The mean of means, which it is not.
     parts = [gradients(model, [b])[0][0] for b in (x[:2], x[2:15], x[15:])]
     assert (sum(parts) / 3 - expected[0]).abs().max() > 1e-3
@@ -95,7 +97,7 @@ def test_running_average_between_two_epochs(tmp_path):
 
 
 def test_average_command(tmp_path):
-    model, average = MeanSquares(), RunningAverage(1)
+    model, average = MeanSquares().float(), RunningAverage(1)
     average.after_step(model, 1)
     save_epoch_average(average, model, tmp_path, 1, keep=3)
     command = ["--exp", str(tmp_path), "--from_epoch", "0", "--to_epoch"]

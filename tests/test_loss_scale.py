@@ -59,8 +59,8 @@ class Training:
         self.state = RunState(
             folder,
             self.model,
-            [self.optimizer],
-            [None],
+            self.optimizer,
+            None,
             RunningAverage(0),
             self.scaler,
         )
@@ -68,7 +68,6 @@ class Training:
             seed=0,
             device=torch.device("cpu"),
             autocast=contextlib.nullcontext,  # Half has it on
-            grad_noise=False,
             grad_clip=1e9,
             grad_clip_type=2.0,
             max_skipped_steps=2,

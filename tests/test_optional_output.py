@@ -4,6 +4,7 @@ import logging
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from espnet2_spear.fileio.optional_output import (
 )
 from espnet2_spear.spear.model import PredictedTokens, Prediction
 from espnet2_spear.train.pictures import show_prediction
-from espnet2_spear.train.reporter import SpearReporter
+from espnet2_spear.train.progress import Progress
 
 
 @pytest.fixture
@@ -69,13 +70,13 @@ def test_a_full_disk_leaves_no_part(tmp_path: Path) -> None:
 
 
 def test_pictures_and_curves(blocked: Path, caplog: pytest.LogCaptureFixture) -> None:
-    reporter = SpearReporter()
+    reporter = Reporter()
     reporter.set_epoch(1)
     with reporter.observe("train") as sub_reporter:
         sub_reporter.register({"loss": 1.0})
         sub_reporter.next()
     with pytest.raises(OSError):
-        Reporter.matplotlib_plot(reporter, blocked / "images")
+        reporter.matplotlib_plot(blocked / "images")
     codes = torch.zeros(5, 2, dtype=torch.long)
     prediction = Prediction(
         torch.zeros(10, 8),
@@ -89,9 +90,12 @@ def test_pictures_and_curves(blocked: Path, caplog: pytest.LogCaptureFixture) ->
 
         add_scalar = add_figure
 
+    options = SimpleNamespace(output_dir=blocked, use_matplotlib=True)
+    options.use_tensorboard = options.use_wandb = False
+    progress = Progress(options, SimpleNamespace(rank=0))
+    progress.train_writer = FullWriter()
     with caplog.at_level(logging.WARNING):
-        reporter.matplotlib_plot(blocked / "images")
-        reporter.tensorboard_add_scalar(FullWriter(), key1="train")
+        progress.show_epoch(reporter)
         show_prediction(prediction, "u", 1, blocked / "predictions", FullWriter())
     for what in ("images", "TensorBoard's curves", "u/1ep.png", "TensorBoard's pict"):
         assert what in caplog.text

@@ -23,7 +23,6 @@ from espnet2_spear.train import step
 from espnet2_spear.train.average import RunningAverage
 from espnet2_spear.train.checkpoint import (
     SKIPPED,
-    ResumeError,
     RunState,
     read_last_good,
 )
@@ -123,24 +122,29 @@ def test_killed_anywhere_and_resumed(data, whole, tmp_path):
 
 
 @pytest.mark.second_env
-def test_checkpoints_are_espnets_as_well(whole, tmp_path):
-    """Its own trainer goes on from ours, and ours from its."""
+def test_espnets_trainer_goes_on_from_ours(whole, tmp_path):
     path = whole / "checkpoint.pth"
     model, args = SpearTask.build_model_from_file(whole / "config.yaml")
     (optimizer,) = SpearTask.build_optimizers(args, model)
-    parts = [optimizer], [Eden(optimizer, **args.scheduler_conf)]
+    parts = optimizer, Eden(optimizer, **args.scheduler_conf)
     reporter = Reporter()
-    Trainer.resume(path, model, reporter, *parts, scaler=None)
+    Trainer.resume(path, model, reporter, *([part] for part in parts), scaler=None)
     assert reporter.get_epoch() == 2 and reporter.has("valid", "loss")
     content = torch.load(path, weights_only=True)
-    own = content.pop("spear")
     state = RunState(tmp_path, model, *parts, RunningAverage(0))
     state.load(content, path)
-    assert (state.epoch, state.position, state.steps) == (3, 0, 0)
-    state.load({**content, "spear": own}, path)
     assert (state.epoch, state.position, state.steps) == (3, 0, 12)
-    with pytest.raises(ResumeError, match="newer espnet2-spear"):
-        state.load({**content, "spear": {**own, "version": 99}}, path)
+
+
+REFUSED = {"grad_noise": "true", "patience": "3", "ddp_comm_hook": "bf16_compress_hook"}
+REFUSED |= {"no_forward_run": "true", "scheduler": "reducelronplateau"}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_without_effect_are_refused(name):
+    cmd = ["--output_dir", "exp", f"--{name}", REFUSED[name]]
+    with pytest.raises(ValueError, match=f"--{name} "):
+        SpearTrainer.build_options(SpearTask.get_parser().parse_args(cmd))
 
 
 @pytest.mark.second_env

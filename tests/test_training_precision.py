@@ -2,11 +2,9 @@
 
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import difference, options, train, write_data
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espnet2_spear.codes.targets import TeacherCodes
@@ -136,15 +134,3 @@ def test_training_stays_finite(dtype: torch.dtype) -> None:
     full, reduced = losses[None], losses[dtype]
     assert full[-1] < full[0] - 0.05
     assert abs(reduced[-1] / full[-1] - 1) < 0.01
-
-
-def test_amp_on_a_cpu_does_nothing_and_says_so(tmp_path: Path) -> None:
-    data = write_data(tmp_path / "data", 4)
-    for use, warnings in (("true", 1), ("false", 0)):
-        log = tmp_path / f"{use}.log"
-        cmd = options(data, tmp_path / use, "--max_epoch", 1, "--use_amp", use)
-        assert train(cmd, log) == 0, log.read_text()
-        text = "--use_amp true has no effect on a CPU"
-        assert log.read_text().count(text) == warnings
-    results = (tmp_path / use / "1epoch.pth" for use in ("true", "false"))
-    assert difference(*results) == ""

@@ -14,39 +14,55 @@ import numpy as np
 import soundfile
 import torch
 
-from espnet2_spear.fileio.ark import CodesWriter
+from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
 
 RATE = 16000
 CODEBOOKS = {"speech": 4, "audio": 2}  # at 50 and 25 Hz
 FORK = multiprocessing.get_context("fork")
 
 
-def write_data(folder: Path, utts: int = 12, seconds: float = 0.5) -> dict[str, str]:
-    """Write audio, domains, codes of two teachers and noise; returns name -> table."""
+# Two by two, so that a batch of two can be mixed.
+DOMAINS = ("speech", "speech", "audio", "audio")
+
+
+def write_data(
+    folder: Path, utts: int = 12, domains: Sequence[str] = DOMAINS
+) -> dict[str, str]:
+    """Write audio, domains, codes of two teachers and noise; returns name -> table.
+
+    Utterances take turns with domains; those of speech have no codes of the audio
+    teacher.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     names = ("wav.scp", "utt2domain", "shape", "noise.scp")
     tables = {name: folder / name for name in names}
     lines: dict[str, list[str]] = {name: [] for name in tables}
     codes = {name: folder / f"{name}.scp" for name in CODEBOOKS}
+    missing, absent = write_missing_codes(folder / "missing.ark", 2), []
     with (
         CodesWriter(folder / "speech.ark", codes["speech"]) as speech,
         CodesWriter(folder / "audio.ark", codes["audio"]) as audio,
     ):
         for i in range(utts):
             utt = f"u{i:04d}"
-            samples = int(RATE * seconds * (1 + rng.random()))
+            samples = int(RATE / 2 * (1 + rng.random()))
             noise = 0.1 * rng.standard_normal(samples)
             wav = folder / f"{utt}.wav"
             soundfile.write(wav, noise.astype(np.float32), RATE)
             lines["wav.scp"].append(f"{utt} {wav}\n")
-            # Two by two, so that a batch of two can be mixed.
-            lines["utt2domain"].append(f"{utt} {('speech', 'audio')[i // 2 % 2]}\n")
+            domain = domains[i % len(domains)]
+            lines["utt2domain"].append(f"{utt} {domain}\n")
             lines["shape"].append(f"{utt} {samples}\n")
             speech.write(utt, rng.integers(0, 256, (samples // 320, 4)))
-            audio.write(utt, rng.integers(0, 256, (samples // 640, 2)))
+            if domain == "audio":
+                audio.write(utt, rng.integers(0, 256, (samples // 640, 2)))
+            else:
+                absent.append(f"{utt} {missing}\n")
+    written = codes["audio"].read_text(encoding="utf-8").splitlines(keepends=True)
+    codes["audio"].write_text("".join(sorted(written + absent)), encoding="utf-8")
     for i in range(3):
-        hum = 0.1 * rng.standard_normal(int(RATE * seconds * (i + 1)))
+        hum = 0.1 * rng.standard_normal(RATE * (i + 1) // 2)
         soundfile.write(folder / f"noise{i}.wav", hum.astype(np.float32), RATE)
         lines["noise.scp"].append(f"n{i} {folder}/noise{i}.wav\n")
     for name, path in tables.items():
@@ -82,6 +98,12 @@ def options(data: dict[str, str], out: Path, *more: object) -> list[str]:
         *("--average_period", "2", "--log_interval", "3", "--resume", "true"),
         *("--output_dir", str(out)),
     ]
+    return cmd + data_options(data) + [str(word) for word in more]
+
+
+def data_options(data: dict[str, str]) -> list[str]:
+    """Those that name the data and say what they are."""
+    cmd = []
     for name, rate in (("speech", 50.0), ("audio", 25.0)):
         cmd += ["--teachers", f"{name}.num_codebooks={CODEBOOKS[name]}"]
         cmd += ["--teachers", f"{name}.codebook_size=256"]
@@ -93,7 +115,7 @@ def options(data: dict[str, str], out: Path, *more: object) -> list[str]:
             entry = f"{data[name]},{name},{kind}"
             cmd += [f"--{split}_data_path_and_name_and_type", entry]
         cmd += [f"--{split}_shape_file", data["shape"]]
-    return cmd + [str(word) for word in more]
+    return cmd
 
 
 def start(

@@ -16,7 +16,6 @@ long means needs.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,16 +63,11 @@ class RunningAverage:
                 mean.add_((value - mean) / self.count)
 
     def state_dict(self) -> dict[str, Any]:
-        """Count, period and float64 means."""
-        return {"count": self.count, "period": self.period, "mean": dict(self._mean)}
+        """Count and float64 means."""
+        return {"count": self.count, "mean": dict(self._mean)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from another run's state."""
-        if self.period > 0 and state["count"] and state["period"] != self.period:
-            logging.warning(
-                f"the running average was taken every {state['period']} steps so far, "
-                f"now every {self.period}: earlier and later samples weigh the same"
-            )
         self.count = state["count"]
         self._mean = {k: v.clone() for k, v in state["mean"].items()}
 
@@ -95,7 +89,6 @@ def save_epoch_average(
     state["other"] = {
         k: v for k, v in model.state_dict().items() if k not in state["mean"]
     }
-    state["dtypes"] = {k: str(v.dtype) for k, v in model.named_parameters()}
     save_whole(state, average_file(folder, epoch))
     for old in (folder / FOLDER).glob("*epoch.pth"):
         number = old.name.removesuffix("epoch.pth")
@@ -117,7 +110,7 @@ def average_between(folder: Path, first: int, last: int) -> dict[str, Tensor]:
         last: epoch with whose end it ends.
 
     Returns:
-        a complete state dict, in the types of the model.
+        a complete state dict, its mean in float32.
 
     Raises:
         AverageError: an average that was not kept, or no sample in between.
@@ -127,25 +120,20 @@ def average_between(folder: Path, first: int, last: int) -> dict[str, Tensor]:
             f"epochs {first} to {last}: the first must be 0 or more and before the last"
         )
     end = _read(folder, last)
-    count, mean = end["count"], end["mean"]
+    start = {"count": 0, "mean": dict.fromkeys(end["mean"], 0.0)}
     if first > 0:
         start = _read(folder, first)
-        count -= start["count"]
-        if count > 0:
-            mean = {
-                k: (end["count"] * v - start["count"] * start["mean"][k]) / count
-                for k, v in mean.items()
-            }
+    count = end["count"] - start["count"]
     if count <= 0:
         raise AverageError(
             f"{folder}: no sample of the model was taken from epoch {first} to {last}; "
             "choose epochs further apart, or train with a smaller --average_period"
         )
-    state = {
-        k: v.to(getattr(torch, end["dtypes"][k].removeprefix("torch.")))
-        for k, v in mean.items()
+    mean = {
+        k: (end["count"] * v - start["count"] * start["mean"][k]) / count
+        for k, v in end["mean"].items()
     }
-    return {**state, **end["other"]}
+    return {**{k: v.float() for k, v in mean.items()}, **end["other"]}
 
 
 def _read(folder: Path, epoch: int) -> dict[str, Any]:

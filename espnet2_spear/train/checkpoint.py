@@ -1,10 +1,10 @@
 """Checkpoints: what they hold, how they are written, and how a training goes on.
 
 ``checkpoint.pth`` holds what ESPnet's trainer puts there (model, reporter, optimizers,
-schedulers, scaler: either trainer resumes from the other's file) and, under ``spear``,
-what a run needs to go on as if nothing had happened: the batches of the epoch that are
-done, the running average, the statistics so far and what modules of each rank remember
-in plain numbers. Random numbers are not in it: every step seeds them anew.
+schedulers, scaler) and, under ``spear``, what a run needs to go on as if nothing had
+happened: the batches of the epoch that are done, the running average, the statistics so
+far and what modules of each rank remember in plain numbers. Random numbers are not in
+it: every step seeds them anew.
 
 A checkpoint is whole or not there. The one before it stays as ``checkpoint.prev.pth``
 for the case that the newest is damaged. The files of an epoch (``Nepoch.pth``, links,
@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from espnet2.train.reporter import SubReporter
+from espnet2.train.reporter import Reporter, SubReporter, WeightedAverage
 from torch import nn
 
 from espnet2_spear.train.average import FOLDER, RunningAverage
-from espnet2_spear.train.reporter import SpearReporter, statistics_state
 from espnet2_spear.train.writing import save_whole
 from espnet2_spear.zipformer.regularizers import Whiten
 from espnet2_spear.zipformer.schedule import BatchCountState
@@ -36,19 +36,8 @@ CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint.prev.pth"
 SKIPPED = "skipped_steps.jsonl"
 LISTS = (SKIPPED, "skipped_*.rank*.txt")  # of steps, and of utterances by rank
-VERSION = 1
-_PARTS = ("model", "reporter", "optimizers", "schedulers")
+_PARTS = ("model", "reporter", "optimizers", "schedulers", "spear")
 _COUNTERS = ("epoch", "position", "steps", "samples", "skipped", "any_valid")
-# What reporters of ESPnet 202511 put into checkpoints; none of it runs code.
-_SCALARS = [
-    np.dtype,
-    np._core.multiarray.scalar,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.int64)),
-    datetime.timedelta,
-]
 
 
 class ResumeError(RuntimeError):
@@ -62,8 +51,8 @@ class RunState:
     Attributes:
         output_dir: the experiment.
         model: not wrapped.
-        optimizers: as ESPnet built them.
-        schedulers: one or None for each optimizer.
+        optimizer: as ESPnet built it.
+        scheduler: that steps with it, or None.
         average: running average of the model.
         scaler: of float16 training, or None.
         accum_grad: batches per step.
@@ -76,16 +65,17 @@ class RunState:
         samples: of audio (16 kHz) seen so far, by all ranks, without padding.
         skipped: steps of the epoch that were skipped for numbers that are not finite.
         any_valid: whether any step of the epoch was not.
+        interrupted: statistics of the epoch that a checkpoint was written in.
     """
 
     output_dir: Path
     model: nn.Module
-    optimizers: Sequence[torch.optim.Optimizer]
-    schedulers: Sequence[Any]
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
     average: RunningAverage
     scaler: torch.amp.GradScaler | None = None
     accum_grad: int = 1
-    reporter: SpearReporter = field(default_factory=SpearReporter)
+    reporter: Reporter = field(default_factory=Reporter)
     rank: int = 0
     world_size: int = 1
     epoch: int = 1
@@ -94,6 +84,7 @@ class RunState:
     samples: float = 0.0
     skipped: int = 0
     any_valid: bool = False
+    interrupted: dict[str, Any] | None = None
 
     def begin_next_epoch(self) -> None:
         """Count batches and skipped steps anew."""
@@ -116,18 +107,19 @@ class RunState:
         if self.rank != 0:
             return
         own = {
-            "version": VERSION,
+            "version": 1,
             **{name: getattr(self, name) for name in _COUNTERS},
             "accum_grad": self.accum_grad,
             "ranks": ranks,
             "average": self.average.state_dict(),
             "interrupted": statistics and statistics_state(statistics),
         }
+        before = {e: s for e, s in self.reporter.stats.items() if e < self.epoch}
         content = {
             "model": self.model.state_dict(),
-            "reporter": self.reporter.state_before(self.epoch),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "schedulers": [s and s.state_dict() for s in self.schedulers],
+            "reporter": {"stats": _primitive(before), "epoch": self.epoch - 1},
+            "optimizers": [self.optimizer.state_dict()],
+            "schedulers": [self.scheduler and self.scheduler.state_dict()],
             "scaler": self.scaler and self.scaler.state_dict(),
             "spear": own,
         }
@@ -138,46 +130,24 @@ class RunState:
         )
 
     def load(self, content: dict[str, Any], path: Path) -> None:
-        """Go on from a checkpoint, also from one of ESPnet's own trainer.
+        """Go on from a checkpoint.
 
         Args:
             content: what was read.
             path: the file's name, for messages.
-
-        Raises:
-            ResumeError: of a newer version of this package.
         """
+        own = content["spear"]
         self.model.load_state_dict(content["model"])
         self.reporter.load_state_dict(content["reporter"])
-        for part in ("optimizers", "schedulers"):
-            for one, saved in zip(getattr(self, part), content[part], strict=True):
-                if one is not None:
-                    one.load_state_dict(saved)
-        if self.scaler is not None and content.get("scaler") is not None:
+        self.optimizer.load_state_dict(content["optimizers"][0])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(content["schedulers"][0])
+        if self.scaler is not None and content["scaler"] is not None:
             self.scaler.load_state_dict(content["scaler"])
-        self.epoch = self.reporter.get_epoch() + 1
-        if "spear" in content:
-            self._load_own(content["spear"], path)
-        else:
-            logging.warning(
-                f"{path}: of ESPnet's own trainer, without running average and "
-                "count of steps, which begin anew"
-            )
-        logging.info(
-            f"{path}: the training goes on after {self.position} batches of "
-            f"epoch {self.epoch}"
-        )
-
-    def _load_own(self, own: dict[str, Any], path: Path) -> None:
-        if own["version"] > VERSION:
-            raise ResumeError(
-                f"{path}: the checkpoint is of a newer espnet2-spear "
-                f"(state {own['version']}, known is {VERSION}); update the package"
-            )
         for name in _COUNTERS:
             setattr(self, name, own[name])
         self.average.load_state_dict(own["average"])
-        self.reporter.interrupted = own.get("interrupted")
+        self.interrupted = own["interrupted"]
         for what, then, now in (
             ("processes", len(own["ranks"]), self.world_size),
             ("batches per step (accum_grad)", own["accum_grad"], self.accum_grad),
@@ -188,8 +158,11 @@ class RunState:
                     "goes on from there, but not with the same numbers as without "
                     "the interruption"
                 )
-        if own["ranks"]:
-            _remember(self.model, own["ranks"][self.rank % len(own["ranks"])])
+        _remember(self.model, own["ranks"][self.rank % len(own["ranks"])])
+        logging.info(
+            f"{path}: the training goes on after {self.position} batches of "
+            f"epoch {self.epoch}"
+        )
 
 
 def prepare_folder(state: RunState, resume: bool) -> bool:
@@ -260,8 +233,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ResumeError: not there, damaged, or something else than a checkpoint.
     """
     try:
-        with torch.serialization.safe_globals(_SCALARS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever damaged bytes make of the reader
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ResumeError(f"{path}: cannot be read ({reason[0]})") from error
@@ -269,6 +241,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if missing:
         raise ResumeError(f"{path}: no checkpoint of a training, lacks {missing}")
     return content
+
+
+# --- What modules and reporters remember ----------------------------------------------
 
 
 def _memory(model: nn.Module) -> dict[str, float]:
@@ -290,3 +265,41 @@ def _remember(model: nn.Module, memory: dict[str, float]) -> None:
                 module.count.value = memory[name]
             elif isinstance(module, Whiten):
                 module.prob = memory[name]
+
+
+def statistics_state(reporter: SubReporter) -> dict[str, Any]:
+    """What an epoch's reporter has collected, all of it weighted, as tensors."""
+    return {
+        "count": reporter.count,
+        "total_count": reporter.total_count,
+        "seconds": time.perf_counter() - reporter.start_time,
+        "stats": {
+            name: torch.tensor(
+                [(v.value, v.weight) for v in values], dtype=torch.float64
+            )
+            for name, values in reporter.stats.items()
+        },
+    }
+
+
+def restore_statistics(reporter: SubReporter, state: dict[str, Any]) -> None:
+    """Put :func:`statistics_state` back into a new reporter of the same epoch."""
+    reporter.count = state["count"]
+    reporter.total_count = state["total_count"]
+    reporter.start_time -= state["seconds"]
+    for name, values in state["stats"].items():
+        reporter.stats[name] = [WeightedAverage(*pair) for pair in values.tolist()]
+
+
+def _primitive(value: Any) -> Any:
+    """Replace NumPy scalars and time spans by what ``weights_only`` loading accepts.
+
+    As ESPnet 202611 does it; 202511 writes them as they are.
+    """
+    if isinstance(value, Mapping):
+        return {k: _primitive(v) for k, v in value.items()}
+    if isinstance(value, datetime.timedelta):
+        return {"__timedelta_seconds__": value.total_seconds()}
+    if isinstance(value, np.generic):
+        return value.item()
+    return value

@@ -4,46 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.spear.model import SpearPretrainModel
+Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
-@dataclass
-class StepResult:
-    """What a step's batches gave, still on the device.
+class BatchResult(NamedTuple):
+    """What a batch gave: scalars on the device, or, after :func:`fetch`, numbers.
 
     Attributes:
-        stats: of each batch, averaged over ranks.
-        weights: of each batch, summed over ranks.
-        bad: of each batch, how many ranks had a loss that is not finite.
-        bad_here: the same for this rank only, 0 or 1.
-        forward_seconds: of each batch; what the host waited.
-        backward_seconds: of each batch.
+        stats: of the model, their mean over ranks.
+        sums: over ranks: ``weight``, ``bad`` (losses that are not finite), and what is
+            counted.
+        bad: 1 if the loss of this rank is not finite, else 0.
     """
 
-    stats: list[dict[str, Tensor]] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    bad: list[Tensor] = field(default_factory=list)
-    bad_here: list[Tensor] = field(default_factory=list)
-    forward_seconds: list[float] = field(default_factory=list)
-    backward_seconds: list[float] = field(default_factory=list)
+    stats: dict[str, Any]
+    sums: dict[str, Any]
+    bad: Any
 
 
 def accumulate_gradients(
     model: nn.Module,
     batches: Sequence[dict[str, Any]],
-    autocast: Callable[[], contextlib.AbstractContextManager],
+    counts: Sequence[Mapping[str, float]],
+    autocast: Autocast,
     backward: Callable[[Tensor], None],
     before_batch: Callable[[int], None],
-) -> StepResult:
+) -> tuple[list[BatchResult], list[dict[str, float]]]:
     """Leave the gradient of sum_i(w_i loss_i) / sum_i(w_i) in the parameters.
 
     i runs over the batches of all ranks. The losses are divided by the weight of the
@@ -55,11 +49,17 @@ def accumulate_gradients(
         model: returns (loss, stats, weight); wrapped in DistributedDataParallel if
             there is more than one rank. Its gradients are zero or None.
         batches: at least one, on the device; as many on each rank.
+        counts: what is to be added up over ranks, for each batch.
         autocast: context of the forward pass.
         backward: ``loss.backward()``, scaled or not.
         before_batch: called with the index of each batch before its forward pass.
+
+    Returns:
+        results of the batches, and the seconds that the host waited for each
+        (``forward_time``, ``backward_time``).
     """
-    result = StepResult()
+    results: list[BatchResult] = []
+    times = []
     distributed = isinstance(model, DistributedDataParallel)
     ranks = torch.distributed.get_world_size() if distributed else 1
     for index, batch in enumerate(batches):
@@ -68,120 +68,80 @@ def accumulate_gradients(
             before_batch(index)
             start = time.perf_counter()
             with autocast():
-                loss, weight = _forward(model, batch, result)
+                loss, weight, result = _forward(model, batch, counts[index])
+            results.append(result)
             if distributed or len(batches) > 1:
                 # DDP's mean over ranks shall be a sum.
-                share = weight.detach() * ranks / result.weights[0]
+                share = weight.detach() * ranks / results[0].sums["weight"]
                 loss = loss * share.to(loss.dtype)
-            forward = time.perf_counter()
+            middle = time.perf_counter()
             backward(loss)
-            result.forward_seconds.append(forward - start)
-            result.backward_seconds.append(time.perf_counter() - forward)
+            end = time.perf_counter()
+            times.append(
+                {"forward_time": middle - start, "backward_time": end - middle}
+            )
     if len(batches) > 1:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        factor = result.weights[0] / torch.stack(result.weights).sum()
+        weights = [result.sums["weight"] for result in results]
+        factor = weights[0] / torch.stack(weights).sum()
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
-    return result
+    return results, times
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    batch: dict[str, Any],
-    autocast: Callable[[], contextlib.AbstractContextManager],
-) -> tuple[dict[str, float], float]:
-    """Statistics of a batch, averaged over ranks, and the sum of its weights."""
-    result = StepResult()
+    model: nn.Module, batch: dict[str, Any], autocast: Autocast
+) -> BatchResult:
+    """Result of a batch of the validation."""
     with autocast():
-        _forward(model, batch, result)
-    values = torch.stack([*result.stats[0].values(), result.weights[0]]).tolist()
-    return dict(zip(result.stats[0], values[:-1], strict=True)), values[-1]
+        return fetch(_forward(model, batch, {})[-1])
+
+
+def fetch(scalars: Any) -> Any:
+    """Bring scalars, in any nested containers, to the host in one transfer."""
+    leaves, spec = tree_flatten(scalars)
+    values = torch.stack([value.double() for value in leaves]).tolist()
+    return tree_unflatten(values, spec)
 
 
 def _forward(
-    model: nn.Module, batch: dict[str, Any], result: StepResult
-) -> tuple[Tensor, Tensor]:
-    """Loss and weight as scalars; statistics, over all ranks, go to the result."""
+    model: nn.Module, batch: dict[str, Any], counts: Mapping[str, float]
+) -> tuple[Tensor, Tensor, BatchResult]:
+    """Loss and weight of this rank as scalars, and the result over all ranks."""
     loss, stats, weight = model(**batch)
     # ESPnet's models return tensors of one element where DataParallel could gather.
     loss, weight = loss.reshape(()), weight.reshape(())
-    _average_over_ranks(result, loss, stats, weight)
-    return loss, weight
+    return loss, weight, _over_ranks(loss.detach(), stats, weight.detach(), counts)
 
 
 @torch.no_grad()
-def _average_over_ranks(
-    result: StepResult,
+def _over_ranks(
     loss: Tensor,
-    stats: dict[str, Tensor | float | None],
+    stats: Mapping[str, Tensor | float | None],
     weight: Tensor,
-) -> None:
-    """Append a batch's statistics, in one exchange for all of them.
+    counts: Mapping[str, float],
+) -> BatchResult:
+    """Means and sums of a batch, in one exchange for all of them.
 
     A rank where a statistic is nan (no utterance of that kind) does not count for it.
     """
-    names = [name for name, value in stats.items() if value is not None]
-    values = torch.stack(
-        [
-            torch.as_tensor(stats[n], device=loss.device).double().reshape(())
-            for n in names
-        ]
-    )
-    weight = weight.detach().double()
-    bad = (~loss.detach().isfinite()).double()
-    result.bad_here.append(bad)
+
+    def stack(values: Iterable[Tensor | float]) -> Tensor:
+        """As float64 (K,) on the device of the loss."""
+        tensors = [torch.as_tensor(x, device=loss.device) for x in values]
+        return torch.stack([x.double().reshape(()) for x in tensors])
+
+    stats = {name: value for name, value in stats.items() if value is not None}
+    bad = (~loss.isfinite()).double()
+    sums = {"weight": weight, "bad": bad, **counts}
+    means, totals = stack(stats.values()), stack(sums.values())
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        known = values.isfinite()
-        sums = torch.where(known, values * weight, 0.0)
-        shared = torch.cat([sums, known * weight, torch.stack([weight, bad])])
-        torch.distributed.all_reduce(shared)
-        sums, counts, (weight, bad) = shared.tensor_split([len(names), 2 * len(names)])
-        values = sums / counts
-    result.stats.append(dict(zip(names, values, strict=True)))
-    result.weights.append(weight)
-    result.bad.append(bad)
-
-
-def fix_gradient_layout(
-    model: DistributedDataParallel,
-    device: torch.device,
-    autocast: Callable[[], contextlib.AbstractContextManager],
-) -> None:
-    """Have the gradients laid out as they stay, before the first step of a process.
-
-    DistributedDataParallel first lays them out in buckets in the reverse order of the
-    parameters, and after its first backward pass again, in the order in which they
-    came. Where a gradient lies decides which elements a vectorised sum over it adds up
-    first, and with more than two ranks the order in which an element's ranks are added
-    up. A resumed training would do its first step with one layout, an uninterrupted one
-    with the other, and they would differ in last bits.
-
-    So a second of silence for each domain makes a backward pass that changes nothing:
-    in evaluation, in which no random number is drawn and nothing is counted. Gradients
-    come in the same order as in training (tested), so that sending them overlaps with
-    the backward pass as it did. Leaves the model in evaluation and without gradients.
-
-    Args:
-        model: wraps a SpearPretrainModel; all ranks have to call this.
-        device: of the model.
-        autocast: context of the forward pass.
-    """
-    student: SpearPretrainModel = model.module
-    model.eval()
-    count = len(student.domains)
-    codes = {
-        f"codes_{name}": torch.zeros(
-            count, int(teacher.frame_rate), teacher.num_codebooks, dtype=torch.long
-        )
-        for name, teacher in student.teachers.items()
-    }
-    batch = {
-        "speech": torch.zeros(count, SAMPLE_RATE),
-        "speech_lengths": torch.full((count,), SAMPLE_RATE),
-        "domain": torch.arange(count)[:, None],
-        **codes,
-    }
-    with torch.enable_grad(), autocast():
-        loss = model(**{name: value.to(device) for name, value in batch.items()})[0]
-    loss.sum().backward()
-    model.zero_grad()
+        known, weight = means.isfinite(), totals[0]
+        shared = [torch.where(known, means * weight, 0.0), known * weight, totals]
+        flat = torch.cat(shared)
+        torch.distributed.all_reduce(flat)
+        weighted, weights, totals = flat.split([len(x) for x in shared])
+        means = weighted / weights
+    return BatchResult(
+        dict(zip(stats, means, strict=True)), dict(zip(sums, totals, strict=True)), bad
+    )

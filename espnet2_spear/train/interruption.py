@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch.multiprocessing import ProcessExitedException
 
@@ -33,11 +34,8 @@ class StopRequest:
     @contextmanager
     def listen(self) -> Iterator[StopRequest]:
         """Catch the signals while inside; only possible in a main thread."""
-        owner = os.getpid()
 
         def handle(number: int, frame: object) -> None:
-            if os.getpid() != owner:  # a worker, forked with this handler
-                return _end_later(number, frame)
             logging.warning(
                 f"{signal.Signals(number).name}: a checkpoint is written after this "
                 "step, then the training ends"
@@ -77,31 +75,23 @@ def forward_signals_to_ranks() -> Iterator[None]:
             raise
 
 
-def _end_later(number: int, frame: object) -> None:
-    """Handler of data loading processes.
+def survive_signals(then: Callable[[int], None] | None) -> Callable[[int], None]:
+    """worker_init_fn for torch's DataLoader that lets workers outlive a signal.
 
-    Schedulers signal all processes of a job. The training still needs its workers
-    until it has stopped, and ends them itself; the alarm is for when it cannot.
-    """
-    signal.alarm(_WORKER_GRACE)
-
-
-class PatientWorker:
-    """worker_init_fn for torch's DataLoader: survive SIGTERM for a while.
+    Schedulers signal all processes of a job. The training still needs its workers until
+    it has stopped, and ends them itself; the alarm is for when it cannot.
 
     Args:
         then: the loader's own function.
     """
+    return partial(_set_handlers, then)
 
-    def __init__(self, then: Callable[[int], None] | None) -> None:
-        self.then = then
 
-    def __call__(self, worker_id: int) -> None:
-        """Run in a new worker, after torch has set its own handler."""
-        for number in SIGNALS:
-            signal.signal(number, _end_later)
-        if self.then is not None:
-            self.then(worker_id)
+def _set_handlers(then: Callable[[int], None] | None, worker_id: int) -> None:
+    for number in SIGNALS:  # after torch has set its own handler
+        signal.signal(number, lambda *_: signal.alarm(_WORKER_GRACE))
+    if then is not None:
+        then(worker_id)
 
 
 @contextmanager

@@ -8,10 +8,20 @@ import importlib.util
 import logging
 
 import torch
+from espnet2.schedulers.abs_scheduler import AbsBatchStepScheduler
+from espnet2.tasks.abs_task import scheduler_classes
 from espnet2.train.trainer import TrainerOptions
 from espnet2.utils.build_dataclass import build_dataclass
 
 AMP_DTYPES = ("auto", "bfloat16", "float16")
+# Options of ESPnet's trainer that this one refuses -> the value that asks for nothing.
+_NO_EFFECT = {
+    **dict.fromkeys(("sharded_ddp", "use_adapter", "grad_noise"), False),
+    **dict.fromkeys(("create_graph_in_tensorboard", "no_forward_run"), False),
+    **dict.fromkeys(("ddp_comm_hook", "patience"), None),
+    "nbest_averaging_interval": 0,
+    "wandb_model_log_interval": -1,
+}
 
 
 @dataclasses.dataclass
@@ -117,9 +127,17 @@ def build_trainer_options(args: argparse.Namespace) -> SpearTrainerOptions:
         ValueError: an option that this trainer does not support, or a precision that
             the device does not compute in.
     """
-    for name in ("sharded_ddp", "create_graph_in_tensorboard", "use_adapter"):
-        if getattr(args, name, False):
-            raise ValueError(f"--{name} true is not supported in pre-training")
+    for name, none in _NO_EFFECT.items():
+        if getattr(args, name, none) != none:
+            raise ValueError(
+                f"--{name} {getattr(args, name)} is not supported in pre-training"
+            )
+    scheduler = scheduler_classes.get(args.scheduler)
+    if scheduler and not issubclass(scheduler, AbsBatchStepScheduler):
+        raise ValueError(
+            f"--scheduler {args.scheduler} counts epochs; choose one that counts "
+            "steps, such as eden"
+        )
     options = build_dataclass(SpearTrainerOptions, args)
     if not options.use_amp:
         if options.amp_dtype != "auto":

@@ -9,8 +9,8 @@ finite (step.py), keeps a running average of the model (average.py), and says in
 line how it is doing (progress.py).
 
 It relies on these parts of ESPnet's: the arguments of ``Trainer.run``, the options of
-``TrainerOptions``, ``Reporter`` and ``SubReporter`` (which it extends, reporter.py) and
-``average_nbest_models``; nothing of ESPnet's is changed or replaced.
+``TrainerOptions``, ``Reporter`` and ``SubReporter`` and ``average_nbest_models``;
+nothing of ESPnet's is changed or replaced.
 """
 
 from __future__ import annotations
@@ -18,33 +18,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.main_funcs.average_nbest_models import average_nbest_models
-from espnet2.schedulers.abs_scheduler import (
-    AbsEpochStepScheduler,
-    AbsValEpochStepScheduler,
-)
 from espnet2.torch_utils.device_funcs import to_device
 from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
 from espnet2.train.distributed_utils import DistributedOption
 from espnet2.train.reporter import SubReporter
 from espnet2.train.trainer import Trainer
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from espnet2_spear.train.average import RunningAverage, save_epoch_average
-from espnet2_spear.train.batches import Window, open_epoch, windows
+from espnet2_spear.train.batches import open_epoch, windows
 from espnet2_spear.train.checkpoint import (
     RunState,
     prepare_folder,
+    restore_statistics,
     resume_from_folder,
 )
-from espnet2_spear.train.gradients import evaluate, fix_gradient_layout
+from espnet2_spear.train.gradients import evaluate
 from espnet2_spear.train.interruption import Interrupted, StopRequest
 from espnet2_spear.train.options import (
     SpearTrainerOptions,
@@ -53,7 +49,7 @@ from espnet2_spear.train.options import (
     disable_missing_backends,
 )
 from espnet2_spear.train.pictures import show_prediction
-from espnet2_spear.train.progress import Curves, Progress
+from espnet2_spear.train.progress import Progress
 from espnet2_spear.train.step import OptimizerStep
 from espnet2_spear.train.writing import CheckpointWriteError, point_link, save_whole
 
@@ -97,11 +93,12 @@ class SpearTrainer(Trainer):
         options, distributed = trainer_options, distributed_option.distributed
         if distributed_option.ngpu > 1 and not distributed:
             raise ValueError("several GPUs need --multiprocessing_distributed true")
+        (optimizer,), (scheduler,) = optimizers, schedulers
         state = RunState(
             Path(options.output_dir),
             model,
-            optimizers,
-            schedulers,
+            optimizer,
+            scheduler,
             RunningAverage(options.average_period),
             options.grad_scaler(),
             options.accum_grad,
@@ -142,7 +139,7 @@ class Training:
         self.train_data, self.valid_data = train_data, valid_data
         self.plot_data = plot_data
         self.stop = StopRequest()
-        self.curves = Curves(options, state.rank == 0)
+        self.progress = Progress(options, state)
         self.model: torch.nn.Module = state.model  # wrapped, if there are several ranks
         self.statistics: SubReporter | None = None  # of the epoch's training
 
@@ -155,7 +152,7 @@ class Training:
             self.model = self._wrap_for_ranks()
         observe = state.reporter.observe
         with self.stop.listen():
-            while state.epoch <= options.max_epoch and not self._stops_early():
+            while state.epoch <= options.max_epoch:
                 logging.info(f"{state.epoch}/{options.max_epoch}epoch started")
                 set_all_random_seed(options.seed + state.epoch)
                 state.reporter.set_epoch(state.epoch)
@@ -166,58 +163,54 @@ class Training:
                 if self.plot_data is not None and state.rank == 0:
                     with observe("att_plot") as statistics:
                         self.draw_predictions(statistics)
-                self._step_schedulers()
                 any_valid = state.any_valid
                 self._finish_epoch()
                 if not any_valid:
                     logging.warning("no step of the epoch was valid: training ends")
                     break
         if state.rank == 0:
-            self._average_best()
+            average_nbest_models(
+                output_dir=state.output_dir,
+                reporter=state.reporter,
+                best_model_criterion=options.best_model_criterion,
+                nbest=self._nbest(),
+            )
 
     def train_epoch(self, statistics: SubReporter) -> None:
         """Train what is left of the epoch."""
         state, options = self.state, self.options
         self.statistics = statistics
-        iterator = open_epoch(self.train_data, state.epoch, state.position)
-        try:
-            left = len(iterator)  # type: ignore[arg-type]
-        except TypeError:
-            left = None
-        progress = Progress(options.max_epoch, left and state.position + left)
-        log_interval = options.log_interval or max((left or 2000) // 20, 10)
-        skips = getattr(iterator, "skips", ())
+        if state.interrupted is not None:
+            restore_statistics(statistics, state.interrupted)
+            state.interrupted = None
+        batches, total, skips = open_epoch(self.train_data, state.epoch, state.position)
+        self.progress.begin_epoch(total)
         step = OptimizerStep(self.model, state, statistics, options, skips)
         seed = (options.seed, state.epoch, state.rank)
         self.model.train()
-        for window in self._windows(iterator, options.accum_grad, state.position, seed):
-            if options.no_forward_run:
-                state.any_valid = True
-                continue
-            figures = step(window)
-            progress.count(figures)
-            lines = state.position // log_interval
-            state.position += figures.batches
-            if state.position // log_interval != lines and state.rank == 0:
-                self.curves.show(progress, state, statistics)
-            if options.save_interval and state.steps % options.save_interval == 0:
-                self._save_within_epoch()
+        groups = windows(batches, options.accum_grad, state.position, seed, self._agree)
+        with contextlib.closing(groups):
+            for window in groups:
+                figures = step(window)
+                state.position += figures.batches
+                self.progress.count(figures, statistics)
+                if options.save_interval and state.steps % options.save_interval == 0:
+                    self._save_within_epoch()
 
     def validate(self, statistics: SubReporter) -> None:
         """Register the figures of every batch of the validation."""
         options = self.options
-        iterator = open_epoch(self.valid_data, self.state.epoch)
+        batches, *_ = open_epoch(self.valid_data, self.state.epoch)
         self.model.eval()
-        for window in self._windows(iterator, 1, 0, (options.seed, "valid")):
-            if options.no_forward_run:
-                continue
-            ids, batch = window.batches[0]
-            batch = to_device(batch, options.device, non_blocking=True)
-            figures, weight = evaluate(
-                self.model, {**batch, "utt_id": ids}, options.autocast
-            )
-            statistics.register(figures, weight)
-            statistics.next()
+        groups = windows(batches, 1, 0, (options.seed, "valid"), self._agree)
+        with contextlib.closing(groups):
+            for window in groups:
+                ids, batch = window.batches[0]
+                batch = to_device(batch, options.device, non_blocking=True)
+                batch["utt_id"] = ids
+                result = evaluate(self.model, batch, options.autocast)
+                statistics.register(result.stats, result.sums["weight"])
+                statistics.next()
 
     @torch.no_grad()
     def draw_predictions(self, statistics: SubReporter) -> None:
@@ -229,7 +222,7 @@ class Training:
         state, options = self.state, self.options
         assert self.plot_data is not None
         student = state.model.eval()
-        for ids, batch in open_epoch(self.plot_data, state.epoch):
+        for ids, batch in open_epoch(self.plot_data, state.epoch)[0]:
             with options.autocast():
                 predictions = student.predict(**to_device(batch, options.device))
             for utt, prediction in zip(ids, predictions, strict=True):
@@ -238,33 +231,30 @@ class Training:
                     utt,
                     state.epoch,
                     state.output_dir / "predictions",
-                    self.curves.train_writer,
+                    self.progress.train_writer,
                     options.use_wandb,
                 )
             statistics.next()
 
-    def _windows(
-        self, iterator: Iterable, size: int, position: int, seed: tuple
-    ) -> Iterator[Window]:
-        """Batches of one step each; ends the training when a signal asked for it."""
-        groups = windows(
-            iterator,
-            size,
-            position,
-            seed,
-            lambda: self.stop.requested,
-            self.options.device if self.state.world_size > 1 else None,
-        )
-        with contextlib.closing(groups):
-            for window in groups:
-                if window.stop:
-                    self._save_within_epoch()
-                    logging.warning(
-                        "the training was asked to stop and ends; the same command "
-                        "with --resume true goes on"
-                    )
-                    raise Interrupted
-                yield window
+    def _agree(self, count: int) -> int:
+        """How many batches every rank has for a step.
+
+        Ends the training when any rank was asked to stop. The step is not even begun:
+        its batches come again when the training is resumed.
+        """
+        stop = self.stop.requested
+        if self.state.world_size > 1:
+            shared = torch.tensor([count, -int(stop)], device=self.options.device)
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MIN)
+            count, stop = shared.tolist()
+        if stop:
+            self._save_within_epoch()
+            logging.warning(
+                "the training was asked to stop and ends; the same command with "
+                "--resume true goes on"
+            )
+            raise Interrupted
+        return count
 
     def _save_within_epoch(self) -> None:
         """Write a checkpoint; a full disk costs this one, not the training."""
@@ -278,7 +268,7 @@ class Training:
         state, options = self.state, self.options
         folder, epoch = state.output_dir, state.epoch
         if state.rank == 0:
-            self.curves.show_epoch(state.reporter)
+            self.progress.show_epoch(state.reporter)
             save_epoch_average(
                 state.average, state.model, folder, epoch, options.keep_averages
             )
@@ -287,7 +277,6 @@ class Training:
             best = [k for k, epochs in self._ranking().items() if epochs[0] == epoch]
             for name in ["latest", *(f"{criterion}.best" for criterion in best)]:
                 point_link(folder / f"{name}.pth", file.name)
-            self.curves.log_model(file, epoch, best)
         state.begin_next_epoch()
         state.save()
         if state.rank == 0:
@@ -295,9 +284,6 @@ class Training:
             good = {e for epochs in self._ranking().values() for e in epochs[:kept]}
             for e in set(range(1, epoch)) - good:
                 (folder / f"{e}epoch.pth").unlink(missing_ok=True)
-            interval = options.nbest_averaging_interval
-            if interval > 0 and epoch % interval == 0:
-                self._average_best(f"till{epoch}epoch")
 
     def _ranking(self) -> dict[str, list[int]]:
         """Criterion such as ``valid.loss`` -> epochs, the best one first."""
@@ -313,45 +299,20 @@ class Training:
         nbest = self.options.keep_nbest_models
         return [nbest] if isinstance(nbest, int) else list(nbest) or [1]
 
-    def _average_best(self, suffix: str | None = None) -> None:
-        average_nbest_models(
-            output_dir=self.state.output_dir,
-            reporter=self.state.reporter,
-            best_model_criterion=self.options.best_model_criterion,
-            nbest=self._nbest(),
-            suffix=suffix,
-        )
-
-    def _step_schedulers(self) -> None:
-        """Schedulers that step once an epoch; the others do in every step."""
-        for scheduler in self.state.schedulers:
-            if isinstance(scheduler, AbsValEpochStepScheduler):
-                criterion = self.options.val_scheduler_criterion
-                scheduler.step(self.state.reporter.get_value(*criterion))
-            elif isinstance(scheduler, AbsEpochStepScheduler):
-                scheduler.step()
-
-    def _stops_early(self) -> bool:
-        """Whether ``patience`` epochs brought nothing."""
-        reporter, criterion = self.state.reporter, self.options.early_stopping_criterion
-        return (
-            self.options.patience is not None
-            and reporter.has(*criterion[:2])
-            and reporter.check_early_stopping(self.options.patience, *criterion)
-        )
-
     def _wrap_for_ranks(self) -> DistributedDataParallel:
-        """Let the gradients of all ranks meet, in the same places from step 1 on."""
+        """Let the gradients of all ranks meet.
+
+        Where a gradient lies decides in which order its elements and its ranks are
+        added up. DistributedDataParallel lays gradients out anew after its first
+        backward pass, unless it looks for unused parameters (the default of this task):
+        only then does a resumed training do its first step in the same order, and so
+        with the same last bits, as one that was not interrupted.
+        """
         options = self.options
         devices = [torch.cuda.current_device()] if options.ngpu > 0 else None
-        model = DistributedDataParallel(
+        return DistributedDataParallel(
             self.state.model,
             device_ids=devices,
             find_unused_parameters=options.unused_parameters,
             gradient_as_bucket_view=options.gradient_as_bucket_view,
         )
-        if options.ddp_comm_hook is not None:
-            hook = getattr(default_hooks, options.ddp_comm_hook)
-            model.register_comm_hook(None, hook)
-        fix_gradient_layout(model, options.device, options.autocast)
-        return model

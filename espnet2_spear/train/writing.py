@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from espnet2_spear.fileio.atomic import atomic
-from espnet2_spear.fileio.optional_output import warn_on_oserror
 
 
 class CheckpointWriteError(RuntimeError):
@@ -24,8 +22,7 @@ def save_whole(content: Any, path: Path, keep_as: Path | None = None) -> None:
     Args:
         content: for torch.save.
         path: of the file.
-        keep_as: second name that the old file gets, where the file system has hard
-            links.
+        keep_as: name that the old file gets.
 
     Raises:
         CheckpointWriteError: the disk is full, or the folder is not writable.
@@ -36,9 +33,10 @@ def save_whole(content: Any, path: Path, keep_as: Path | None = None) -> None:
             file.flush()
             os.fsync(file.fileno())
             if keep_as is not None and path.exists():
-                with warn_on_oserror(keep_as):
-                    _rename_into(keep_as, lambda name: os.link(path, name))
-        _sync_folder(path.parent)
+                os.replace(path, keep_as)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # lets the new name survive a power failure
+        os.close(folder)
     # torch's writer turns errors of the file into RuntimeErrors.
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(path.parent).free / 2**20
@@ -51,20 +49,7 @@ def save_whole(content: Any, path: Path, keep_as: Path | None = None) -> None:
 
 def point_link(path: Path, target: str) -> None:
     """Point a symbolic link somewhere else without a moment in which it is absent."""
-    _rename_into(path, lambda name: name.symlink_to(target))
-
-
-def _rename_into(path: Path, make: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    make(temporary)
+    temporary.symlink_to(target)
     os.replace(temporary, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let a rename survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
