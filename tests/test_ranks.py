@@ -5,11 +5,18 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from tiny_training import RATE, difference, end, launch, options, write_data
+from tiny_training import (
+    RATE,
+    difference,
+    end,
+    launch,
+    options,
+    with_other_audio,
+    write_data,
+    write_nan,
+)
 
 from espnet2_spear.tasks import spear
 from espnet2_spear.train import step
@@ -67,17 +74,9 @@ def test_stopped_and_resumed(data, tmp_path, ranks: int = 3):
 
 def test_skipped_by_all_ranks(data, tmp_path):
     """Rank 1 meets an utterance of nan; both skip, and rank 0 knows its name."""
-    lines = Path(data["speech"]).read_text().splitlines()
-    sizes = dict(x.split() for x in Path(data["shape"]).read_text().splitlines())
-    utt = lines[1].split()[0]
-    wave = np.full(int(sizes[utt]), np.nan, dtype=np.float32)
-    soundfile.write(tmp_path / "nan.wav", wave, RATE, subtype="FLOAT")
-    lines[1] = f"{utt} {tmp_path}/nan.wav"
-    (tmp_path / "wav.scp").write_text("\n".join(lines) + "\n")
+    write_nan(data, tmp_path / "nan.wav", utt := "u0001")
     cmd = options(data, tmp_path / "exp", "--max_epoch", 1, "--batch_size", 4)
-    cmd[cmd.index(f"{data['speech']},speech,sound")] = (
-        f"{tmp_path}/wav.scp,speech,sound"
-    )
+    cmd = with_other_audio(cmd, data, {utt: tmp_path / "nan.wav"})
     assert end(launch(cmd, tmp_path)) == [0] * RANKS
     skipped = (tmp_path / "exp" / SKIPPED).read_text().splitlines()
     assert len(skipped) == 1 and utt in skipped[0] and '"u0000"' not in skipped[0]
@@ -86,19 +85,12 @@ def test_skipped_by_all_ranks(data, tmp_path):
 
 
 def test_unreadable_utterances_of_all_ranks_are_counted(data, tmp_path):
-    lines = Path(data["speech"]).read_text().splitlines()
-    bad = [line.split()[0] for line in lines[::3]]
     (tmp_path / "empty.wav").write_bytes(b"")
-    lines = [
-        f"{utt} {tmp_path}/empty.wav" if utt in bad else f"{utt} {wav}"
-        for utt, wav in (line.split() for line in lines)
-    ]
-    (tmp_path / "wav.scp").write_text("\n".join(lines) + "\n")
+    bad = dict.fromkeys([f"u{i:04d}" for i in range(0, 12, 3)], tmp_path / "empty.wav")
     cmd = options(data, tmp_path / "exp", "--max_epoch", 1, "--num_iters_per_epoch", 6)
     cmd += ["--iterator_type", "task", "--batch_type", "numel"]
     cmd += ["--batch_bins", str(12 * RATE)]
-    speech = f"{data['speech']},speech,sound"
-    cmd[cmd.index(speech)] = f"{tmp_path}/wav.scp,speech,sound"
+    cmd = with_other_audio(cmd, data, bad)
     assert end(launch(cmd, tmp_path)) == [0] * RANKS
     listed = [
         [line.split()[0] for line in path.read_text().splitlines()]

@@ -9,13 +9,19 @@ from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from espnet2.train.reporter import Reporter
 from espnet2.train.trainer import Trainer, TrainerOptions
-from tiny_training import RATE, difference, options, start, train, write_data
+from tiny_training import (
+    difference,
+    options,
+    start,
+    train,
+    with_other_audio,
+    write_data,
+    write_nan,
+)
 
 from espnet2_spear.schedulers.eden import Eden
 from espnet2_spear.tasks.spear import SpearTask
@@ -237,22 +243,9 @@ def test_damaged_checkpoint(data, whole, tmp_path):
 
 
 def test_steps_with_nan_are_skipped(data, tmp_path):
-    table = tmp_path / "wav.scp"
-    lines = Path(data["speech"]).read_text().splitlines()
-    nan = np.full(RATE * 3 // 4, np.nan, dtype=np.float32)
-    bad = tmp_path / "nan.wav"
-    soundfile.write(bad, nan, RATE, subtype="FLOAT")
-    samples = dict(
-        line.split() for line in Path(data["shape"]).read_text().splitlines()
-    )
-    utt = lines[4].split()[0]
-    soundfile.write(bad, nan.repeat(2)[: int(samples[utt])], RATE, subtype="FLOAT")
-    lines[4] = f"{utt} {bad}"
-    table.write_text("\n".join(lines) + "\n")
-    # Only the training set is spoiled.
+    write_nan(data, tmp_path / "nan.wav", utt := "u0004")
     cmd = options(data, tmp_path / "exp")
-    at = cmd.index(f"{data['speech']},speech,sound")
-    cmd[at] = f"{table},speech,sound"
+    cmd = with_other_audio(cmd, data, {utt: tmp_path / "nan.wav"})
     assert train(cmd, tmp_path / "log") == 0
     skipped = (tmp_path / "exp" / SKIPPED).read_text().splitlines()
     assert len(skipped) == 2 and utt in skipped[0] and '"loss"' in skipped[0]

@@ -118,6 +118,31 @@ def data_options(data: dict[str, str]) -> list[str]:
     return cmd
 
 
+def with_other_audio(
+    cmd: Sequence[str], data: dict[str, str], other: dict[str, Path]
+) -> list[str]:
+    """The command, but the training (not the validation) reads other files of some.
+
+    Args:
+        cmd: of :func:`options`.
+        data: of :func:`write_data`.
+        other: utterance -> file; the new table lies beside the first.
+    """
+    table = next(iter(other.values())).with_name("wav.scp")
+    rows = (line.split() for line in Path(data["speech"]).read_text().splitlines())
+    table.write_text("".join(f"{utt} {other.get(utt, wav)}\n" for utt, wav in rows))
+    cmd = list(cmd)
+    cmd[cmd.index(f"{data['speech']},speech,sound")] = f"{table},speech,sound"
+    return cmd
+
+
+def write_nan(data: dict[str, str], path: Path, utt: str) -> None:
+    """Write as many samples of nan as an utterance has."""
+    rows = (line.split() for line in Path(data["shape"]).read_text().splitlines())
+    nan = np.full(int(dict(rows)[utt]), np.nan, dtype=np.float32)
+    soundfile.write(path, nan, RATE, subtype="FLOAT")
+
+
 def start(
     cmd: Sequence[str],
     log: Path,
