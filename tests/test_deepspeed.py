@@ -8,11 +8,8 @@ import torch
 from espnet2.tasks.abs_task import AbsTask
 from test_training_precision import build, make_batch
 
-from espnet2_spear.train.deepspeed import (
-    DeepSpeedConfigError,
-    check_deepspeed_config,
-    scale_loss_by_weight,
-)
+from espnet2_spear.train.gradients import scale_loss_by_weight
+from espnet2_spear.train.options import DeepSpeedConfigError, check_deepspeed_config
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "deepspeed_zero2.json"
 

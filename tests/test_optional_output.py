@@ -16,8 +16,7 @@ from espnet2_spear.fileio.optional_output import (
     warn_on_oserror,
 )
 from espnet2_spear.spear.model import PredictedTokens, Prediction
-from espnet2_spear.train.pictures import show_prediction
-from espnet2_spear.train.progress import Progress
+from espnet2_spear.train.progress import Progress, show_prediction
 
 
 @pytest.fixture

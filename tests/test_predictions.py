@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_objective import INNER, TEACHERS, batch, build
 from tiny_training import options, train, write_data
 
-from espnet2_spear.train.pictures import draw_prediction
+from espnet2_spear.train.progress import draw_prediction
 
 
 @pytest.mark.parametrize("teachers, factor", [(TEACHERS, 1), (TEACHERS, 2), (INNER, 2)])

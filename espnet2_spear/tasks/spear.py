@@ -34,8 +34,9 @@ from espnet2_spear.spear.model import SpearPretrainModel
 from espnet2_spear.spear.objective import DEFAULT_PRESET, resolve_loss_weights
 from espnet2_spear.spear.objective import PRESETS as LOSS_PRESETS
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.train.deepspeed import check_deepspeed_config, scale_loss_by_weight
+from espnet2_spear.train.gradients import scale_loss_by_weight
 from espnet2_spear.train.interruption import forward_signals_to_ranks
+from espnet2_spear.train.options import check_deepspeed_config
 from espnet2_spear.train.ranks import destroy_process_group_on_exit, watch_ranks
 from espnet2_spear.train.trainer import SpearTrainer
 from espnet2_spear.zipformer.config import ZipformerConfig

@@ -145,3 +145,20 @@ def _over_ranks(
     return BatchResult(
         dict(zip(stats, means, strict=True)), dict(zip(sums, totals, strict=True)), bad
     )
+
+
+def scale_loss_by_weight(model: nn.Module) -> None:
+    """Let the model return its loss times the batch's weight.
+
+    DeepSpeed's trainer expects a summed loss, ours is a mean: that trainer divides by
+    the sum of all ranks' weights without multiplying by the own one first. With this
+    the gradients are the exact mean over ranks, as with ESPnet's usual trainer.
+    """
+
+    def times_weight(
+        module: nn.Module, inputs: Any, output: tuple[Tensor, dict, Tensor]
+    ) -> tuple[Tensor, dict, Tensor]:
+        loss, stats, weight = output
+        return loss * weight.detach().to(loss.dtype), stats, weight
+
+    model.register_forward_hook(times_weight)

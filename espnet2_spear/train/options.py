@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import json
 import logging
+from pathlib import Path
 
 import torch
 from espnet2.schedulers.abs_scheduler import AbsBatchStepScheduler
@@ -13,6 +15,9 @@ from espnet2.tasks.abs_task import scheduler_classes
 from espnet2.train.trainer import TrainerOptions
 from espnet2.utils.build_dataclass import build_dataclass
 
+from espnet2_spear.errors import UserError
+
+LOW_PRECISION = ("bf16", "fp16", "amp")  # sections of DeepSpeed's configuration
 AMP_DTYPES = ("auto", "bfloat16", "float16")
 # Options of ESPnet's trainer that this one refuses -> the value that asks for nothing.
 _NO_EFFECT = {
@@ -163,6 +168,37 @@ def build_trainer_options(args: argparse.Namespace) -> SpearTrainerOptions:
             "it; use --amp_dtype float16, or auto"
         )
     return options
+
+
+class DeepSpeedConfigError(UserError):
+    """A configuration that this task cannot train with; the message says why."""
+
+
+def check_deepspeed_config(path: str | Path | None) -> None:
+    """Refuse configurations that would round the student's weights and the audio.
+
+    ESPnet's DeepSpeed trainer takes optimizer, schedule, precision and accumulation
+    from this file and ignores its own options for them.
+
+    Raises:
+        DeepSpeedConfigError: no file, no JSON, or weights in half precision.
+    """
+    if path is None:
+        raise DeepSpeedConfigError(
+            "--use_deepspeed true needs --deepspeed_config, such as "
+            "conf/deepspeed_zero2.json"
+        )
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DeepSpeedConfigError(f"{path}: {error}") from None
+    found = [key for key in LOW_PRECISION if key in config]
+    if found:
+        raise DeepSpeedConfigError(
+            f"{path}: '{found[0]}' lets ESPnet round weights and audio; for "
+            'bfloat16 products with float32 weights use "torch_autocast": '
+            '{"enabled": true, "dtype": "bfloat16"}'
+        )
 
 
 def disable_missing_backends(options: SpearTrainerOptions) -> None:

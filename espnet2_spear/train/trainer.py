@@ -48,8 +48,7 @@ from espnet2_spear.train.options import (
     build_trainer_options,
     disable_missing_backends,
 )
-from espnet2_spear.train.pictures import show_prediction
-from espnet2_spear.train.progress import Progress
+from espnet2_spear.train.progress import Progress, show_prediction
 from espnet2_spear.train.step import OptimizerStep
 from espnet2_spear.train.writing import CheckpointWriteError, point_link, save_whole
 
