@@ -80,7 +80,6 @@ class Training:
         window = Window(
             [([f"u{i}", f"v{i}"], make_batch(i)) for i in range(batches)],
             [0.0] * batches,
-            stop=False,
         )
         with reporter.observe("train") as sub:
             step = OptimizerStep(self.model, self.state, sub, self.options)
