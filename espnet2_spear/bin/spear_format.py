@@ -32,8 +32,13 @@ from espnet2_spear.fileio.convert import (
 from espnet2_spear.fileio.datadir import RAW, check, entries, entry_writer
 from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
-from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare, add_job_share_option
-from espnet2_spear.fileio.shards import Progress, in_processes
+from espnet2_spear.fileio.shards import (
+    WHOLE_JOB,
+    JobShare,
+    Progress,
+    add_job_share_option,
+    in_processes,
+)
 from espnet2_spear.fileio.tables import DataDirError, table_writer
 
 

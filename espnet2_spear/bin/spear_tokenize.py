@@ -16,7 +16,7 @@ from espnet2_spear.codes.tokenize_run import TokenizeRun
 from espnet2_spear.codes.tokenizer import TokenizeOptions
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
-from espnet2_spear.fileio.job_share import add_job_share_option
+from espnet2_spear.fileio.shards import add_job_share_option
 from espnet2_spear.fileio.utterances import beside_wav_scp, select_domains
 from espnet2_spear.teachers import load_teacher_config
 

@@ -23,10 +23,11 @@ from espnet2_spear.fileio.ark import SCP_COLUMNS, CodesWriter, write_missing_cod
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.hashes import digest_of, hash_of
-from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare
 from espnet2_spear.fileio.shards import (
+    WHOLE_JOB,
     Batches,
     DoneMarks,
+    JobShare,
     Shards,
     fingerprint,
     in_processes,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import (
@@ -16,14 +18,13 @@ from concurrent.futures import (
 )
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.hashes import crc32_of, digest_of
-from espnet2_spear.fileio.job_share import WHOLE_JOB, JobShare
 from espnet2_spear.fileio.utterances import Batched, Utterance
 
 SHARD_SECONDS = 600.0  # of audio, at least: what a killed run computes again
@@ -99,6 +100,45 @@ def fingerprint(facts: Mapping[str, Any], utterances: Iterable[Utterance]) -> st
     for utterance in utterances:
         digest.update(repr(utterance).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
+
+
+class JobShare(NamedTuple):
+    """Every ``count``-th shard, beginning with number ``first`` (0 to count - 1)."""
+
+    first: int = 0
+    count: int = 1
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard, numbered from 0, belongs to this part."""
+        return shard % self.count == self.first
+
+
+WHOLE_JOB = JobShare()
+
+
+def parse_job_share(text: str) -> JobShare:
+    """Read ``2/8``, the second of eight.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else, also ``0/8`` and ``9/8``.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be like 2/8, the second of eight parts"
+        )
+    return JobShare(int(match[1]) - 1, int(match[2]))
+
+
+def add_job_share_option(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the option ``--part``."""
+    parser.add_argument(
+        "--part",
+        type=parse_job_share,
+        metavar="J/N",
+        help="as job J of N do only its share of the shards, and leave the results to "
+        "a run without this option, which finds the shards of all jobs done",
+    )
 
 
 class DoneMarks:
