@@ -169,9 +169,9 @@ def take_over(
             part = list(islice(found, UTTS_OF_AN_ARK))
             if not part:
                 break
-            files = [folder / f"codes.{number}.{kind}" for kind in ("ark", "scp")]
+            ark, lines = (folder / f"codes.{number}.{kind}" for kind in ("ark", "scp"))
             try:
-                with CodesWriter(*files, codebook_size) as writer:
+                with CodesWriter(ark, lines, codebook_size) as writer:
                     for utt, matrix in part:
                         writer.write(utt, matrix)
                         frames += len(matrix)
@@ -179,7 +179,7 @@ def take_over(
                 raise UserError(
                     f"{error}; correct the cuts, or give another --codebook_size"
                 ) from None
-            for row in rows(files[1], SCP_COLUMNS):
+            for row in rows(lines, SCP_COLUMNS):
                 codes.add(row[:2])
         if not (written := len(codes)):
             raise UserError(
