@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named
-from espnet2_spear.hub.load import load_model
+from espnet2_spear.hub.load import ANCHOR, load_model
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import (
     NAMED_CONFIGS,
@@ -21,8 +21,6 @@ from espnet2_spear.zipformer.config import (
     ZipformerConfig,
 )
 from espnet2_spear.zipformer.encoder import DownsampledStack
-
-_ANCHOR = "encoder_embed.conv.0.weight"  # every student has it
 
 
 def build_student(
@@ -107,8 +105,8 @@ def brings_weights(
         state_dict: of a whole model.
         prefix: of the student's names in it.
     """
-    value = state_dict.get(prefix + _ANCHOR)
-    own = student.get_parameter(_ANCHOR).detach().cpu()
+    value = state_dict.get(prefix + ANCHOR)
+    own = student.get_parameter(ANCHOR).detach().cpu()
     return value is not None and not torch.equal(value.cpu(), own)
 
 

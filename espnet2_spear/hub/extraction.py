@@ -30,7 +30,7 @@ from espnet2_spear.fileio.shards import (
     split_into_shards,
 )
 from espnet2_spear.fileio.utterances import make_batches
-from espnet2_spear.hub.recordings import Recording, read_ahead
+from espnet2_spear.hub.recordings import Failures, Recording, read_ahead
 from espnet2_spear.hub.teacher import sha256_of_tensors
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
 
@@ -40,7 +40,6 @@ OUTPUT = "output"  # the final output, in place of a layer's number
 GRID_SECONDS = 4
 _SAMPLES_PER_FRAME = 320
 Layer = int | str
-Failures = dict[str, tuple[str, str]]  # utterance -> reason in a word, message
 
 
 class ExtractError(UserError):
@@ -242,7 +241,7 @@ class ExtractionRun:
         }
 
     def __call__(
-        self, recordings: Sequence[Recording], skipped: Sequence[tuple[str, str, str]]
+        self, recordings: Sequence[Recording], skipped: Failures
     ) -> list[Path]:
         """Compute what is not there yet.
 
@@ -251,7 +250,7 @@ class ExtractionRun:
 
         Args:
             recordings: what to encode.
-            skipped: what could not even be opened: utterance, reason, message.
+            skipped: what could not even be opened.
 
         Returns:
             the tables of the layers.
@@ -275,7 +274,7 @@ class ExtractionRun:
         run = fingerprint(self.describe(), recordings)
         marks = DoneMarks(self.folder, "feats", run)
         marks.clear_stale()
-        self.skipped = {utt: (reason, text) for utt, reason, text in skipped}
+        self.skipped = dict(skipped)
         tables: list[dict[str, str]] = [{} for _ in self.names]
         for record in marks.records(
             shards, lambda todo: (self._shard(i, shards[i]) for i in todo)

@@ -42,8 +42,8 @@ class Network:
 
     Attributes:
         module: in eval mode.
-        inputs: examples by name, in the order of the arguments; the first dimension of
-            each is the batch.
+        inputs: examples by name, in the order of the arguments, of which those behind
+            the second are ``*state``; the first dimension of each is the batch.
         outputs: names, in their order.
         lengths: name of an input -> fewest and most of its second dimension, which is
             dynamic; those that are not here have one shape.
@@ -74,13 +74,16 @@ class Network:
                 least, most = self.lengths[name]
                 shape[1] = Dim("length", min=least, max=most)
             shapes.append(shape)
+        dynamic: list[Any] = shapes[:2]
+        if shapes[2:]:
+            dynamic.append(tuple(shapes[2:]))
         sizes = fx_config.patch(backed_size_oblivious=self.single_frames)
         with torch.no_grad(), sizes:
             try:
                 program = torch.export.export(
-                    Positional(self.module),
+                    self.module,
                     tuple(self.inputs.values()),
-                    dynamic_shapes=(tuple(shapes),),
+                    dynamic_shapes=dynamic,
                     prefer_deferred_runtime_asserts_over_guards=True,
                 )
             except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
@@ -91,18 +94,6 @@ class Network:
                 ) from error
         drop_assertions(program.graph_module)
         return program
-
-
-class Positional(nn.Module):
-    """Calls a module by position, however its arguments are called."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
-        """Return what the module returns."""
-        return self.module(*args)
 
 
 def drop_assertions(graph_module: torch.fx.GraphModule) -> None:

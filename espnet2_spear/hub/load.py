@@ -44,7 +44,7 @@ WEIGHTS += ("student.pth", "valid.loss.ave.pth", "valid.loss.best.pth", "latest.
 _PART_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
 
 # Every student has this tensor; what stands before it in its name is the prefix.
-_ANCHOR = "encoder_embed.conv.0.weight"
+ANCHOR = "encoder_embed.conv.0.weight"
 _NETWORK = ("encoder_embed.", "encoder.", "mask_emb")
 # Prefix -> what a configuration and a user call the part of a model that it is.
 PARTS = {"student.": "student", "frontend.upstream.": "frontend", "encoder.": "encoder"}
@@ -306,13 +306,13 @@ def _take_student(
     Raises:
         CheckpointError: no student, or several and no ``part`` that says which.
     """
-    prefixes = [k.removesuffix(_ANCHOR) for k in read.tensors if k.endswith(_ANCHOR)]
+    prefixes = [k.removesuffix(ANCHOR) for k in read.tensors if k.endswith(ANCHOR)]
     names = [PARTS.get(p, p.rstrip(".")) for p in prefixes]
     if part is None and "student" in names:
         part = "student"
     if not prefixes:
         raise CheckpointError(
-            f"{read.file}: found 0 tensors named *{_ANCHOR}, expected one; this is not "
+            f"{read.file}: found 0 tensors named *{ANCHOR}, expected one; this is not "
             f"a SPEAR checkpoint: {REMEDY}"
         )
     if part is None and len(prefixes) > 1:

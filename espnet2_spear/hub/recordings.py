@@ -16,6 +16,7 @@ from espnet2_spear.fileio.folders import find_audio
 from espnet2_spear.fileio.utterances import Utterance
 
 WHOLE = Span(None, None)
+Failures = dict[str, tuple[str, str]]  # utterance -> reason in a word, message
 X, Y = TypeVar("X"), TypeVar("Y")
 
 
@@ -33,7 +34,7 @@ class Recording(Utterance):
 
 def find_recordings(
     inputs: Sequence[str],
-) -> tuple[list[Recording], list[tuple[str, str, str]]]:
+) -> tuple[list[Recording], Failures]:
     """List the recordings that a command line names.
 
     Args:
@@ -41,7 +42,7 @@ def find_recordings(
             directories, whose ``segments`` are honoured.
 
     Returns:
-        recordings, and those that cannot be read: utterance, reason, message.
+        recordings, and those that cannot be read.
 
     Raises:
         DataDirError: a table that is missing or malformed, or two recordings of one
@@ -74,7 +75,8 @@ def find_recordings(
                 add(utt, find_audio(value, path.parent))
         else:
             add(path.stem, name)
-    recordings, skipped = [], []
+    recordings: list[Recording] = []
+    skipped: Failures = {}
     for utt, (path, span) in wanted.items():
         try:
             if path.rstrip().endswith("|"):
@@ -83,7 +85,7 @@ def find_recordings(
                 )
             info = audio_info(path)
         except (AudioError, OSError) as error:
-            skipped.append((utt, getattr(error, "reason", "unreadable"), str(error)))
+            skipped[utt] = (getattr(error, "reason", "unreadable"), str(error))
             continue
         end = info.seconds if span.end is None else span.end
         seconds = end - (span.start or 0.0)
