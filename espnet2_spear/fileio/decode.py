@@ -150,8 +150,8 @@ class Source(AbstractContextManager):
 
     def _is_plausible(self, counted: int | None) -> bool:
         """Whether the length that soundfile tells can be true."""
-        if counted is not None:
-            return abs(counted - self._said) <= MP3_DELAY
+        if self._sound.subtype.startswith("MPEG"):  # often a guess from the first frame
+            return counted is not None and abs(counted - self._said) <= MP3_DELAY
         compressed = self._sound.subtype.startswith("ALAC")
         if self._said == 0 or (self._sound.format in _COMPARED and not compressed):
             return True
