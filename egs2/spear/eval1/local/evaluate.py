@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import heads
 import torch
 from features import Features, kept_features
 from heads import Score, run_probe
@@ -167,8 +168,9 @@ def systems(args: argparse.Namespace) -> Iterator[Callable[[], System]]:
 
 
 def score(task: Task, clips: Clips, features: Features, seed: int, kept: Path) -> Score:
-    """Score of a probe, from a file if it was made of the same features and split."""
+    """Score of a probe, from a file if the same probe made it of the same features."""
     digest = hashlib.sha256(repr((task.head, task.metric, clips)).encode())
+    digest.update(Path(heads.__file__).read_bytes())
     for utt in clips.all:
         digest.update(features.values[features.rows[utt]].tobytes())
     identity = digest.hexdigest()
