@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import ROOT
 from test_zipformer_exact import NARROW
 from torch._dynamo.utils import counters
 
@@ -81,7 +82,8 @@ def test_training_goes_on_without_a_compiler(
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "zipformer.py"
+    path = ROOT / "benchmarks" / "zipformer.py"
+    monkeypatch.syspath_prepend(path.parent)  # for what it shares with others
     spec = importlib.util.spec_from_file_location("benchmark_of_zipformer", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -8,13 +8,8 @@ import pytest
 import torch
 from espnet2.main_funcs.average_nbest_models import average_nbest_models
 from espnet2.train.reporter import Reporter
-from test_training_step import (  # noqa: F401  (data is a fixture)
-    CODEBOOKS,
-    data,
-    data_options,
-    train_twice,
-)
 from test_zipformer_exact import NARROW
+from tiny_training import options, train, write_data
 
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
@@ -555,25 +550,16 @@ def test_no_schedule_changes_after_the_stated_end() -> None:
     assert len(last) > 50 and max(last) == SCHEDULES_END
 
 
-def test_a_resumed_training_goes_on_counting(
-    data: dict[str, str],  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_a_resumed_training_goes_on_counting(tmp_path: Path) -> None:
     """Through ESPnet's trainer, a causal network with everything switched on."""
-    from espnet2_spear.bin.spear_train import main
-
-    options = ["--student", "tiny", "--use_matplotlib", "false"]
-    for field in ("regularize=true", "causal=true", "padding=exact"):
-        options += ["--student_conf", field]
-    for name, frame_rate in {"speech": 50.0, "audio": 25.0}.items():
-        options += [
-            *("--teachers", f"{name}.num_codebooks={CODEBOOKS[name]}"),
-            *("--teachers", f"{name}.codebook_size=256"),
-            *("--teachers", f"{name}.frame_rate={frame_rate}"),
-        ]
-    types = {"speech": "sound", "domain": "text"}
-    types |= {"codes_speech": "kaldi_ark", "codes_audio": "kaldi_ark"}
-    states = train_twice(main, options + data_options(data, types), tmp_path / "exp")
+    more = ("--student_conf", "causal=true", "--student_conf", "padding=exact")
+    cmd = options(write_data(tmp_path / "data", 4), tmp_path / "exp", *more)
+    states = []
+    for epoch in (1, 2):
+        log = tmp_path / f"log{epoch}"
+        assert train([*cmd, "--max_epoch", str(epoch)], log) == 0, log.read_text()
+        weights = tmp_path / "exp" / f"{epoch}epoch.pth"
+        states.append(torch.load(weights, weights_only=True))
     first, second = (float(s["schedule.batches"]) for s in states)
     assert first > 0 and second == pytest.approx(2 * first)  # equal batches
     student = load_model(tmp_path / "exp" / "2epoch.pth")
