@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.hub.load import load_model as load_student
-from espnet2_spear.hub.waveforms import normalized_layers
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.fbank import FRAME_SHIFT
 
@@ -60,7 +59,7 @@ class HearModel(nn.Module):
         audio = self.student.pad_short(audio.float())
         audio = F.pad(audio, (int(FRONT), BACK), mode="reflect")
         rows = max(1, MAX_SAMPLES // audio.size(1))
-        parts = [normalized_layers(self.student, x)[0] for x in audio.split(rows)]
+        parts = [self.student.normalized_layers(x)[0] for x in audio.split(rows)]
         return torch.cat(parts, dim=1)
 
 

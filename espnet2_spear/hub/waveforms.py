@@ -7,14 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import MAX_RATE, MIN_RATE, resample
 from espnet2_spear.spear.checks import InputError, check_scale
-from espnet2_spear.spear.student import SpearEncoder
 
 OTHER_RATE = ("refuse", "resample")
 
@@ -86,31 +84,3 @@ def as_batch(
         ]
     lengths = torch.tensor([len(item) for item in items], device=items[0].device)
     return pad_sequence(items, batch_first=True), lengths
-
-
-def normalized_layers(
-    student: SpearEncoder, audio: Tensor, lengths: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Embed sounds for a benchmark, which must embed every one.
-
-    Layers are normalised over their channels, because their scales differ. Audio too
-    short for one frame gets silence behind it.
-
-    Args:
-        student: in eval mode.
-        audio: (B, samples), or (samples,), in [-1, 1].
-        lengths: (B,) samples of each; None: all.
-
-    Returns:
-        hidden states (layers, B, T, C) float32, 50 Hz, and their frames (B,).
-
-    Raises:
-        InputError: no sound, or sounds that are empty, longer than an hour or no
-            numbers.
-    """
-    audio = student.pad_short(torch.atleast_2d(audio).float())
-    if lengths is None:
-        lengths = torch.full((len(audio),), audio.size(1), device=audio.device)
-    out = student(audio, lengths.clamp(min=student.min_samples))
-    states = torch.stack(out.hidden_states).float()
-    return F.layer_norm(states, states.shape[-1:]), out.hidden_states_lens

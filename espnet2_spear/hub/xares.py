@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.load import load_model
-from espnet2_spear.hub.waveforms import normalized_layers
 from espnet2_spear.zipformer.fbank import FRAME_SHIFT
 
 MODEL = "SPEAR_MODEL"
@@ -60,4 +59,4 @@ class SpearXaresEncoder(nn.Module):
             InputError: no sound, or sounds that are empty, longer than an hour or no
                 numbers.
         """
-        return normalized_layers(self.student, audio)[0].mean(dim=0)
+        return self.student.normalized_layers(audio)[0].mean(dim=0)

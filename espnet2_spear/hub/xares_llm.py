@@ -12,7 +12,6 @@ from torch import Tensor
 
 # A module of XARES-LLM has one name that ends with "Encoder".
 from espnet2_spear.hub import xares
-from espnet2_spear.hub.waveforms import normalized_layers
 
 
 class SpearXaresLlmEncoder(xares.SpearXaresEncoder):
@@ -53,6 +52,6 @@ class SpearXaresLlmEncoder(xares.SpearXaresEncoder):
         """
         mask = audio_attention_mask
         lengths = None if mask is None else mask.long().sum(dim=1)
-        layers, lens = normalized_layers(self.student, audio, lengths)
+        layers, lens = self.student.normalized_layers(audio, lengths)
         frames = torch.arange(layers.size(2), device=layers.device)
         return layers.mean(dim=0), (frames < lens.to(frames.device)[:, None]).long()

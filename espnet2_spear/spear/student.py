@@ -195,6 +195,32 @@ class SpearEncoder(nn.Module):
         self.check_longest(speech.size(1))
         return F.pad(speech, (0, max(0, self.min_samples - speech.size(1))))
 
+    def normalized_layers(
+        self, audio: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Embed sounds for a benchmark, which must embed every one.
+
+        Layers are normalised over their channels, because their scales differ. Audio
+        too short for one frame gets silence behind it.
+
+        Args:
+            audio: (B, samples), or (samples,), in [-1, 1].
+            lengths: (B,) samples of each; None: all.
+
+        Returns:
+            hidden states (layers, B, T, C) float32, 50 Hz, and their frames (B,).
+
+        Raises:
+            InputError: no sound, or sounds that are empty, longer than an hour or no
+                numbers.
+        """
+        audio = self.pad_short(torch.atleast_2d(audio).float())
+        if lengths is None:
+            lengths = torch.full((len(audio),), audio.size(1), device=audio.device)
+        out = self(audio, lengths.clamp(min=self.min_samples))
+        states = torch.stack(out.hidden_states).float()
+        return F.layer_norm(states, states.shape[-1:]), out.hidden_states_lens
+
     def start_stream(
         self, chunk_size: int | None = None, left_context_frames: int | None = None
     ) -> StreamState:
