@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import CODEBOOKS, RATE, options, train, write_data
+from tiny_training import CODEBOOKS, RATE, options, train_twice, write_data
 
 import espnet2_spear
 from espnet2_spear.tasks.spear import SpearTask
@@ -35,12 +35,7 @@ def test_pretraining_steps_and_resumes(tmp_path: Path, iterator: str) -> None:
         cmd += ["--sampler_conf", "domain_weights.audio=2"]
         cmd += ["--sampler_conf", "mix_headroom_seconds=0.5"]
         cmd += ["--accum_grad", "2", "--num_iters_per_epoch", "4"]
-    states = []
-    for epoch in (1, 2):
-        log = tmp_path / f"log{epoch}"
-        assert train([*cmd, "--max_epoch", str(epoch)], log) == 0, log.read_text()
-        weights = tmp_path / "exp" / f"{epoch}epoch.pth"
-        states.append(torch.load(weights, weights_only=True))
+    states = train_twice(cmd, tmp_path)
     for name, value in states[1].items():
         assert value.isfinite().all(), name
     moved = {k for k, v in states[0].items() if not torch.equal(v, states[1][k])}
@@ -54,7 +49,7 @@ def test_pretraining_steps_and_resumes(tmp_path: Path, iterator: str) -> None:
         assert "mixed_noise" in stats["train"]
         assert "mixed_noise" not in stats["valid"] and stats["valid"]["loss"] > 0
     # What the next stage needs: the student opens from the experiment's folder.
-    model = espnet2_spear.load_model(weights)
+    model = espnet2_spear.load_model(tmp_path / "exp/2epoch.pth")
     out = model(torch.zeros(1, RATE), torch.tensor([RATE]))
     assert out.encoder_out.isfinite().all()
 

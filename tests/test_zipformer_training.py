@@ -9,7 +9,7 @@ import torch
 from espnet2.main_funcs.average_nbest_models import average_nbest_models
 from espnet2.train.reporter import Reporter
 from test_zipformer_exact import NARROW
-from tiny_training import options, train, write_data
+from tiny_training import options, train_twice, write_data
 
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
@@ -554,12 +554,7 @@ def test_a_resumed_training_goes_on_counting(tmp_path: Path) -> None:
     """Through ESPnet's trainer, a causal network with everything switched on."""
     more = ("--student_conf", "causal=true", "--student_conf", "padding=exact")
     cmd = options(write_data(tmp_path / "data", 4), tmp_path / "exp", *more)
-    states = []
-    for epoch in (1, 2):
-        log = tmp_path / f"log{epoch}"
-        assert train([*cmd, "--max_epoch", str(epoch)], log) == 0, log.read_text()
-        weights = tmp_path / "exp" / f"{epoch}epoch.pth"
-        states.append(torch.load(weights, weights_only=True))
+    states = train_twice(cmd, tmp_path)
     first, second = (float(s["schedule.batches"]) for s in states)
     assert first > 0 and second == pytest.approx(2 * first)  # equal batches
     student = load_model(tmp_path / "exp" / "2epoch.pth")

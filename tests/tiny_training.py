@@ -184,6 +184,21 @@ def train(cmd: Sequence[str], log: Path, before=lambda: None, env=None) -> int:
     return process.exitcode
 
 
+def train_twice(cmd: Sequence[str], folder: Path) -> list[dict[str, torch.Tensor]]:
+    """One epoch, then a second one resumed from it; the weights after each.
+
+    Args:
+        cmd: of :func:`options`, whose output is ``folder``/exp.
+        folder: logs are written here.
+    """
+    states = []
+    for epoch in (1, 2):
+        log = folder / f"log{epoch}"
+        assert train([*cmd, "--max_epoch", str(epoch)], log) == 0, log.read_text()
+        states.append(torch.load(folder / f"exp/{epoch}epoch.pth", weights_only=True))
+    return states
+
+
 def launch(
     cmd: Sequence[str],
     folder: Path,
