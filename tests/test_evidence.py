@@ -1,6 +1,7 @@
 """The comparison of students (egs2/spear/eval1/evidence.sh): its files and tables."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -100,6 +101,69 @@ def test_lists_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> None:
         f"{arm}, seed {seed}:" for seed in (0, 7) for arm in ("asymmetric", "kmeans")
     ]
     assert "warmup_steps_list=[0,20,40]" in lines[1]
+
+
+def test_known_scores_are_not_trained_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of two machines' students is that of one machine; nothing is run."""
+    monkeypatch.setattr(evidence, "HERE", tmp_path)
+    conditions = {"steps": "800", "ssl_args": ""}
+    scores = evidence.ScoreTable("", conditions)
+    known = tmp_path / "scores.tsv"
+
+    def score(seed: int, test: float) -> dict[str, heads.Score]:
+        return {"prompts": heads.Score(seed, test + 1, test, [])}
+
+    scores.add("log-mel", score(0, 70.0))
+    for seed in range(3):
+        scores.add("asymmetric", score(seed, 60.0 + seed))
+        scores.write(known)
+        scores = evidence.ScoreTable(str(known), conditions)  # of another machine
+        scores.add("kmeans", score(seed, 64.0 + seed))
+    scores.write(known)
+    words = ["--only", "kmeans", "--tasks", "prompts", "--known", str(known)]
+    monkeypatch.setattr(
+        tasks.Task,
+        "read",
+        lambda path, read=tasks.Task.read: read(EVAL / "tasks" / path.name),
+    )
+    evidence.main(words)
+    shown = capsys.readouterr().out
+    assert "| log-mel | 70.0 |" in shown
+    title = evidence.Arm.read("kmeans").title
+    assert f"| {title} | 65.0 ± 1.0 |" in shown
+    assert f"| {title} | +4.0 ± 0.0 worse |" in shown
+    # What was read and nothing else is written beside the tables.
+    assert (tmp_path / "exp/evidence/scores.tsv").read_text() == known.read_text()
+    evidence.main([*words, "--seeds", "0 3", "--dry_run", "true"])
+    named = [x for x in capsys.readouterr().out.splitlines() if not x.startswith(" ")]
+    assert named == ["asymmetric, seed 3:", "kmeans, seed 3:"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        (None, [], "No such file"),
+        ("arm\tseed\nasymmetric\t0\n", [], "expected a scores.tsv"),
+        ("arm\tseed\ttask\tdev\ttest\tcommit\na\tx\tb\t1\t2\tc\n", [], "expected a s"),
+        (
+            "arm\tseed\ttask\tdev\ttest\tcommit\tsteps\tssl_args\n"
+            "a\t0\tb\t1\t2\tc\t800\t\n",
+            ["--steps", "40"],
+            "students with steps ['800']; this run has '40'",
+        ),
+    ],
+)
+def test_bad_known_scores(
+    tmp_path: Path, text: str | None, words: list[str], expected: str
+) -> None:
+    path = tmp_path / "scores.tsv"
+    if text is not None:
+        path.write_text(text)
+    words = ["--tasks", "prompts", "--dry_run", "true", "--known", str(path), *words]
+    with pytest.raises(tasks.TaskError, match=re.escape(expected)):
+        evidence.main(words)
 
 
 def test_table_of_the_demo(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ with paired differences -> exp/<tag>/RESULTS.md. What is finished is not done ag
   --probe_seeds \"0\"           of the probe
   --jobs N                    students at once, a thread each       [number of CPUs]
   --ssl_args \"...\"            more options of ../ssl1/run.sh, such as --data_config F
+  --known F.tsv               scores of students trained elsewhere, not trained again: a scores.tsv
+                              that this command wrote beside RESULTS.md
   --tag TAG                   in the names of results and students  [evidence]
   --dry_run true|false        only list the students and their commands [false]"
 
@@ -33,6 +35,7 @@ tasks="prompts speakers classes mixtures instruments"
 probe_seeds=0
 jobs=$(env -u OMP_NUM_THREADS nproc)
 ssl_args=
+known=
 tag=evidence
 dry_run=false
 
@@ -40,4 +43,5 @@ dry_run=false
 lock "exp/${tag}"
 python local/evidence.py --quick "${quick}" --only "${only}" --seeds "${seeds}" \
     --steps "${steps}" --tasks "${tasks}" --probe_seeds "${probe_seeds}" \
-    --jobs "${jobs}" --ssl_args "${ssl_args}" --tag "${tag}" --dry_run "${dry_run}"
+    --jobs "${jobs}" --ssl_args "${ssl_args}" --known "${known}" --tag "${tag}" \
+    --dry_run "${dry_run}"

@@ -4,12 +4,14 @@
 Called by evidence.sh. A student is a YAML file of evidence/ (options of ../ssl1/run.sh)
 and a seed of pre-training; evidence/tables.yaml says which students answer a question.
 All share data, codes where they can, steps, and seeds, so that differences can be taken
-seed by seed. What is finished is kept: each part is a stage of ssl1 or of eval1.
+seed by seed. What is finished is kept: each part is a stage of ssl1 or of eval1. What
+was trained and scored on another machine is taken over by --known.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import logging
 import math
@@ -25,7 +27,7 @@ import yaml
 from heads import Score
 from lanes import Job, Lanes
 from scipy.stats import t as student_t
-from table import Results, draw, environment, table
+from table import Results, commit, draw, environment, table
 from tasks import LOWER_IS_BETTER, Task, TaskError
 
 from espnet2_spear.fileio.datadir import read_table, write_table
@@ -221,14 +223,87 @@ def mean_score(scores: Sequence[Score], seed: int) -> Score:
     return Score(seed, dev, test, [])
 
 
-def results_of(args: argparse.Namespace, arm: Arm) -> dict[str, list[Score]]:
+class ScoreTable:
+    """Scores of students: a row of a TSV file a student and task.
+
+    Args:
+        path: to read, as ``write`` made it; None: no scores yet.
+        conditions: columns that must agree with this run's.
+
+    Raises:
+        TaskError: no such file, not such a table, or scores of other conditions.
+    """
+
+    COLUMNS = ("arm", "seed", "task", "dev", "test", "commit")
+
+    def __init__(self, path: str, conditions: Mapping[str, str]) -> None:
+        self.conditions = conditions
+        self._rows: dict[tuple[str, int, str], dict[str, str]] = {}
+        if not path:
+            return
+        try:
+            with open(path, encoding="utf-8", newline="") as stream:
+                rows = list(csv.DictReader(stream, delimiter="\t"))
+            for row in rows:
+                self._rows[row["arm"], int(row["seed"]), row["task"]] = row
+                float(row["dev"]), float(row["test"]), row["commit"]
+        except (OSError, KeyError, TypeError, ValueError, csv.Error) as e:
+            raise TaskError(
+                f"--known {path}: {e!r}; expected a scores.tsv of evidence.sh"
+            ) from e
+        for key, value in conditions.items():
+            if other := {row.get(key) for row in rows} - {value}:
+                raise TaskError(
+                    f"--known {path}: scores of students with {key} "
+                    f"{sorted(map(str, other))}; this run has {value!r}"
+                )
+
+    def get(self, arm: str, seed: int, tasks: Sequence[str]) -> dict[str, Score] | None:
+        """Task -> score of a student; None unless all tasks are known."""
+        if any((arm, seed, task) not in self._rows for task in tasks):
+            return None
+        rows = {task: self._rows[arm, seed, task] for task in tasks}
+        return {
+            task: Score(seed, float(row["dev"]), float(row["test"]), [])
+            for task, row in rows.items()
+        }
+
+    def controls(self, tasks: Sequence[str]) -> dict[str, dict[str, list[Score]]]:
+        """Name -> task -> scores of what is not trained here: log-mel, teachers."""
+        arms = {path.stem for path in ARMS.glob("*.yaml")}
+        found = {}
+        for name in sorted({arm for arm, _, _ in self._rows} - arms):
+            if scores := self.get(name, 0, tasks):
+                found[name] = {task: [score] for task, score in scores.items()}
+        return found
+
+    def add(self, arm: str, scores: Mapping[str, Score]) -> None:
+        """Take over the scores of a student of this run."""
+        for task, s in scores.items():
+            values = (arm, s.seed, task, f"{s.dev:.2f}", f"{s.test:.2f}", commit())
+            self._rows[arm, s.seed, task] = {
+                **dict(zip(self.COLUMNS, map(str, values), strict=True)),
+                **self.conditions,
+            }
+
+    def write(self, path: Path) -> None:
+        """Write all scores, those that were read too."""
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            names = [*self.COLUMNS, *self.conditions]
+            writer = csv.DictWriter(
+                stream, names, "", delimiter="\t", lineterminator="\n"
+            )
+            writer.writeheader()
+            writer.writerows(self._rows[key] for key in sorted(self._rows))
+
+
+def results_of(
+    args: argparse.Namespace, scores: ScoreTable, arm: Arm
+) -> dict[str, list[Score]]:
     """Task -> a score for every seed of pre-training."""
-    found: dict[str, list[Score]] = {}
-    for seed in args.seeds:
-        scores = read_scores(student_of(args, arm, seed).name)["student"]
-        for name, values in scores.items():
-            found.setdefault(name, []).append(mean_score(values, seed))
-    return found
+    names = args.tasks.split()
+    students = [scores.get(arm.name, seed, names) for seed in args.seeds]
+    return {name: [s[name] for s in students if s] for name in names}
 
 
 def differences(tasks: Sequence[Task], results: Results) -> str:
@@ -272,15 +347,16 @@ def differences(tasks: Sequence[Task], results: Results) -> str:
 
 
 def report(
-    args: argparse.Namespace, tasks: Sequence[Task], asked: Sequence[Question]
+    args: argparse.Namespace,
+    tasks: Sequence[Task],
+    asked: Sequence[Question],
+    scores: ScoreTable,
 ) -> None:
-    """Write RESULTS.md and its pictures."""
-    controls = {
-        name: {task: [mean_score(s, 0)] for task, s in scores.items()}
-        for name, scores in read_scores(f"{args.tag}_controls").items()
-    }
+    """Write RESULTS.md, its pictures and scores.tsv."""
+    controls = scores.controls(args.tasks.split())
     out = HERE / "exp" / args.tag
     out.mkdir(parents=True, exist_ok=True)
+    scores.write(out / "scores.tsv")
     steps = f"{args.steps} steps" if args.steps else "the configuration's steps"
     seeds = ", ".join(map(str, args.seeds))
     text = [
@@ -295,7 +371,7 @@ def report(
     ]
     for number, question in enumerate(asked, 1):
         results: dict[str, Mapping[str, Sequence[Score]]] = {
-            arm.title: results_of(args, arm) for arm in question.arms
+            arm.title: results_of(args, scores, arm) for arm in question.arms
         }
         draw(tasks, {**controls, **results}, out / f"table{number}.png")
         text += [f"## {question.title}", table(tasks, results)]
@@ -317,6 +393,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--tag", default="evidence")
     parser.add_argument("--ssl_args", default="")
+    parser.add_argument("--known", default="")
     parser.add_argument("--dry_run", choices=["true", "false"], default="false")
     return parser
 
@@ -333,25 +410,35 @@ def run(args: argparse.Namespace) -> None:
     ]
     asked = questions(args.only.split(), args.quick == "true")
     arms = list({arm.name: arm for q in asked for arm in q.arms}.values())
+    conditions = {"steps": str(args.steps), "ssl_args": args.ssl_args.strip()}
+    scores = ScoreTable(args.known, conditions)
     # Seed by seed, so that all questions have an answer early.
-    jobs = [student_job(args, arm, seed) for seed in args.seeds for arm in arms]
+    students = [
+        (arm, seed)
+        for seed in args.seeds
+        for arm in arms
+        if scores.get(arm.name, seed, args.tasks.split()) is None
+    ]
+    jobs = [student_job(args, arm, seed) for arm, seed in students]
     if args.dry_run == "true":
         for job in jobs:
             print(f"{job.name}:", *map(shlex.join, job.commands), sep="\n  ")
         return
-    prepare(args, arms)
+    if students:
+        prepare(args, list({arm.name: arm for arm, _ in students}.values()))
     Lanes(args.jobs).run(jobs)
-    controls = eval1(
-        args,
-        student=student_of(args, arms[0], args.seeds[0]) / MODEL,
-        stage=3,
-        systems="logmel random teachers",
-        tag=f"{args.tag}_controls",
-        seeds=args.probe_seeds,
-        nj=args.jobs,
-    )
-    call(controls)
-    report(args, tasks, asked)
+    for arm, seed in students:
+        found = read_scores(student_of(args, arm, seed).name)["student"]
+        scores.add(arm.name, {k: mean_score(v, seed) for k, v in found.items()})
+    # Whoever wrote the scores of students wrote those of controls, of the same tasks.
+    if students:
+        tag, student = f"{args.tag}_controls", student_of(args, *students[0]) / MODEL
+        systems = "logmel random teachers"
+        options = {"tag": tag, "seeds": args.probe_seeds, "nj": args.jobs}
+        call(eval1(args, student=student, stage=3, systems=systems, **options))
+        for name, found in read_scores(tag).items():
+            scores.add(name, {k: mean_score(v, 0) for k, v in found.items()})
+    report(args, tasks, asked, scores)
 
 
 def main(cmd: list[str] | None = None) -> None:

@@ -65,18 +65,23 @@ def table(tasks: Sequence[Task], results: Results) -> str:
     return "\n".join(lines)
 
 
-def environment() -> str:
-    """Where and when, as ESPnet's RESULTS.md say it."""
+def commit() -> str:
+    """Short name of this code's commit."""
     git = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     )
+    return git.stdout.strip() or "unknown"
+
+
+def environment() -> str:
+    """Where and when, as ESPnet's RESULTS.md say it."""
     return "\n".join(
         [
             "## Environments",
             f"- date: `{datetime.datetime.now():%Y-%m-%d %H:%M}`",
             f"- python: `{platform.python_version()}`, torch: `{version('torch')}`, "
             f"espnet: `{version('espnet')}`",
-            f"- commit: `{git.stdout.strip() or 'unknown'}`",
+            f"- commit: `{commit()}`",
         ]
     )
 
