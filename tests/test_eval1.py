@@ -53,7 +53,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eval1")
     rng = np.random.default_rng(0)
     data = DataDir(wav_scp={}, utt2spk={})
-    labels, splits = {}, {}
+    labels, splits, spans = {}, {}, {}
     for i in range(45):
         utt, word = f"u{i:02d}", WORDS[i % 3]
         time = np.arange(3200) / 16000
@@ -66,10 +66,13 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data.utt2spk[utt] = utt
         data.utt2domain[utt] = "audio"
         data.text[utt] = labels[utt] = word
+        ends = enumerate(word, 1)
+        spans[utt] = " ".join(f"{tone} {0.2 * number:.3f}" for number, tone in ends)
         splits[utt] = {3: "dev", 4: "test"}.get(i // 3 % 5, "train")
     data.write(folder / "toy")
     write_table(folder / "toy/labels", labels)
     write_table(folder / "toy/splits", splits)
+    write_table(folder / "toy/tones", spans)
     return folder
 
 
@@ -105,7 +108,7 @@ def test_split_files_have_all_parts() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head": "mlp"}, "head 'mlp'; one of linear, ctc"),
+        ({"head": "mlp"}, "head 'mlp'; one of linear, ctc, frames"),
         ({"metric": "cer"}, "metric 'cer'; one of accuracy, map"),
         ({"domain": "music"}, "domain 'music'; one of speech, audio"),
         ({"seeds": 3}, r"unknown keys \['seeds'\]"),
@@ -299,6 +302,38 @@ def test_precision_is_of_posteriors(
     assert score.test == pytest.approx(100 * np.mean(expected), abs=0.3)
 
 
+@pytest.mark.parametrize("label", ["A", "A 0.2 B", "A 0.2 B x", "A 0.4 B 0.2"])
+def test_bad_labels_of_frames(tmp_path: Path, label: str) -> None:
+    task = tasks.Task.read(task_file(tmp_path, head="frames", metric="fer"))
+    with pytest.raises(tasks.TaskError, match="labels of 'u1': expected 'class end"):
+        tasks.spans(task, "u1", label)
+
+
+@pytest.mark.parametrize("rate", [50, 25, 12.5])
+def test_frames_of_any_rate_answer_every_20_ms(tmp_path: Path, rate: float) -> None:
+    """Classes of 0.4 s each, which features of every rate here can tell apart."""
+    rng = np.random.default_rng(0)
+    names = [f"u{i}" for i in range(40)]
+    utts = {"train": names[:24], "dev": names[24:32], "test": names[32:]}
+    order = {u: rng.permutation(3) for u in names}
+    count = round(1.2 * rate)
+    labels = {
+        u: " ".join(f"c{k} {0.4 * (i + 1):.1f}" for i, k in enumerate(order[u]))
+        for u in names
+    }
+    values = np.zeros((40 * count, 2, 3), np.float32)
+    for row, u in enumerate(names):
+        middles = (np.arange(count) + 0.5) / rate
+        classes = order[u][(middles / 0.4).astype(int)]
+        values[row * count : (row + 1) * count, 1] = np.eye(3)[classes]
+    values += 0.1 * rng.standard_normal(values.shape).astype(np.float32)
+    rows = {u: slice(i * count, (i + 1) * count) for i, u in enumerate(names)}
+    task = tasks.Task.read(task_file(tmp_path, head="frames", metric="fer"))
+    clips = tasks.Clips(utts, labels, ["c0", "c1", "c2"])
+    score = heads.run_probe(task, clips, features.Features(values, rows), 0)
+    assert score.test < 1 and np.argmax(score.layers) == 1
+
+
 def test_character_errors() -> None:
     paths = [[0, 1, 1, 0, 1, 2], [0, 0], [3]]
     texts = [[1, 1, 2], [2], [3]]
@@ -337,6 +372,7 @@ def test_a_task_of_ones_own(
 ) -> None:
     """One YAML file, as README.md says: all stages, then nothing is made again."""
     words = task_file(clips, title="words")
+    tones = task_file(clips, title="tones", label="tones", head="frames", metric="fer")
     spelled = task_file(
         clips,
         title="spelled",
@@ -353,7 +389,14 @@ def test_a_task_of_ones_own(
     )
     command = [
         *(EVAL / "run.sh", "--student", student, "--seeds", "0 1", "--nj", "1"),
-        *("--tasks", f"{words} {spelled} {noisy}", "--teachers", "", "--tag", "t"),
+        *(
+            "--tasks",
+            f"{words} {spelled} {noisy} {tones}",
+            "--teachers",
+            "",
+            "--tag",
+            "t",
+        ),
         *("--datadir", clips / "data", "--dumpdir", clips / "dump"),
         *("--expdir", clips / "exp"),
     ]
@@ -364,6 +407,7 @@ def test_a_task_of_ones_own(
     assert results["log-mel"]["words"][0]["test"] == 100
     assert results["log-mel"]["noisy"][0]["test"] > 80
     assert results["log-mel"]["spelled"][0]["test"] < 50
+    assert results["log-mel"]["tones"][0]["test"] < 20
     text = (clips / "exp/t/RESULTS.md").read_text()
     assert "words, accuracy, %" in text and "train 27, dev 9, test 9" in text
     assert (clips / "exp/t/RESULTS.png").stat().st_size < 200_000

@@ -14,6 +14,7 @@ from espnet2_spear.fileio.datadir import DataDir, DataDirError, read_table, writ
 
 sys.path.insert(0, str(ROOT / "egs2/spear/eval1/local"))
 import containers  # noqa: E402
+import data_festvox  # noqa: E402
 import data_fotaq  # noqa: E402
 import data_hedgewars  # noqa: E402
 import data_instruments  # noqa: E402
@@ -225,6 +226,27 @@ def test_phrases_that_all_voices_say(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(DataDirError, match="Robot: no .ogg files; run stage 1"):
         data_hedgewars.main(cmd)
+
+
+def test_phones_of_a_voice(tmp_path: Path) -> None:
+    voice = tmp_path / "root" / data_festvox.VOICE
+    for name in ("lab", "wav"):
+        (voice / name).mkdir(parents=True)
+    command = ["--root", str(tmp_path / "root"), "--out_dir", str(tmp_path / "out")]
+    with pytest.raises(DataDirError, match="lab: no labels; run stage 1"):
+        data_festvox.main(command)
+    for i in range(9):
+        lab = voice / f"lab/ru_{i:04d}.lab"
+        lab.write_text(f"#\n 0.20000 125 pau\n 0.3{i}000 125 ay\n")
+    data_festvox.main(command)
+    assert read_table(tmp_path / "out/phones", "utterance phones") == {
+        f"ru_000{i}": f"pau 0.200 ay 0.3{i}0" for i in (0, 4, 8)
+    }
+    assert DataDir.load(tmp_path / "out").wav_scp["ru_0004"].endswith("ru_0004.wav")
+    for text in ("0.2 125 pau\n", "#\n", "#\n0.2 pau\n"):
+        lab.write_text(text)
+        with pytest.raises(DataDirError, match="ru_0008.lab: expected 'end colour ph"):
+            data_festvox.main(command)
 
 
 def test_noise(tmp_path: Path) -> None:

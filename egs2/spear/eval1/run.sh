@@ -20,7 +20,7 @@ Stages (what is finished is done again only if its inputs or options changed)
   --tag TAG                   name in exp/                      [name of the folder of PATH]
   --tasks \"A B\"               names in tasks/, or YAML files of your own
                               [all that need no package of more than 100 MB]
-  --full true|false           the others, too (310 MB more)     [false]
+  --full true|false           the others, too (490 MB more)     [false]
   --teachers \"NAME=F ...\"     to compare with, YAML             [whisper_tiny_en, yamnet]
   --systems \"A B\"             what is compared              [logmel random student teachers]
   --seeds \"0 1 2\"             of the probe

@@ -3,7 +3,7 @@
 Only the first 10 s of a clip are embedded; silence follows clips shorter than 0.5 s.
 Kept are, for the head `linear`, mean and
 standard deviation over time of every layer, (clips, layers, 2 channels) float32; and
-for `ctc` all frames, (frames, layers, channels) float16.
+for the others all frames, (frames, layers, channels) float16.
 """
 
 from __future__ import annotations

@@ -2,29 +2,31 @@
 
 Features are standardised by mean and deviation of the training clips, for each channel
 of each layer. Then softmax weights sum the layers, and a linear map gives the scores of
-classes (`linear`), or of characters in every frame (`ctc`). Regularisation and epoch
-are chosen on the part dev.
+classes (`linear`), of characters in every frame (`ctc`), or of a class in every frame
+(`frames`). Regularisation and epoch are chosen on the part dev.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from features import Features
+from features import LONGEST, RATE, Features
 from sklearn.metrics import average_precision_score
-from tasks import PARTS, Clips, Task
+from tasks import PARTS, Clips, Task, spans
 from torch import Tensor, nn
 from torchaudio.functional import edit_distance
 
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the weights, head linear
 STEPS = 300  # of L-BFGS; fewer leave what the initial weights were in the scores
-# Head ctc; batch, rate and epochs by the CER on dev of one student (evidence's
-# asymmetric, seed 0): a rate of 0.004 learned too little, 0.05 and 0.1 no more.
-EPOCHS, EVERY, BATCH, RATE = 60, 3, 8, 2e-2
+# Heads ctc and frames; batch, rate and epochs by the CER on dev of one student
+# (evidence's asymmetric, seed 0): a rate of 0.004 learned too little, 0.05 and 0.1 no
+# more.
+EPOCHS, EVERY, BATCH, LEARNING_RATE = 60, 3, 8, 2e-2
+FRAMES = 50  # a second, at which the head frames asks
 
 
 @dataclass
@@ -63,7 +65,8 @@ class Probe(nn.Module):
 
 def run_probe(task: Task, clips: Clips, features: Features, seed: int) -> Score:
     """Train, choose and test a probe."""
-    return (_linear if task.head == "linear" else _ctc)(task, clips, features, seed)
+    head = {"linear": _linear, "ctc": _ctc, "frames": _frames}[task.head]
+    return head(task, clips, features, seed)
 
 
 def _statistics(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,54 +142,66 @@ def measure(metric: str, scores: Tensor, y: Tensor) -> float:
 
 
 # ------------------------------------------------------------
-# Characters, by connectionist temporal classification.
+# Every frame has a say: batches of clips, epochs.
 
 
-def _ctc(task: Task, clips: Clips, features: Features, seed: int) -> Score:
-    index = {char: i + 1 for i, char in enumerate(clips.classes)}  # 0: blank
-    texts = {utt: [index[c] for c in clips.labels[utt]] for utt in clips.all}
-
-    def frames(utt: str) -> Tensor:
-        return torch.from_numpy(np.asarray(features.values[features.rows[utt]]))
-
+def _by_epochs(
+    probe: Probe,
+    clips: Clips,
+    seed: int,
+    loss_of: Callable[[Sequence[str]], Tensor],
+    errors_of: Callable[[Sequence[str]], float],
+) -> Score:
+    """Train by Adam; keep the epoch with the fewest errors on dev."""
     train = clips.utts["train"]
-    probe = Probe(
-        *_statistics(torch.cat([frames(u) for u in train])), len(index) + 1, seed
-    )
-    optimizer = torch.optim.Adam(probe.parameters(), lr=RATE)
+    optimizer = torch.optim.Adam(probe.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(seed)
     best: Score | None = None
     for epoch in range(1, EPOCHS + 1):
         order = torch.randperm(len(train), generator=generator).tolist()
         for start in range(0, len(order), BATCH):
-            utts = [train[i] for i in order[start : start + BATCH]]
-            parts = [frames(u) for u in utts]
-            scores = probe(torch.cat(parts)).log_softmax(-1)
-            scores = nn.utils.rnn.pad_sequence(scores.split([len(p) for p in parts]))
-            loss = F.ctc_loss(
-                scores,
-                torch.tensor([c for u in utts for c in texts[u]]),
-                torch.tensor([len(p) for p in parts]),
-                torch.tensor([len(texts[u]) for u in utts]),
-                zero_infinity=True,  # a clip with fewer frames than characters
-            )
+            loss = loss_of([train[i] for i in order[start : start + BATCH]])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         if epoch % EVERY:
             continue
         with torch.no_grad():
-            dev, test = (
-                character_errors(
-                    [probe(frames(u)).argmax(-1).tolist() for u in clips.utts[part]],
-                    [texts[u] for u in clips.utts[part]],
-                )
-                for part in ("dev", "test")
-            )
+            dev, test = (errors_of(clips.utts[part]) for part in ("dev", "test"))
         if best is None or dev < best.dev:
             best = Score(seed, dev, test, probe.layer.softmax(0).tolist())
     assert best is not None
     return best
+
+
+def _all_frames(features: Features, utt: str) -> Tensor:
+    return torch.from_numpy(np.asarray(features.values[features.rows[utt]]))
+
+
+def _ctc(task: Task, clips: Clips, features: Features, seed: int) -> Score:
+    """Characters, by connectionist temporal classification."""
+    index = {char: i + 1 for i, char in enumerate(clips.classes)}  # 0: blank
+    texts = {utt: [index[c] for c in clips.labels[utt]] for utt in clips.all}
+    train = torch.cat([_all_frames(features, utt) for utt in clips.utts["train"]])
+    probe = Probe(*_statistics(train), len(index) + 1, seed)
+
+    def loss_of(utts: Sequence[str]) -> Tensor:
+        parts = [_all_frames(features, utt) for utt in utts]
+        scores = probe(torch.cat(parts)).log_softmax(-1)
+        scores = nn.utils.rnn.pad_sequence(scores.split([len(p) for p in parts]))
+        return F.ctc_loss(
+            scores,
+            torch.tensor([c for u in utts for c in texts[u]]),
+            torch.tensor([len(p) for p in parts]),
+            torch.tensor([len(texts[u]) for u in utts]),
+            zero_infinity=True,  # a clip with fewer frames than characters
+        )
+
+    def errors_of(utts: Sequence[str]) -> float:
+        paths = [probe(_all_frames(features, u)).argmax(-1).tolist() for u in utts]
+        return character_errors(paths, [texts[u] for u in utts])
+
+    return _by_epochs(probe, clips, seed, loss_of, errors_of)
 
 
 def character_errors(paths: Sequence[list[int]], texts: Sequence[list[int]]) -> float:
@@ -196,3 +211,35 @@ def character_errors(paths: Sequence[list[int]], texts: Sequence[list[int]]) -> 
         merged = [c for i, c in enumerate(path) if c and (i == 0 or c != path[i - 1])]
         errors += edit_distance(merged, text)
     return 100 * errors / sum(map(len, texts))
+
+
+def _frames(task: Task, clips: Clips, features: Features, seed: int) -> Score:
+    """The class in every frame of 20 ms, whatever the rate of the features."""
+    index = {name: i for i, name in enumerate(clips.classes)}
+    answers, seen = {}, {}
+    for utt in clips.all:
+        labelled = spans(task, utt, clips.labels[utt])
+        ends = torch.tensor([end for _, end in labelled])
+        seconds = min(ends[-1].item(), LONGEST / RATE)
+        middles = (torch.arange(int(seconds * FRAMES)) + 0.5) / FRAMES
+        classes = torch.tensor([index[name] for name, _ in labelled])
+        answers[utt] = classes[torch.searchsorted(ends, middles, right=True)]
+        count = len(features.values[features.rows[utt]])
+        seen[utt] = (middles / seconds * count).long()
+
+    def frames(utts: Sequence[str]) -> Tensor:
+        return torch.cat([_all_frames(features, u)[seen[u]] for u in utts])
+
+    def right(utts: Sequence[str]) -> Tensor:
+        return torch.cat([answers[u] for u in utts])
+
+    probe = Probe(*_statistics(frames(clips.utts["train"])), len(index), seed)
+    return _by_epochs(
+        probe,
+        clips,
+        seed,
+        lambda utts: F.cross_entropy(probe(frames(utts)), right(utts)),
+        lambda utts: (
+            100 * (probe(frames(utts)).argmax(1) != right(utts)).float().mean().item()
+        ),
+    )

@@ -17,7 +17,12 @@ from tasks import DOMAINS, LOWER_IS_BETTER, Task
 Results = Mapping[
     str, Mapping[str, Sequence[Score]]
 ]  # title of system -> task -> seeds
-METRIC = {"accuracy": "accuracy, %", "map": "mAP, %", "cer": "CER, % (lower is better)"}
+METRIC = {
+    "accuracy": "accuracy, %",
+    "map": "mAP, %",
+    "cer": "CER, % (lower is better)",
+    "fer": "frame errors, % (lower is better)",
+}
 
 
 def spread(scores: Sequence[Score]) -> str:

@@ -10,8 +10,8 @@ A file of `tasks/` says what is asked of which clips:
         command: python local/data_fotaq.py --root {root} --out_dir {out}
     label: labels                        # table of the data directory, or text
     split: splits/speakers.txt           # clip or group, and train, dev or test
-    head: linear                         # or ctc
-    metric: accuracy                     # or map, cer
+    head: linear                         # or ctc, frames
+    metric: accuracy                     # or map, cer, fer
 
 README.md explains every key. `like: NAME` takes over what another task says.
 """
@@ -31,9 +31,10 @@ from espnet2_spear.fileio.datadir import DataDirError, read_table
 
 PARTS = ("train", "dev", "test")
 ALIASES = {"valid": "dev", "val": "dev", "eval": "test"}  # in corpora's own tables
-HEADS = {"linear": ("accuracy", "map"), "ctc": ("cer",)}  # head -> its metrics
+# Head -> its metrics.
+HEADS = {"linear": ("accuracy", "map"), "ctc": ("cer",), "frames": ("fer",)}
 DOMAINS = ("speech", "audio")
-LOWER_IS_BETTER = ("cer",)
+LOWER_IS_BETTER = ("cer", "fer")
 
 
 class TaskError(UserError):
@@ -162,7 +163,7 @@ class Clips:
 
     Attributes:
         utts: part -> names.
-        labels: utterance -> its class(es), or its text.
+        labels: utterance -> its class(es), or its text, or (frames) `class end ...`.
         classes: all classes, sorted; of text, all characters.
     """
 
@@ -224,8 +225,31 @@ def _symbols(task: Task, clips: Clips, part: str) -> Counter[str]:
     count: Counter[str] = Counter()
     for utt in clips.utts[part]:
         label = clips.labels[utt]
-        count.update(label if task.head == "ctc" else label.split())
+        if task.head == "frames":
+            count.update(name for name, _ in spans(task, utt, label))
+        else:
+            count.update(label if task.head == "ctc" else label.split())
     return count
+
+
+def spans(task: Task, utt: str, label: str) -> list[tuple[str, float]]:
+    """Classes of a clip one after another, each with its end in seconds.
+
+    Raises:
+        TaskError: no such label.
+    """
+    words = label.split()
+    try:
+        ends = [float(word) for word in words[1::2]]
+        found = list(zip(words[::2], ends, strict=True))
+        if ends == sorted(ends) and ends[0] >= 0:
+            return found
+    except ValueError:
+        pass
+    raise TaskError(
+        f"{task.path}: {task.label} of '{utt}': expected 'class end class end ...', "
+        "ends in seconds that rise"
+    )
 
 
 def _table(task: Task, path: Path, columns: str) -> dict[str, str]:

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Phones of a Russian voice as a data directory, with the time at which each ends.
+
+festvox-ru has 620 sentences read by one man, labelled for synthesis. Every fourth is
+taken. Besides the usual tables it writes `phones`: an utterance, and of each phone its
+name and its end in seconds.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from espnet2_spear.fileio.datadir import DataDir, DataDirError, write_table
+
+VOICE = "usr/share/festival/voices/russian/msu_ru_nsh_clunits"
+EVERY = 4
+
+
+def read_lab(path: Path) -> str:
+    """Phones and ends of a label file of Festival: `end colour phone` behind a `#`.
+
+    Raises:
+        DataDirError: not such a file.
+    """
+    head, mark, body = path.read_text(encoding="utf-8").partition("#\n")
+    lines = [line.split() for line in body.splitlines()]
+    if not mark or not lines or any(len(line) != 3 for line in lines):
+        raise DataDirError(f"{path}: expected 'end colour phone' lines behind a '#'")
+    return " ".join(f"{phone} {float(end):.3f}" for end, _, phone in lines)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line parser."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
+    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
+    return parser
+
+
+def main(cmd: list[str] | None = None) -> None:
+    """Write the data directory.
+
+    Raises:
+        DataDirError: no labels, or a malformed file of them.
+    """
+    args = get_parser().parse_args(cmd)
+    voice = args.root / VOICE
+    files = sorted((voice / "lab").glob("*.lab"))[::EVERY]
+    if not files:
+        raise DataDirError(f"{voice}/lab: no labels; run stage 1 of run.sh again")
+    data = DataDir(wav_scp={}, utt2spk={}, path=args.out_dir)
+    phones = {}
+    for file in files:
+        utt = file.stem
+        data.wav_scp[utt] = str((voice / "wav" / f"{utt}.wav").absolute())
+        data.utt2spk[utt], data.utt2domain[utt] = "ru_nsh", "speech"
+        phones[utt] = read_lab(file)
+    data.write(args.out_dir)
+    write_table(args.out_dir / "phones", phones)
+    logging.info("%d sentences", len(phones))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="(data_festvox.py) %(message)s")
+    main()
