@@ -16,6 +16,7 @@ from espnet2_spear.codes.facts import codes_facts
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.ark import read_matrix, read_scp
 from espnet2_spear.fileio.audio import Span, read_pieces
+from espnet2_spear.fileio.cuts import read_cuts
 from espnet2_spear.fileio.datadir import DataDir, read_table
 from espnet2_spear.mvq.files import export_library, load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer
@@ -129,6 +130,22 @@ def test_cuts_are_a_corpus_of_a_data_list(
     assert (FIELD in fields) == (not shar)  # there the codes are in a tar file
 
 
+def test_changed_copies_are_counted_and_left_out(
+    cuts: "lhotse.CutSet", tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of another rate are none."""
+    fast, path = cuts.perturb_speed(1.1), tmp_path / "cuts.jsonl.gz"
+    (cuts.resample(8000) + fast).to_file(path)
+    ids = [cut.id for cut in read_cuts(path)]
+    assert ids == [cut.id for cut in cuts]
+    assert "3 of 6 cuts are changed copies ('book/r0-0_sp1.1': Speed, ...)" in (
+        caplog.text
+    )
+    fast.to_file(path)
+    with pytest.raises(UserError, match="3 of 3 cuts are changed copies .* name the"):
+        list(read_cuts(path))
+
+
 @pytest.mark.parametrize("shar", [False, True])
 def test_codes_become_ours_with_their_quantizer(
     cuts: "lhotse.CutSet", tmp_path: Path, shar: bool
@@ -153,7 +170,7 @@ def test_codes_become_ours_with_their_quantizer(
     else:
         path = tmp_path / "cuts.jsonl"
         (cuts + lhotse.CutSet.from_cuts([plain])).to_file(path)
-    scp = tmp_path / "codes/speech.scp"
+    scp = tmp_path / "codes/speech_1.2b_mvq4.scp"
     words = ["--cuts", f"{NAME}={path}", "--field", FIELD, "--data_dir", str(data_dir)]
     words += ["--quantizer", str(tmp_path / "icefall.pt"), "--scp", str(scp)]
     take_over(words)
@@ -169,6 +186,9 @@ def test_codes_become_ours_with_their_quantizer(
     assert list(found) == sorted(expected)
     for utt, rows in expected.items():
         assert np.array_equal(found[utt], rows), utt
+    # Codes of other codebooks beside them have files of their own.
+    names = {path.name for path in scp.parent.iterdir()}
+    assert all(name.startswith(scp.stem) for name in names), names
     facts = codes_facts(scp)
     assert facts["quantizer_id"] == quantizer.identity and facts["tokenized"] == 3
     assert (facts["num_codebooks"], facts["codebook_size"]) == (4, 256)

@@ -8,12 +8,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named
-from espnet2_spear.hub.load import ANCHOR, load_model
+from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import (
     NAMED_CONFIGS,
@@ -93,45 +92,6 @@ def read_architecture(arch: str | Mapping[str, Any]) -> ZipformerConfig:
     arch.clear()
     arch.update(config.to_dict())
     return config
-
-
-def brings_weights(
-    student: SpearEncoder, state_dict: Mapping[str, Tensor], prefix: str
-) -> bool:
-    """Whether a state that is about to be loaded has other weights than a student.
-
-    Args:
-        student: before loading.
-        state_dict: of a whole model.
-        prefix: of the student's names in it.
-    """
-    value = state_dict.get(prefix + ANCHOR)
-    own = student.get_parameter(ANCHOR).detach().cpu()
-    return value is not None and not torch.equal(value.cpu(), own)
-
-
-def end_schedules_of_loaded(
-    student: SpearEncoder, state_dict: dict[str, Tensor], prefix: str, key: str
-) -> None:
-    """Do not begin the schedules of regularisers anew with weights that are trained.
-
-    ``--init_param`` loads a student into a model whose batch count is 0, and its own
-    state has that count. A state of the model itself (resuming, inference) has a later
-    count, and ``regularize_start`` is another beginning; both are left as they are.
-
-    Args:
-        student: before loading.
-        state_dict: of a whole model; gets the new count.
-        prefix: of the student's names in it.
-        key: name of the batch count in it.
-    """
-    count = student.encoder.count
-    if count is None or count.value or float(state_dict.get(key, 0.0)):
-        return
-    if brings_weights(student, state_dict, prefix):
-        student.end_schedules()
-        if key in state_dict:
-            state_dict[key] = torch.tensor(count.value)
 
 
 def keep_layers(student: SpearEncoder, layers: int) -> None:

@@ -160,7 +160,7 @@ def take_over(
     facts: dict[str, Any] = {"codebook_size": codebook_size}
     if num_codebooks:
         facts["num_codebooks"] = num_codebooks
-    lengths, folder = data_dir / "utt2num_samples", scp.with_suffix("")
+    lengths, folder = data_dir / "utt2num_samples", scp.with_name(scp.stem)
     scp.unlink(missing_ok=True)
     found = read_codes(sources, field, lengths, facts)
     frames = 0
@@ -187,7 +187,7 @@ def take_over(
                 "the name that the corpus has in --data_config"
             )
         missing = write_missing_codes(
-            folder.with_suffix(".missing.ark"), facts["num_codebooks"]
+            scp.with_name(f"{scp.stem}.missing.ark"), facts["num_codebooks"]
         )
         with table_writer(scp) as table:
             for utt, (_, row) in join(sorted_rows(lengths, COLUMNS), codes):

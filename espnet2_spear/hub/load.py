@@ -32,7 +32,7 @@ from espnet2_spear.hub.packed import (
     unpack,
 )
 from espnet2_spear.hub.tensors import read_settings, read_tensors
-from espnet2_spear.spear.student import SpearEncoder
+from espnet2_spear.spear.student import ANCHOR, SpearEncoder
 from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig
 
 __all__ = ["CheckpointError", "load_model", "open_checkpoint", "read_checkpoint"]
@@ -44,7 +44,6 @@ WEIGHTS += ("student.pth", "valid.loss.ave.pth", "valid.loss.best.pth", "latest.
 _PART_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
 
 # Every student has this tensor; what stands before it in its name is the prefix.
-ANCHOR = "encoder_embed.conv.0.weight"
 _NETWORK = ("encoder_embed.", "encoder.", "mask_emb")
 # Prefix -> what a configuration and a user call the part of a model that it is.
 PARTS = {"student.": "student", "frontend.upstream.": "frontend", "encoder.": "encoder"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ from espnet2_spear.zipformer.schedule import SCHEDULES_END, BatchCountState
 
 use_cpu_versions()
 MAX_SECONDS = 3600  # of an utterance in one piece
+ANCHOR = "encoder_embed.conv.0.weight"  # a tensor that every student has
 
 
 @dataclass
@@ -107,6 +108,40 @@ class SpearEncoder(nn.Module):
         """Set the batch count behind all schedules, to fine-tune a finished model."""
         if self.encoder.count is not None:
             self.encoder.count.value = max(self.encoder.count.value, SCHEDULES_END)
+
+    def brings_weights(self, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+        """Whether a state that is about to be loaded has other weights than this.
+
+        Args:
+            state_dict: of a whole model.
+            prefix: of the student's names in it.
+        """
+        value = state_dict.get(prefix + ANCHOR)
+        own = self.get_parameter(ANCHOR).detach().cpu()
+        return value is not None and not torch.equal(value.cpu(), own)
+
+    def end_schedules_of_loaded(
+        self, state_dict: dict[str, Tensor], prefix: str, key: str
+    ) -> None:
+        """Do not begin the schedules anew with weights that are trained.
+
+        ``--init_param`` loads a student into a model whose batch count is 0, and its
+        own state has that count. A state of the model itself (resuming, inference) has
+        a later count, and ``regularize_start`` is another beginning; both are left as
+        they are. Called before loading.
+
+        Args:
+            state_dict: of a whole model; gets the new count.
+            prefix: of the student's names in it.
+            key: name of the batch count in it.
+        """
+        count = self.encoder.count
+        if count is None or count.value or float(state_dict.get(key, 0.0)):
+            return
+        if self.brings_weights(state_dict, prefix):
+            self.end_schedules()
+            if key in state_dict:
+                state_dict[key] = torch.tensor(count.value)
 
     def encode(
         self, fbank: Tensor, fbank_lens: Tensor, with_hidden: bool = True

@@ -320,10 +320,19 @@ class SpearTask(AbsTask):
         )
         # Outside the student, whose tensors stay those of released checkpoints.
         model.schedule = student.batch_count_state()
+        # Weights of --init_param are trained; layers are not skipped as at first.
+        student.register_load_state_dict_pre_hook(_note_loading)
         options = vars(args)
         if options.get("use_deepspeed") and options.get("distributed"):
             scale_loss_by_weight(model)
         return model
+
+
+def _note_loading(
+    student: SpearEncoder, state_dict: dict, prefix: str, *unused: object
+) -> None:
+    key = prefix.removesuffix("student.") + "schedule.batches"
+    student.end_schedules_of_loaded(state_dict, prefix, key)
 
 
 def build_teacher_codes(teachers: dict[str, dict]) -> dict[str, TeacherCodes]:

@@ -16,9 +16,7 @@ from espnet2_spear.asr.features import Featurizer, FrameReducer, LogMelFusion
 from espnet2_spear.asr.freezing import FreezeSchedule
 from espnet2_spear.asr.pieces import FRAME, Chunks, in_chunks
 from espnet2_spear.asr.pretrained import (
-    brings_weights,
     build_student,
-    end_schedules_of_loaded,
     keep_layers,
 )
 from espnet2_spear.asr.surroundings import watch_models
@@ -167,8 +165,8 @@ class SpearFrontend(AbsFrontend):
     def _note_loading(self, module, state_dict, prefix, *unused) -> None:
         """Remember that weights came; a state equal to ours carries nothing new."""
         key = prefix.removesuffix("upstream.") + "schedule.batches"
-        end_schedules_of_loaded(module, state_dict, prefix, key)
-        if brings_weights(module, state_dict, prefix):
+        module.end_schedules_of_loaded(state_dict, prefix, key)
+        if module.brings_weights(state_dict, prefix):
             self._has_weights = True
 
     def reload_pretrained_parameters(self) -> None:
