@@ -83,12 +83,12 @@ out.encoder_out, out.encoder_out_lens  # (B, T, {width}), (B,)
 out.hidden_states  # {layers} of (B, T, {width}), 50 per second
 ```
 
-`AutoFeatureExtractor` makes padded batches with a mask, and `pipeline` takes waveforms:
-`pipeline("feature-extraction", model=model, tokenizer=extractor)`. Layers differ in
-scale: normalise each (layer norm without parameters) before summing. The code needs
-transformers, torch and NumPy; it is made of the sources of espnet2-spear {version},
-whose `load_model`, frontend `spear` and encoder `zipformer` (ESPnet) open this folder
-as well.{compatible}
+`AutoFeatureExtractor` makes padded batches with a mask;
+`pipeline("feature-extraction", "{name}", trust_remote_code=True)` takes waveforms.
+Layers differ in scale: normalise each (layer norm without parameters) before summing.
+The code needs transformers, torch and NumPy; it is made of the sources of
+espnet2-spear {version}, whose `load_model`, frontend `spear` and encoder `zipformer`
+(ESPnet) open this folder as well.{compatible}
 """
 
 RELEASED_CODE = """ The modelling code of the released SPEAR checkpoints reads
@@ -199,6 +199,12 @@ def released_config(config: ZipformerConfig) -> dict[str, Any]:
         "auto_map": {
             "AutoConfig": "configuration_spear.SpearConfig",
             "AutoModel": "modeling_spear.SpearModel",
+        },
+        "custom_pipelines": {
+            "feature-extraction": {
+                "impl": "pipeline_spear.SpearFeaturePipeline",
+                "pt": ["AutoModel"],
+            }
         },
     }
     for key in RELEASED_KEYS:

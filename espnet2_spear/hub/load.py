@@ -58,6 +58,7 @@ LORA_FACTOR = re.compile(r"\.lora_[AB]$")
 # Keys of a released config.json that say nothing about the network.
 _HF_ONLY = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype")
 _HF_ONLY += ("transformers_version", "_name_or_path", "_commit_hash", "return_dict")
+_HF_ONLY += ("custom_pipelines",)
 _HF_ONLY += ("output_hidden_states", "output_attentions", "hidden_size")
 _HF_ONLY += ("num_hidden_layers",)
 
