@@ -8,10 +8,13 @@ help_message="Usage: benchmarks/gpu.sh [options]
   --device NAME    cuda, cuda:1, ...                          [cuda]
   --peer FOLDER    multi-quantization and zipformer 0.1.3, installed as mvq.py's page and
                    zipformer.py's head say; without it ours is measured alone
+  --train true     pre-trains base and large for 500 steps each on the embedded data, too,
+                   with the demo's teachers (fetches them)     [false]
   --rehearse true  on the CPU, with tiny sizes: shows that the script runs [false]"
 
 device=cuda
 peer=
+train=false
 rehearse=false
 # shellcheck source=egs2/spear/ssl1/local/parse_options.sh
 . egs2/spear/ssl1/local/parse_options.sh
@@ -60,6 +63,20 @@ for size in "${sizes[@]}"; do
     beside=() # beside the package in the first size only
 done
 run python benchmarks/pretraining.py "${training[@]}"
+if [ "${train}" = true ]; then
+    only_list=false
+    [ "${rehearse}" = false ] || only_list=true
+    for size in base large; do
+        # Behind the plan stands what the training measured.
+        run python -m espnet2_spear.bin.spear_plan --gpu h200 --num_gpus 1 \
+            --config "conf/train_spear_${size}_speech_audio.yaml"
+        run bash egs2/spear/ssl1/run.sh --student "${size}" --tag "gpu_${size}" \
+            --teachers "speech=whisper_tiny_en audio=yamnet" --ngpu 1 --stop_stage 7 \
+            --config_override "mixer_conf={} noise_scp=null" --dry_run "${only_list}" \
+            --train_args "--max_epoch 1 --num_iters_per_epoch 500 --use_amp true"
+        tail -n 20 "egs2/spear/ssl1/exp/gpu_${size}/train.log" || true
+    done
+fi
 if [ "${failed}" -gt 0 ]; then
     echo "benchmarks/gpu.sh: ${failed} commands failed" >&2
     exit 1
