@@ -20,8 +20,10 @@ def read(path, facts):
         samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
     if rate != facts["sample_rate"] or form != (1, 2):
         sys.exit(f"{path}: {rate} Hz, {form}: make it mono, 16 bit, 16 kHz")
-    if not facts["min_length"] <= len(samples) <= facts["max_length"]:
-        sys.exit(f"{path}: {len(samples) / rate:.2f} s: too short, or cut it")
+    least, most = facts["min_length"], facts["max_length"]
+    if not least <= len(samples) <= most:
+        bounds = f"the model takes {least / rate:.2f} to {most / rate:g} s"
+        sys.exit(f"{path}: {len(samples) / rate:.2f} s, but {bounds}: pad or cut it")
     return samples.astype(np.float32) / 32768
 
 

@@ -16,12 +16,15 @@ from conftest import ROOT
 from student_files import TOKENS, recognizer_on, write_recognizer, write_student
 from test_zipformer import fill_by_rule
 
+from espnet2_spear.bin.spear_export import describe, get_parser
 from espnet2_spear.bin.spear_export import main as spear_export
 from espnet2_spear.errors import UserError
 from espnet2_spear.hub import graph
-from espnet2_spear.hub.graph import Network, write_graph
+from espnet2_spear.hub.graph import WRITERS, Network, write_graph
 from espnet2_spear.hub.graph_ctc import CtcRecognizer, ctc_recognizer, open_recognizer
 from espnet2_spear.hub.graph_student import offline_student, streaming_student
+from espnet2_spear.hub.load import load_model
+from espnet2_spear.hub.teacher import sha256_of_tensors
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig
 
@@ -67,7 +70,8 @@ def opened(path):
 for path, batches, saved in json.loads(sys.argv[1]):
     facts, call = opened(path)
     arrays, state = {}, None
-    assert json.loads(facts)["licence"] == "cc0-1.0"
+    with open(saved + ".json", "w") as file:
+        json.dump(json.loads(facts), file)
     for i, batch in enumerate(batches):
         inputs = [*np.load(batch).values()]
         if state is None and len(inputs) > 2:
@@ -82,9 +86,9 @@ assert "espnet2_spear" not in sys.modules
 """
 
 
-def student(**changes) -> SpearEncoder:
+def student(config: ZipformerConfig = TINY, **changes) -> SpearEncoder:
     torch.manual_seed(0)
-    model = SpearEncoder(replace(TINY, **changes)).eval()
+    model = SpearEncoder(replace(config, **changes)).eval()
     fill_by_rule(model)
     return model
 
@@ -109,6 +113,8 @@ def run(folder: Path, tasks: dict[Path, list[tuple[torch.Tensor, ...]]]) -> list
     subprocess.run(cmd, check=True, cwd=folder)
     results = []
     for _, files, saved in told:
+        facts = json.loads(Path(f"{saved}.json").read_text())
+        assert facts["licence"] == "cc0-1.0" and facts["sample_rate"] == 16000
         found: list[list[torch.Tensor]] = [[] for _ in files]
         for key, value in np.load(saved).items():
             found[int(key.partition("_")[0])].append(torch.from_numpy(value))
@@ -151,6 +157,32 @@ def test_student(tmp_path: Path) -> None:
     assert sizes["model.int8.onnx"] < sizes["model.onnx"]
 
 
+def test_student_of_several_stacks_by_the_command(tmp_path: Path) -> None:
+    """From audio, in batches as the released code makes them, all layers."""
+    source = write_student(tmp_path / "exp")
+    words = [str(source), "--layers", "all", "--license", "cc0-1.0", "--out"]
+    words += [str(tmp_path), "--format"]
+    spear_export([*words, "onnx"])
+    network = describe(get_parser().parse_args([*words, "torchscript"]))
+    files = [tmp_path / "model.onnx"]
+    for form in ("torch_export", "torchscript"):
+        files += write_graph(network, tmp_path, form, "cc0-1.0")
+    model = load_model(source)
+    batches = [audio(3, 16161), audio(1, 1360), audio(2, 30007)]
+    for found in run(tmp_path, dict.fromkeys(files, batches)):
+        for got, batch in zip(found, batches, strict=True):
+            with torch.no_grad():
+                out = model(*batch)
+            expected = [out.encoder_out, out.encoder_out_lens]
+            assert_equal(got, [*expected, out.hidden_states_lens, *out.hidden_states])
+    session = onnxruntime.InferenceSession(files[0])
+    facts = json.loads(session.get_modelmeta().custom_metadata_map["spear"])
+    assert facts["weights_sha256"] == sha256_of_tensors(model.state_dict())
+    told = {"frame_rate": 50, "dim": 32, "num_layers": 3, "opset": 18}
+    assert told.items() <= facts.items() and facts["padding"] == "compatible"
+    assert (facts["min_length"], facts["max_length"]) == (1360, 60 * 16000)
+
+
 def windows(network: Network, speech: torch.Tensor, lengths: list[int]):
     """Calls of a streaming graph for (B, samples), as docs/export.md says."""
     facts = network.facts
@@ -166,18 +198,20 @@ def windows(network: Network, speech: torch.Tensor, lengths: list[int]):
 
 
 def test_stream(tmp_path: Path) -> None:
-    """Window by window from audio, to utterances of three chunks and less than one."""
-    model = student(**CAUSAL)
+    """Window by window from audio, to utterances of three chunks and less than one.
+
+    The stacks are at three rates.
+    """
+    stacks = ZipformerConfig.from_name("tiny")
+    model = student(stacks, **CAUSAL)
     network = streaming_student(model, True, [0])
-    files = [
-        write_graph(network, tmp_path, f, "cc0-1.0")[0] for f in ("onnx", "torchscript")
-    ]
+    files = [write_graph(network, tmp_path, form, "cc0-1.0")[0] for form in WRITERS]
     state = [torch.cat([v, v]) for v in network.module.start.values()]
     lengths = [9001, 2480]
     speech, _ = audio(2, 9001)
     calls = [(*w, *state) for w in windows(network, speech, lengths)]
     assert len(calls) == 3
-    exact = student(padding="exact", **CAUSAL)
+    exact = student(stacks, padding="exact", **CAUSAL)
     for found in run(tmp_path, dict.fromkeys(files, calls)):
         out, lens, hidden_lens, hidden = (list(x) for x in zip(*found, strict=True))
         assert torch.equal(sum(lens), sum(hidden_lens))
@@ -190,6 +224,34 @@ def test_stream(tmp_path: Path) -> None:
             ):
                 parts = [x[i, : k[i]] for x, k in zip(got, lens, strict=True)]
                 assert_equal([torch.cat(parts)], [want[0]])
+
+
+def test_stream_from_fbank_by_the_command(tmp_path: Path) -> None:
+    """And in 8 bits: its windows are frames of the fbank."""
+    source = write_student(tmp_path / "exp", arch=replace(TINY, **CAUSAL).to_dict())
+    words = [str(source), "--out", str(tmp_path), "--format", "onnx"]
+    words += ["--license", "cc0-1.0", "--quantize", "int8", "--input", "fbank"]
+    spear_export([*words, "--streaming", "true"])
+    model = load_model(source, padding="exact")
+    network = streaming_student(model, False)
+    state = [*network.module.start.values()]
+    with torch.no_grad():
+        fbank, lens = model.compute_fbank(*audio(1, 9001))
+        expected = model.encode(fbank, lens).encoder_out
+    size, shift = network.facts["window"], network.facts["window_shift"]
+    padded = torch.nn.functional.pad(fbank, (0, 0, 0, size), value=fbank.min().item())
+    calls = []
+    for start in range(0, fbank.size(1) - 8, shift):
+        left = (lens - start).clamp(0, network.facts["window_fbank_frames"])
+        calls.append((padded[:, start : start + size].contiguous(), left, *state))
+    names = ("model.onnx", "model.int8.onnx")
+    whole, int8 = run(tmp_path, {tmp_path / name: calls for name in names})
+    joined = [
+        torch.cat([x[0][:, : int(x[1])] for x in got], 1) for got in (whole, int8)
+    ]
+    assert_equal([joined[0]], [expected])
+    error = (joined[1] - expected).norm() / expected.norm()
+    assert 1e-4 < error < 0.05
 
 
 LAYER = {"name": "tiny", **{name: list(value) for name, value in ONE_LAYER.items()}}
@@ -207,6 +269,14 @@ def test_recognizer_gives_text_without_torch(tmp_path: Path) -> None:
     cmd = [str(ckpt), "--recognizer", "true", "--format", "onnx"]
     spear_export([*cmd, "--out", str(tmp_path), "--quantize", "int8"])
     model, _ = open_recognizer(ckpt)
+    # In numbers: a padded batch.
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    speech, lengths = audio(3, 23456)
+    inputs = {"audio": speech.numpy(), "lengths": lengths.numpy()}
+    with torch.no_grad():
+        out, lens = model.encode(speech, lengths)
+        wanted = [model.ctc.log_softmax(out), lens]
+    assert_equal([torch.from_numpy(x) for x in session.run(None, inputs)], wanted)
     expected = []
     for samples in (16000, 23456):
         path = tmp_path / f"{samples}.wav"
@@ -241,11 +311,13 @@ runpy.run_path({script!r}, run_name="__main__")
     log_probs = torch.from_numpy(session.run(None, inputs)[0])
     error = (log_probs - model.ctc.log_softmax(out)).abs().max()
     assert 1e-4 < error < 0.3
-    short = tmp_path / "short.wav"
-    with wave.open(str(short), "wb") as file:
-        file.setparams((1, 2, 16000, 500, "NONE", ""))
-        file.writeframes(b"\0\0" * 500)
-    assert "0.03 s: too short" in transcribe(str(short)).stderr
+    for samples, seconds in ((500, "0.03"), (61 * 16000, "61.00")):
+        path = tmp_path / f"{samples}.wav"
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, 16000, samples, "NONE", ""))
+            file.writeframes(bytes(2 * samples))
+        told = transcribe(str(path)).stderr
+        assert f"{seconds} s, but the model takes 0.09 to 60 s" in told
 
 
 def test_recognizer_with_the_frontend(tmp_path: Path) -> None:
@@ -254,14 +326,16 @@ def test_recognizer_with_the_frontend(tmp_path: Path) -> None:
     network = ctc_recognizer(path, 4.0)
     assert network.facts["frame_rate"] == 25 and network.facts["tokens"] == TOKENS
     least, most = network.lengths["audio"]
-    files = write_graph(network, tmp_path, "torchscript", "cc0-1.0")
+    files = []
+    for form in ("torchscript", "torch_export"):
+        files += write_graph(network, tmp_path, form, "cc0-1.0")
     batches = [audio(3, 16161), audio(1, least), audio(2, most)]
     model, _ = open_recognizer(path)
-    (results,) = run(tmp_path, {files[0]: batches})
-    for got, (speech, lengths) in zip(results, batches, strict=True):
-        with torch.no_grad():
-            out, lens = model.encode(speech, lengths)
-            assert_equal(got, [model.ctc.log_softmax(out), lens])
+    for results in run(tmp_path, dict.fromkeys(files, batches)):
+        for got, (speech, lengths) in zip(results, batches, strict=True):
+            with torch.no_grad():
+                out, lens = model.encode(speech, lengths)
+                assert_equal(got, [model.ctc.log_softmax(out), lens])
 
 
 def refused(tmp_path: Path, *options: str, **changes) -> None:
@@ -289,6 +363,8 @@ def refused(tmp_path: Path, *options: str, **changes) -> None:
         ("--recognizer true --padding exact", {}, "leave out --padding"),
         ("--format transformers --streaming true", {}, "--streaming: of graphs, name"),
         ("--recognizer true", {}, "no config.yaml of ESPnet's ASR task"),
+        ("--recognizer true --part encoder", {}, "leave out --part"),
+        ("--name me/it --about x", {}, "--name, --about: of the card, .* transformers"),
     ],
 )
 def test_bad_options(tmp_path: Path, options: str, changes: dict, message: str) -> None:
@@ -297,7 +373,25 @@ def test_bad_options(tmp_path: Path, options: str, changes: dict, message: str) 
     assert not (tmp_path / "out").exists()
 
 
+def test_student_of_a_finetuned_model_is_asked_for(tmp_path: Path) -> None:
+    path = write_recognizer(tmp_path / "exp", **ZIPFORMER)
+    words = [str(path), "--format", "torchscript", "--out", str(tmp_path)]
+    with pytest.raises(UserError, match="is more than a student .* --from_finetuned"):
+        spear_export(words)
+    spear_export([*words, "--from_finetuned", "true"])
+    assert (tmp_path / "model.ts").exists()
+
+
 def test_recognizers_that_cannot_be_a_graph(tmp_path: Path) -> None:
+    conformer = {"output_size": 8, "linear_units": 8, "num_blocks": 1}
+    path = write_recognizer(
+        tmp_path / "c",
+        frontend="default",
+        encoder="conformer",
+        encoder_conf={**conformer, "attention_heads": 1, "input_layer": "conv2d"},
+    )
+    with pytest.raises(UserError, match="neither is a student that takes audio"):
+        ctc_recognizer(path)
     arch = {**LAYER, "num_mel_bins": 80}
     features = {"frontend": "default", "encoder": "zipformer"}
     path = write_recognizer(tmp_path / "a", **features, encoder_conf={"arch": arch})

@@ -346,11 +346,11 @@ def test_each_group_is_clipped_by_its_own_norms() -> None:
 # --- Parameters that start as zeros ---------------------------------------------------
 
 
-def learn_layer_weights(make, steps: int = 600) -> float:
+def learn_layer_weights(make, start: float, steps: int) -> float:
     """Weight of the one useful layer of 12 after so many steps."""
     generator = torch.Generator().manual_seed(0)
     useful = torch.randn(32, generator=generator)
-    weights = torch.nn.Parameter(torch.zeros(12))
+    weights = torch.nn.Parameter(torch.full((12,), start))
     other = torch.nn.Parameter(torch.ones(3))
     optimizer = make([weights, other])
     for _ in range(steps):
@@ -363,13 +363,16 @@ def learn_layer_weights(make, steps: int = 600) -> float:
     return float(weights.detach().softmax(0)[7])
 
 
-def test_zeros_learn_as_under_adam() -> None:
-    adam = learn_layer_weights(lambda p: torch.optim.Adam(p, lr=0.02))
-    ours = learn_layer_weights(lambda p: ScaledAdam(p, lr=0.02))
-    reference = {"lr": 0.02, "zero_rms": 1e-5}
-    slow = learn_layer_weights(lambda p: ScaledAdam(p, **reference))
-    assert adam > 0.9 and ours > 0.9
-    assert slow == pytest.approx(1 / 12, abs=0.01)  # what the reference does
+@pytest.mark.parametrize("start, lr, steps", [(0.0, 0.02, 600), (1.0, 0.002, 4000)])
+def test_weights_of_layers_learn_as_under_adam(start: float, lr: float, steps: int):
+    """From zeros, as s3prl's, and from ones, as those of frontend ``spear``."""
+
+    def learned(make, **options) -> float:
+        return learn_layer_weights(lambda p: make(p, lr=lr, **options), start, steps)
+
+    assert learned(torch.optim.Adam) > 0.9 and learned(ScaledAdam) > 0.9
+    if start == 0:  # what the reference does
+        assert learned(ScaledAdam, zero_rms=1e-5) == pytest.approx(1 / 12, abs=0.01)
 
 
 def test_low_rank_adapters_learn() -> None:

@@ -23,10 +23,11 @@ from espnet2_spear.hub.extraction import OUTPUT, Layer, parse_layers
 from espnet2_spear.hub.graph import WRITERS, Network, write_graph
 from espnet2_spear.hub.graph_ctc import ctc_recognizer
 from espnet2_spear.hub.graph_student import offline_student, streaming_student
-from espnet2_spear.hub.load import open_checkpoint
+from espnet2_spear.hub.load import Opened, open_checkpoint
 
 STUDENT_OPTIONS = ("input", "layers", "streaming", "chunk_size")
-STUDENT_OPTIONS += ("left_context_frames", "padding", "part")
+STUDENT_OPTIONS += ("left_context_frames", "padding", "part", "from_finetuned")
+CARD_OPTIONS = ("name", "about")
 GRAPH_OPTIONS = ("recognizer", "max_seconds", "quantize", *STUDENT_OPTIONS[:5])
 
 
@@ -37,7 +38,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_switch(
         parser,
         "--from_finetuned",
-        "Take the student out of a model that was trained on a task; the card says so",
+        "Take the student out of a model that was trained on a task; a card says so",
     )
     parser.add_argument(
         "--format", choices=("transformers", *WRITERS), default="transformers"
@@ -98,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
             )
         export_for_transformers(args)
         return
+    if given := _given(args, CARD_OPTIONS):
+        raise UserError(f"{given}: of the card, which --format transformers writes")
     options = (args.license, args.quantize == "int8", args.overwrite)
     network = describe(args)
     for path in write_graph(network, args.out, args.format, *options):
@@ -121,8 +124,7 @@ def describe(args: argparse.Namespace) -> Network:
                 f"log-probabilities: leave out {given}"
             )
         return ctc_recognizer(args.source, args.max_seconds)
-    conf = {"padding": args.padding} if args.padding else {}
-    student = open_checkpoint(args.source, conf, args.part).model
+    student = open_student(args).model
     layers: list[Layer] = []
     if args.layers != "none":
         layers = parse_layers(args.layers, student.num_layers, "--layers")
@@ -138,18 +140,23 @@ def describe(args: argparse.Namespace) -> Network:
     return offline_student(student, *given, args.max_seconds)
 
 
-def export_for_transformers(args: argparse.Namespace) -> None:
-    """Open, write, and list what was written."""
+def open_student(args: argparse.Namespace) -> Opened:
+    """Open what the options name; one of a task only if they say so."""
     conf = {"padding": args.padding} if args.padding else {}
     opened = open_checkpoint(args.source, conf, args.part)
-    about = args.about
+    if opened.finetuned and not args.from_finetuned:
+        kinds = sorted({name.split(".")[0] for name in opened.left_out})
+        raise UserError(
+            f"{args.source}: is more than a student (it has {', '.join(kinds)}), "
+            "and its student was trained for a task: say --from_finetuned true"
+        )
+    return opened
+
+
+def export_for_transformers(args: argparse.Namespace) -> None:
+    """Open, write, and list what was written."""
+    opened, about = open_student(args), args.about
     if opened.finetuned:
-        if not args.from_finetuned:
-            kinds = sorted({name.split(".")[0] for name in opened.left_out})
-            raise UserError(
-                f"{args.source}: is more than a student (it has {', '.join(kinds)}), "
-                "and its student was trained for a task: say --from_finetuned true"
-            )
         about = f"{about} Taken out of a model that was fine-tuned.".strip()
     model, name = opened.model, args.name or args.out.name
     card = (name, args.license, about)

@@ -60,7 +60,11 @@ def codes_of(cut: Any, field: str) -> tuple[np.ndarray, float] | None:
         )
     try:
         codes = array.array.load()
-    except (ImportError, KeyError, OSError, ValueError) as error:
+    except ImportError as error:
+        raise UserError(
+            f"{where} cannot be read ({error}): pip install 'espnet2-spear[lhotse]'"
+        ) from None
+    except (KeyError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{where} is not in {array.array.storage_path} ({reason}); if the file "

@@ -198,14 +198,17 @@ def _quantize(source: Path, path: Path, facts: str) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = onnx.load(source, load_external_data=False).graph
-    # Values of a power spectrum are too far apart for 8 bits.
-    mel = [n.name for n in graph.node if any(i.endswith(".fbank.mel") for i in n.input)]
+    # Linear maps alone: not the constant positions of a stream, which are no matrix,
+    # nor values of a power spectrum, which are too far apart for 8 bits.
+    others = {w.name for w in graph.initializer if len(w.dims) != 2}
+    others |= {w.name for w in graph.initializer if w.name.endswith(".fbank.mel")}
+    float32 = [node.name for node in graph.node if others & {*node.input}]
     large = source.stat().st_size > 2**30 or Path(f"{source}.data").exists()
     quantize_dynamic(
         source,
         path,
         op_types_to_quantize=["MatMul", "Gemm"],
-        nodes_to_exclude=mel,
+        nodes_to_exclude=float32,
         # Both factors unsigned: products of signed weights saturate at 16 bits on CPUs
         # without VNNI, and results would differ from machine to machine.
         weight_type=QuantType.QUInt8,

@@ -40,7 +40,8 @@ __all__ = ["CheckpointError", "load_model", "open_checkpoint", "read_checkpoint"
 # In this order: safetensors before pickles, what was published before what we wrote.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 WEIGHTS += ("pytorch_model.bin", "pytorch_model.bin.index.json")
-WEIGHTS += ("student.pth", "valid.loss.ave.pth", "valid.loss.best.pth", "latest.pth")
+WEIGHTS += ("student.pth", "valid.loss.ave.pth", "valid.loss.best.pth")
+WEIGHTS += ("valid.*.ave.pth", "valid.*.best.pth", "latest.pth")  # of any ESPnet task
 _PART_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
 
 # Every student has this tensor; what stands before it in its name is the prefix.
@@ -147,6 +148,12 @@ def open_checkpoint(
 ) -> Opened:
     """Open a student, and say what was opened; arguments as of :func:`load_model`."""
     read = read_checkpoint(path)
+    if read.settings_file is not None and not read.students:
+        raise CheckpointError(
+            f"{read.settings_file}: not the configuration of a SPEAR model (a released "
+            "config.json, or student and student_conf); copy the one that belongs to "
+            "the weights, or move it away: the tensors tell the sizes"
+        )
     state, prefix, left_out = _take_student(read, part)
     config = _choose_config(state, prefix, read, conf or {})
     _check_tensors(state, config, read)
@@ -220,8 +227,13 @@ def _read_packed(path: Path, folder: Path) -> Checkpoint:
 def _weights_in(folder: Path) -> Path:
     """The file of weights in a folder: of a known name, or the only one."""
     for name in WEIGHTS:
-        if (folder / name).exists():
-            return folder / name
+        known = sorted(folder.glob(name))
+        if len(known) > 1:
+            names = ", ".join(path.name for path in known)
+            raise CheckpointError(f"{folder}: has {names}: name one of them")
+        if known:
+            logging.info(f"{folder}: {known[0].name} is taken")
+            return known[0]
     others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     if len(others) == 1 and not _PART_OF_SEVERAL.search(others[0]):
         return folder / others[0]
@@ -249,8 +261,7 @@ def _students(file: Path, conf: Any) -> dict[str, ZipformerConfig | dict[str, An
     a checkpoint says options only; the tensors tell its sizes.
 
     Raises:
-        CheckpointError: of something else, with unknown keys, or with values that do
-            not fit together.
+        CheckpointError: unknown keys, or values that do not fit together.
     """
     found: dict[str, ZipformerConfig | dict[str, Any]] = {}
     released = file.suffix == ".json"
@@ -273,12 +284,6 @@ def _students(file: Path, conf: Any) -> dict[str, ZipformerConfig | dict[str, An
                     found[part] = _student_in(part, options)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    if not found:
-        wanted = "" if released else " (student, student_conf)"
-        raise CheckpointError(
-            f"{file}: not the configuration of a SPEAR model{wanted}; copy the one "
-            "that belongs to the weights, or move it away: the tensors tell the sizes"
-        )
     return found
 
 
