@@ -230,7 +230,8 @@ def test_low_precision_is_told(tmp_path, state, caplog) -> None:
 )
 def test_malformed_configuration(tmp_path, name, text):
     weights = "model.safetensors" if name == "config.json" else "valid.loss.best.pth"
-    (tmp_path / weights).write_bytes(b"")
+    save = save_file if name == "config.json" else torch.save
+    save({"a": torch.zeros(1)}, tmp_path / weights)
     (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         load_model(tmp_path)
