@@ -47,6 +47,9 @@ def decode(args: argparse.Namespace) -> int:
             "with espnet2.bin.asr_inference"
         )
     model.eval()
+    if args.quantize_asr_model:
+        linear = {torch.nn.Linear}  # what ESPnet's Speech2Text quantizes
+        model = torch.ao.quantization.quantize_dynamic(model, linear, torch.qint8)
     tokenizer = build_tokenizer(train_args.token_type, bpemodel=train_args.bpemodel)
     converter = TokenIDConverter(token_list=model.token_list)
     loader = ASRTask.build_streaming_iterator(
@@ -79,7 +82,7 @@ def decode(args: argparse.Namespace) -> int:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    from espnet2.utils.types import str2triple_str
+    from espnet2.utils.types import str2bool, str2triple_str
 
     parser = argparse.ArgumentParser(
         description="Greedy CTC decoding of an ESPnet2 ASR model",
@@ -100,6 +103,12 @@ def get_parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         help="Such as dump/raw/test/wav.scp,speech,sound",
+    )
+    parser.add_argument(
+        "--quantize_asr_model",
+        type=str2bool,
+        default=False,
+        help="Linear layers in 8-bit integers, on a CPU",
     )
     parser.add_argument("--asr_train_config", required=True)
     parser.add_argument("--asr_model_file", required=True)
