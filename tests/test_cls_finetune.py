@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from data_dirs import write_dir
 from student_files import write_student
 
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, write_table
+from espnet2_spear.fileio.datadir import DataDirError, Entry, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "egs2/spear/cls1"
@@ -126,15 +127,13 @@ def test_dry_run_lists_what_is_not_there_yet(tmp_path: Path) -> None:
 
 def write_set(folder: Path, labels: dict[str, str]) -> Path:
     """Write a formatted set of tones and, beside it, the labels of its corpus."""
+    found = []
     for i, (utt, names) in enumerate(sorted(labels.items())):
         sound = sum(tone(SOUNDS.get(name, 800), i) for name in names.split())
         (folder / "wav").mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / f"wav/{utt}.wav", sound, 16000)
-    DataDir(
-        wav_scp={utt: str(folder / f"wav/{utt}.wav") for utt in labels},
-        utt2spk={utt: utt for utt in labels},
-        utt2num_samples=dict.fromkeys(labels, 16000),
-    ).write(folder)
+        found.append(Entry(utt, f"{folder}/wav/{utt}.wav", utt, samples=16000))
+    write_dir(folder, found)
     path = folder.with_suffix(".labels")
     # Labels of clips that formatting left out do not matter.
     lines = {**labels, "a-gone": "low", "zz-gone": "unheard"}
