@@ -6,10 +6,10 @@ Audio is not copied: the paths in wav.scp are rewritten to hold from this folder
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from espnet2_spear.fileio.datadir import RAW, DataDirError, entries, write_entries
+from espnet2_spear.fileio.explain import run_command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -56,7 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataDirError as error:
-        sys.exit(f"data.py: {error}")
+    run_command(main)

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 
 from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
+from espnet2_spear.fileio.explain import run_command
 
 VOICE = "usr/share/festival/voices/russian/msu_ru_nsh_clunits"
 EVERY = 4
@@ -57,5 +58,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(data_festvox.py) %(message)s")
-    main()
+    run_command(main)

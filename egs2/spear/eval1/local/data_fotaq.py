@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from espnet2_spear.fileio.audio import AudioError, audio_info
 from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
+from espnet2_spear.fileio.explain import run_command
 
 ARCHIVE = "usr/share/scummvm/flight-of-the-amazon-queen/queen.1c"
 MP3 = 1
@@ -159,5 +160,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(data_fotaq.py) %(message)s")
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ from espnet2_spear.fileio.datadir import (
     write_entries,
     write_table,
 )
+from espnet2_spear.fileio.explain import run_command
 
 VOICES = "usr/share/games/hedgewars/Data/Sounds/voices"
 ENGLISH = ("British", "Classic", "Default", "HillBilly", "Mobster", "Pirate", "Robot")
@@ -60,5 +61,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(data_hedgewars.py) %(message)s")
-    main()
+    run_command(main)

@@ -9,6 +9,7 @@ from containers import read_cat
 from sounds import OPENSFX, write_sound
 
 from espnet2_spear.fileio.datadir import Entry, write_entries
+from espnet2_spear.fileio.explain import run_command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -32,5 +33,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(data_opensfx.py) %(message)s")
-    main()
+    run_command(main)

@@ -22,6 +22,7 @@ from espnet2_spear.fileio.datadir import (
     read_table,
     write_entries,
 )
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.names import file_name
 
 RATE = 16000
@@ -105,5 +106,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(mix_clips.py) %(message)s")
-    main()
+    run_command(main)

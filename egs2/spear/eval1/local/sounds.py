@@ -25,6 +25,7 @@ from espnet2_spear.fileio.datadir import (
     write_entries,
     write_table,
 )
+from espnet2_spear.fileio.explain import run_command
 
 UFOAI = ("weapons", "ambience", "footsteps", "aliens", "soldiers")
 UFOAI_SMALL = ("impact", "doors")  # 13 and 8 clips
@@ -212,5 +213,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(sounds.py) %(message)s")
-    main()
+    run_command(main)
