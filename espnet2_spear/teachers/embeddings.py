@@ -6,7 +6,6 @@ them block by block while the quantizer trains.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.shards import (
     Batches,
     DoneMarks,
@@ -128,8 +127,7 @@ def store_embeddings(
             f"{folder}: none of the {len(utterances)} utterances could be embedded "
             "(reasons above)"
         )
-    text = json.dumps(index, indent=1) + "\n"
-    write_atomically(folder / INDEX, text.encode("utf-8", "surrogateescape"))
+    write_json(folder / INDEX, index)
     return index
 
 
