@@ -10,7 +10,6 @@ With centres c and entries v of codebook n, and projections P:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -138,10 +137,7 @@ class BaselineConfig:
 
 
 def train_baseline(
-    config: BaselineConfig,
-    data: TrainingFrames,
-    device: str | torch.device = "cpu",
-    progress: Callable[[str], None] = logging.info,
+    config: BaselineConfig, data: TrainingFrames, device: str | torch.device = "cpu"
 ) -> AbsQuantizer:
     """Train; the same seed gives the same quantizer.
 
@@ -149,7 +145,6 @@ def train_baseline(
         config: see there.
         data: embeddings.
         device: for the residuals and the codes; the clustering runs on the CPU.
-        progress: gets a line now and then.
 
     Raises:
         EmbeddingError: constant embeddings, or fewer frames than centres.
@@ -174,16 +169,13 @@ def train_baseline(
     if isinstance(quantizer, RandomProjectionQuantizer):
         _fit_centers(quantizer, config, data)
     else:
-        _cluster_residuals(quantizer, config, data, progress)
+        _cluster_residuals(quantizer, config, data)
     quantizer.stamp()
     return quantizer
 
 
 def _cluster_residuals(
-    quantizer: AbsQuantizer,
-    config: BaselineConfig,
-    data: TrainingFrames,
-    progress: Callable[[str], None],
+    quantizer: AbsQuantizer, config: BaselineConfig, data: TrainingFrames
 ) -> None:
     """Train codebook after codebook: k-means on the residuals of the earlier ones."""
     # Here: importing it takes as long as torch, and opening a quantizer needs it not.
@@ -217,7 +209,7 @@ def _cluster_residuals(
             kmeans.partial_fit(x.cpu().numpy())
         quantizer.centers[n] = torch.from_numpy(kmeans.cluster_centers_)
         left = residual(batch, n + 1).square().sum() / x.square().sum()
-        progress(
+        logging.info(
             f"codebook {n + 1} of {config.num_codebooks}: leaves {float(left):.4f} of "
             "what it was given (last batch)"
         )

@@ -32,6 +32,10 @@ from espnet2_spear.mvq.embeddings import (
 from espnet2_spear.teachers.base import Teacher, TeacherError
 from espnet2_spear.teachers.embed import embed_batch
 
+BATCH_SECONDS = 20.0  # of audio, padding included
+BLOCK_FRAMES = 50_000  # about; of 1024 channels they take 200 MB
+STEPS_PER_BLOCK = 100
+
 
 def choose(
     utterances: Sequence[Utterance], teacher: Teacher, max_frames: int, seed: int
@@ -60,7 +64,7 @@ def store_embeddings(
     teacher: Teacher,
     utterances: Sequence[Utterance],
     output_dir: str | Path,
-    batch_seconds: float = 20.0,
+    batch_seconds: float = BATCH_SECONDS,
     shard_seconds: float = 600.0,
     dtype: str = "float16",
     compute_dtype: str = "float32",
@@ -171,9 +175,6 @@ class TeacherFrames:
         utterances: at least two.
         source: names them in messages.
         seed: of the division in blocks.
-        block_frames: embeddings in a block, about; 50 000 of 1024 take 200 MB.
-        steps_per_block: training steps on one block.
-        batch_seconds: bound of a batch's audio, padding included.
 
     Attributes:
         index, dim, num_train, num_held_out, source: see ``TrainingFrames``; the
@@ -190,18 +191,14 @@ class TeacherFrames:
         utterances: Sequence[Utterance],
         source: str,
         seed: int = 0,
-        block_frames: int = 50_000,
-        steps_per_block: int = 100,
-        batch_seconds: float = 20.0,
     ) -> None:
         self.teacher, self.source, self.dim = teacher, source, teacher.dim
-        self.steps_per_block, self.batch_seconds = steps_per_block, batch_seconds
         self.index: dict[str, Any] = {
             "teacher": teacher.describe(),
             "frame_rate": teacher.frame_rate,
         }
         self.failed: dict[str, str] = {}
-        options = {"block": block_frames, "steps": steps_per_block, "seed": seed}
+        options = {"block": BLOCK_FRAMES, "steps": STEPS_PER_BLOCK, "seed": seed}
         facts = {**teacher.describe(), **options}
         self._fingerprint = fingerprint(facts, utterances)
         if len(utterances) < 2:
@@ -221,9 +218,9 @@ class TeacherFrames:
         self._held_out = [utterances[i] for i in sorted(held_out)]
         self.num_held_out, self.num_train = count, sum(frames) - count
         self._blocks: list[list[Utterance]] = []
-        size = block_frames
+        size = BLOCK_FRAMES
         for i in order:
-            if size >= block_frames:
+            if size >= BLOCK_FRAMES:
                 self._blocks.append([])
                 size = 0
             self._blocks[-1].append(utterances[i])
@@ -244,7 +241,7 @@ class TeacherFrames:
 
     def block_of(self, step: int) -> int:
         """Number of the block that a step uses; all once, in a new order each time."""
-        turn, place = divmod(step // self.steps_per_block, len(self._blocks))
+        turn, place = divmod(step // STEPS_PER_BLOCK, len(self._blocks))
         order = np.random.default_rng([self._seed, 1, turn])
         return int(order.permutation(len(self._blocks))[place])
 
@@ -270,7 +267,7 @@ class TeacherFrames:
 
     def _embed(self, utterances: Sequence[Utterance]) -> Tensor:
         parts: list[Tensor] = []
-        for batch in make_batches(utterances, self.batch_seconds):
+        for batch in make_batches(utterances, BATCH_SECONDS):
             result = embed_batch(self.teacher, batch)
             # Out of inference mode, in which the teacher ran: training needs them.
             parts += [frames.cpu().clone() for frames in result.tensors]
