@@ -97,6 +97,11 @@ class TeacherCodes:
         return None
 
 
+def teacher_codes(teachers: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherCodes]:
+    """Build those of the option ``--teachers``; see :meth:`TeacherCodes.from_dict`."""
+    return {str(k): TeacherCodes.from_dict(str(k), v) for k, v in teachers.items()}
+
+
 def match_frame_rate(
     codes: Tensor,
     teacher_rate: float,

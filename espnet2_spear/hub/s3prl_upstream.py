@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from espnet2_spear.constants import SAMPLES_PER_FRAME
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.checks import InputError
-
-SAMPLES_PER_FRAME = 320
 
 
 class UpstreamExpert(nn.Module):
