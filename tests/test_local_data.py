@@ -596,37 +596,6 @@ def test_stages_1_to_3_on_own_folders(tmp_path: Path) -> None:
     assert again.returncode == 0 and again.stdout.count("options: skipped") == 5
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--no_such_option", "1"], "unknown option --no_such_option"),
-        (["--stage"], "option --stage needs a value"),
-        (["stray"], "unexpected argument 'stray'"),
-        (["--stage", "2", "--stop_stage", "2", "--datadir", "none"], "run stage 1"),
-    ],
-)
-def test_wrong_options(tmp_path: Path, options: list[str], message: str) -> None:
-    result = run_sh(*options, cwd=tmp_path)
-    assert result.returncode != 0
-    assert message in result.stdout + result.stderr
-
-
-def test_help_names_every_option(tmp_path: Path) -> None:
-    result = run_sh("--help", cwd=tmp_path)
-    assert result.returncode == 0
-    script = (RECIPE / "run.sh").read_text()
-    defaults = script[script.index('\nhelp_message="') : script.index("recipe.sh")]
-    defaults = defaults[defaults.index('"\n\n') :]
-    names = [
-        line.partition("=")[0]
-        for line in defaults.splitlines()
-        if "=" in line and not line.startswith((" ", "#"))
-    ]
-    assert len(names) > 15
-    for name in names:
-        assert f"--{name}" in result.stdout, name
-
-
 # --- job runners ----------------------------------------------------------------------
 
 
