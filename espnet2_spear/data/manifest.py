@@ -260,8 +260,8 @@ def _build(
             continue  # only to count them
         if kind[1] not in domains:
             raise DataDirError(
-                f"{domain}: utterance '{utt}' has domain '{kind[1]}', which is none of "
-                f"{list(domains)}; correct it or the option --domains"
+                f"{domain}: utterance '{utt}' has domain '{kind[1]}', which is not one "
+                f"of {list(domains)}; correct it or the option --domains"
             )
         samples.append(parse_count(lengths, utt, length[1]))
         if not samples[-1]:

@@ -43,7 +43,8 @@ class UpstreamExpert(nn.Module):
             s3prl derives them from the samples and the rate.
 
         Raises:
-            InputError: a waveform that is empty, longer than an hour or no numbers.
+            InputError: a waveform that is empty, longer than an hour, or with NaN or
+                infinity.
         """
         empty = [index for index, wav in enumerate(wavs) if len(wav) == 0]
         if empty or not wavs:

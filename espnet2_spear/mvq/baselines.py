@@ -99,8 +99,8 @@ class BaselineConfig:
     Attributes:
         quantizer: kmeans, rvq or random.
         num_codebooks: N; 1 for kmeans.
-        codebook_size: K; codes of more than 256 entries take two bytes. (HuBERT-like
-            k-means has 2000.)
+        codebook_size: K; codes of more than 256 entries take two bytes in memory and
+            four in an ark. (HuBERT-like k-means has 2000.)
         standardize: as of MVQ.
         iters: batches that the centres of a codebook are updated with.
         batch_frames: frames in such a batch.
@@ -132,7 +132,7 @@ class BaselineConfig:
         if not 2 <= self.codebook_size <= MAX_CODEBOOK_SIZE:
             raise TrainingError(
                 f"codebook_size is {self.codebook_size}; from 2 to "
-                f"{MAX_CODEBOOK_SIZE}, because a code is stored in at most two bytes"
+                f"{MAX_CODEBOOK_SIZE}, because codes are int16 in memory"
             )
 
 

@@ -184,7 +184,7 @@ class SpearEncoder(nn.Module):
             (B,).
 
         Raises:
-            InputError: no utterances; samples that are no numbers, or more of them
+            InputError: no utterances; samples with NaN or infinity, or more of them
                 than one piece may have; an utterance too short for one output frame,
                 named by its index; or a length beyond the tensor.
         """

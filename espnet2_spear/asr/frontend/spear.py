@@ -209,7 +209,7 @@ class SpearFrontend(AbsFrontend):
 
         Raises:
             CheckpointError: no weights were ever loaded.
-            InputError: samples that are no numbers or, outside training, beyond +-8;
+            InputError: samples with NaN or infinity or, outside training, beyond +-8;
                 or audio too long for one piece.
             ValueError: an utterance too short for one frame.
         """
