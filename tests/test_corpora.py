@@ -291,7 +291,7 @@ def test_segments_of_voice_activity(tmp_path: Path) -> None:
 def test_sides_of_a_conversation_are_channels(tmp_path: Path) -> None:
     MINIATURES["fisher"](tmp_path)
     known = dataclasses.replace(CORPORA["fisher"], recordings={"p1": 1})
-    prepared(known, tmp_path, "p1").write(tmp_path / "data")
+    write_entries(prepared(known, tmp_path, "p1"), tmp_path / "data")
     (recording,) = recordings_of(entries(tmp_path / "data"))
     spans = [span for _, span in recording.pieces]
     loud, silent = (piece for piece, _ in read_pieces(recording.path, spans))
