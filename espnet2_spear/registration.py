@@ -14,12 +14,6 @@ CLASSES = {
     "scheduler_classes": {"eden": "espnet2_spear.schedulers.eden:Eden"},
 }
 
-# What a class in a plain dictionary must derive from; ClassChoices say it themselves.
-BASES = {
-    "optim_classes": "torch.optim:Optimizer",
-    "scheduler_classes": "espnet2.schedulers.abs_scheduler:AbsScheduler",
-}
-
 _BOTH = ("frontend_choices", "encoder_choices")
 _FRONTEND = ("frontend_choices",)
 
@@ -134,11 +128,6 @@ def _add(module: object, variable: str, name: str, spec: str) -> str | None:
     """Add one class; returns what is to be said about it, if anything."""
     known = entries(module, variable)
     cls = load(spec)
-    base = getattr(getattr(module, variable), "base_type", None)
-    if base is None and variable in BASES:
-        base = load(BASES[variable])
-    if base is not None and not issubclass(cls, base):
-        return f"{cls.__name__} is not a {base.__module__}.{base.__name__}"
     if known.setdefault(name, cls) is cls:
         return None
     other = f"spear_{name}"

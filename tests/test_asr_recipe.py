@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from corpus_miniatures import librispeech
+from data_dirs import read_dir, write_dir
 
-from espnet2_spear.fileio.datadir import DataDir
+from espnet2_spear.fileio.datadir import Entry
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "egs2/spear/asr1"
@@ -36,10 +37,9 @@ def test_sets_from_a_corpus(tmp_path: Path) -> None:
     assert done.returncode != 0 and "2 utterances instead of" in done.stderr
     done = run_sh(*options, "--partial", "true", LIBRISPEECH=str(tmp_path / "corpus"))
     assert done.returncode == 0, done.stdout + done.stderr
-    data = DataDir.load(tmp_path / "dump/raw/train")
-    data.validate(require=("text", "utt2num_samples"))
-    assert data.text["librispeech-19-198-0000"] == "NORTHANGER ABBEY"
-    assert data.utt2num_samples["librispeech-19-198-0000"] == 11200
+    data = read_dir(tmp_path / "dump/raw/train", "text", "utt2num_samples")
+    entry = data["librispeech-19-198-0000"]
+    assert (entry.text, entry.samples) == ("NORTHANGER ABBEY", 11200)
     assert (tmp_path / "dump/raw/train/feats_type").read_text() == "raw\n"
     # The same is not done again; another folder or another part is, and that is said.
     again = run_sh(*options, "--partial", "true", LIBRISPEECH=str(tmp_path / "corpus"))
@@ -88,10 +88,9 @@ def write_tokens(folder: Path) -> None:
 
 
 def test_another_training_wants_another_tag(tmp_path: Path) -> None:
+    entry = Entry("u", "u.wav", "u", text="A", samples=16000)
     for name in ("en_train", "en_dev"):
-        data = DataDir({"u": "u.wav"}, {"u": "u"}, text={"u": "A"})
-        data.utt2num_samples["u"] = 16000
-        data.write(tmp_path / "dump/raw" / name)
+        write_dir(tmp_path / "dump/raw" / name, [entry])
     options = folders(tmp_path)
     options += ["--asr_config", "conf/train_asr_logmel.yaml", "--ngpu", "0"]
     write_tokens(tmp_path)
@@ -101,8 +100,7 @@ def test_another_training_wants_another_tag(tmp_path: Path) -> None:
     assert done.returncode != 0
     done = run_sh(*options, "--asr_args", "--max_epoch 4")
     assert "(--max_epoch was 3, is 4); give another --asr_tag" in done.stderr
-    data.text["u"] = "B"
-    data.write(tmp_path / "dump/raw/en_train")
+    write_dir(tmp_path / "dump/raw/en_train", [entry._replace(text="B")])
     done = run_sh(*options, "--asr_args", "--max_epoch 3", "--dry_run", "true")
     assert f"{tmp_path}/dump/raw/en_train changed" in done.stderr
     done = run_sh(*options, "--asr_args", "--max_epoch 4", "--asr_tag", "other")

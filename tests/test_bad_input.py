@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import soundfile
+from data_dirs import read_dir, write_dir
 from embedding_files import structured_vectors, write_embeddings
 from teacher_files import WHISPER, whisper_tensors, write_ctranslate2
 from test_local_data import RECIPE, data_folders, noise, pool_data, run_sh
 
 from espnet2_spear.bin import spear_format
-from espnet2_spear.fileio.datadir import DataDir, DataDirError
+from espnet2_spear.fileio.datadir import DataDirError, Entry
 
 
 def stages(tmp_path: Path, *options: str, stop: int = 3) -> tuple[int, str]:
@@ -39,12 +40,9 @@ def write_sounds(folder: Path, count: int = 10) -> None:
         soundfile.write(folder / f"{i}.wav", noise(0.6, i), 16000)
 
 
-def formatted(tmp_path: Path) -> DataDir:
-    parts = [DataDir.load(tmp_path / "dump/raw" / name) for name in ("train", "valid")]
-    return DataDir(
-        wav_scp={u: f for part in parts for u, f in part.wav_scp.items()},
-        utt2spk={u: s for part in parts for u, s in part.utt2spk.items()},
-    )
+def formatted(tmp_path: Path) -> int:
+    """Number of formatted utterances."""
+    return sum(len(read_dir(tmp_path / "dump/raw" / s)) for s in ("train", "valid"))
 
 
 def test_names_that_are_not_utf8_spaces_and_quotes(tmp_path: Path) -> None:
@@ -56,7 +54,7 @@ def test_names_that_are_not_utf8_spaces_and_quotes(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)  # its name is an option's value
     status, output = stages(tmp_path, "--speech_dirs", str(tmp_path / "link"))
     assert status == 0, output
-    assert len(formatted(tmp_path).wav_scp) == 10
+    assert formatted(tmp_path) == 10
     listed = (tmp_path / "dump/raw/train/skipped.txt").read_text()
     assert listed == ""
 
@@ -106,12 +104,12 @@ def test_files_that_were_moved(tmp_path: Path) -> None:
     assert f"unreadable {tmp_path}/in/" in listed and "no such file; restore" in listed
     # Back again, but for one.
     (tmp_path / "elsewhere").rename(tmp_path / "in")
-    path = min(DataDir.load(tmp_path / "data/train").wav_scp.values())
+    path = min(entry.path for entry in read_dir(tmp_path / "data/train").values())
     Path(path).rename(tmp_path / "moved.wav")
     status, output = stages(tmp_path, "--stage", "2")
     assert status == 0, output
     assert "skipped 1 utterances (unreadable 1)" in output
-    assert len(formatted(tmp_path).wav_scp) == 9
+    assert formatted(tmp_path) == 9
 
 
 def test_damaged_audio_and_segments_past_the_end(tmp_path: Path) -> None:
@@ -150,7 +148,7 @@ def test_damaged_audio_and_segments_past_the_end(tmp_path: Path) -> None:
         "empty-wav-u": "empty",
     }
     # What is there of the others is read, and noted.
-    assert len(formatted(tmp_path).wav_scp) == 24
+    assert formatted(tmp_path) == 24
     noted = [
         line.split()[:2]
         for part in ("train", "valid")
@@ -203,8 +201,8 @@ def test_no_space_left_is_told_and_made_up_for(tmp_path: Path) -> None:
     """A limit on the size of files fails as a full disk does."""
     write_sounds(tmp_path / "in", 6)
     soundfile.write(tmp_path / "in/long.wav", noise(9.0), 16000)
-    wavs = {path.stem: str(path) for path in (tmp_path / "in").iterdir()}
-    DataDir(wavs, {utt: utt for utt in wavs}).write(tmp_path / "data/train")
+    wavs = [Entry(wav.stem, str(wav), "s") for wav in (tmp_path / "in").iterdir()]
+    write_dir(tmp_path / "data/train", wavs)
     options = ["--in_dir", str(tmp_path / "data/train")]
     options += ["--out_dir", str(tmp_path / "out")]
     last = limited(100_000, "-m espnet2_spear.bin.spear_format", *options)

@@ -4,23 +4,23 @@ import json
 
 import numpy as np
 import pytest
+from data_dirs import write_dir
 
 from espnet2_spear.bin import spear_check_codes
 from espnet2_spear.codes.facts import CodesMismatch
 from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
-from espnet2_spear.fileio.datadir import DataDir, DataDirError
+from espnet2_spear.fileio.datadir import DataDirError, Entry
 
 LENGTHS = {"utt0": 16000, "utt1": 24000, "utt2": 31000, "music": 48000}
 
 
 @pytest.fixture
 def data_dir_made(tmp_path):
-    DataDir(
-        wav_scp={utt: f"{utt}.flac" for utt in LENGTHS},
-        utt2spk={utt: utt for utt in LENGTHS},
-        utt2num_samples=LENGTHS,
-        utt2domain={utt: "audio" if utt == "music" else "speech" for utt in LENGTHS},
-    ).write(tmp_path / "raw")
+    found = []
+    for utt, samples in LENGTHS.items():
+        domain = "audio" if utt == "music" else "speech"
+        found.append(Entry(utt, f"{utt}.flac", utt, domain, samples=samples))
+    write_dir(tmp_path / "raw", found)
     return tmp_path / "raw"
 
 

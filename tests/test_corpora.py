@@ -25,11 +25,12 @@ from corpus_miniatures import (
     musan,
     voxceleb1,
 )
+from data_dirs import read_dir
 from test_local_data import LOCAL, RECIPE, load, run_sh
 
 from espnet2_spear.fileio.audio import read_pieces
 from espnet2_spear.fileio.convert import recordings_of
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, entries
+from espnet2_spear.fileio.datadir import DataDirError, Entry, entries, write_entries
 
 corpus = load("corpus")
 load("data_folders")
@@ -53,9 +54,9 @@ def reduced(name: str, made: Miniature) -> object:
     return dataclasses.replace(CORPORA[name], parts=parts, hours={}, recordings={})
 
 
-def prepared(known: object, root: Path, part: str) -> DataDir:
+def prepared(known: object, root: Path, part: str) -> list[Entry]:
     """A part of a corpus, in memory."""
-    return DataDir.of(known.prepare(root, [part]).entries)
+    return list(known.prepare(root, [part]).entries)
 
 
 def test_every_corpus_has_a_miniature() -> None:
@@ -72,15 +73,13 @@ def test_miniature(tmp_path: Path, name: str) -> None:
     made = MINIATURES[name](tmp_path)
     known = reduced(name, made)
     for part, (utterances, labels, text) in made.items():
-        found = known.prepare(tmp_path, [part])
-        data = DataDir.of(found.entries)
-        data.validate(require=("utt2domain",))
-        assert data.utterances == utterances
-        assert next(iter(found.entries)).labels == labels
-        assert data.text.get(utterances[0], "") == text
-        assert all(Path(path).is_absolute() for path in data.wav_scp.values())
-        assert all(Path(path).is_file() for path in data.wav_scp.values())
-        assert all(utt.startswith(f"{name}-") for utt in data.utterances)
+        found = prepared(known, tmp_path, part)
+        write_entries(found, tmp_path / "out")
+        assert list(read_dir(tmp_path / "out", "utt2domain")) == utterances
+        assert found[0].labels == labels and (found[0].text or "") == text
+        assert all(Path(entry.path).is_absolute() for entry in found)
+        assert all(Path(entry.path).is_file() for entry in found)
+        assert all(entry.utt.startswith(f"{name}-") for entry in found)
     # All parts together share no id, but a part that is a subset of another.
     parts = [part for part in made if (name, part) not in SUBSETS]
     joined = known.prepare(tmp_path, parts)
@@ -93,10 +92,9 @@ def test_missing_audio_is_named(tmp_path: Path, name: str) -> None:
     known = reduced(name, made)
     part = next(iter(made))
     data = prepared(known, tmp_path, part)
-    recording, path = min(data.wav_scp.items(), key=lambda item: item[1])
+    path = min(entry.path for entry in data)
     Path(path).unlink()
-    recordings = {utt: s.recording for utt, s in (data.segments or {}).items()}
-    left = sum(recordings.get(utt, utt) != recording for utt in data.utterances)
+    left = sum(entry.path != path for entry in data)
     if known.incomplete and left:  # expected of videos: counted only
         found = known.prepare(tmp_path, [part])
         assert found.missing == 1 and len(found.entries) == left
@@ -246,7 +244,7 @@ def test_command_line_of_a_corpus(
     with pytest.raises(DataDirError, match="instead of 400"):
         CORPORA["esc50"].main([*cmd, "--parts", "fold1"])
     CORPORA["esc50"].main([*cmd, "--parts", "fold1", "fold2", "--partial"])
-    assert len(DataDir.load(tmp_path / "out").utterances) == 3
+    assert len(read_dir(tmp_path / "out")) == 3
     labels = (tmp_path / "out/labels").read_text().splitlines()
     assert labels[1] == "esc50-1-100038-A-14 chirping_birds"
     # For the probe, which holds out fold by fold.
@@ -281,10 +279,10 @@ def test_voxceleb1_list_is_checked(tmp_path: Path) -> None:
 def test_segments_of_voice_activity(tmp_path: Path) -> None:
     MINIATURES["librilight"](tmp_path)
     data = prepared(CORPORA["librilight"], tmp_path, "small")
-    spans = [(s.start, s.end) for s in data.segments.values()]
+    spans = [entry.segment[1:3] for entry in data]
     assert spans == [(0.1, 20.0), (23.0, 30.0), (30.5, 60.0)]
     whole = prepared(CORPORA["librilight"], tmp_path, "medium")
-    assert [s.end for s in whole.segments.values()] == [-1.0]
+    assert [entry.segment.end for entry in whole] == [-1.0]
     (tmp_path / "medium/7/emma/01_austen.json").write_text("[")
     with pytest.raises(DataDirError, match="01_austen.json: malformed"):
         CORPORA["librilight"].prepare(tmp_path, ["medium"])
@@ -293,7 +291,7 @@ def test_segments_of_voice_activity(tmp_path: Path) -> None:
 def test_sides_of_a_conversation_are_channels(tmp_path: Path) -> None:
     MINIATURES["fisher"](tmp_path)
     known = dataclasses.replace(CORPORA["fisher"], recordings={"p1": 1})
-    prepared(known, tmp_path, "p1").write(tmp_path / "data")
+    write_entries(prepared(known, tmp_path, "p1"), tmp_path / "data")
     (recording,) = recordings_of(entries(tmp_path / "data"))
     spans = [span for _, span in recording.pieces]
     loud, silent = (piece for piece, _ in read_pieces(recording.path, spans))
@@ -378,13 +376,13 @@ def test_corpora_by_name_and_weight(
     (tmp_path / "list.yaml").write_text(yaml.safe_dump({"corpora": entries}))
     out = tmp_path / "data/local/corpora"
     data_corpora.main(["--config", str(tmp_path / "list.yaml"), "--out_dir", str(out)])
-    utterances = {p.name: DataDir.load(p).utterances for p in out.iterdir()}
+    utterances = {p.name: list(read_dir(p)) for p in out.iterdir()}
     assert utterances == {
         "esc50": ["esc50-1-100032-A-0", "esc50-1-100038-A-14"],
         "mine": ["mine-a_b"],
         "talks": ["talks-u"],
     }
-    assert DataDir.load(out / "talks").segments["talks-u"].recording == "talks-r"
+    assert read_dir(out / "talks")["talks-u"].recording == "talks-r"
     weights = (tmp_path / "data/local/weights").read_text()
     assert weights == "esc50 2\nmine 1.0\ntalks 0.5\n"
 
@@ -403,17 +401,11 @@ def test_manifest(tmp_path: Path) -> None:
     out = tmp_path / "data/local/corpora"
     cmd = ["--config", str(tmp_path / "list.yaml"), "--out_dir", str(out)]
     data_corpora.main(cmd)
-    data = DataDir.load(out / "granary")
-    data.validate(require=("utt2domain",))
-    assert sorted(data.wav_scp.values()) == [
-        str(tmp_path / "a/x.wav"),
-        str(tmp_path / "b/x.wav"),
-    ]
-    spans = [
-        (Path(data.wav_scp[s[0]]).parent.name, *s[1:3]) for s in data.segments.values()
-    ]
-    assert sorted(spans) == [("a", 0.25, 0.75), ("a", 1.0, 1.5), ("b", 0.0, 2.0)]
-    assert list(data.text.values()) == ["Yes."]
+    data = read_dir(out / "granary", "utt2domain").values()
+    a, b = str(tmp_path / "a/x.wav"), str(tmp_path / "b/x.wav")
+    spans = sorted((entry.path, *entry.segment[1:3]) for entry in data)
+    assert spans == [(a, 0.25, 0.75), (a, 1.0, 1.5), (b, 0.0, 2.0)]
+    assert {entry.text for entry in data} == {"Yes.", None}
     path.write_text(path.read_text() + '{"audio_filepath": "a/y.wav"}\n')
     with pytest.raises(DataDirError, match="en.jsonl, line 4: needs audio_filepath"):
         data_corpora.main(cmd)
@@ -435,8 +427,8 @@ def test_stage_1_on_a_list(tmp_path: Path) -> None:
     env = {"MUSAN": str(tmp_path / "m"), "LIBRISPEECH": str(tmp_path / "l")}
     result = run_sh(*options, cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
-    parts = [DataDir.load(tmp_path / "data" / name) for name in ("train", "valid")]
-    utterances = sorted(utt for part in parts for utt in part.utterances)
+    parts = [read_dir(tmp_path / "data" / name) for name in ("train", "valid")]
+    utterances = sorted(utt for part in parts for utt in part)
     assert utterances == [
         "librispeech-84-121-0000",
         "librispeech-84-121-0001",

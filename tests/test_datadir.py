@@ -2,15 +2,15 @@
 
 import tracemalloc
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_dirs import write_dir
 
 from espnet2_spear.fileio import external_sorter
 from espnet2_spear.fileio.datadir import (
-    DataDir,
+    RAW,
     Entry,
     Segment,
     check,
@@ -22,53 +22,43 @@ from espnet2_spear.fileio.tables import DataDirError, Lines, join
 
 
 @pytest.fixture
-def data() -> DataDir:
-    return DataDir(
-        wav_scp={"r1": "/a b/r1.wav", "r2": "r2.flac"},
-        segments={
-            "s1-u1": Segment("r1", 0.0, 1.5),
-            "s1-u2": Segment("r1", 1.5, 2.000125),
-            "s2-u3": Segment("r2", 0.0, -1.0),
-        },
-        utt2spk={"s2-u3": "s2", "s1-u2": "s1", "s1-u1": "s1"},
-        utt2domain={"s1-u1": "speech", "s1-u2": "speech", "s2-u3": "audio"},
-        text={"s1-u1": "GR\u00dcSSE AUS K\u00d6LN", "s1-u2": ""},
-        utt2num_samples={"s1-u1": 24000, "s1-u2": 8002, "s2-u3": 7},
+def data() -> list[Entry]:
+    first = Entry(
+        *("s1-u1", "/a b/r1.wav", "s1", "speech", Segment("r1", 0.0, 1.5)),
+        text="GR\u00dcSSE AUS K\u00d6LN",
+        samples=24000,
     )
+    second = first._replace(
+        utt="s1-u2", segment=Segment("r1", 1.5, 2.000125), text="", samples=8002
+    )
+    last = Segment("r2", 0.0, -1.0)
+    return [first, second, Entry("s2-u3", "r2.flac", "s2", "audio", last, samples=7)]
 
 
-def test_round_trip(tmp_path: Path, data: DataDir) -> None:
-    data.write(tmp_path / "x")
-    back = DataDir.load(tmp_path / "x")
-    assert back == replace(data, path=tmp_path / "x")
-    back.validate(require=("utt2domain", "utt2num_samples"))
-    spk2utt = (tmp_path / "x" / "spk2utt").read_text()
+def test_round_trip(tmp_path: Path, data: list[Entry]) -> None:
+    assert write_entries(data, tmp_path) == 3
+    assert list(entries(tmp_path, ("utt2domain", "utt2num_samples"))) == data
+    spk2utt = (tmp_path / "spk2utt").read_text()
     assert spk2utt == "s1 s1-u1 s1-u2\ns2 s2-u3\n"
 
 
-def test_files_are_sorted_as_in_the_c_locale(tmp_path: Path) -> None:
+def test_sorted_entries_are_in_the_order_of_the_c_locale(tmp_path: Path) -> None:
     ids = ["b", "B", "a-1", "a1", "\u00e9", "a_1"]
-    DataDir(wav_scp={i: "f" for i in ids}, utt2spk={i: i for i in ids}).write(tmp_path)
+    write_dir(tmp_path, [Entry(utt, "f", "s") for utt in ids])
     lines = (tmp_path / "wav.scp").read_bytes().splitlines()
     assert lines == sorted(lines) and len(lines) == len(ids)
 
 
 def test_rewriting_removes_files_no_longer_needed(
-    tmp_path: Path, data: DataDir
+    tmp_path: Path, data: list[Entry]
 ) -> None:
-    data.write(tmp_path)
-    DataDir(wav_scp={"u": "f"}, utt2spk={"u": "s"}).write(tmp_path)
+    write_entries(data, tmp_path)
+    write_entries([Entry("u", "f", "s")], tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "spk2utt",
         "utt2spk",
         "wav.scp",
     ]
-
-
-def test_select_keeps_only_what_is_needed(data: DataDir) -> None:
-    part = data.select(["s1-u2"])
-    part.validate(require=("utt2domain", "utt2num_samples", "text"))
-    assert part.utterances == ["s1-u2"] and list(part.wav_scp) == ["r1"]
 
 
 @pytest.mark.parametrize(
@@ -101,9 +91,9 @@ def test_select_keeps_only_what_is_needed(data: DataDir) -> None:
     ],
 )
 def test_inconsistent_directories(
-    tmp_path: Path, data: DataDir, name: str, content: str, message: str
+    tmp_path: Path, data: list[Entry], name: str, content: str, message: str
 ) -> None:
-    data.write(tmp_path)
+    write_entries(data, tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(DataDirError, match=message) as error:
         check(tmp_path)
@@ -111,23 +101,18 @@ def test_inconsistent_directories(
 
 
 @pytest.mark.parametrize("name", ["wav.scp", "utt2spk"])
-def test_missing_files(tmp_path: Path, data: DataDir, name: str) -> None:
-    data.write(tmp_path)
+def test_missing_files(tmp_path: Path, data: list[Entry], name: str) -> None:
+    write_entries(data, tmp_path)
     (tmp_path / name).unlink()
-    for read in (DataDir.load, check):
-        with pytest.raises(DataDirError, match=f"{name}: cannot be read"):
-            read(tmp_path)
+    with pytest.raises(DataDirError, match=f"{name}: cannot be read"):
+        check(tmp_path)
 
 
-def test_requirements_and_empty_sets(tmp_path: Path, data: DataDir) -> None:
-    with pytest.raises(DataDirError, match="text: 1 utterances are missing.*s2-u3"):
-        data.validate(require=("text",))
-    with pytest.raises(DataDirError, match="no utterances"):
-        data.select([]).validate()
-    slash = DataDir(wav_scp={"a/b": "f"}, utt2spk={"a/b": "s"})
+def test_requirements_and_empty_sets(tmp_path: Path, data: list[Entry]) -> None:
+    write_entries([Entry("a/b", "f", "s")], tmp_path)
     with pytest.raises(DataDirError, match="'a/b' cannot name a file"):
-        slash.validate()
-    data.write(tmp_path)
+        check(tmp_path)
+    write_entries(data, tmp_path)
     with pytest.raises(DataDirError, match="text: 1 utterances are missing.*s2-u3"):
         check(tmp_path, require=("text",))
     (tmp_path / "text").unlink()
@@ -144,7 +129,7 @@ def test_requirements_and_empty_sets(tmp_path: Path, data: DataDir) -> None:
 
 @pytest.fixture
 def small_sorter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spools that write to disk, and merge, after a few rows."""
+    """Sorters that write to disk, and merge, after a few rows."""
     monkeypatch.setattr(external_sorter, "ROWS", 3)
     monkeypatch.setattr(external_sorter, "RUNS", 2)
     monkeypatch.setattr(external_sorter, "_BLOCK", 2)
@@ -169,21 +154,12 @@ def test_sorting_on_disk(tmp_path: Path, count: int) -> None:
 
 
 @pytest.mark.usefixtures("small_sorter")
-def test_streamed_round_trip(tmp_path: Path, data: DataDir) -> None:
-    data.write(tmp_path / "x")
-    # Users' tables need not be sorted.
+def test_tables_need_not_be_sorted(tmp_path: Path, data: list[Entry]) -> None:
+    write_entries(data, tmp_path / "x")
     for name in ("wav.scp", "segments", "utt2spk", "text"):
         path = tmp_path / "x" / name
         path.write_text("".join(reversed(path.read_text().splitlines(True))))
-    found = list(entries(tmp_path / "x"))
-    assert DataDir.of(found, data.path) == data
-    assert write_entries(found, tmp_path / "y") == 3
-    data.write(tmp_path / "z")
-    for path in (tmp_path / "z").iterdir():
-        assert (tmp_path / "y" / path.name).read_bytes() == path.read_bytes()
-    assert len(list((tmp_path / "y").iterdir())) == len(
-        list((tmp_path / "z").iterdir())
-    )
+    assert list(entries(tmp_path / "x")) == data
 
 
 def test_streamed_names_that_are_not_utf8(tmp_path: Path) -> None:
@@ -195,9 +171,8 @@ def test_streamed_names_that_are_not_utf8(tmp_path: Path) -> None:
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / name).read_bytes()
     for name in ("wav.scp", "utt2spk"):
         (tmp_path / name).write_bytes(b"u\xe9 x\n")
-    for read in (check, lambda path: DataDir.load(path).validate()):
-        with pytest.raises(DataDirError, match="id 'u.udce9' is not UTF-8"):
-            read(tmp_path)
+    with pytest.raises(DataDirError, match="id 'u.udce9' is not UTF-8"):
+        check(tmp_path)
 
 
 def test_writing_streams(tmp_path: Path) -> None:
@@ -266,13 +241,8 @@ def test_memory_does_not_grow_with_utterances(tmp_path: Path) -> None:
         assert peak(4000) - peak(1000) < 3000 * 20
 
 
-def test_feats_type_goes_with_copies(tmp_path: Path) -> None:
-    data = DataDir(wav_scp={"a": "a.wav", "b": "b.wav"}, utt2spk={"a": "s", "b": "s"})
-    data.write(tmp_path / "data")
-    assert not (tmp_path / "data/feats_type").exists()
-    replace(data, feats_type="raw").write(tmp_path / "raw")
-    DataDir.load(tmp_path / "raw").select(["b"]).write(tmp_path / "copy")
-    assert (tmp_path / "copy/feats_type").read_text() == "raw\n"
-    # A set of another kind in the same place does not keep it.
-    data.write(tmp_path / "copy")
-    assert not (tmp_path / "copy/feats_type").exists()
+def test_feats_type_is_of_the_last_set_written(tmp_path: Path) -> None:
+    write_entries([Entry("a", "a.wav", "s")], tmp_path, RAW)
+    assert (tmp_path / "feats_type").read_text() == "raw\n"
+    write_entries([Entry("a", "a.wav", "s")], tmp_path)
+    assert not (tmp_path / "feats_type").exists()

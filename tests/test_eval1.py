@@ -11,11 +11,12 @@ import soundfile
 import torch
 import yaml
 from conftest import ROOT
+from data_dirs import write_dir
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from student_files import write_student
 
-from espnet2_spear.fileio.datadir import DataDir, write_table
+from espnet2_spear.fileio.datadir import Entry, write_table
 
 EVAL = ROOT / "egs2/spear/eval1"
 sys.path.insert(0, str(EVAL / "local"))
@@ -52,8 +53,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """45 clips of 3 words, spoken as tones in noise; every fifth is for dev or test."""
     folder = tmp_path_factory.mktemp("eval1")
     rng = np.random.default_rng(0)
-    data = DataDir(wav_scp={}, utt2spk={})
-    labels, splits, spans = {}, {}, {}
+    found, spans = [], {}
     for i in range(45):
         utt, word = f"u{i:02d}", WORDS[i % 3]
         time = np.arange(3200) / 16000
@@ -62,16 +62,12 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         wave = wave + 0.003 * rng.standard_normal(len(wave))
         path = folder / f"{utt}.wav"
         soundfile.write(path, wave, 16000)
-        data.wav_scp[utt] = str(path)
-        data.utt2spk[utt] = utt
-        data.utt2domain[utt] = "audio"
-        data.text[utt] = labels[utt] = word
+        part = {3: "dev", 4: "test"}.get(i // 3 % 5, "train")
+        entry = Entry(utt, str(path), utt, "audio", text=word, labels=word, part=part)
+        found.append(entry)
         ends = enumerate(word, 1)
         spans[utt] = " ".join(f"{tone} {0.2 * number:.3f}" for number, tone in ends)
-        splits[utt] = {3: "dev", 4: "test"}.get(i // 3 % 5, "train")
-    data.write(folder / "toy")
-    write_table(folder / "toy/labels", labels)
-    write_table(folder / "toy/splits", splits)
+    write_dir(folder / "toy", found)
     write_table(folder / "toy/tones", spans)
     return folder
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import ROOT
+from data_dirs import read_dir
 
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, read_table, write_table
+from espnet2_spear.fileio.datadir import DataDirError, read_table, write_table
 
 sys.path.insert(0, str(ROOT / "egs2/spear/eval1/local"))
 import containers  # noqa: E402
@@ -145,8 +146,7 @@ def test_clips_of_the_packages(tmp_path: Path) -> None:
     write_sf3(font, [(name, sound(0.3, "OGG")) for name in names])
     out = tmp_path / "out"
     sounds.main(["--root", str(root), "--out_dir", str(out), "--max_clips", "9"])
-    data = DataDir.load(out)
-    data.validate(require=("utt2domain",))
+    data = read_dir(out, "utt2domain")
     labels = dict(line.split() for line in (out / "labels").read_text().splitlines())
     groups = dict(line.split() for line in (out / "groups").read_text().splitlines())
     counts = {label: list(labels.values()).count(label) for label in labels.values()}
@@ -158,11 +158,11 @@ def test_clips_of_the_packages(tmp_path: Path) -> None:
         "vehicle": 4,
         "instrument": 3,
     }
-    assert set(labels) == set(groups) == set(data.utterances)
+    assert set(labels) == set(groups) == set(data)
     assert len({g for utt, g in groups.items() if labels[utt] == "music"}) == 1
     instruments = [g for utt, g in groups.items() if labels[utt] == "instrument"]
     assert sorted(instruments) == ["sf3-piano", "sf3-piano", "sf3-violin"]
-    piece = data.segments["moh-long-3"]
+    piece = data["moh-long-3"].segment
     assert (piece.start, piece.end) == (37.5, 47.5)
     # With animals, impacts and doors; an animal in two colours is one group.
     for label in sounds.UFOAI_SMALL:
@@ -242,7 +242,7 @@ def test_phones_of_a_voice(tmp_path: Path) -> None:
     assert read_table(tmp_path / "out/phones", "utterance phones") == {
         f"ru_000{i}": f"pau 0.200 ay 0.3{i}0" for i in (0, 4, 8)
     }
-    assert DataDir.load(tmp_path / "out").wav_scp["ru_0004"].endswith("ru_0004.wav")
+    assert read_dir(tmp_path / "out")["ru_0004"].path.endswith("ru_0004.wav")
     for text in ("0.2 125 pau\n", "#\n", "#\n0.2 pau\n"):
         lab.write_text(text)
         with pytest.raises(DataDirError, match="ru_0008.lab: expected 'end colour ph"):
@@ -252,8 +252,8 @@ def test_phones_of_a_voice(tmp_path: Path) -> None:
 def test_noise(tmp_path: Path) -> None:
     write_cat(tmp_path / sounds.OPENSFX, [("Cow", sound()), ("Bus", sound(0.2))])
     data_opensfx.main(["--root", str(tmp_path), "--out_dir", str(tmp_path / "d")])
-    data = DataDir.load(tmp_path / "d")
-    assert soundfile.info(data.wav_scp["opensfx-01"]).frames == 3200
+    data = read_dir(tmp_path / "d", "utt2domain")
+    assert soundfile.info(data["opensfx-01"].path).frames == 3200
 
 
 def test_mixtures(tmp_path: Path) -> None:
@@ -272,8 +272,7 @@ def test_mixtures(tmp_path: Path) -> None:
     cmd = [f"--wav_scp={tmp_path}/wav.scp", f"--source={tmp_path}/source"]
     cmd += [f"--splits={tmp_path}/splits", f"--out_dir={tmp_path}/mix"]
     mix_clips.main(cmd)
-    data = DataDir.load(tmp_path / "mix")
-    data.validate(require=("utt2domain",))
+    data = read_dir(tmp_path / "mix", "utt2domain")
     mixed = read_table(tmp_path / "mix/labels", "utterance labels")
     new_parts = read_table(tmp_path / "mix/splits", "utterance part")
     assert len(mixed) == 60
@@ -281,7 +280,7 @@ def test_mixtures(tmp_path: Path) -> None:
         first = utt.removeprefix("mix-")
         assert len(set(both.split())) == 2 and labels[first] in both.split()
         assert new_parts[utt] == parts[groups[first]]
-    samples, rate = soundfile.read(data.wav_scp["mix-u00"])
+    samples, rate = soundfile.read(data["mix-u00"].path)
     assert rate == 16000 and 10 ** (-32 / 20) < np.sqrt(np.mean(samples**2)) < 0.2
     parts.pop("g0-0")
     write_table(tmp_path / "splits", parts)
@@ -336,14 +335,13 @@ def test_voices(tmp_path: Path, members: dict[str, bytes]) -> None:
     write_archive(tmp_path, members)
     cmd = ["--root", str(tmp_path), "--out_dir", str(tmp_path / "d"), "--num_clips"]
     data_fotaq.main([*cmd, "5"])
-    data = DataDir.load(tmp_path / "d")
-    data.validate(require=("utt2domain",))
+    data = read_dir(tmp_path / "d", "utt2domain")
     labels = read_table(tmp_path / "d/labels", "utterance label")
     groups = read_table(tmp_path / "d/groups", "utterance group")
     assert sorted(labels.values()) == ["BOB"] * 5 + ["JOE"] * 5 + ["WITCH"] * 5
     assert labels["JOE-060003J1"] == "JOE" and labels["BOB-060003P1"] == "BOB"
     assert groups["JOE-060003J1"] == groups["BOB-060003P1"] == "060003"
-    assert soundfile.info(data.wav_scp["BOB-060001P1"]).samplerate == 11025
+    assert soundfile.info(data["BOB-060001P1"].path).samplerate == 11025
     with pytest.raises(DataDirError, match="fewer than two speakers have 11 clips"):
         data_fotaq.main([*cmd, "11"])
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from data_dirs import read_dir, write_dir
 from test_local_data import LOCAL, load
 
 from espnet2_spear.bin.spear_check_codes import main as check_codes
@@ -15,9 +16,9 @@ from espnet2_spear.bin.spear_codes_from_cuts import main as take_over
 from espnet2_spear.codes.facts import codes_facts
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.ark import read_matrix, read_scp
-from espnet2_spear.fileio.audio import Span, read_pieces
+from espnet2_spear.fileio.audio import read_pieces
 from espnet2_spear.fileio.cuts import read_cuts
-from espnet2_spear.fileio.datadir import DataDir, read_table
+from espnet2_spear.fileio.datadir import Entry, read_table
 from espnet2_spear.mvq.files import export_library, load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer
 
@@ -85,12 +86,11 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> "lhotse.CutSet":
 
 def write_data_dir(folder: Path, utts: dict[str, float]) -> Path:
     """What stage 3 leaves, as far as codes need it."""
-    DataDir(
-        wav_scp={utt: f"{utt}.flac" for utt in utts},
-        utt2spk={utt: utt for utt in utts},
-        utt2num_samples={utt: round(16000 * s) for utt, s in utts.items()},
-        utt2domain=dict.fromkeys(utts, "speech"),
-    ).write(folder)
+    found = [
+        Entry(utt, f"{utt}.flac", utt, "speech", samples=round(16000 * seconds))
+        for utt, seconds in utts.items()
+    ]
+    write_dir(folder, found)
     return folder
 
 
@@ -110,18 +110,15 @@ def test_cuts_are_a_corpus_of_a_data_list(
     )
     out = tmp_path / "data/local/corpora"
     data_corpora.main(["--config", str(data_list), "--out_dir", str(out)])
-    data = DataDir.load(out / NAME)
-    data.validate(require=("utt2domain", "text"))
-    assert set(data.utterances) == set(UTTS)
-    assert set(data.text.values()) == {"so it is"}
-    assert set(data.utt2spk.values()) == {"ice-ann"}
+    data = read_dir(out / NAME, "utt2domain", "text")
+    assert set(data) == set(UTTS)
+    assert {(e.text, e.speaker) for e in data.values()} == {("so it is", "ice-ann")}
     for cut in cuts:
         utt = f"{NAME}-{cut.id.replace('/', '-')}"
-        segment = data.segments[utt]
+        segment = data[utt].segment
         assert segment.channel == (None if "r0" in utt or shar else 1)
         assert segment.end - segment.start == pytest.approx(cut.duration)
-        spans = [Span(segment.start, segment.end, segment.channel)]
-        ((piece, _),) = read_pieces(data.wav_scp[segment.recording], spans)
+        ((piece, _),) = read_pieces(data[utt].path, [segment.span])
         expected = cut.load_audio()[0]
         assert np.abs(piece - expected).max() < 1e-4
     custom = read_table(out / NAME / "custom", "utterance JSON")

@@ -145,7 +145,7 @@ def test_options_are_read_before_anything_is_computed():
         ("--quantizer kmeans --iters_phase1 9", "no option of .*kmeans"),
         ("--codebook_size 2000", "no option of --quantizer mvq"),
         ("--quantizer kmeans --num_codebooks 8", "one codebook, not 8"),
-        ("--quantizer rvq --codebook_size 40000", "two bytes"),
+        ("--quantizer rvq --codebook_size 40000", "int16"),
         ("--quantizer vq", "mvq_train: .*invalid choice: 'vq'"),
         ("--iter_phase1 9", "mvq_train: unrecognized.*--iter_phase1"),
         ("--lr much", "mvq_train: argument --lr: invalid"),

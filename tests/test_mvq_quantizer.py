@@ -111,24 +111,6 @@ def test_codes_equal_full_reference(search, golden_dir):
         np.testing.assert_array_equal(codes, ref[f"idx{passes}"])
 
 
-@pytest.mark.parametrize(
-    "dim, size, num",
-    [(12, 64, 1), (12, 4, 2), (24, 2, 8), (24, 256, 2), (24, 32, 8), (32, 16, 16)],
-)
-def test_search_equals_the_obvious_one(search, dim, size, num):
-    quantizer = random_quantizer(dim, size, num)
-    x = random_vectors(quantizer, 6)
-    for passes in (1, 3):
-        got = quantizer.encode(x, passes)
-        expected = obvious_search(quantizer, x, passes)
-        better = squared_errors(quantizer, x, expected)
-        # Equal but for ties within rounding.
-        torch.testing.assert_close(
-            squared_errors(quantizer, x, got), better, rtol=1e-5, atol=0
-        )
-        assert (got == expected).all(dim=1).sum() >= 5
-
-
 @pytest.mark.parametrize("size, num", [(2, 16), (4, 1), (16, 32), (64, 4), (256, 16)])
 def test_compiled_search_equals_tensors(size, num):
     quantizer = random_quantizer(48, size, num).eval()

@@ -15,6 +15,7 @@ CASES = [
     # The products of 8192 centres cost seconds of a CPU; one size of them is enough.
     if num * size < 32 * 256 or dim == 384
 ]
+CASES += [(12, 1, 64), (12, 2, 4), (20, 8, 2), (24, 2, 256), (24, 8, 32)]
 FRAMES, PASSES = 2, 2
 
 

@@ -11,7 +11,7 @@ from espnet2_spear.fileio.utterances import read_utterances
 from espnet2_spear.mvq.embeddings import EmbeddingError
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.training import TrainingError
-from espnet2_spear.teachers import build_teacher
+from espnet2_spear.teachers import build_teacher, embeddings
 from espnet2_spear.teachers.embed import embed_batch
 from espnet2_spear.teachers.embeddings import TeacherFrames
 
@@ -29,11 +29,13 @@ def utterances(tmp_path):
 
 
 @pytest.fixture
-def stream(weights, utterances):
-    def make(**options):
+def stream(weights, utterances, monkeypatch):
+    monkeypatch.setattr(embeddings, "BLOCK_FRAMES", 100)
+    monkeypatch.setattr(embeddings, "STEPS_PER_BLOCK", 5)
+
+    def make(seed=0):
         teacher = build_teacher(WHISPER, {"weights": str(weights), "layer": 2})
-        options = {"block_frames": 100, "steps_per_block": 5, **options}
-        return TeacherFrames(teacher, utterances, "wav.scp", **options)
+        return TeacherFrames(teacher, utterances, "wav.scp", seed)
 
     return make
 

@@ -158,7 +158,6 @@ def task_module(**choices: object) -> ModuleType:
     ("optimizer", "choices", "message", "registered"),
     [
         ("no_such_module:Nothing", {}, "no_such_module", ["eden"]),
-        ("pathlib:Path", {}, "Path is not a torch", ["eden"]),
         (OPTIM, {"scheduler_classes": None}, "no scheduler_classes", ["scaledadam"]),
     ],
 )

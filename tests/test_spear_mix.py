@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from data_dirs import write_dir
 
 from espnet2_spear.bin.spear_mix import TABLE, main
 from espnet2_spear.codes.facts import CodesMismatch
 from espnet2_spear.fileio.ark import CodesWriter
-from espnet2_spear.fileio.datadir import DataDir, DataDirError
+from espnet2_spear.fileio.datadir import DataDirError, Entry
 
 RATE = 16000
 
@@ -23,11 +24,8 @@ def options(tmp_path: Path) -> list[str]:
     utts = [f"u{number:02b}" for number in range(4)]
     for utt in utts:
         soundfile.write(tmp_path / f"{utt}.flac", 0.1 * rng.standard_normal(RATE), RATE)
-    DataDir(
-        wav_scp={utt: str(tmp_path / f"{utt}.flac") for utt in utts},
-        utt2spk=dict.fromkeys(utts, "s"),
-        utt2domain=dict.fromkeys(utts, "speech"),
-    ).write(tmp_path / "data")
+    found = [Entry(utt, f"{tmp_path}/{utt}.flac", "s", "speech") for utt in utts]
+    write_dir(tmp_path / "data", found)
     with CodesWriter(tmp_path / "speech.ark", tmp_path / "speech.scp") as writer:
         for i, utt in enumerate(utts):
             writer.write(utt, np.full((49, 8), i))  # codes tell whose they are

@@ -658,7 +658,7 @@ def test_quantizer_of_another_teacher(setup, data_dir, tmp_path, caplog):
     for sizes, metadata, message in (
         ((32, 256, 4), made_for, "another teacher .layer 1 against 2.*stage 4"),
         ((16, 256, 4), made_for, "of 16 dimensions, teacher whisper gives 32"),
-        ((32, 65536, 1), {}, "at most two bytes: 32768 entries"),
+        ((32, 65536, 1), {}, "int16 in memory: at most 32768 entries"),
     ):
         Quantizer(*sizes).save(path, metadata)
         with pytest.raises(TeacherError, match=message):

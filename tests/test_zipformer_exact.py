@@ -192,8 +192,3 @@ def test_what_is_no_batch(method, shape, lengths, message) -> None:
     lengths = torch.tensor(lengths) if lengths else torch.zeros(0, dtype=torch.long)
     with pytest.raises(InputError, match=message):
         getattr(build(NARROW), method)(torch.zeros(shape), lengths)
-
-
-def test_integers_are_no_waveforms() -> None:
-    with pytest.raises(InputError, match="int16"):
-        build(NARROW)(torch.zeros(1, 4000, dtype=torch.int16), torch.tensor([4000]))

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from espnet2_spear.constants import SAMPLE_RATE, SAMPLES_PER_FRAME
 from espnet2_spear.zipformer.config import ZipformerConfig
 
-FRAME = 320  # samples from one frame (50 Hz) to the next
 # Samples behind the start of its last frame that a piece needs: (9 - 1/2) fbank frames.
-_TAIL = 1360 - FRAME
+_TAIL = 1360 - SAMPLES_PER_FRAME
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Chunks:
         if config.causal and config.chunk_size > 0:
             unit = math.lcm(unit, config.chunk_size)
         size, context = (
-            math.ceil(s * 16000 / FRAME / unit) * unit
+            math.ceil(s * SAMPLE_RATE / SAMPLES_PER_FRAME / unit) * unit
             for s in (seconds, context_seconds)
         )
         return cls(size, context)
@@ -64,7 +64,7 @@ class Chunks:
     @property
     def max_samples(self) -> int:
         """Longest audio that is not cut."""
-        return (self.size + self.context) * FRAME
+        return (self.size + self.context) * SAMPLES_PER_FRAME
 
 
 def in_chunks(
@@ -98,8 +98,8 @@ def in_chunks(
     out: Tensor | None = None
     for start in range(0, total, chunks.size):
         first = max(0, start - chunks.context)
-        begin = first * FRAME
-        end = (start + chunks.size + chunks.context) * FRAME + _TAIL
+        begin = first * SAMPLES_PER_FRAME
+        end = (start + chunks.size + chunks.context) * SAMPLES_PER_FRAME + _TAIL
         rows = [i for i, n in enumerate(frames) if n // factor * factor > start]
         piece = speech[:, begin:end]
         piece_lens = (lengths - begin).clamp(max=piece.size(1))

@@ -2,7 +2,6 @@
 """Check codes against the audio that they were made from."""
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from espnet2_spear.codes.check import CodesCheck, check_codes
 from espnet2_spear.codes.facts import codes_shape
 from espnet2_spear.codes.targets import MAX_MISSING_ROWS
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.datadir import check, entries
 from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.fileio.tables import TEXT, sorted_rows
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
             )
     problems = output_dir / PROBLEMS
     problems.write_text("".join(f"{line}\n" for line in lines), **TEXT)
-    (output_dir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(output_dir / SUMMARY, summary)
     if failures:
         logging.error(
             f"{'; '.join(failures)}. They are listed in {problems}. Remove the codes "

@@ -9,12 +9,11 @@ NAME.json as of spear_tokenize. Utterances without codes get the row of -1.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 
 from espnet2_spear.codes.from_cuts import take_over
-from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.fileio.tables import DataDirError
 from espnet2_spear.mvq.files import load_quantizer
@@ -73,8 +72,7 @@ def run(args: argparse.Namespace) -> None:
         size, number = quantizer.codebook_size, quantizer.num_codebooks
         facts |= {"quantizer": str(args.quantizer), "quantizer_id": quantizer.identity}
     facts |= take_over(sources, args.field, args.data_dir, args.scp, size, number)
-    text = json.dumps(facts, indent=1) + "\n"
-    write_atomically(args.scp.with_suffix(".json"), text.encode())
+    write_json(args.scp.with_suffix(".json"), facts)
     logging.info(
         f"{args.scp}: codes of {facts['tokenized']} utterances, {facts['without']} "
         "without any"

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.codes.targets import teacher_codes
 from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.hub.fetch import is_named
@@ -183,10 +183,9 @@ def student_card(model_file: Path, config: dict[str, Any]) -> dict[str, str]:
         CheckpointError: weights and configuration that do not belong together.
     """
     model = load_model(model_file)
-    teachers = config.get("teachers") or {}
+    teachers = teacher_codes(config.get("teachers") or {})
     rows = []
-    for name, conf in teachers.items():
-        codes = TeacherCodes.from_dict(name, conf)
+    for name, codes in teachers.items():
         shape = (codes.num_codebooks, codes.codebook_size, codes.frame_rate)
         rows.append([name, *map(str, shape)])
     millions = sum(p.numel() for p in model.parameters()) / 1e6

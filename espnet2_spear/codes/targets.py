@@ -22,8 +22,8 @@ class TeacherCodes:
 
     Attributes:
         num_codebooks: codes per teacher frame.
-        codebook_size: number of different codes; up to 256 take a byte on disk, more
-            (such as the 2000 of k-means) two.
+        codebook_size: number of different codes; up to 256 take a byte, more (such as
+            the 2000 of k-means) take two bytes in memory and four in an ark.
         frame_rate: teacher frames per second.
         quantizer: identity of the quantizer that made them, if it is known.
         layer: layer of the student that predicts them, counted from 1, at 50 Hz;
@@ -95,6 +95,11 @@ class TeacherCodes:
             found = f"{len(codes)} frames for {samples} samples"
             return "wrong length", f"{found}, expected {expected:.1f}"
         return None
+
+
+def teacher_codes(teachers: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherCodes]:
+    """Build those of the option ``--teachers``; see :meth:`TeacherCodes.from_dict`."""
+    return {str(k): TeacherCodes.from_dict(str(k), v) for k, v in teachers.items()}
 
 
 def match_frame_rate(

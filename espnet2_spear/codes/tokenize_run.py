@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ import torch
 
 from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer, check_agreement
 from espnet2_spear.fileio.ark import SCP_COLUMNS, CodesWriter, write_missing_codes
-from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.atomic import write_atomically, write_json
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.hashes import digest_of, hash_of
 from espnet2_spear.fileio.shards import (
@@ -200,7 +199,9 @@ class TokenizeRun:
         name = tokenizer.options.name
         failed = [failure for record in records for failure in record["failed"]]
         lines = "".join(f"{utt} {reason}\n" for utt, reason in failed)
-        self._write(f"{name}.failed", lines)
+        write_atomically(
+            self.folder / f"{name}.failed", lines.encode("utf-8", "surrogateescape")
+        )
         for utt, reason in failed:
             logging.warning(f"skipped {utt}: {reason}")
         quantizer = tokenizer.quantizer
@@ -227,15 +228,12 @@ class TokenizeRun:
             if agreement is not None:
                 unknown = math.isnan(agreement)
                 summary["float32_agreement"] = None if unknown else agreement
-            self._write(f"{name}.json", json.dumps(summary, indent=1) + "\n")
+            write_json(self.folder / f"{name}.json", summary)
             names = ((utterance.utt,) for utterance in everyone)
             with table_writer(self.folder / f"{name}.scp") as scp:
                 for utt, (_, row) in join(names, codes):
                     scp.add(utt, row[1] if row else missing)
         return summary
-
-    def _write(self, name: str, text: str) -> None:
-        write_atomically(self.folder / name, text.encode("utf-8", "surrogateescape"))
 
 
 # --- A process that works -------------------------------------------------------------

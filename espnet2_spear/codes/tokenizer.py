@@ -63,7 +63,7 @@ def check_match(teacher: Teacher, quantizer: AbsQuantizer, path: str | Path) -> 
     if quantizer.codebook_size > MAX_CODEBOOK_SIZE:
         raise TeacherError(
             f"{path}: has {quantizer.codebook_size} entries in a codebook; codes are "
-            f"stored in at most two bytes: {MAX_CODEBOOK_SIZE} entries"
+            f"int16 in memory: at most {MAX_CODEBOOK_SIZE} entries"
         )
     trained_on = quantizer.metadata.get("teacher")
     if not trained_on:

@@ -192,7 +192,7 @@ def _sampler_config(args: argparse.Namespace) -> SamplerConfig:
     config = _config(SamplerConfig, "sampler_conf", args)
     if unknown := sorted(set(config.domain_weights) - set(args.domains)):
         raise ValueError(
-            f"sampler_conf.domain_weights: '{unknown[0]}' is none of --domains "
+            f"sampler_conf.domain_weights: '{unknown[0]}' is not one of --domains "
             f"{args.domains}"
         )
     return config

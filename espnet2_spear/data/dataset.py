@@ -66,7 +66,7 @@ class SpearPreprocessor:
     def _domain(self, uid: str, domain: str) -> int:
         if domain not in self.domains:
             raise ValueError(
-                f"utterance '{uid}': domain '{domain}' is none of {self.domains}; "
+                f"utterance '{uid}': domain '{domain}' is not one of {self.domains}; "
                 "correct utt2domain or the option --domains"
             )
         return self.domains.index(domain)

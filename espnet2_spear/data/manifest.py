@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.datadir import parse_count
 from espnet2_spear.fileio.hashes import digest_of
 from espnet2_spear.fileio.tables import (
@@ -222,8 +223,7 @@ def _build_at(target: Path, lists: Lists, identity: Mapping[str, Any]) -> None:
                 f"{target}: a list was changed while it was read; start again"
             )
         content = {**identity, "groups": [asdict(group) for group in groups]}
-        text = json.dumps(content, indent=1) + "\n"
-        (part / INDEX).write_text(text, encoding="utf-8")
+        write_json(part / INDEX, content)
         try:
             part.rename(target)
         except OSError:
@@ -260,8 +260,8 @@ def _build(
             continue  # only to count them
         if kind[1] not in domains:
             raise DataDirError(
-                f"{domain}: utterance '{utt}' has domain '{kind[1]}', which is none of "
-                f"{list(domains)}; correct it or the option --domains"
+                f"{domain}: utterance '{utt}' has domain '{kind[1]}', which is not one "
+                f"of {list(domains)}; correct it or the option --domains"
             )
         samples.append(parse_count(lengths, utt, length[1]))
         if not samples[-1]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 # Paths and ids need not be valid UTF-8: undecodable bytes survive a round trip.
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}
@@ -45,3 +46,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a whole content; see :func:`atomic`."""
     with atomic(path) as file:
         file.write(content)
+
+
+def write_json(path: str | os.PathLike[str], facts: Any) -> None:
+    """Write facts as JSON; see :func:`atomic`."""
+    write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())

@@ -143,9 +143,8 @@ def recordings_of(found: Iterable[Entry]) -> Iterator[Recording]:
                 whole = Span(0.0, None, None)
                 yield Recording(entry.path, ((entry.utt, whole),))
                 continue
-            recording, start, end, channel = entry.segment
-            span = Span(start, None if end < 0 else end, channel)
-            pieces.add((recording, entry.path, entry.utt, span))
+            where = entry.segment.span
+            pieces.add((entry.recording, entry.path, entry.utt, where))
         for _, group in groupby(pieces, key=itemgetter(0)):
             rows = list(group)
             yield Recording(rows[0][1], tuple((utt, span) for _, _, utt, span in rows))

@@ -2,20 +2,20 @@
 
 What is kept in memory are the rows that
 :class:`~espnet2_spear.fileio.external_sorter.ExternalSorter` sorts at a time, whatever
-the size of the directory. :class:`DataDir` holds a small one.
+the size of the directory.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from espnet2_spear.fileio.audio import Span
 from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
 from espnet2_spear.fileio.tables import (
     DataDirError,
@@ -55,6 +55,11 @@ class Segment(NamedTuple):
     start: float
     end: float
     channel: int | None = None
+
+    @property
+    def span(self) -> Span:
+        """The piece as :func:`~espnet2_spear.fileio.audio.read_pieces` takes it."""
+        return Span(self.start, None if self.end < 0 else self.end, self.channel)
 
     def line(self) -> str:
         """What ``segments`` holds behind the utterance's id."""
@@ -114,50 +119,21 @@ def entries(
             other. What the end of a file says comes up at the end: call
             :func:`check` first where that is too late.
     """
-    path = Path(path)
+    path, find = Path(path), None
     tables = {
         name: sorted_rows(path / name, columns, empty_values=name == "text")
         for name, columns in COLUMNS.items()
         if name == "utt2spk" or (path / name).exists()
     }
-    if (path / "segments").exists():
-        recordings = Lines.by_key(path / "wav.scp", "recording file")
-        segments = sorted_rows(path / "segments", SEGMENTS)
-        yield from _entries(path, segments, tables, require, recordings.find)
-    else:
-        files = sorted_rows(path / "wav.scp", "utterance file")
-        yield from _entries(path, files, tables, require)
-
-
-def check(path: str | os.PathLike[str], require: Collection[str] = ()) -> int:
-    """Read a whole data directory; returns the number of its utterances.
-
-    Raises:
-        DataDirError: see :func:`entries`.
-    """
-    return sum(1 for _ in entries(path, require))
-
-
-def _entries(
-    path: Path,
-    utterances: Iterable[tuple],
-    tables: Mapping[str, Iterable[tuple]],
-    require: Collection[str],
-    find: Callable[[str], str | None] | None = None,
-) -> Iterator[Entry]:
-    """Join the tables of a data directory; see :func:`entries`.
-
-    Args:
-        path: of the directory, for messages.
-        utterances: rows of ``segments``, or of wav.scp if ``find`` is None.
-        tables: rows of the others, by name.
-        require: as for :func:`entries`.
-        find: returns the file of a recording.
-    """
-    differences, count = Differences(), 0
-    columns = [tables.get(name, ()) for name in COLUMNS]
     complete = {name for name in tables if name != "text"} | {*require}
-    for utt, (first, *found) in join(utterances, *columns):
+    if (path / "segments").exists():
+        find = Lines.by_key(path / "wav.scp", "recording file").find
+        utterances = sorted_rows(path / "segments", SEGMENTS)
+    else:
+        utterances = sorted_rows(path / "wav.scp", "utterance file")
+    differences, count = Differences(), 0
+    others = (tables.get(name, ()) for name in COLUMNS)
+    for utt, (first, *found) in join(utterances, *others):
         count += 1
         for name, row in zip(COLUMNS, found, strict=True):
             if first is None:
@@ -188,6 +164,15 @@ def _entries(
         raise DataDirError(
             f"{path}: the data directory has no utterances; prepare it again (stage 1)"
         )
+
+
+def check(path: str | os.PathLike[str], require: Collection[str] = ()) -> int:
+    """Read a whole data directory; returns the number of its utterances.
+
+    Raises:
+        DataDirError: see :func:`entries`.
+    """
+    return sum(1 for _ in entries(path, require))
 
 
 def _parse_segment(path: Path, utt: str, rest: str) -> Segment:
@@ -383,113 +368,6 @@ def write_entries(
 
 
 # --- In memory ------------------------------------------------------------------------
-
-
-@dataclass
-class DataDir:
-    """One data set in Kaldi's form, small enough for memory.
-
-    Attributes:
-        wav_scp: Recording -> audio file (without segments: utterance -> audio file).
-        segments: Utterance -> piece of a recording, or None where each recording is
-            one utterance.
-        utt2spk: Utterance -> speaker.
-        utt2domain: Utterance -> ``speech`` or ``audio``; empty where not given.
-        text: Utterance -> transcript, for the utterances that have one.
-        utt2num_samples: Utterance -> samples; empty where not known yet.
-        feats_type: What ESPnet's scripts read of a formatted set, ``raw``; empty
-            where there is no such file.
-        path: Where it was read from, for messages.
-    """
-
-    wav_scp: dict[str, str]
-    utt2spk: dict[str, str]
-    segments: dict[str, Segment] | None = None
-    utt2domain: dict[str, str] = field(default_factory=dict)
-    text: dict[str, str] = field(default_factory=dict)
-    utt2num_samples: dict[str, int] = field(default_factory=dict)
-    feats_type: str = ""
-    path: Path = Path(".")
-
-    @property
-    def utterances(self) -> list[str]:
-        """Utterance ids, sorted as in the C locale."""
-        ids = self.wav_scp if self.segments is None else self.segments
-        return sorted(ids, key=c_order)
-
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], require: Collection[str] = ()
-    ) -> DataDir:
-        """Read and check a directory; see :func:`entries`."""
-        data = cls.of(entries(path, require), Path(path))
-        if (data.path / "feats_type").exists():
-            data.feats_type = (data.path / "feats_type").read_text().strip()
-        return data
-
-    @classmethod
-    def of(cls, found: Iterable[Entry], path: Path = Path(".")) -> DataDir:
-        """Hold entries in memory."""
-        data = cls({}, {}, path=path)
-        for entry in found:
-            data.wav_scp[entry.recording] = entry.path
-            data.utt2spk[entry.utt] = entry.speaker
-            if entry.segment is not None:
-                data.segments = data.segments or {}
-                data.segments[entry.utt] = entry.segment
-            if entry.domain:
-                data.utt2domain[entry.utt] = entry.domain
-            if entry.text is not None:
-                data.text[entry.utt] = entry.text
-            if entry.samples is not None:
-                data.utt2num_samples[entry.utt] = entry.samples
-        return data
-
-    def entries(self, require: Collection[str] = ()) -> Iterator[Entry]:
-        """Yield the utterances; see the function :func:`entries`."""
-        tables = {
-            name: _rows(getattr(self, name))
-            for name in COLUMNS
-            if name == "utt2spk" or getattr(self, name)
-        }
-        if self.segments is None:
-            yield from _entries(self.path, _rows(self.wav_scp), tables, require)
-        else:
-            segments = _rows({utt: s.line() for utt, s in self.segments.items()})
-            find = self.wav_scp.get
-            yield from _entries(self.path, segments, tables, require, find)
-
-    def validate(self, require: Collection[str] = ()) -> None:
-        """Check that the tables agree with each other.
-
-        Raises:
-            DataDirError: naming the file, an example and the remedy.
-        """
-        for _ in self.entries(require):
-            pass
-
-    def select(self, utterances: Iterable[str]) -> DataDir:
-        """Return a copy with these utterances (and the recordings they need)."""
-        keep = set(utterances)
-        segments, recordings = None, keep
-        if self.segments is not None:
-            segments = _only(self.segments, keep)
-            recordings = {segment.recording for segment in segments.values()}
-        tables = {name: _only(getattr(self, name), keep) for name in COLUMNS}
-        wav_scp = _only(self.wav_scp, recordings)
-        return replace(self, wav_scp=wav_scp, segments=segments, **tables)
-
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write all files; see :func:`entry_writer`."""
-        write_entries(self.entries(), path, self.feats_type)
-
-
-def _rows(table: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key, str(table[key])) for key in sorted(table, key=c_order)]
-
-
-def _only(table: Mapping[str, Any], keep: set[str]) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if key in keep}
 
 
 def read_table(path: Path, columns: str, empty_values: bool = False) -> dict[str, str]:

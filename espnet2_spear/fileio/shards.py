@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.hashes import crc32_of, digest_of
 from espnet2_spear.fileio.utterances import Batched, Utterance
 
@@ -232,8 +232,7 @@ class DoneMarks:
         paths = [Path(file) for file in files]
         sums = {str(p.relative_to(self.folder)): crc32_of(p) for p in paths}
         mark = {"run": self.run, "record": record, "files": sums}
-        text = json.dumps(mark, indent=1) + "\n"
-        write_atomically(self._path(shard), text.encode("utf-8", "surrogateescape"))
+        write_json(self._path(shard), mark)
 
 
 def _read_mark(path: Path) -> dict[str, Any]:

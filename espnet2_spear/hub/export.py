@@ -101,7 +101,7 @@ def check_student(
     """See that a student can be written.
 
     Raises:
-        CheckpointError: one is there, or weights that are no finite numbers.
+        CheckpointError: one is there, or weights with NaN or infinity.
     """
     there = [str(path) for path in files if path.exists()]
     if there and not overwrite:
@@ -137,7 +137,7 @@ def save_student(
         the file of weights, ``student.pth``.
 
     Raises:
-        CheckpointError: a student is there, or weights that are no finite numbers.
+        CheckpointError: a student is there, or weights with NaN or infinity.
     """
     weights, config_file = folder / "student.pth", folder / "config.yaml"
     check_student(model, source, (weights, config_file), overwrite)
@@ -240,7 +240,7 @@ def export_student(
         source: where the student comes from, for messages; None: ``name``.
 
     Raises:
-        CheckpointError: such files are there, or weights that are no finite numbers.
+        CheckpointError: such files are there, or weights with NaN or infinity.
     """
     from safetensors.torch import save_file
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.constants import SAMPLE_RATE, SAMPLES_PER_FRAME
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.audio import AudioError, Span, read_pieces, resample
 from espnet2_spear.fileio.datadir import write_table
@@ -38,7 +38,6 @@ OUTPUT = "output"  # the final output, in place of a layer's number
 # Cuts lie on multiples of it: whole samples at any rate, and a multiple of what all
 # stacks of the student step over (2560 samples), so that pieces see the same frames.
 GRID_SECONDS = 4
-_SAMPLES_PER_FRAME = 320
 Layer = int | str
 
 
@@ -179,7 +178,7 @@ class Extractor:
         self, frames: np.ndarray, layer: Layer, piece: int, last: bool
     ) -> np.ndarray:
         """A piece's frames without those of its context."""
-        hop = _SAMPLES_PER_FRAME
+        hop = SAMPLES_PER_FRAME
         if layer == OUTPUT:
             hop *= self.model.config.output_downsampling_factor
         first = min(piece * self.step, self.context) // hop

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.constants import SAMPLE_RATE, SAMPLES_PER_FRAME
 from espnet2_spear.errors import CheckpointError, UserError
 from espnet2_spear.hub.graph import Network
 from espnet2_spear.hub.graph_student import length_bounds, student_facts
 from espnet2_spear.hub.load import LORA_FACTOR, read_checkpoint
 from espnet2_spear.hub.teacher import sha256_of_tensors
 
-FRAME = 320  # samples
 # With an encoder of ESPnet: so that no part of it is left with a single frame, which
 # torch.export would make another graph for.
 SHORTEST = SAMPLE_RATE * 16 // 25
@@ -134,7 +133,7 @@ def ctc_recognizer(path: str | Path, max_seconds: float = 60.0) -> Network:
 def _shortest(module: CtcRecognizer, samples: int) -> int:
     """Fewest samples, in steps of a frame, of which it makes an output frame."""
     with torch.no_grad():
-        for n in range(samples, SAMPLE_RATE, FRAME):
+        for n in range(samples, SAMPLE_RATE, SAMPLES_PER_FRAME):
             try:
                 module(torch.zeros(1, n), torch.tensor([n]))
             except Exception:  # ESPnet's TooShortUttError moved between versions

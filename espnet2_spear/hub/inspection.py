@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.codes.targets import TeacherCodes, teacher_codes
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.load import Checkpoint, read_checkpoint
 from espnet2_spear.mvq.quantizer import AbsQuantizer
@@ -128,7 +128,7 @@ def _teachers(checkpoint: Checkpoint) -> dict[str, TeacherCodes]:
             f"{config}: teachers is no table; copy the one that belongs to the weights"
         )
     try:
-        return {str(k): TeacherCodes.from_dict(str(k), v) for k, v in teachers.items()}
+        return teacher_codes(teachers)
     except ValueError as error:
         raise CheckpointError(
             f"{config}: {error}; copy the one that belongs to the weights"

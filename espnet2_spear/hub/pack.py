@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -225,11 +225,10 @@ class Card:
     tables: str = ""
     results: Path | None = None
     config: Mapping[str, Any] | None = None
-    tags: Sequence[str] = field(default=("spear", "espnet2-spear"))
 
     def __str__(self) -> str:
         head: dict[str, object] = {
-            "tags": ["espnet", "audio", self.hf_task, *self.tags],
+            "tags": ["espnet", "audio", self.hf_task, "spear", "espnet2-spear"],
             "language": list(self.language),
             "datasets": list(self.datasets),
             "license": self.license,

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import AudioError, Span, audio_info
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, read_table
+from espnet2_spear.fileio.datadir import DataDirError, entries, read_table
 from espnet2_spear.fileio.folders import find_audio
 from espnet2_spear.fileio.utterances import Utterance
 
@@ -61,15 +61,9 @@ def find_recordings(
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            data = DataDir.load(path)
-            for utt in data.utterances:
-                if data.segments is None:
-                    add(utt, find_audio(data.wav_scp[utt], path))
-                    continue
-                segment = data.segments[utt]
-                file = find_audio(data.wav_scp[segment.recording], path)
-                end = segment.end if segment.end >= 0 else None
-                add(utt, file, Span(segment.start, end, segment.channel))
+            for entry in entries(path):
+                span = entry.segment.span if entry.segment else WHOLE
+                add(entry.utt, find_audio(entry.path, path), span)
         elif path.suffix == ".scp":
             for utt, value in read_table(path, "utterance file").items():
                 add(utt, find_audio(value, path.parent))

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from espnet2_spear.constants import SAMPLES_PER_FRAME
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.checks import InputError
-
-SAMPLES_PER_FRAME = 320
 
 
 class UpstreamExpert(nn.Module):
@@ -44,7 +43,8 @@ class UpstreamExpert(nn.Module):
             s3prl derives them from the samples and the rate.
 
         Raises:
-            InputError: a waveform that is empty, longer than an hour or no numbers.
+            InputError: a waveform that is empty, longer than an hour, or with NaN or
+                infinity.
         """
         empty = [index for index, wav in enumerate(wavs) if len(wav) == 0]
         if empty or not wavs:

@@ -10,7 +10,6 @@ With centres c and entries v of codebook n, and projections P:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -100,8 +99,8 @@ class BaselineConfig:
     Attributes:
         quantizer: kmeans, rvq or random.
         num_codebooks: N; 1 for kmeans.
-        codebook_size: K; codes of more than 256 entries take two bytes. (HuBERT-like
-            k-means has 2000.)
+        codebook_size: K; codes of more than 256 entries take two bytes in memory and
+            four in an ark. (HuBERT-like k-means has 2000.)
         standardize: as of MVQ.
         iters: batches that the centres of a codebook are updated with.
         batch_frames: frames in such a batch.
@@ -133,15 +132,12 @@ class BaselineConfig:
         if not 2 <= self.codebook_size <= MAX_CODEBOOK_SIZE:
             raise TrainingError(
                 f"codebook_size is {self.codebook_size}; from 2 to "
-                f"{MAX_CODEBOOK_SIZE}, because a code is stored in at most two bytes"
+                f"{MAX_CODEBOOK_SIZE}, because codes are int16 in memory"
             )
 
 
 def train_baseline(
-    config: BaselineConfig,
-    data: TrainingFrames,
-    device: str | torch.device = "cpu",
-    progress: Callable[[str], None] = logging.info,
+    config: BaselineConfig, data: TrainingFrames, device: str | torch.device = "cpu"
 ) -> AbsQuantizer:
     """Train; the same seed gives the same quantizer.
 
@@ -149,7 +145,6 @@ def train_baseline(
         config: see there.
         data: embeddings.
         device: for the residuals and the codes; the clustering runs on the CPU.
-        progress: gets a line now and then.
 
     Raises:
         EmbeddingError: constant embeddings, or fewer frames than centres.
@@ -174,16 +169,13 @@ def train_baseline(
     if isinstance(quantizer, RandomProjectionQuantizer):
         _fit_centers(quantizer, config, data)
     else:
-        _cluster_residuals(quantizer, config, data, progress)
+        _cluster_residuals(quantizer, config, data)
     quantizer.stamp()
     return quantizer
 
 
 def _cluster_residuals(
-    quantizer: AbsQuantizer,
-    config: BaselineConfig,
-    data: TrainingFrames,
-    progress: Callable[[str], None],
+    quantizer: AbsQuantizer, config: BaselineConfig, data: TrainingFrames
 ) -> None:
     """Train codebook after codebook: k-means on the residuals of the earlier ones."""
     # Here: importing it takes as long as torch, and opening a quantizer needs it not.
@@ -217,7 +209,7 @@ def _cluster_residuals(
             kmeans.partial_fit(x.cpu().numpy())
         quantizer.centers[n] = torch.from_numpy(kmeans.cluster_centers_)
         left = residual(batch, n + 1).square().sum() / x.square().sum()
-        progress(
+        logging.info(
             f"codebook {n + 1} of {config.num_codebooks}: leaves {float(left):.4f} of "
             "what it was given (last batch)"
         )

@@ -85,7 +85,8 @@ def get_parser(
     group.add_argument(
         "--codebook_size",
         type=int,
-        help="entries; codes of more than 256 take two bytes [256]",
+        help="entries; codes of more than 256 take two bytes in memory and four in an "
+        "ark [256]",
     )
     group.add_argument(
         "--iters", type=int, help="batches that a codebook is made of [200]"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.mvq.embeddings import TrainingFrames
 from espnet2_spear.mvq.quantizer import AbsQuantizer
@@ -109,10 +110,8 @@ def write_report(
             training as ``config``.
         history: of the trainer, if the quantizer has just been trained.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     content = {"quantizers": dict(summaries), "history": list(history)}
-    text = json.dumps(content, indent=1)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "report.json", content)
     plots = _plot(folder, summaries, history)
     (folder / "report.md").write_text(_page(summaries, plots), encoding="utf-8")
 

@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -284,11 +283,8 @@ class MVQTrainer:
             self.quantizer.std.copy_(std)
         self._start_phase(self.quantizer)
 
-    def train(self, progress: Callable[[str], None] = logging.info) -> Quantizer:
+    def train(self) -> Quantizer:
         """Take the steps that are left.
-
-        Args:
-            progress: gets a line now and then.
 
         Raises:
             TrainingError: the loss is no longer finite.
@@ -304,7 +300,7 @@ class MVQTrainer:
             self._recent.append(self._take_step(self._tables))
             self.step += 1
             if self.step % self.log_interval == 0:
-                self._log(progress)
+                self._log()
         self.quantizer.stamp()
         return self.quantizer.eval()
 
@@ -360,14 +356,14 @@ class MVQTrainer:
             tensor /= self.world_size
         return values
 
-    def _log(self, progress: Callable[[str], None]) -> None:
+    def _log(self) -> None:
         losses = np.mean(self._recent, axis=0).tolist()
         self._recent.clear()
         entry = dict(zip(QuantizerLosses._fields, losses, strict=True))
         self.history.append({"step": self.step, **entry})
         phase = 2 if self._in_phase_two else 1
         figures = ", ".join(f"{name} {value:.4f}" for name, value in entry.items())
-        progress(
+        logging.info(
             f"phase {phase}, step {self.step}/{self.config.total_iters}: {figures}"
         )
 

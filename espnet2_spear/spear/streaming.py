@@ -80,7 +80,7 @@ def streaming_fbank(
         ``streaming_forward`` takes.
 
     Raises:
-        InputError: no batch of waveforms, samples that are no numbers, pieces that do
+        InputError: no batch of waveforms, samples with NaN or infinity, pieces that do
             not fit together, or an utterance without samples.
     """
     check_waveforms(speech, lengths, None)

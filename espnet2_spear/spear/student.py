@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.spear.checks import (
     InputError,
     check_fbank,
-    check_shortest,
     check_waveforms,
 )
 from espnet2_spear.spear.streaming import (
@@ -185,7 +184,7 @@ class SpearEncoder(nn.Module):
             (B,).
 
         Raises:
-            InputError: no utterances; samples that are no numbers, or more of them
+            InputError: no utterances; samples with NaN or infinity, or more of them
                 than one piece may have; an utterance too short for one output frame,
                 named by its index; or a length beyond the tensor.
         """
@@ -209,10 +208,6 @@ class SpearEncoder(nn.Module):
                 "frontend spear compute it in pieces (outside training): "
                 "frontend_conf.chunk_seconds, such as 30"
             )
-
-    def check_shortest(self, lengths: Sequence[int]) -> None:
-        """Raise InputError unless each of so many samples gives an output frame."""
-        check_shortest(lengths, self.min_samples)
 
     def pad_short(self, speech: Tensor) -> Tensor:
         """Put silence behind (B, samples) that are too short for one output frame.

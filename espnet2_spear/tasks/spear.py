@@ -17,7 +17,7 @@ from espnet2.utils.nested_dict_action import NestedDictAction
 from espnet2.utils.types import str2bool, str_or_none
 
 from espnet2_spear.codes.facts import check_codes_facts
-from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.codes.targets import teacher_codes
 from espnet2_spear.data.build import (
     add_sampling_arguments,
     build_iter_factory,
@@ -184,7 +184,7 @@ class SpearTask(AbsTask):
         cls, args: argparse.Namespace, train: bool
     ) -> SpearPreprocessor:
         """Return the per-utterance checks."""
-        return SpearPreprocessor(build_teacher_codes(args.teachers), args.domains)
+        return SpearPreprocessor(teacher_codes(args.teachers), args.domains)
 
     @classmethod
     def required_data_names(
@@ -306,7 +306,7 @@ class SpearTask(AbsTask):
         args.loss_weights = resolve_loss_weights(
             args.loss_weights or DEFAULT_PRESET, args.domains, list(args.teachers)
         )
-        teachers = build_teacher_codes(args.teachers)
+        teachers = teacher_codes(args.teachers)
         mixing = build_mixer_config(args)
         student = SpearEncoder(config)
         model = model_choices.get_class(args.model)(
@@ -333,11 +333,6 @@ def _note_loading(
 ) -> None:
     key = prefix.removesuffix("student.") + "schedule.batches"
     student.end_schedules_of_loaded(state_dict, prefix, key)
-
-
-def build_teacher_codes(teachers: dict[str, dict]) -> dict[str, TeacherCodes]:
-    """Turn the option ``--teachers`` into objects."""
-    return {name: TeacherCodes.from_dict(name, c) for name, c in teachers.items()}
 
 
 def build_mixer_config(args: argparse.Namespace) -> MixerConfig | None:

@@ -6,7 +6,6 @@ them block by block while the quantizer trains.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.shards import (
     Batches,
     DoneMarks,
@@ -32,6 +31,10 @@ from espnet2_spear.mvq.embeddings import (
 )
 from espnet2_spear.teachers.base import Teacher, TeacherError
 from espnet2_spear.teachers.embed import embed_batch
+
+BATCH_SECONDS = 20.0  # of audio, padding included
+BLOCK_FRAMES = 50_000  # about; of 1024 channels they take 200 MB
+STEPS_PER_BLOCK = 100
 
 
 def choose(
@@ -61,7 +64,7 @@ def store_embeddings(
     teacher: Teacher,
     utterances: Sequence[Utterance],
     output_dir: str | Path,
-    batch_seconds: float = 20.0,
+    batch_seconds: float = BATCH_SECONDS,
     shard_seconds: float = 600.0,
     dtype: str = "float16",
     compute_dtype: str = "float32",
@@ -128,8 +131,7 @@ def store_embeddings(
             f"{folder}: none of the {len(utterances)} utterances could be embedded "
             "(reasons above)"
         )
-    text = json.dumps(index, indent=1) + "\n"
-    write_atomically(folder / INDEX, text.encode("utf-8", "surrogateescape"))
+    write_json(folder / INDEX, index)
     return index
 
 
@@ -173,9 +175,6 @@ class TeacherFrames:
         utterances: at least two.
         source: names them in messages.
         seed: of the division in blocks.
-        block_frames: embeddings in a block, about; 50 000 of 1024 take 200 MB.
-        steps_per_block: training steps on one block.
-        batch_seconds: bound of a batch's audio, padding included.
 
     Attributes:
         index, dim, num_train, num_held_out, source: see ``TrainingFrames``; the
@@ -192,18 +191,14 @@ class TeacherFrames:
         utterances: Sequence[Utterance],
         source: str,
         seed: int = 0,
-        block_frames: int = 50_000,
-        steps_per_block: int = 100,
-        batch_seconds: float = 20.0,
     ) -> None:
         self.teacher, self.source, self.dim = teacher, source, teacher.dim
-        self.steps_per_block, self.batch_seconds = steps_per_block, batch_seconds
         self.index: dict[str, Any] = {
             "teacher": teacher.describe(),
             "frame_rate": teacher.frame_rate,
         }
         self.failed: dict[str, str] = {}
-        options = {"block": block_frames, "steps": steps_per_block, "seed": seed}
+        options = {"block": BLOCK_FRAMES, "steps": STEPS_PER_BLOCK, "seed": seed}
         facts = {**teacher.describe(), **options}
         self._fingerprint = fingerprint(facts, utterances)
         if len(utterances) < 2:
@@ -223,9 +218,9 @@ class TeacherFrames:
         self._held_out = [utterances[i] for i in sorted(held_out)]
         self.num_held_out, self.num_train = count, sum(frames) - count
         self._blocks: list[list[Utterance]] = []
-        size = block_frames
+        size = BLOCK_FRAMES
         for i in order:
-            if size >= block_frames:
+            if size >= BLOCK_FRAMES:
                 self._blocks.append([])
                 size = 0
             self._blocks[-1].append(utterances[i])
@@ -246,7 +241,7 @@ class TeacherFrames:
 
     def block_of(self, step: int) -> int:
         """Number of the block that a step uses; all once, in a new order each time."""
-        turn, place = divmod(step // self.steps_per_block, len(self._blocks))
+        turn, place = divmod(step // STEPS_PER_BLOCK, len(self._blocks))
         order = np.random.default_rng([self._seed, 1, turn])
         return int(order.permutation(len(self._blocks))[place])
 
@@ -272,7 +267,7 @@ class TeacherFrames:
 
     def _embed(self, utterances: Sequence[Utterance]) -> Tensor:
         parts: list[Tensor] = []
-        for batch in make_batches(utterances, self.batch_seconds):
+        for batch in make_batches(utterances, BATCH_SECONDS):
             result = embed_batch(self.teacher, batch)
             # Out of inference mode, in which the teacher ran: training needs them.
             parts += [frames.cpu().clone() for frames in result.tensors]

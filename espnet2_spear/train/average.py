@@ -82,7 +82,6 @@ def save_epoch_average(
     """
     if average.count == 0 or keep <= 0:
         return
-    (folder / FOLDER).mkdir(exist_ok=True)
     state = average.state_dict()
     state["mean"] = {k: v.float() for k, v in state["mean"].items()}
     # The rest of the model's state, so that an average is a complete model.

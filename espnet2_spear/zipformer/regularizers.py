@@ -384,13 +384,11 @@ class SharedDropout(nn.Module):
 
     Args:
         count: batch count of the schedule; None: nothing is dropped.
-        rate: share of channels dropped.
     """
 
-    def __init__(self, count: BatchCount | None, rate: Scheduled = DROPOUT) -> None:
+    def __init__(self, count: BatchCount | None) -> None:
         super().__init__()
         self.count = count
-        self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop channels of x (B, T, C) and scale the others up."""
@@ -401,7 +399,7 @@ class SharedDropout(nn.Module):
         """What x (B, T, C) is to be multiplied by, (B, 1, C); None: nothing drops."""
         if self.count is None or not self.training:
             return None
-        rate = self.count.at(self.rate)
+        rate = self.count.at(DROPOUT)
         keep = torch.rand(x.size(0), 1, x.size(-1), device=x.device) >= rate
         return keep.to(x.dtype) / (1.0 - rate)
 

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from espnet2_spear.asr.features import Featurizer, FrameReducer, LogMelFusion
 from espnet2_spear.asr.freezing import FreezeSchedule
-from espnet2_spear.asr.pieces import FRAME, Chunks, in_chunks
+from espnet2_spear.asr.pieces import Chunks, in_chunks
 from espnet2_spear.asr.pretrained import (
     build_student,
     keep_layers,
 )
 from espnet2_spear.asr.surroundings import watch_models
-from espnet2_spear.constants import SAMPLE_RATE
+from espnet2_spear.constants import SAMPLE_RATE, SAMPLES_PER_FRAME
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.packed import check_format
-from espnet2_spear.spear.checks import check_scale, on_host
+from espnet2_spear.spear.checks import check_scale, check_shortest, on_host
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.zipformer.schedule import BatchCountState
 
@@ -132,7 +132,7 @@ class SpearFrontend(AbsFrontend):
         self.masker = None if mask is None else _masker(mask)
         self.reduce = FrameReducer(pool, stack)
         self.frontend_type = "spear"
-        self.hop_length = FRAME * self.reduce.factor
+        self.hop_length = SAMPLES_PER_FRAME * self.reduce.factor
         self.upstream, self._has_weights = build_student(ckpt, arch, padding)
         layers, bins = self.upstream.num_layers, self.upstream.config.num_mel_bins
         self.featurizer = Featurizer(layers, layer, layer_norm)
@@ -209,7 +209,7 @@ class SpearFrontend(AbsFrontend):
 
         Raises:
             CheckpointError: no weights were ever loaded.
-            InputError: samples that are no numbers or, outside training, beyond +-8;
+            InputError: samples with NaN or infinity or, outside training, beyond +-8;
                 or audio too long for one piece.
             ValueError: an utterance too short for one frame.
         """
@@ -244,7 +244,7 @@ class SpearFrontend(AbsFrontend):
         return features, lengths
 
     def _check_samples(self, samples: list[int]) -> None:
-        self.upstream.check_shortest(samples)
+        check_shortest(samples, self.upstream.min_samples)
         frames = self.upstream.hidden_lengths(min(samples))
         if frames < self.reduce.factor:
             raise ValueError(

@@ -121,7 +121,7 @@ class SpearModel(PreTrainedModel):
             return_dict: False: a tuple, without what is not there.
 
         Raises:
-            InputError: another sampling rate, samples that are no numbers, or an
+            InputError: another sampling rate, samples with NaN or infinity, or an
                 utterance too short for one frame.
         """
         if sampling_rate != SAMPLE_RATE:

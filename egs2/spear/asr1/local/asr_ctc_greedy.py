@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from espnet2_spear.fileio.explain import run_command
+
 BLANK = 0  # first of ESPnet's tokens
 
 
@@ -120,10 +122,9 @@ def main(cmd: list[str] | None = None) -> None:
     args = get_parser().parse_args(cmd)
     import espnet2_spear  # noqa: F401  (makes frontend spear known to ESPnet)
 
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s: %(message)s")
     count = decode(args)
     logging.info(f"decoded {count} utterances into {args.output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

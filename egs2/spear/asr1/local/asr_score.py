@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.fileio.explain import run_command
 
@@ -180,8 +179,7 @@ def write_results(
         parts.append(f"### {unit.upper()}\n\n" + "\n".join([_HEADER, *rows]))
     text = "\n\n".join(parts) + "\n"
     (exp_dir / "RESULTS.md").write_text(text, encoding="utf-8")
-    content = json.dumps(score, indent=2) + "\n"
-    write_atomically(exp_dir / "score.json", content.encode())
+    write_json(exp_dir / "score.json", score)
     return score
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from espnet2_spear.errors import UserError
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.explain import run_command
 
 
@@ -114,7 +115,7 @@ def main(cmd: list[str] | None = None) -> None:
     if args.output is not None:
         args.output.write_text(table, encoding="utf-8")
     if args.json is not None:
-        args.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, summary)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ Audio is not copied: the paths in wav.scp are rewritten to hold from this folder
 
 import argparse
 import os
-import sys
-from dataclasses import replace
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import RAW, DataDir, DataDirError
+from espnet2_spear.fileio.datadir import RAW, DataDirError, entries, write_entries
+from espnet2_spear.fileio.explain import run_command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -30,33 +29,31 @@ def main() -> None:
             f"{args.in_dir}: no such data set; make it with "
             "`cd ../ssl1 && ./run.sh --stop_stage 3`, or set SSL_DATA in db.sh"
         )
-    data = DataDir.load(args.in_dir)
-    if data.segments is not None:
+    if (args.in_dir / "segments").exists():
         raise DataDirError(
             f"{args.in_dir}/segments: cut the audio first (stage 2 of ../ssl1 does)"
         )
-    data.validate(require=("text", "utt2num_samples"))
-    blank = [utt for utt in data.utterances if not data.text[utt].strip()]
+    kept, blank, missing = [], [], []
+    for entry in entries(args.in_dir, require=("text", "utt2num_samples")):
+        if not entry.text.strip():
+            blank.append(entry.utt)
+            continue
+        if not os.path.isabs(entry.path):
+            entry = entry._replace(path=os.path.relpath(args.root / entry.path))
+        if not os.path.exists(entry.path):
+            missing.append(entry.path)
+        kept.append(entry)
     if blank:
         print(f"{args.in_dir}: {len(blank)} without words left out: {blank}")
-        data = data.select(set(data.utterances) - set(blank))
-    paths = {
-        utt: file if os.path.isabs(file) else os.path.relpath(args.root / file)
-        for utt, file in data.wav_scp.items()
-    }
-    missing = [utt for utt, file in paths.items() if not os.path.exists(file)]
     if missing:
         raise DataDirError(
             f"{args.in_dir}/wav.scp: {len(missing)} files are missing, for example "
-            f"{paths[missing[0]]}; format the set again (stage 2 of ../ssl1)"
+            f"{missing[0]}; format the set again (stage 2 of ../ssl1)"
         )
-    replace(data, wav_scp=paths, feats_type=RAW).write(args.out_dir)
-    minutes = sum(data.utt2num_samples.values()) / 16000 / 60
-    print(f"{args.out_dir}: {len(data.utterances)} utterances, {minutes:.1f} minutes")
+    write_entries(kept, args.out_dir, RAW)
+    minutes = sum(entry.samples for entry in kept) / 16000 / 60
+    print(f"{args.out_dir}: {len(kept)} utterances, {minutes:.1f} minutes")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataDirError as error:
-        sys.exit(f"data.py: {error}")
+    run_command(main)

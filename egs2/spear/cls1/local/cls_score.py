@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from asr_score import ScoreError, environments
 
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.fileio.explain import run_command
 
@@ -109,7 +109,7 @@ def write_results(exp_dir: Path, sets: dict[str, dict[str, Any]]) -> None:
     table = "\n".join([_HEADER, *rows])
     text = "\n\n".join(["# RESULTS", environments(), f"## {exp_dir.name}", table])
     (exp_dir / "RESULTS.md").write_text(text + "\n", encoding="utf-8")
-    (exp_dir / "score.json").write_text(json.dumps({"sets": sets}, indent=2) + "\n")
+    write_json(exp_dir / "score.json", {"sets": sets})
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from espnet2_spear.errors import UserError
+
 _TOP_BIT = 0x80000000
 _SHDR = struct.Struct("<20sIIIIIBbHH")
 _PHDR = struct.Struct("<20sHHHIII")
@@ -12,7 +14,7 @@ _PAIR = struct.Struct("<HH")
 _INSTRUMENT, _SAMPLE_ID = 41, 53  # generators
 
 
-class ContainerError(ValueError):
+class ContainerError(UserError):
     """A file is not what its name says, or is cut off."""
 
 

@@ -10,7 +10,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, write_table
+from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
+from espnet2_spear.fileio.explain import run_command
 
 VOICE = "usr/share/festival/voices/russian/msu_ru_nsh_clunits"
 EVERY = 4
@@ -48,18 +49,13 @@ def main(cmd: list[str] | None = None) -> None:
     files = sorted((voice / "lab").glob("*.lab"))[::EVERY]
     if not files:
         raise DataDirError(f"{voice}/lab: no labels; run stage 1 of run.sh again")
-    data = DataDir(wav_scp={}, utt2spk={}, path=args.out_dir)
-    phones = {}
-    for file in files:
-        utt = file.stem
-        data.wav_scp[utt] = str((voice / "wav" / f"{utt}.wav").absolute())
-        data.utt2spk[utt], data.utt2domain[utt] = "ru_nsh", "speech"
-        phones[utt] = read_lab(file)
-    data.write(args.out_dir)
+    phones = {file.stem: read_lab(file) for file in files}
+    wavs = {utt: str((voice / "wav" / f"{utt}.wav").absolute()) for utt in phones}
+    found = [Entry(utt, wav, "ru_nsh", "speech") for utt, wav in wavs.items()]
+    write_entries(sorted(found), args.out_dir)
     write_table(args.out_dir / "phones", phones)
     logging.info("%d sentences", len(phones))
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(data_festvox.py) %(message)s")
-    main()
+    run_command(main)

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from espnet2_spear.fileio.audio import AudioError, audio_info
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, write_table
+from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
+from espnet2_spear.fileio.explain import run_command
 
 ARCHIVE = "usr/share/scummvm/flight-of-the-amazon-queen/queen.1c"
 MP3 = 1
@@ -136,34 +137,27 @@ def main(cmd: list[str] | None = None) -> None:
                 clips.append((clip, path))
             else:
                 path.unlink()
-    data = DataDir(wav_scp={}, utt2spk={}, path=args.out_dir)
-    labels, groups = {}, {}
-    for speaker, clips in sorted(chosen.items()):
+    spoken, groups = [], {}
+    for speaker, clips in chosen.items():
         if len(clips) < args.num_clips:
             continue
         for clip, path in clips:
-            utt = f"{speaker}-{clip.name}"
-            data.wav_scp[utt] = str(path.absolute())
-            data.utt2spk[utt] = labels[utt] = speaker
-            data.utt2domain[utt] = "speech"
+            utt, file = f"{speaker}-{clip.name}", str(path.absolute())
+            spoken.append(Entry(utt, file, speaker, "speech", labels=speaker))
             groups[utt] = clip.string
-    if len(set(labels.values())) < 2:
+    speakers = sorted({entry.speaker for entry in spoken})
+    if len(speakers) < 2:
         raise DataDirError(
             f"{archive}: fewer than two speakers have {args.num_clips} clips; lower "
             "--num_clips"
         )
-    data.validate(require=("utt2domain",))
-    data.write(args.out_dir)
-    write_table(args.out_dir / "labels", labels)
+    write_entries(sorted(spoken), args.out_dir)
     write_table(args.out_dir / "groups", groups)
     logging.info(
         "%d speakers, %d clips each: %s",
-        len(set(labels.values())),
-        args.num_clips,
-        " ".join(sorted(set(labels.values()))),
+        *(len(speakers), args.num_clips, " ".join(speakers)),
     )
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(data_fotaq.py) %(message)s")
-    main()
+    run_command(main)

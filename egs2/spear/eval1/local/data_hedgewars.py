@@ -10,7 +10,14 @@ import argparse
 import logging
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, write_table
+from espnet2_spear.fileio.datadir import (
+    DataDirError,
+    Entry,
+    check,
+    write_entries,
+    write_table,
+)
+from espnet2_spear.fileio.explain import run_command
 
 VOICES = "usr/share/games/hedgewars/Data/Sounds/voices"
 ENGLISH = ("British", "Classic", "Default", "HillBilly", "Mobster", "Pirate", "Robot")
@@ -41,22 +48,17 @@ def main(cmd: list[str] | None = None) -> None:
     shared = sorted(set.intersection(*(set(found) for found in files.values())))
     if not shared:
         raise DataDirError(f"{args.root / VOICES}: the voices share no phrase")
-    data = DataDir(wav_scp={}, utt2spk={}, path=args.out_dir)
-    labels, groups = {}, {}
+    clips = []
     for voice, found in files.items():
         for phrase in shared:
-            utt = f"{voice}-{phrase}"
-            data.wav_scp[utt] = str(found[phrase].absolute())
-            data.utt2spk[utt] = groups[utt] = voice
-            data.utt2domain[utt] = "speech"
-            labels[utt] = phrase
-    data.validate(require=("utt2domain",))
-    data.write(args.out_dir)
-    write_table(args.out_dir / "labels", labels)
-    write_table(args.out_dir / "groups", groups)
+            file = str(found[phrase].absolute())
+            clip = Entry(f"{voice}-{phrase}", file, voice, "speech", labels=phrase)
+            clips.append(clip)
+    write_entries(sorted(clips), args.out_dir)
+    check(args.out_dir)
+    write_table(args.out_dir / "groups", {clip.utt: clip.speaker for clip in clips})
     logging.info("%d phrases of %d voices", len(shared), len(files))
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(data_hedgewars.py) %(message)s")
-    main()
+    run_command(main)

@@ -7,12 +7,13 @@ and `groups` (the first program that plays the sample; splits keep it together).
 """
 
 import argparse
-import logging
 from collections import Counter
 from pathlib import Path
 
 from containers import read_presets, read_sf3
 from sounds import SOUNDFONT, Clip, balanced, write_clips, write_sound
+
+from espnet2_spear.fileio.explain import run_command
 
 FAMILIES = "piano percussion organ guitar bass strings ensemble brass reed pipe".split()
 FAMILIES += "lead pad effects ethnic percussive sound_effects".split()
@@ -56,5 +57,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(data_instruments.py) %(message)s")
-    main()
+    run_command(main)

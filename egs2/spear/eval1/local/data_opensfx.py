@@ -8,7 +8,8 @@ from pathlib import Path
 from containers import read_cat
 from sounds import OPENSFX, write_sound
 
-from espnet2_spear.fileio.datadir import DataDir
+from espnet2_spear.fileio.datadir import Entry, write_entries
+from espnet2_spear.fileio.explain import run_command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -22,18 +23,14 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: list[str] | None = None) -> None:
     """Write the data directory."""
     args = get_parser().parse_args(cmd)
-    data = DataDir(wav_scp={}, utt2spk={}, path=args.out_dir)
+    found = []
     for index, (_, content) in enumerate(read_cat(args.root / OPENSFX)):
         utt = f"opensfx-{index:02d}"
         path = write_sound(args.out_dir / "clips", utt, ".wav", content)
-        data.wav_scp[utt] = str(path.absolute())
-        data.utt2spk[utt] = utt
-        data.utt2domain[utt] = "audio"
-    data.validate(require=("utt2domain",))
-    data.write(args.out_dir)
-    logging.info("%d sounds", len(data.wav_scp))
+        found.append(Entry(utt, str(path.absolute()), utt, "audio"))
+    count = write_entries(sorted(found), args.out_dir)
+    logging.info("%d sounds", count)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(data_opensfx.py) %(message)s")
-    main()
+    run_command(main)

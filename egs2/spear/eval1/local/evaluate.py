@@ -27,7 +27,7 @@ from systems import System, logmel, student, teacher
 from table import draw, environment, table
 from tasks import Clips, Data, Task, TaskError, divide
 
-from espnet2_spear.fileio.atomic import atomic
+from espnet2_spear.fileio.atomic import atomic, write_json
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.fileio.explain import main_with_one_line_errors
 
@@ -246,7 +246,7 @@ def write(
         system: {name: [asdict(s) for s in scores] for name, scores in by_task.items()}
         for system, by_task in results.items()
     }
-    (exp / "RESULTS.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(exp / "RESULTS.json", content)
     draw(tasks, results, exp / "RESULTS.png")
     print(table(tasks, results))
 

@@ -443,7 +443,6 @@ def run(args: argparse.Namespace) -> None:
 
 def main(cmd: list[str] | None = None) -> None:
     """Command line entry point."""
-    logging.basicConfig(level=logging.INFO, format="(evidence.py) %(message)s")
     main_with_one_line_errors(get_parser(), run, cmd)
 
 

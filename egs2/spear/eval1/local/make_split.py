@@ -13,6 +13,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from espnet2_spear.fileio.datadir import read_table, write_table
+from espnet2_spear.fileio.explain import run_command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -46,4 +47,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,7 +15,14 @@ import numpy as np
 import soundfile
 
 from espnet2_spear.fileio.audio import read_audio, to_int16
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, read_table, write_table
+from espnet2_spear.fileio.datadir import (
+    DataDirError,
+    Entry,
+    check,
+    read_table,
+    write_entries,
+)
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.names import file_name
 
 RATE = 16000
@@ -77,8 +84,7 @@ def main(cmd: list[str] | None = None) -> None:
         if utt not in labels or part is None:
             raise DataDirError(f"{args.splits}: no label or part of '{utt}'; add it")
         clips_of[part].append(utt)
-    data = DataDir(wav_scp={}, utt2spk={}, path=args.out_dir)
-    new_labels, new_parts = {}, {}
+    mixtures = []
     folder = args.out_dir / "mixtures"
     folder.mkdir(parents=True, exist_ok=True)
     for part, clips in sorted(clips_of.items()):
@@ -91,18 +97,13 @@ def main(cmd: list[str] | None = None) -> None:
             path = folder / file_name(utt, ".flac")
             samples = to_int16(mix([paths[first], paths[second]], rng))[0]
             soundfile.write(path, samples, RATE)
-            data.wav_scp[utt] = str(path.absolute())
-            data.utt2spk[utt] = utt
-            data.utt2domain[utt] = "audio"
-            new_labels[utt] = " ".join(sorted([labels[first], labels[second]]))
-            new_parts[utt] = part
-    data.validate(require=("utt2domain",))
-    data.write(args.out_dir)
-    write_table(args.out_dir / "labels", new_labels)
-    write_table(args.out_dir / "splits", new_parts)
-    logging.info("%d mixtures of two", len(new_labels))
+            both = " ".join(sorted([labels[first], labels[second]]))
+            file = str(path.absolute())
+            mixtures.append(Entry(utt, file, utt, "audio", labels=both, part=part))
+    write_entries(sorted(mixtures), args.out_dir)
+    check(args.out_dir)
+    logging.info("%d mixtures of two", len(mixtures))
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(mix_clips.py) %(message)s")
-    main()
+    run_command(main)

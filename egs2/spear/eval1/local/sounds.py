@@ -18,7 +18,14 @@ from containers import read_cat, read_sf3
 from unzip_audio import unzip
 
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES, audio_info
-from espnet2_spear.fileio.datadir import DataDir, DataDirError, Segment, write_table
+from espnet2_spear.fileio.datadir import (
+    DataDirError,
+    Entry,
+    Segment,
+    write_entries,
+    write_table,
+)
+from espnet2_spear.fileio.explain import run_command
 
 UFOAI = ("weapons", "ambience", "footsteps", "aliens", "soldiers")
 UFOAI_SMALL = ("impact", "doors")  # 13 and 8 clips
@@ -171,25 +178,19 @@ def write_clips(found: list[Clip], out_dir: Path) -> None:
     Raises:
         DataDirError: two clips get the same id.
     """
-    data = DataDir(wav_scp={}, utt2spk={}, segments={}, path=out_dir)
-    labels, groups = {}, {}
+    entries, groups = [], {}
     for clip in found:
         utt = re.sub(r"[^A-Za-z0-9._-]+", "_", clip.name.replace("/", "-"))
-        if utt in data.wav_scp:
-            raise DataDirError(f"{clip.path} and {data.wav_scp[utt]}: same id {utt}")
-        data.wav_scp[utt] = str(clip.path.absolute())
-        data.segments[utt] = Segment(utt, clip.start, clip.end)
-        data.utt2spk[utt] = utt
-        data.utt2domain[utt] = "speech" if clip.label == "speech" else "audio"
-        labels[utt] = clip.label
+        domain = "speech" if clip.label == "speech" else "audio"
+        segment = Segment(utt, clip.start, clip.end)
+        entry = Entry(utt, str(clip.path.absolute()), utt, domain, segment)
+        entries.append(entry._replace(labels=clip.label))
         groups[utt] = re.sub(r"\s+", "_", clip.group)  # names a line of a table
-    data.validate(require=("utt2domain",))
-    data.write(out_dir)
-    write_table(out_dir / "labels", labels)
+    write_entries(sorted(entries), out_dir)
     write_table(out_dir / "groups", groups)
-    counts = Counter(labels.values()).most_common()
+    counts = Counter(clip.label for clip in found).most_common()
     named = ", ".join(f"{label} {count}" for label, count in counts)
-    logging.info("%d clips: %s", len(labels), named)
+    logging.info("%d clips: %s", len(found), named)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -212,5 +213,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(sounds.py) %(message)s")
-    main()
+    run_command(main)

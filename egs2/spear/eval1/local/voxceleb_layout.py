@@ -15,6 +15,7 @@ import soundfile
 
 from espnet2_spear.fileio.audio import read_audio, to_int16
 from espnet2_spear.fileio.datadir import DataDirError, read_table
+from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.names import file_name
 
 FIRST_ID = 10001
@@ -67,4 +68,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

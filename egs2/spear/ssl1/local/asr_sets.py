@@ -9,7 +9,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import DataDir, DataDirError
+from espnet2_spear.fileio.datadir import DataDirError, Entry, entries, write_entries
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.tables import open_text
 
@@ -20,31 +20,33 @@ def read_list(path: Path) -> list[str]:
         return [line.strip() for line in lines if line.strip()]
 
 
-def split(data: DataDir, dev: list[str], test: list[str]) -> dict[str, DataDir]:
-    """Return the three sets.
+def split(source: Path, dev: list[str], test: list[str]) -> dict[str, list[Entry]]:
+    """Return the three sets, each in the order of ids.
 
     Raises:
         DataDirError: a listed prompt is missing, or a text is in two sets.
     """
-    listed = {"en_dev": dev, "en_test": test}
-    taken = set(dev) | set(test)
+    data = [entry for entry in entries(source, ("utt2domain",)) if entry.text]
+    listed = {"en_dev": {*dev}, "en_test": {*test}}
+    every = {entry.utt for entry in data}
     for name, utts in listed.items():
-        missing = sorted(set(utts) - set(data.text))
+        missing = sorted(utts - every)
         if missing:
             raise DataDirError(
-                f"{data.path}/text: '{missing[0]}' of split_{name}.txt is missing "
+                f"{source}/text: '{missing[0]}' of split_{name}.txt is missing "
                 f"({len(missing)} in all); prepare the English prompts again"
             )
-    listed["en_train"] = [utt for utt in data.utterances if utt not in taken]
+    listed["en_train"] = every.difference(dev, test)
     owner: dict[str, str] = {}
     sets = {}
     for name, utts in listed.items():
-        sets[name] = data.select(utt for utt in utts if utt in data.text)
-        for utt, text in sets[name].text.items():
+        sets[name] = [entry for entry in data if entry.utt in utts]
+        for entry in sets[name]:
+            text = entry.text
             if owner.setdefault(text, name) != name:
                 raise DataDirError(
-                    f"the text of '{utt}' is in {owner[text]} and {name}: {text}; "
-                    "correct split_en_dev.txt and split_en_test.txt"
+                    f"the text of '{entry.utt}' is in {owner[text]} and {name}: "
+                    f"{text}; correct split_en_dev.txt and split_en_test.txt"
                 )
     return sets
 
@@ -63,15 +65,12 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: list[str] | None = None) -> None:
     """Write the three data directories."""
     args = get_parser().parse_args(cmd)
-    data = DataDir.load(args.source)
-    for name, part in split(data, read_list(args.dev), read_list(args.test)).items():
-        if args.max_utts > 0:
-            part = part.select(part.utterances[: args.max_utts])
-        part.path = args.out_dir / name
-        part.validate(require=("utt2domain", "text"))
-        part.write(part.path)
-        words = sum(len(text.split()) for text in part.text.values())
-        logging.info("%s: %d utterances, %d words", name, len(part.text), words)
+    sets = split(args.source, read_list(args.dev), read_list(args.test))
+    for name, found in sets.items():
+        part = found[: args.max_utts or None]
+        write_entries(part, args.out_dir / name)
+        words = sum(len(entry.text.split()) for entry in part)
+        logging.info("%s: %d utterances, %d words", name, len(part), words)
 
 
 if __name__ == "__main__":

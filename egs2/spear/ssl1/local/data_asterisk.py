@@ -13,7 +13,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import DataDir
+from espnet2_spear.fileio.datadir import Entry, check, write_entries
 from espnet2_spear.fileio.explain import run_command
 from espnet2_spear.fileio.tables import open_text
 
@@ -72,8 +72,8 @@ def is_speechless(name: str, text: str) -> bool:
     return name.startswith("silence/") or bool(text and not plain(text))
 
 
-def prepare(root: Path, lang: str) -> DataDir:
-    """Return the prompts of a language as a data set.
+def prepare(root: Path, lang: str) -> list[Entry]:
+    """Return the prompts of a language in the order of their ids.
 
     Raises:
         FileNotFoundError: the packages are not unpacked in ``root``.
@@ -89,27 +89,21 @@ def prepare(root: Path, lang: str) -> DataDir:
     }
     speaker = f"{lang}_{VOICES[lang].rpartition('_')[2].lower()}"
     normalize = normalize_english if lang == "en" else plain
-    data = DataDir(wav_scp={}, utt2spk={})
     files = sorted(sounds.rglob("*.g722"))
     if not files:
         raise FileNotFoundError(
             f"{sounds}: no .g722 files; unpack asterisk-core-sounds-{lang}-g722 there "
             "(stage 1 does it: remove its mark in downloads/root and run again)"
         )
+    found = []
     for file in files:
         name = file.relative_to(sounds).with_suffix("").as_posix()
         if name in speechless or is_speechless(name, ""):
             continue
         utt = f"{speaker}-{name.replace('/', '-')}"
-        if utt in data.wav_scp:
-            raise ValueError(f"{file} and {data.wav_scp[utt]} get the same id {utt}")
-        data.wav_scp[utt] = str(file)
-        data.utt2spk[utt] = speaker
-        data.utt2domain[utt] = "speech"
-        text = normalize(prompts.get(name, ""))
-        if text:
-            data.text[utt] = text
-    return data
+        text = normalize(prompts.get(name, "")) or None
+        found.append(Entry(utt, str(file), speaker, "speech", text=text))
+    return sorted(found)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -124,13 +118,11 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: list[str] | None = None) -> None:
     """Write the data directory."""
     args = get_parser().parse_args(cmd)
-    data = prepare(args.root, args.lang)
-    data.path = args.out_dir
-    data.validate(require=("utt2domain",))
-    data.write(args.out_dir)
-    logging.info(
-        "%s: %d prompts, %d with text", args.lang, len(data.wav_scp), len(data.text)
-    )
+    found = prepare(args.root, args.lang)
+    write_entries(found, args.out_dir)
+    check(args.out_dir)
+    with_text = sum(entry.text is not None for entry in found)
+    logging.info("%s: %d prompts, %d with text", args.lang, len(found), with_text)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ the options of SECONDS, and arrays with a value for each teacher.
 
 import argparse
 import json
-import logging
 import math
 import re
 import shlex
@@ -41,6 +40,7 @@ from training_config import (
 )
 
 from espnet2_spear.fileio.convert import AUDIO_FORMATS
+from espnet2_spear.fileio.explain import run_command
 
 QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
 TEACHERS_OF_MINI = "speech=whisper_tiny_en audio=yamnet"
@@ -484,10 +484,7 @@ def plan_teacher(
 def main(cmd: list[str] | None = None) -> None:
     """Print the plan."""
     args = get_parser().parse_args(cmd)
-    try:
-        config, run, teachers = plan(args)
-    except ValueError as error:
-        raise SystemExit(f"ERROR (plan.py): {error}") from None
+    config, run, teachers = plan(args)
     if args.write is not None:
         args.write.parent.mkdir(parents=True, exist_ok=True)
         text = f"# {run['train_config']}, completed by run.sh\n"
@@ -508,5 +505,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="(plan.py) %(message)s")
-    main()
+    run_command(main, ValueError)

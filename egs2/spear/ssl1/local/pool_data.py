@@ -9,7 +9,6 @@ same on every machine and does not change when data is added.
 import argparse
 import hashlib
 import heapq
-import json
 import logging
 import math
 from array import array
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.audio import AudioError, audio_info
 from espnet2_spear.fileio.datadir import (
     DOMAINS,
@@ -342,8 +342,7 @@ def write_sets(
             "%s: %d utterances of %s, %.1f min%s",
             *(name, number, domain, seconds / 60, more),
         )
-    text = json.dumps(summary, indent=1) + "\n"
-    (args.out_dir / "summary.json").write_text(text, encoding="utf-8")
+    write_json(args.out_dir / "summary.json", summary)
 
 
 if __name__ == "__main__":

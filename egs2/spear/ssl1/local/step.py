@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.hashes import hash_of
 
 VERSION = 1
@@ -155,7 +155,7 @@ class Step:
         }
         if pending:
             content["pending"] = True
-        write_atomically(self.mark, (json.dumps(content, indent=1) + "\n").encode())
+        write_json(self.mark, content)
 
 
 def option_changes(before: list[str], now: list[str]) -> list[str]:

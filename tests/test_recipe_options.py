@@ -1,0 +1,50 @@
+"""Command lines of the recipes' scripts: their help, and options that are wrong."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+RECIPES = ROOT / "egs2/spear"
+SSL, CLS = "ssl1/run.sh", "cls1/finetune.sh"
+SCRIPTS = (SSL, "asr1/run.sh", CLS, "eval1/run.sh", "eval1/evidence.sh")
+
+
+def run(script: str, *options: str) -> subprocess.CompletedProcess:
+    command = ["bash", RECIPES / script, *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_option(script: str) -> None:
+    shown = run(script, "--help")
+    assert shown.returncode == 0
+    text = (RECIPES / script).read_text()
+    begin, end = text.index("\nhelp_message="), text.index("\n. ../ssl1/local/recipe")
+    _, *names = re.findall(r"^([a-z_]+)=", text[begin:end], re.MULTILINE)
+    assert len(names) > 8
+    for name in names:
+        assert f"--{name}" in shown.stdout, name
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        (SSL, "--no_such_option 1", "unknown option --no_such_option"),
+        (SSL, "--stage", "option --stage needs a value"),
+        (SSL, "stray", "unexpected argument 'stray'"),
+        (SSL, "--stage 2 --stop_stage 2 --datadir none", "run stage 1"),
+        (CLS, "--setting timit", "--setting must be esc50, audioset20k or audioset2m"),
+        (CLS, "--setting esc50 --fold 6", "--fold must be 1 to 5, not '6'"),
+        (CLS, "--setting esc50 --stage 3", "--ckpt '': must be the file of a"),
+        (CLS, "--setting esc50 x", "unexpected argument 'x'"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, script: str, options: str, message: str) -> None:
+    folders = [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
+    done = run(script, *folders, *options.split())
+    assert done.returncode != 0 and message in done.stdout + done.stderr
