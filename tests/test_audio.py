@@ -406,17 +406,38 @@ def test_mp3_whose_count_is_wrong(
     assert re.search(note, info.notes[0]) if note else not info.notes
 
 
+@pytest.mark.parametrize(
+    ("missing", "least"), [(1, 155000), (2, 155000), (2000, 155000), (0.5, 75000)]
+)
+def test_flac_without_its_end(tmp_path: Path, missing: float, least: int) -> None:
+    """Also within the last frame, whose beginning still tells the right length.
+
+    Args:
+        missing: bytes, or the share of the file.
+        least: samples that are there.
+    """
+    path = tmp_path / "a.flac"
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 159000)
+    soundfile.write(path, noise, 16000)
+    whole, content = read_audio(path)[0], path.read_bytes()
+    count = int(missing if missing >= 1 else missing * len(content))
+    path.write_bytes(content[:-count])
+    read, _ = read_audio(path)
+    assert least < len(read) < least + 5000 and audio_info(path).samples == len(read)
+    np.testing.assert_array_equal(read, whole[: len(read)])
+    end = read_audio(path, least / 16000, len(read) / 16000)[0]
+    np.testing.assert_array_equal(end, read[least:])
+    assert "header tells of 159000 samples" in audio_info(path).notes[0]
+    with pytest.raises(AudioError, match="header tells"):
+        audio_info(path, strict=True)
+
+
 def test_damaged_flac(tmp_path: Path) -> None:
-    """An end that is missing is noted; damage in the midst loses what is there."""
+    """Damage in the midst loses what is there."""
     path = tmp_path / "a.flac"
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, 160000)
     soundfile.write(path, noise, 16000)
     whole, content = read_audio(path)[0], path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    read, _ = read_audio(path)
-    assert 70000 < len(read) < 80000 and audio_info(path).samples == len(read)
-    np.testing.assert_array_equal(read, whole[: len(read)])
-    assert "header tells of 160000 samples" in audio_info(path).notes[0]
     middle = len(content) // 2
     path.write_bytes(patched(content, (middle, bytes([content[middle] ^ 255]))))
     with pytest.raises(AudioError) as error:
@@ -438,6 +459,34 @@ def write_by_av(path: Path, codec: str, samples: np.ndarray, rate: int = 16000) 
         for part in fifo.read_many(960 if codec == "libopus" else 1024, partial=True):
             file.mux(stream.encode(part))
         file.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "cut", "block"),
+    [
+        ("wv", "wavpack", 1, 64000),
+        ("wv", "wavpack", 2000, 64000),
+        ("caf", "alac", 1, 4096),  # further on, CAF lists its packets
+    ],
+)
+def test_packets_that_are_cut(
+    tmp_path: Path, suffix: str, codec: str, cut: int, block: int
+) -> None:
+    """What precedes a packet that PyAV cannot fetch is there.
+
+    Args:
+        cut: bytes.
+        block: samples of a packet.
+    """
+    path = tmp_path / f"a.{suffix}"
+    write_by_av(path, codec, np.random.default_rng(0).uniform(-0.3, 0.3, 96000))
+    path.write_bytes(path.read_bytes()[:-cut])
+    info = audio_info(path)
+    assert len(read_audio(path)[0]) == info.samples > 96000 - block - 1
+    assert re.search(r"breaks off|are damaged|are there", info.notes[0])
+    with pytest.raises(AudioError) as error:
+        audio_info(path, strict=True)
+    assert error.value.reason == "length"
 
 
 @pytest.mark.parametrize(

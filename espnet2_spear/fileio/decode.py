@@ -36,7 +36,7 @@ MAX_BAD_PACKETS = 0.01
 _TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _TIME_SLACK = 0.2  # seconds, of a codec's delay
 # Formats whose lengths have been compared with what is there.
-_COMPARED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC"}
+_COMPARED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF"}
 _SOUNDFILE_ERRORS = (soundfile.SoundFileError, RuntimeError, TypeError)
 
 
@@ -153,9 +153,11 @@ class Source(AbstractContextManager):
         if self._sound.subtype.startswith("MPEG"):  # often a guess from the first frame
             return counted is not None and abs(counted - self._said) <= MP3_DELAY
         compressed = self._sound.subtype.startswith("ALAC")
-        if self._said == 0 or (self._sound.format in _COMPARED and not compressed):
+        if self._sound.format in _COMPARED and not compressed:
             return True
-        if self._said > SAMPLES_PER_BYTE * self._size:
+        # The last frame of FLAC tells the same, and silence takes next to no bytes.
+        bounded = self._sound.format != "FLAC"
+        if self._said == 0 or (bounded and self._said > SAMPLES_PER_BYTE * self._size):
             return False
         try:  # whether the last sample is there
             self._sound.seek(self._said - 1)
@@ -315,6 +317,10 @@ def _decode_av(
                     for out in to_float.resample(frame):
                         samples += out.samples
                         yield rate, out.to_ndarray().T
+    except av.error.InvalidDataError as error:  # WavPack, ALAC: a packet is cut
+        if not samples:
+            raise _explain(error, file) from error
+        remember(f"it breaks off or is damaged at {samples / rate:.2f} s")
     except (av.error.FFmpegError, ValueError, IndexError) as error:
         raise _explain(error, file) from error
     if bad > max(1, MAX_BAD_PACKETS * packets) or not samples:
