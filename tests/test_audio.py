@@ -4,6 +4,7 @@ import os
 import re
 import struct
 import tracemalloc
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -335,6 +336,49 @@ def ogg_page(page: bytes, position: int) -> bytes:
         for _ in range(8):
             crc = (crc << 1 ^ (0x04C11DB7 if crc >> 31 else 0)) & 0xFFFFFFFF
     return patched(page, (22, crc.to_bytes(4, "little")))
+
+
+def ogg_pages(content: bytes) -> list[bytes]:
+    pages = []
+    while content:
+        lengths = content[27 : 27 + content[26]]
+        size = 27 + len(lengths) + sum(lengths)
+        pages.append(content[:size])
+        content = content[size:]
+    return pages
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize(
+    ("told", "noted"),
+    [
+        (lambda position, _: 0, True),
+        (lambda position, first: min(position, first), True),  # stays
+        (lambda position, _: min(position, 1000), True),
+        (lambda position, _: position // 2, False),  # in another unit
+    ],
+)
+def test_ogg_whose_positions_are_wrong(
+    tmp_path: Path, subtype: str, told: Callable[[int, int], int], noted: bool
+) -> None:
+    """As programs write them that do not count.
+
+    Args:
+        told: from the right position and that of the first page of samples.
+        noted: whether it must show.
+    """
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, tone(8.0), 16000, subtype, format="OGG")
+    pages = ogg_pages(path.read_bytes())
+    right = [int.from_bytes(page[6:14], "little") for page in pages]
+    wrong = [told(position, right[2]) for position in right]
+    path.write_bytes(b"".join(map(ogg_page, pages, wrong)))
+    info = audio_info(path)
+    samples, rate = read_audio(path)
+    assert len(samples) == info.samples and 0 <= info.seconds - 8.0 < 0.02
+    assert info.notes or not noted
+    spectrum = np.abs(np.fft.rfft(samples[4 * rate : 8 * rate]))
+    assert abs(int(spectrum.argmax()) - 4 * 440) <= 4
 
 
 @pytest.mark.parametrize(

@@ -125,9 +125,8 @@ def find_layout(file: ByteRange) -> Layout:
     head = file.read_at(0, 64)
     whole = ((0, len(file)),)
     if head[:4] == b"OggS":
-        links, in_order, ended = _ogg_links(file)
-        note = "" if ended else "it breaks off: the last page of its stream is missing"
-        return Layout(links or whole, promised=len(links) < 2 and in_order, note=note)
+        links, promised, note = _ogg_links(file)
+        return Layout(links or whole, promised=promised, note=note)
     if head[4:8] == b"ftyp":
         return _joined(_mp4_links(file), promised=False)
     tag = _id3_size(head)
@@ -324,13 +323,13 @@ def _mp4_links(file: ByteRange) -> Links:
     return tuple(pairwise([*starts, len(file)]))
 
 
-def _ogg_links(file: ByteRange) -> tuple[Links, bool, bool]:
+def _ogg_links(file: ByteRange) -> tuple[Links, bool, str]:
     """Byte ranges of the links of an Ogg stream: each begins with first pages.
 
-    And whether the positions that pages tell, the last of which is the length, rise,
-    and at last not faster than before; and whether the last page ends the stream.
+    And whether the position of the last page can be the length: those of one link rise
+    from page to page, and at last not faster than before. And what is wrong.
     """
-    starts, at, first_before, in_order, ended = [], 0, False, True, False
+    starts, at, first_before, rise, ended = [], 0, False, True, False
     positions: dict[bytes, int] = {}  # of each stream within a link
     densities: list[float] = []  # samples a packet, of all pages
     while len(head := file.read_at(at, 27 + 255)) >= 27:
@@ -348,14 +347,21 @@ def _ogg_links(file: ByteRange) -> tuple[Links, bool, bool]:
         lengths = head[27 : 27 + head[26]]
         if position >= 0:  # else no packet ends in this page
             gain = position - positions.get(head[14:18], 0)
-            in_order &= gain >= 0
-            densities.append(gain / max(1, sum(n < 255 for n in lengths)))
+            packets = sum(n < 255 for n in lengths)
+            # Headers are at 0, and the last page's packet may be empty.
+            may_stay = position == 0 or packets <= bool(head[5] & 4)
+            rise &= gain > 0 or (gain == 0 and may_stay)
+            densities.append(gain / max(1, packets))
             positions[head[14:18]] = position
         at += 27 + head[26] + sum(lengths)
         ended = bool(head[5] & 4) and at <= len(file) and position >= 0
     *before, last = densities or [0.0]
-    in_order &= last <= (2 * max(before, default=0) or _OGG_PACKET)
-    return tuple(pairwise([*starts, len(file)])), in_order, ended
+    rise &= any(positions.values())
+    promised = rise and last <= (2 * max(before, default=0) or _OGG_PACKET)
+    note = "" if rise else "the positions that its pages tell do not rise"
+    if not ended:
+        note = "it breaks off: the last page of its stream is missing"
+    return tuple(pairwise([*starts, len(file)])), promised and len(starts) < 2, note
 
 
 def _id3_size(head: bytes) -> int:

@@ -159,9 +159,9 @@ class Source(AbstractContextManager):
         bounded = self._sound.format != "FLAC"
         if self._said == 0 or (bounded and self._said > SAMPLES_PER_BYTE * self._size):
             return False
-        try:  # whether the last sample is there
+        try:  # whether the last sample is there, and a way back
             self._sound.seek(self._said - 1)
-            return len(self._sound.read(1)) == 1
+            return len(self._sound.read(1)) == 1 and self._sound.seek(0) == 0
         except _SOUNDFILE_ERRORS:
             return False
 
@@ -301,7 +301,13 @@ def _decode_av(
             stream = container.streams.audio[0]
             if container.format.name in _TIMED and container.duration:
                 said = container.duration / av.time_base
-            to_float, kind = None, None
+            to_float, kind, delay = None, None, 0
+            codec = stream.codec_context
+            if (container.format.name, codec.name) == ("ogg", "opus"):
+                # Its positions are wrong, as soundfile does not read it: what they say
+                # is not left out, but what the codec puts first.
+                codec.flags2 |= av.codec.context.Flags2.skip_manual
+                delay = codec.delay
             for packet in container.demux(stream):
                 packets += 1
                 try:
@@ -315,8 +321,10 @@ def _decode_av(
                         to_float, kind = av.AudioResampler("fltp", rate=new[2]), new
                     rate = frame.sample_rate
                     for out in to_float.resample(frame):
-                        samples += out.samples
-                        yield rate, out.to_ndarray().T
+                        block = out.to_ndarray().T[delay:]
+                        delay -= min(delay, out.samples)
+                        samples += len(block)
+                        yield rate, block
     except av.error.InvalidDataError as error:  # WavPack, ALAC: a packet is cut
         if not samples:
             raise _explain(error, file) from error
