@@ -190,7 +190,7 @@ class _Samples(NamedTuple):
     size_format: str
     overhead: int = 0  # bytes before the first that the size counts
     padding: int = 1
-    block: int = 4  # bytes of a sample frame, or of a compressed block
+    block: int = 4  # bytes of a sample frame, or of a compressed block; 4: unknown
 
     @property
     def end(self) -> int:
@@ -204,8 +204,9 @@ class _Samples(NamedTuple):
 
 def _find_samples(file: ByteRange, head: bytes) -> _Samples | None:
     if head[:4] == b".snd" and len(head) >= 24:
-        start, size = struct.unpack(">II", head[4:12])
-        return _Samples(start, size, 8, ">I")
+        start, size, coding, _, channels = struct.unpack(">5I", head[4:24])
+        block = channels * _AU_BYTES.get(coding, 0) or 4
+        return _Samples(start, size, 8, ">I", block=block)
     form = _FORMS.get(head[:4])
     if form is None:
         return None
@@ -231,12 +232,24 @@ def _find_samples(file: ByteRange, head: bytes) -> _Samples | None:
             )
         if name == b"ds64":
             wide = at + 8
-        if name[:4] == b"fmt ":
-            fields = file.read_at(at, 14)
-            block = max(1, int.from_bytes(fields[12:14], "little"))
+        if name[:4] in (b"fmt ", b"COMM", b"desc"):
+            block = _block(file.read_at(at, 20), name, form.header[0]) or block
         size = max(size - overhead, 0)
         at += size + -size % form.padding
     return None
+
+
+# Bytes of a sample by its coding in the header of AU: mu-law, PCM, float, A-law.
+_AU_BYTES = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}
+
+
+def _block(chunk: bytes, name: bytes, order: str) -> int:
+    """Bytes of a sample frame or block as the chunk of the format tells; 0: unknown."""
+    form = {b"fmt ": "12xH", b"COMM": "H4xH", b"desc": "16xI"}[name[:4]]
+    if len(chunk) < struct.calcsize(order + form):
+        return 0
+    first, *bits = struct.unpack_from(order + form, chunk)
+    return first * -(-bits[0] // 8) if bits else first
 
 
 def _compare(file: ByteRange, samples: _Samples, whole: Links) -> Layout:
@@ -264,9 +277,12 @@ def _is_chunk(file: ByteRange, samples: _Samples) -> bool:
     """Whether another chunk, or nothing worth a name, follows the samples."""
     if samples.size_at == 8 and samples.size_format == ">I":  # AU has no others
         return False
-    left = len(file) - samples.end
+    left, end = len(file) - samples.end, samples.start + samples.size
+    padding = file.read_at(end, samples.end - end)
+    if len(padding) > samples.block and any(padding):  # these are samples
+        return False
     if left < 8:
-        return True
+        return left <= samples.block
     content = file.read_at(samples.end, 24)
     order = "little" if samples.size_format[0] == "<" else "big"
     sizes = (content[4:8], content[4:12], content[16:24])
