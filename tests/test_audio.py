@@ -22,6 +22,7 @@ from espnet2_spear.fileio.audio import (
     resample,
     to_int16,
 )
+from espnet2_spear.fileio.folders import audio_files
 
 
 def tone(seconds: float = 1.0, rate: int = 16000, freq: float = 440.0) -> np.ndarray:
@@ -51,6 +52,25 @@ def test_formats_of_soundfile(tmp_path: Path, suffix: str) -> None:
     assert (info.rate, info.channels, info.samples) == (16000, 1, len(samples))
     spectrum = np.abs(np.fft.rfft(samples[:16000]))
     assert abs(int(spectrum.argmax()) - 440) <= 1
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "rate"),
+    [
+        *((x, "aac", 16000) for x in "aac m4a m4b m4v mp4 mov 3gp 3g2".split()),
+        *((x, "mp2", 16000) for x in "mp2 mpg avi".split()),
+        *(("ac3", "ac3", 48000), ("eac3", "eac3", 48000), ("tta", "tta", 16000)),
+        *(("wv", "wavpack", 16000), ("mka", "flac", 16000)),
+        *((x, "libopus", 48000) for x in "opus webm mkv".split()),
+    ],
+)
+def test_what_is_read_is_found_in_folders(
+    tmp_path: Path, suffix: str, codec: str, rate: int
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    write_by_av(path, codec, tone(1.0, rate), rate)
+    assert list(audio_files(tmp_path)) == [path]
+    assert abs(len(read_audio(path)[0]) / rate - 1.0) < 0.15
 
 
 def test_g722_by_pyav(tmp_path: Path) -> None:
