@@ -516,9 +516,13 @@ def test_damaged_flac(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_audio(path, 0.0, 1.0)[0], whole[:16000])
 
 
-def write_by_av(path: Path, codec: str, samples: np.ndarray, rate: int = 16000) -> None:
+def write_by_av(
+    path: Path, codec: str, samples: np.ndarray, rate: int = 16000, form: str = ""
+) -> None:
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=rate, layout="mono")
+        if form:
+            stream.format = form
         to_codec = av.AudioResampler(stream.format, "mono", rate)
         data = np.ascontiguousarray(samples[None], np.float32)
         frame = av.AudioFrame.from_ndarray(data, format="fltp", layout="mono")
@@ -645,6 +649,36 @@ def test_samples_that_are_not_in_the_scale_of_one(tmp_path: Path, scale: float) 
             read_audio(path, 0.0, 0.5)  # its scale shows elsewhere only
     soundfile.write(path, 1.5 * tone(), 16000, "FLOAT")  # louder than full scale
     assert np.abs(read_audio(path)[0]).max() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "form"),
+    [
+        ("joined.wav", "", "FLOAT"),
+        ("a.mka", "pcm_f32le", "flt"),
+        ("a.mka", "pcm_f64le", "dbl"),
+        ("a.mov", "pcm_f32be", "flt"),
+        ("a.wv", "wavpack", "fltp"),
+    ],
+)
+def test_scale_of_pieces_that_are_not_sought(
+    tmp_path: Path, name: str, codec: str, form: str
+) -> None:
+    """The scale shows elsewhere only."""
+    path = tmp_path / name
+    quiet, loud = 1e-5 * tone() * 32767, tone() * 32767
+    if codec:
+        write_by_av(path, codec, np.concatenate([quiet, loud]), form=form)
+    else:
+        parts = []
+        for samples in (quiet, loud):
+            soundfile.write(path, samples, 16000, form)
+            parts.append(path.read_bytes())
+        path.write_bytes(b"".join(parts))
+    for end in (0.5, None):
+        with pytest.raises(AudioError, match="divide them") as error:
+            read_audio(path, 0.0, end)
+        assert error.value.reason == "scale"
 
 
 @pytest.mark.parametrize("turned", ["all", "half"])
