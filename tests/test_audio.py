@@ -724,6 +724,50 @@ def test_entries_of_arks(tmp_path: Path) -> None:
         read_audio(f"{tmp_path}/gone.ark:3")
 
 
+@pytest.mark.parametrize(
+    ("riff", "data", "last", "right"),
+    [
+        (0, 0, True, True),
+        (2**32 - 1, 2**32 - 1, True, True),
+        (0x7FFFF024, 0x7FFFF000, True, True),
+        (0, 32000, False, True),
+        (0x7FFFF024, 32000, False, True),
+        (0x7FFFF024, 0x7FFFF000, False, False),  # where it ends is not known
+        (0, 0, False, False),
+    ],
+)
+@pytest.mark.parametrize("framed", [False, True])
+def test_entries_of_arks_that_were_never_finalised(
+    tmp_path: Path, riff: int, data: int, last: bool, right: bool, framed: bool
+) -> None:
+    """As of a pipe.
+
+    Args:
+        riff: the size of the file as the header tells it.
+        data: that of the samples.
+        last: whether no other entry follows.
+        right: whether it can be read.
+        framed: the entry has a length of its own.
+    """
+    soundfile.write(tmp_path / "a.wav", tone(), 16000)
+    content = (tmp_path / "a.wav").read_bytes()
+    sizes = (riff.to_bytes(4, "little"), data.to_bytes(4, "little"))
+    wrong = patched(content, (4, sizes[0]), (after(content, b"data"), sizes[1]))
+    if framed:
+        wrong = b"AUDIO\x04" + len(wrong).to_bytes(4, "little") + wrong
+    ark = tmp_path / "data.ark"
+    ark.write_bytes(b"u1 " + wrong + (b"" if last else b"u2 " + content))
+    if right or framed:
+        samples, _ = read_audio(f"{ark}:3")
+        np.testing.assert_array_equal(samples, read_audio(tmp_path / "a.wav")[0])
+        assert bool(audio_info(f"{ark}:3").notes) == (data != 32000)
+    else:
+        with pytest.raises(AudioError, match="tells no length.*make the ark again"):
+            read_audio(f"{ark}:3")
+    if not last:
+        assert len(read_audio(f"{ark}:{3 + len(wrong) + 3}")[0]) == 16000
+
+
 def test_codings_of_telephone_corpora_that_nothing_here_decodes(tmp_path: Path) -> None:
     path = tmp_path / "a.sph"
     soundfile.write(path, tone(), 16000, "PCM_16", format="NIST")

@@ -151,6 +151,25 @@ def find_layout(file: ByteRange) -> Layout:
     return Layout(whole) if samples is None else _compare(file, samples, whole)
 
 
+def wave_in_ark(file: ByteRange) -> int | None:
+    """Bytes of the WAV file at the beginning of what is an ark from there on.
+
+    A WAV file that was never finalised is the rest of the ark, as in Kaldi.
+
+    Returns:
+        None where that is not known, as other entries follow. More than there is where
+        the ark is cut off.
+    """
+    size = int.from_bytes(file.read_at(4, 4), "little")
+    if 0 < size < _UNKNOWN_32:
+        return 8 + size
+    samples = _find_samples(file, file.read_at(0, 64))
+    if samples is not None and not samples.unknown:
+        return samples.start + samples.size
+    marks = (b" RIFF", b" AUDIO")
+    return None if any(file.find(mark, 8) >= 0 for mark in marks) else len(file)
+
+
 def _joined(links: Links, promised: bool) -> Layout:
     note = f"{len(links)} recordings are joined in it" if len(links) > 1 else ""
     return Layout(links, promised=promised, note=note)

@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from espnet2_spear.fileio.containers import ByteRange, find_layout
+from espnet2_spear.fileio.containers import ByteRange, find_layout, wave_in_ark
 
 # Formats without a header, known by their name only (the rate comes from the codec).
 RAW_FORMATS = {".g722": "g722", ".gsm": "gsm"}
@@ -79,9 +79,16 @@ def _entry_of_ark(path: Path, offset: int) -> tuple[int, int]:
             if before == b" " and 0 < width <= 8 and start + size <= len(file):
                 return start, start + size
         elif before == b" " and head[:4] == b"RIFF" and head[8:12] == b"WAVE":
-            end = offset + 8 + int.from_bytes(head[4:8], "little")
-            if end <= len(file):
-                return offset, end
+            with ByteRange(path, offset) as rest:
+                size = wave_in_ark(rest)
+            if size is None:
+                raise DecodeError(
+                    f"the WAV file at byte {offset} of this ark tells no length, and "
+                    "others follow",
+                    remedy="make the ark again of files whose headers tell it",
+                )
+            if offset + size <= len(file):
+                return offset, offset + size
     raise DecodeError(
         f"no audio begins at byte {offset} of this ark",
         remedy="make its table again: it is not of this ark, or the ark is cut off",
