@@ -4,6 +4,7 @@ import os
 import re
 import struct
 import tracemalloc
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from espnet2_spear.fileio.audio import (
     resample,
     to_int16,
 )
+from espnet2_spear.fileio.folders import audio_files
 
 
 def tone(seconds: float = 1.0, rate: int = 16000, freq: float = 440.0) -> np.ndarray:
@@ -50,6 +52,25 @@ def test_formats_of_soundfile(tmp_path: Path, suffix: str) -> None:
     assert (info.rate, info.channels, info.samples) == (16000, 1, len(samples))
     spectrum = np.abs(np.fft.rfft(samples[:16000]))
     assert abs(int(spectrum.argmax()) - 440) <= 1
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "rate"),
+    [
+        *((x, "aac", 16000) for x in "aac m4a m4b m4v mp4 mov 3gp 3g2".split()),
+        *((x, "mp2", 16000) for x in "mp2 mpg avi".split()),
+        *(("ac3", "ac3", 48000), ("eac3", "eac3", 48000), ("tta", "tta", 16000)),
+        *(("wv", "wavpack", 16000), ("mka", "flac", 16000)),
+        *((x, "libopus", 48000) for x in "opus webm mkv".split()),
+    ],
+)
+def test_what_is_read_is_found_in_folders(
+    tmp_path: Path, suffix: str, codec: str, rate: int
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    write_by_av(path, codec, tone(1.0, rate), rate)
+    assert list(audio_files(tmp_path)) == [path]
+    assert abs(len(read_audio(path)[0]) / rate - 1.0) < 0.15
 
 
 def test_g722_by_pyav(tmp_path: Path) -> None:
@@ -199,9 +220,15 @@ def size_field(form: str) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize("form", ["WAV", "W64", "RF64", "AU", "CAF", "AIFF"])
-@pytest.mark.parametrize("said", ["nothing", "all", "more", "less", "little less"])
-def test_sizes_that_headers_get_wrong(tmp_path: Path, form: str, said: str) -> None:
-    """Recorders that were killed, pipes, and writers that count wrongly."""
+@pytest.mark.parametrize("said", ["nothing", "all", "more", "less", 2, 4, 6])
+def test_sizes_that_headers_get_wrong(
+    tmp_path: Path, form: str, said: str | int
+) -> None:
+    """Recorders that were killed, pipes, and writers that count wrongly.
+
+    Args:
+        said: of the size of the samples, or bytes that it is too small.
+    """
     path = tmp_path / "a.x"
     pcm = np.random.default_rng(0).integers(-9999, 9999, 32000, np.int16)
     soundfile.write(path, pcm, 16000, "PCM_16", format=form)
@@ -214,17 +241,17 @@ def test_sizes_that_headers_get_wrong(tmp_path: Path, form: str, said: str) -> N
         "all": 2 ** (8 * width) - 1,
         "more": size + 44,
         "less": size // 2 + 24,
-        "little less": size - 2,
+        **{few: size - few for few in (2, 4, 6)},
     }[said]
     path.write_bytes(patched(content, (at, struct.pack(field, wrong))))
     info = audio_info(path)
     read, _ = read_audio(path)
     assert info.samples == len(read)
-    assert len(read) >= 31999
     np.testing.assert_array_equal(to_int16(read)[0], pcm[: len(read)])
-    if said == "little less":
-        assert not info.notes
+    if said == 2:  # a sample, which need not be said
+        assert len(read) >= 31999 and not info.notes
         return
+    assert len(read) == 32000
     assert info.notes[0].startswith("length its header tells")
     with pytest.raises(AudioError, match="header tells") as error:
         read_audio(path, strict=True)
@@ -337,6 +364,49 @@ def ogg_page(page: bytes, position: int) -> bytes:
     return patched(page, (22, crc.to_bytes(4, "little")))
 
 
+def ogg_pages(content: bytes) -> list[bytes]:
+    pages = []
+    while content:
+        lengths = content[27 : 27 + content[26]]
+        size = 27 + len(lengths) + sum(lengths)
+        pages.append(content[:size])
+        content = content[size:]
+    return pages
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize(
+    ("told", "noted"),
+    [
+        (lambda position, _: 0, True),
+        (lambda position, first: min(position, first), True),  # stays
+        (lambda position, _: min(position, 1000), True),
+        (lambda position, _: position // 2, False),  # in another unit
+    ],
+)
+def test_ogg_whose_positions_are_wrong(
+    tmp_path: Path, subtype: str, told: Callable[[int, int], int], noted: bool
+) -> None:
+    """As programs write them that do not count.
+
+    Args:
+        told: from the right position and that of the first page of samples.
+        noted: whether it must show.
+    """
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, tone(8.0), 16000, subtype, format="OGG")
+    pages = ogg_pages(path.read_bytes())
+    right = [int.from_bytes(page[6:14], "little") for page in pages]
+    wrong = [told(position, right[2]) for position in right]
+    path.write_bytes(b"".join(map(ogg_page, pages, wrong)))
+    info = audio_info(path)
+    samples, rate = read_audio(path)
+    assert len(samples) == info.samples and 0 <= info.seconds - 8.0 < 0.02
+    assert info.notes or not noted
+    spectrum = np.abs(np.fft.rfft(samples[4 * rate : 8 * rate]))
+    assert abs(int(spectrum.argmax()) - 4 * 440) <= 4
+
+
 @pytest.mark.parametrize(
     ("position", "note"),
     [
@@ -406,17 +476,38 @@ def test_mp3_whose_count_is_wrong(
     assert re.search(note, info.notes[0]) if note else not info.notes
 
 
+@pytest.mark.parametrize(
+    ("missing", "least"), [(1, 155000), (2, 155000), (2000, 155000), (0.5, 75000)]
+)
+def test_flac_without_its_end(tmp_path: Path, missing: float, least: int) -> None:
+    """Also within the last frame, whose beginning still tells the right length.
+
+    Args:
+        missing: bytes, or the share of the file.
+        least: samples that are there.
+    """
+    path = tmp_path / "a.flac"
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 159000)
+    soundfile.write(path, noise, 16000)
+    whole, content = read_audio(path)[0], path.read_bytes()
+    count = int(missing if missing >= 1 else missing * len(content))
+    path.write_bytes(content[:-count])
+    read, _ = read_audio(path)
+    assert least < len(read) < least + 5000 and audio_info(path).samples == len(read)
+    np.testing.assert_array_equal(read, whole[: len(read)])
+    end = read_audio(path, least / 16000, len(read) / 16000)[0]
+    np.testing.assert_array_equal(end, read[least:])
+    assert "header tells of 159000 samples" in audio_info(path).notes[0]
+    with pytest.raises(AudioError, match="header tells"):
+        audio_info(path, strict=True)
+
+
 def test_damaged_flac(tmp_path: Path) -> None:
-    """An end that is missing is noted; damage in the midst loses what is there."""
+    """Damage in the midst loses what is there."""
     path = tmp_path / "a.flac"
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, 160000)
     soundfile.write(path, noise, 16000)
     whole, content = read_audio(path)[0], path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    read, _ = read_audio(path)
-    assert 70000 < len(read) < 80000 and audio_info(path).samples == len(read)
-    np.testing.assert_array_equal(read, whole[: len(read)])
-    assert "header tells of 160000 samples" in audio_info(path).notes[0]
     middle = len(content) // 2
     path.write_bytes(patched(content, (middle, bytes([content[middle] ^ 255]))))
     with pytest.raises(AudioError) as error:
@@ -425,9 +516,13 @@ def test_damaged_flac(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_audio(path, 0.0, 1.0)[0], whole[:16000])
 
 
-def write_by_av(path: Path, codec: str, samples: np.ndarray, rate: int = 16000) -> None:
+def write_by_av(
+    path: Path, codec: str, samples: np.ndarray, rate: int = 16000, form: str = ""
+) -> None:
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=rate, layout="mono")
+        if form:
+            stream.format = form
         to_codec = av.AudioResampler(stream.format, "mono", rate)
         data = np.ascontiguousarray(samples[None], np.float32)
         frame = av.AudioFrame.from_ndarray(data, format="fltp", layout="mono")
@@ -438,6 +533,34 @@ def write_by_av(path: Path, codec: str, samples: np.ndarray, rate: int = 16000) 
         for part in fifo.read_many(960 if codec == "libopus" else 1024, partial=True):
             file.mux(stream.encode(part))
         file.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "cut", "block"),
+    [
+        ("wv", "wavpack", 1, 64000),
+        ("wv", "wavpack", 2000, 64000),
+        ("caf", "alac", 1, 4096),  # further on, CAF lists its packets
+    ],
+)
+def test_packets_that_are_cut(
+    tmp_path: Path, suffix: str, codec: str, cut: int, block: int
+) -> None:
+    """What precedes a packet that PyAV cannot fetch is there.
+
+    Args:
+        cut: bytes.
+        block: samples of a packet.
+    """
+    path = tmp_path / f"a.{suffix}"
+    write_by_av(path, codec, np.random.default_rng(0).uniform(-0.3, 0.3, 96000))
+    path.write_bytes(path.read_bytes()[:-cut])
+    info = audio_info(path)
+    assert len(read_audio(path)[0]) == info.samples > 96000 - block - 1
+    assert re.search(r"breaks off|are damaged|are there", info.notes[0])
+    with pytest.raises(AudioError) as error:
+        audio_info(path, strict=True)
+    assert error.value.reason == "length"
 
 
 @pytest.mark.parametrize(
@@ -528,6 +651,36 @@ def test_samples_that_are_not_in_the_scale_of_one(tmp_path: Path, scale: float) 
     assert np.abs(read_audio(path)[0]).max() < 1.5
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "form"),
+    [
+        ("joined.wav", "", "FLOAT"),
+        ("a.mka", "pcm_f32le", "flt"),
+        ("a.mka", "pcm_f64le", "dbl"),
+        ("a.mov", "pcm_f32be", "flt"),
+        ("a.wv", "wavpack", "fltp"),
+    ],
+)
+def test_scale_of_pieces_that_are_not_sought(
+    tmp_path: Path, name: str, codec: str, form: str
+) -> None:
+    """The scale shows elsewhere only."""
+    path = tmp_path / name
+    quiet, loud = 1e-5 * tone() * 32767, tone() * 32767
+    if codec:
+        write_by_av(path, codec, np.concatenate([quiet, loud]), form=form)
+    else:
+        parts = []
+        for samples in (quiet, loud):
+            soundfile.write(path, samples, 16000, form)
+            parts.append(path.read_bytes())
+        path.write_bytes(b"".join(parts))
+    for end in (0.5, None):
+        with pytest.raises(AudioError, match="divide them") as error:
+            read_audio(path, 0.0, end)
+        assert error.value.reason == "scale"
+
+
 @pytest.mark.parametrize("turned", ["all", "half"])
 @pytest.mark.parametrize("gain", [-1.0, -0.8])
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
@@ -569,6 +722,50 @@ def test_entries_of_arks(tmp_path: Path) -> None:
         read_audio(f"{ark}:{second}")
     with pytest.raises(AudioError, match="no such file"):
         read_audio(f"{tmp_path}/gone.ark:3")
+
+
+@pytest.mark.parametrize(
+    ("riff", "data", "last", "right"),
+    [
+        (0, 0, True, True),
+        (2**32 - 1, 2**32 - 1, True, True),
+        (0x7FFFF024, 0x7FFFF000, True, True),
+        (0, 32000, False, True),
+        (0x7FFFF024, 32000, False, True),
+        (0x7FFFF024, 0x7FFFF000, False, False),  # where it ends is not known
+        (0, 0, False, False),
+    ],
+)
+@pytest.mark.parametrize("framed", [False, True])
+def test_entries_of_arks_that_were_never_finalised(
+    tmp_path: Path, riff: int, data: int, last: bool, right: bool, framed: bool
+) -> None:
+    """As of a pipe.
+
+    Args:
+        riff: the size of the file as the header tells it.
+        data: that of the samples.
+        last: whether no other entry follows.
+        right: whether it can be read.
+        framed: the entry has a length of its own.
+    """
+    soundfile.write(tmp_path / "a.wav", tone(), 16000)
+    content = (tmp_path / "a.wav").read_bytes()
+    sizes = (riff.to_bytes(4, "little"), data.to_bytes(4, "little"))
+    wrong = patched(content, (4, sizes[0]), (after(content, b"data"), sizes[1]))
+    if framed:
+        wrong = b"AUDIO\x04" + len(wrong).to_bytes(4, "little") + wrong
+    ark = tmp_path / "data.ark"
+    ark.write_bytes(b"u1 " + wrong + (b"" if last else b"u2 " + content))
+    if right or framed:
+        samples, _ = read_audio(f"{ark}:3")
+        np.testing.assert_array_equal(samples, read_audio(tmp_path / "a.wav")[0])
+        assert bool(audio_info(f"{ark}:3").notes) == (data != 32000)
+    else:
+        with pytest.raises(AudioError, match="tells no length.*make the ark again"):
+            read_audio(f"{ark}:3")
+    if not last:
+        assert len(read_audio(f"{ark}:{3 + len(wrong) + 3}")[0]) == 16000
 
 
 def test_codings_of_telephone_corpora_that_nothing_here_decodes(tmp_path: Path) -> None:

@@ -12,13 +12,18 @@ from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.hub import hear
 from espnet2_spear.hub.load import load_model
+from espnet2_spear.hub.marble import SpearMarbleEncoder
 from espnet2_spear.hub.s3prl_upstream import UpstreamExpert
 from espnet2_spear.hub.xares import SpearXaresEncoder
+from espnet2_spear.hub.xares_llm import SpearXaresLlmEncoder
+from espnet2_spear.spear import checks
 from espnet2_spear.spear import student as encoder
 from espnet2_spear.spear.checks import InputError
 
 Door = Callable[[Tensor], object]
-BENCHMARKS = ("hear scenes", "hear timestamps", "s3prl", "xares")
+BENCHMARKS = (
+    *("hear scenes", "hear timestamps", "s3prl", "xares", "xares-llm", "marble"),
+)
 DOORS = ("student", "frontend", "encoder", *BENCHMARKS)
 
 
@@ -31,9 +36,11 @@ def open_door(name: str, ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> Door:
     if name == "s3prl":
         upstream = UpstreamExpert(str(ckpt)).eval()
         return lambda audio: upstream(list(audio))
-    if name == "xares":
+    if name.startswith("xares"):
         monkeypatch.setenv("SPEAR_MODEL", str(ckpt))
-        return SpearXaresEncoder()
+        return SpearXaresEncoder() if name == "xares" else SpearXaresLlmEncoder()
+    if name == "marble":
+        return SpearMarbleEncoder(str(ckpt))
     if name == "frontend":
         module: torch.nn.Module = SpearFrontend(ckpt=str(ckpt))
     elif name == "encoder":
@@ -77,3 +84,28 @@ def test_refused(door: tuple[str, Door], monkeypatch: pytest.MonkeyPatch) -> Non
     else:
         with pytest.raises(InputError, match="100 samples are shorter than one"):
             encode(torch.zeros(1, 100))
+
+
+@pytest.mark.parametrize(
+    ("gain", "bad", "message"),
+    [(32767.0, 0.0, "divide 16-bit"), (1.0, torch.nan, r"utterances \[1\].*NaN")],
+)
+def test_values_that_a_gpu_holds(
+    door: tuple[str, Door],
+    monkeypatch: pytest.MonkeyPatch,
+    gain: float,
+    bad: float,
+    message: str,
+) -> None:
+    """Looked at where no training waits with it; the host is as good as a GPU here."""
+    name, encode = door
+    monkeypatch.setattr(checks, "on_host", lambda *_: False)
+    noise = torch.randn(2, 16000, generator=torch.Generator().manual_seed(1)) * 0.1
+    encode(noise)
+    noise *= gain
+    noise[1, 300] += bad
+    if name == "student":  # whoever moves a batch there looks at it before
+        encode(noise)
+        return
+    with pytest.raises(InputError, match=message):
+        encode(noise)

@@ -16,6 +16,7 @@ from espnet2_spear.fileio.datadir import (
     check,
     entries,
     write_entries,
+    write_table,
 )
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.tables import DataDirError, Lines, join
@@ -173,6 +174,23 @@ def test_streamed_names_that_are_not_utf8(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"u\xe9 x\n")
     with pytest.raises(DataDirError, match="id 'u.udce9' is not UTF-8"):
         check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("my file", "a.ark:8", "key 'my file' has white space"),
+        ("tab\there", "a.ark:8", "has white space"),
+        ("", "a.ark:8", "or is empty"),
+        ("a", "b\nc", "has a line break"),
+    ],
+)
+def test_lines_that_would_be_read_as_others(
+    tmp_path: Path, key: str, value: str, message: str
+) -> None:
+    with pytest.raises(DataDirError, match=message):
+        write_table(tmp_path / "table", {"other": 1, key: value})
+    assert not (tmp_path / "table").exists()
 
 
 def test_writing_streams(tmp_path: Path) -> None:

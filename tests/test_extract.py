@@ -1,6 +1,8 @@
 """Features of files: equal to the model's, whatever the batch, resumed or in pieces."""
 
 import os
+import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -150,6 +152,31 @@ def test_bad_files_are_listed(tmp_path: Path, student: Path, audio: Path) -> Non
         extract(
             student, tmp_path / "o", audio / "a.wav", f"{audio}/../{audio.name}/a.wav"
         )
+
+
+@pytest.mark.parametrize("form", ["ark", "npy"])
+@pytest.mark.parametrize(
+    ("name", "utt"),
+    [
+        ("my file", "my_file"),
+        ("tab\tand\nline", "tab_and_line"),
+        ("n\udcff", "n_"),  # a byte that is no UTF-8
+        ("caf\u00e9(1)", "caf\u00e9(1)"),
+        ("\u65e5\u672c\u3000\u8a9e", "\u65e5\u672c_\u8a9e"),
+    ],
+)
+def test_names_of_files_become_ids(
+    tmp_path: Path, student: Path, audio: Path, form: str, name: str, utt: str
+) -> None:
+    file, other = tmp_path / f"{name}.wav", tmp_path / "in" / f"{utt}.wav"
+    other.parent.mkdir()
+    for path in (file, other):
+        shutil.copy(audio / "a.wav", path)
+    extract(student, tmp_path / "out", "--format", form, file)
+    found = read(tmp_path / "out")
+    assert list(found) == [utt] and found[utt].shape[0] > 40
+    with pytest.raises(DataDirError, match=f"is called '{re.escape(utt)}', and so is"):
+        extract(student, tmp_path / "both", file, other)
 
 
 def test_layers(student: Path) -> None:

@@ -1,6 +1,7 @@
 """Codes in ark/scp files, with both libraries that read and write them."""
 
 import importlib
+import os
 import pickle
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from espnet2_spear.data.build import register_data_types
 from espnet2_spear.fileio import ark as kaldi_ark
+from espnet2_spear.fileio import convert
 from espnet2_spear.fileio.ark import (
     ArkError,
     CodesWriter,
@@ -17,6 +19,7 @@ from espnet2_spear.fileio.ark import (
     read_scp,
     write_missing_codes,
 )
+from espnet2_spear.fileio.feature_files import ArkFeatures
 from espnet2_spear.fileio.tables import DataDirError
 
 LIBRARIES = ("omniio.tools.kaldi", "kaldiio")
@@ -66,6 +69,30 @@ def test_exact_with_both_libraries(tmp_path, monkeypatch, codes, writer, reader)
     # As ESPnet's data set reads them, too.
     loaded = library(reader).load_scp(str(tmp_path / "c.scp"))
     np.testing.assert_array_equal(loaded["full"], codes["full"])
+
+
+def as_codes(folder: Path, utt: str) -> str:
+    return write(folder, {utt: np.ones((3, 4), int)})[utt]
+
+
+def as_features(folder: Path, utt: str) -> str:
+    with ArkFeatures(folder / "c.ark") as file, file.matrix(utt) as matrix:
+        matrix.append(np.ones((3, 4)))
+    return matrix.spec
+
+
+def as_audio(folder: Path, utt: str) -> str:
+    ark = convert.Ark(folder / "c.ark")
+    spec = ark.write(utt, b"RIFF")
+    ark.finish()
+    return spec
+
+
+@pytest.mark.parametrize("writer", [as_codes, as_features, as_audio])
+@pytest.mark.parametrize("utt", ["caf\u00e9", "n\udcff"])
+def test_ids_of_any_bytes(tmp_path, writer, utt):
+    path, _, offset = writer(tmp_path, utt).rpartition(":")
+    assert Path(path).read_bytes()[: int(offset)] == os.fsencode(f"{utt} ")
 
 
 def test_one_byte_a_code(tmp_path, codes):

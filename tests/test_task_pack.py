@@ -50,6 +50,10 @@ def write_recipe(folder, data):
         path.mkdir(parents=True)
     (folder / "data/token_list").symlink_to(data / "token_list")
     (exp / "images/loss.png").write_bytes(b"png")
+    (data / "plots").mkdir()
+    (data / "plots/acc.png").write_bytes(b"png")
+    (exp / "images/linked").symlink_to(data / "plots")
+    (exp / "images/back").symlink_to(exp)
     config = {
         "frontend": "spear",
         "frontend_conf": {"arch": "tiny", "ckpt": "gone.pth"},
@@ -99,7 +103,13 @@ def test_everything_opens_elsewhere(tmp_path, monkeypatch, suffix):
             assert path.startswith(root) and content in (tmp_path / path).read_text()
         assert config["frontend_conf"] == {"arch": "tiny", "spear_format": 1}
         found = {p.name for p in (tmp_path / root).rglob("*") if p.is_file()}
-        assert {"loss.png", "more.txt", "README.md", "spear_plugin.yaml"} <= found
+        assert {
+            "loss.png",
+            "acc.png",
+            "more.txt",
+            "README.md",
+            "spear_plugin.yaml",
+        } <= found
     facts, lacking = describe("ours")
     assert facts["asr_train_config.frontend"] == "spear" and not lacking
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from student_files import write_student
 
 from espnet2_spear.bin.spear_export import main as spear_export
+from espnet2_spear.constants import MAX_PEAK
 from espnet2_spear.hub.load import load_model
 
 transformers = pytest.importorskip("transformers")
@@ -98,11 +100,28 @@ def test_pipeline_of_a_folder(folder: Path, speech, batch_size: int) -> None:
         ([0.0] * 9000, {"sampling_rate": 8000}, "resample it to 16000 Hz"),
         (np.zeros(9000, np.int16), {}, "divide 16-bit samples by 32768"),
         ([np.zeros((9000, 2))], {}, r"waveform 0 is float64 \(9000, 2\)"),
+        (
+            [np.ones(9), 2 * MAX_PEAK * np.ones(9000)],
+            {},
+            "waveform 1 .* up to 16.*divide",
+        ),
+        ([np.full(9000, -32768.0)], {}, "waveform 0 holds samples up to 32768"),
+        ([np.full(9000, np.nan)], {}, "waveform 0 holds samples up to nan"),
     ],
 )
 def test_bad_waveforms(extractor, items, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         extractor(items, **options)
+
+
+def test_values_that_a_gpu_holds(folder, batch, monkeypatch) -> None:
+    """Without the feature extractor; the host is as good as a GPU here."""
+    model = opened(folder)
+    monkeypatch.setattr(
+        sys.modules[type(model).__module__], "on_host", lambda *_: False
+    )
+    with pytest.raises(ValueError, match="divide 16-bit"):
+        model(batch["audio"] * 32767, attention_mask=batch["attention_mask"])
 
 
 @pytest.mark.parametrize(

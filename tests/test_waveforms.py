@@ -73,6 +73,8 @@ def test_integers_through_espnets_inference(kind: str) -> None:
         model = ZipformerEncoder(1, arch="tiny")
     speech = torch.randint(-20000, 20000, (2, 8000), dtype=torch.int16).float()
     lengths = torch.tensor([8000, 7000])
-    with pytest.raises(InputError, match="waveforms: samples from -.*divide 16-bit"):
+    with pytest.raises(
+        InputError, match="utterance 0 .*: samples from -.*divide 16-bit"
+    ):
         model.eval()(speech, lengths)
     model(speech / 32768, lengths)

@@ -218,7 +218,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_file", type=Path, required=True, help="xxx.pth")
     parser.add_argument("--outpath", type=Path, required=True, help="xxx.zip, xxx.tgz")
     parser.add_argument(
-        "--option", type=Path, nargs="*", default=[], help="Further files to include"
+        "--option",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="Further files and folders to include",
     )
     group = parser.add_argument_group("Model card")
     group.add_argument("--results", type=Path, help="RESULTS.md to quote")

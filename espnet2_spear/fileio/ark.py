@@ -20,7 +20,7 @@ import numpy as np
 
 from espnet2_spear.constants import MISSING
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.atomic import TEXT, write_atomically
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.fileio.tables import Lines, rows
 
@@ -175,14 +175,15 @@ class CodesWriter(AbstractContextManager):
             )
         if utt in self._lines:
             raise ValueError(f"utterance '{utt}' is written twice to {self.ark}")
-        record = _record(utt, codes.astype(np.float32), self._method)
-        self._lines[utt] = _append(self._file, self.ark, utt, record)
+        self._lines[utt] = _append(
+            self._file, self.ark, utt, codes.astype(np.float32), self._method
+        )
 
     def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
         self._file.close()
         if kind is None:
             lines = (f"{utt} {spec}\n" for utt, spec in self._lines.items())
-            write_atomically(self.scp, "".join(lines).encode())
+            write_atomically(self.scp, "".join(lines).encode(**TEXT))
 
 
 def write_missing_codes(ark: str | os.PathLike[str], num_codebooks: int) -> str:
@@ -195,16 +196,17 @@ def write_missing_codes(ark: str | os.PathLike[str], num_codebooks: int) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     row = np.full((1, num_codebooks), MISSING, np.float32)
     with open(path, "wb") as file:
-        return _append(file, path, "missing", _record("missing", row, None))
+        return _append(file, path, "missing", row, None)
 
 
-def _record(key: str, matrix: np.ndarray, method: int | None) -> bytes:
+def _append(
+    file: BinaryIO, path: Path, key: str, matrix: np.ndarray, method: int | None
+) -> str:
+    """Write a matrix; returns its specifier."""
     buffer = io.BytesIO()
-    kaldi.save_ark(buffer, {key: matrix}, compression_method=method)
-    return buffer.getvalue()
-
-
-def _append(file: BinaryIO, path: Path, key: str, record: bytes) -> str:
-    offset = file.tell() + len(key.encode()) + 1
-    file.write(record)
+    kaldi.save_ark(buffer, {"x": matrix}, compression_method=method)
+    # The libraries write no key that is not UTF-8, so x stands for it.
+    file.write(key.encode(**TEXT))
+    offset = file.tell() + 1
+    file.write(buffer.getbuffer()[1:])
     return f"{path}:{offset}"

@@ -22,8 +22,9 @@ from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.decode import BLOCK, DecodeError, Source, Window, split_ark
 
 AUDIO_SUFFIXES = frozenset(
-    ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .sph .w64 .rf64 .caf .m4a"
-    " .aac .mp4 .webm .mka .wma .amr .g722 .gsm".split()
+    ".wav .w64 .rf64 .aif .aiff .aifc .au .snd .caf .voc .sph .nist .flac .wv .tta .ape"
+    " .ogg .oga .opus .spx .mp2 .mp3 .m4a .m4b .aac .ac3 .eac3 .wma .amr .awb .g722"
+    " .gsm .mka .mkv .webm .mp4 .m4v .mov .3gp .3g2 .avi .mpg".split()
 )
 MIN_RATE, MAX_RATE = 4000, 384000  # Hz; outside, a header is taken for damaged
 MAX_LOST = 0.1  # power in blocks whose channels cancel each other, of all

@@ -125,9 +125,8 @@ def find_layout(file: ByteRange) -> Layout:
     head = file.read_at(0, 64)
     whole = ((0, len(file)),)
     if head[:4] == b"OggS":
-        links, in_order, ended = _ogg_links(file)
-        note = "" if ended else "it breaks off: the last page of its stream is missing"
-        return Layout(links or whole, promised=len(links) < 2 and in_order, note=note)
+        links, promised, note = _ogg_links(file)
+        return Layout(links or whole, promised=promised, note=note)
     if head[4:8] == b"ftyp":
         return _joined(_mp4_links(file), promised=False)
     tag = _id3_size(head)
@@ -150,6 +149,25 @@ def find_layout(file: ByteRange) -> Layout:
         return Layout(whole, note=_sphere_note(file, head))
     samples = _find_samples(file, head)
     return Layout(whole) if samples is None else _compare(file, samples, whole)
+
+
+def wave_in_ark(file: ByteRange) -> int | None:
+    """Bytes of the WAV file at the beginning of what is an ark from there on.
+
+    A WAV file that was never finalised is the rest of the ark, as in Kaldi.
+
+    Returns:
+        None where that is not known, as other entries follow. More than there is where
+        the ark is cut off.
+    """
+    size = int.from_bytes(file.read_at(4, 4), "little")
+    if 0 < size < _UNKNOWN_32:
+        return 8 + size
+    samples = _find_samples(file, file.read_at(0, 64))
+    if samples is not None and not samples.unknown:
+        return samples.start + samples.size
+    marks = (b" RIFF", b" AUDIO")
+    return None if any(file.find(mark, 8) >= 0 for mark in marks) else len(file)
 
 
 def _joined(links: Links, promised: bool) -> Layout:
@@ -191,7 +209,7 @@ class _Samples(NamedTuple):
     size_format: str
     overhead: int = 0  # bytes before the first that the size counts
     padding: int = 1
-    block: int = 4  # bytes of a sample frame, or of a compressed block
+    block: int = 4  # bytes of a sample frame, or of a compressed block; 4: unknown
 
     @property
     def end(self) -> int:
@@ -205,8 +223,9 @@ class _Samples(NamedTuple):
 
 def _find_samples(file: ByteRange, head: bytes) -> _Samples | None:
     if head[:4] == b".snd" and len(head) >= 24:
-        start, size = struct.unpack(">II", head[4:12])
-        return _Samples(start, size, 8, ">I")
+        start, size, coding, _, channels = struct.unpack(">5I", head[4:24])
+        block = channels * _AU_BYTES.get(coding, 0) or 4
+        return _Samples(start, size, 8, ">I", block=block)
     form = _FORMS.get(head[:4])
     if form is None:
         return None
@@ -232,12 +251,24 @@ def _find_samples(file: ByteRange, head: bytes) -> _Samples | None:
             )
         if name == b"ds64":
             wide = at + 8
-        if name[:4] == b"fmt ":
-            fields = file.read_at(at, 14)
-            block = max(1, int.from_bytes(fields[12:14], "little"))
+        if name[:4] in (b"fmt ", b"COMM", b"desc"):
+            block = _block(file.read_at(at, 20), name, form.header[0]) or block
         size = max(size - overhead, 0)
         at += size + -size % form.padding
     return None
+
+
+# Bytes of a sample by its coding in the header of AU: mu-law, PCM, float, A-law.
+_AU_BYTES = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}
+
+
+def _block(chunk: bytes, name: bytes, order: str) -> int:
+    """Bytes of a sample frame or block as the chunk of the format tells; 0: unknown."""
+    form = {b"fmt ": "12xH", b"COMM": "H4xH", b"desc": "16xI"}[name[:4]]
+    if len(chunk) < struct.calcsize(order + form):
+        return 0
+    first, *bits = struct.unpack_from(order + form, chunk)
+    return first * -(-bits[0] // 8) if bits else first
 
 
 def _compare(file: ByteRange, samples: _Samples, whole: Links) -> Layout:
@@ -265,9 +296,12 @@ def _is_chunk(file: ByteRange, samples: _Samples) -> bool:
     """Whether another chunk, or nothing worth a name, follows the samples."""
     if samples.size_at == 8 and samples.size_format == ">I":  # AU has no others
         return False
-    left = len(file) - samples.end
+    left, end = len(file) - samples.end, samples.start + samples.size
+    padding = file.read_at(end, samples.end - end)
+    if len(padding) > samples.block and any(padding):  # these are samples
+        return False
     if left < 8:
-        return True
+        return left <= samples.block
     content = file.read_at(samples.end, 24)
     order = "little" if samples.size_format[0] == "<" else "big"
     sizes = (content[4:8], content[4:12], content[16:24])
@@ -324,13 +358,13 @@ def _mp4_links(file: ByteRange) -> Links:
     return tuple(pairwise([*starts, len(file)]))
 
 
-def _ogg_links(file: ByteRange) -> tuple[Links, bool, bool]:
+def _ogg_links(file: ByteRange) -> tuple[Links, bool, str]:
     """Byte ranges of the links of an Ogg stream: each begins with first pages.
 
-    And whether the positions that pages tell, the last of which is the length, rise,
-    and at last not faster than before; and whether the last page ends the stream.
+    And whether the position of the last page can be the length: those of one link rise
+    from page to page, and at last not faster than before. And what is wrong.
     """
-    starts, at, first_before, in_order, ended = [], 0, False, True, False
+    starts, at, first_before, rise, ended = [], 0, False, True, False
     positions: dict[bytes, int] = {}  # of each stream within a link
     densities: list[float] = []  # samples a packet, of all pages
     while len(head := file.read_at(at, 27 + 255)) >= 27:
@@ -348,14 +382,21 @@ def _ogg_links(file: ByteRange) -> tuple[Links, bool, bool]:
         lengths = head[27 : 27 + head[26]]
         if position >= 0:  # else no packet ends in this page
             gain = position - positions.get(head[14:18], 0)
-            in_order &= gain >= 0
-            densities.append(gain / max(1, sum(n < 255 for n in lengths)))
+            packets = sum(n < 255 for n in lengths)
+            # Headers are at 0, and the last page's packet may be empty.
+            may_stay = position == 0 or packets <= bool(head[5] & 4)
+            rise &= gain > 0 or (gain == 0 and may_stay)
+            densities.append(gain / max(1, packets))
             positions[head[14:18]] = position
         at += 27 + head[26] + sum(lengths)
         ended = bool(head[5] & 4) and at <= len(file) and position >= 0
     *before, last = densities or [0.0]
-    in_order &= last <= (2 * max(before, default=0) or _OGG_PACKET)
-    return tuple(pairwise([*starts, len(file)])), in_order, ended
+    rise &= any(positions.values())
+    promised = rise and last <= (2 * max(before, default=0) or _OGG_PACKET)
+    note = "" if rise else "the positions that its pages tell do not rise"
+    if not ended:
+        note = "it breaks off: the last page of its stream is missing"
+    return tuple(pairwise([*starts, len(file)])), promised and len(starts) < 2, note
 
 
 def _id3_size(head: bytes) -> int:

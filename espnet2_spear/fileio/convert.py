@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.atomic import TEXT, write_atomically
 from espnet2_spear.fileio.audio import (
     AudioError,
     AudioInfo,
@@ -118,7 +118,7 @@ class Ark:
 
     def write(self, utt: str, content: bytes) -> str:
         """Append the content of an audio file; returns what wav.scp says of it."""
-        self._content += f"{utt} ".encode()
+        self._content += f"{utt} ".encode(**TEXT)
         offset = len(self._content)
         if content[:4] != b"RIFF":  # Kaldi's own form of wav, kaldiio's of others
             size = len(content)

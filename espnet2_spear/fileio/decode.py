@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from espnet2_spear.fileio.containers import ByteRange, find_layout
+from espnet2_spear.fileio.containers import ByteRange, find_layout, wave_in_ark
 
 # Formats without a header, known by their name only (the rate comes from the codec).
 RAW_FORMATS = {".g722": "g722", ".gsm": "gsm"}
@@ -36,7 +36,10 @@ MAX_BAD_PACKETS = 0.01
 _TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _TIME_SLACK = 0.2  # seconds, of a codec's delay
 # Formats whose lengths have been compared with what is there.
-_COMPARED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC"}
+_COMPARED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF"}
+# Codecs that keep numbers of any size; lossy ones, which decode to floats as well, are
+# made of samples in [-1, 1].
+_FLOAT_CODECS = ("pcm_f", "wavpack")
 _SOUNDFILE_ERRORS = (soundfile.SoundFileError, RuntimeError, TypeError)
 
 
@@ -76,9 +79,16 @@ def _entry_of_ark(path: Path, offset: int) -> tuple[int, int]:
             if before == b" " and 0 < width <= 8 and start + size <= len(file):
                 return start, start + size
         elif before == b" " and head[:4] == b"RIFF" and head[8:12] == b"WAVE":
-            end = offset + 8 + int.from_bytes(head[4:8], "little")
-            if end <= len(file):
-                return offset, end
+            with ByteRange(path, offset) as rest:
+                size = wave_in_ark(rest)
+            if size is None:
+                raise DecodeError(
+                    f"the WAV file at byte {offset} of this ark tells no length, and "
+                    "others follow",
+                    remedy="make the ark again of files whose headers tell it",
+                )
+            if offset + size <= len(file):
+                return offset, offset + size
     raise DecodeError(
         f"no audio begins at byte {offset} of this ark",
         remedy="make its table again: it is not of this ark, or the ark is cut off",
@@ -125,7 +135,6 @@ class Source(AbstractContextManager):
                 self._sound = self._open_sound(self._links[0], self._stack)
             if self._sound is not None:
                 self.rate, self.channels = self._sound.samplerate, self._sound.channels
-                self.is_float = self._sound.subtype in ("FLOAT", "DOUBLE")
                 self._said = self._sound.frames
                 if layout.promised and self._is_plausible(layout.counted):
                     self.samples = self._said
@@ -143,6 +152,7 @@ class Source(AbstractContextManager):
             sound = stack.enter_context(soundfile.SoundFile(file))
         except _SOUNDFILE_ERRORS:
             return None
+        self.is_float |= sound.subtype in ("FLOAT", "DOUBLE")
         return sound if sound.seekable() else None  # GSM in WAV is not
 
     def _range(self, link: tuple[int, int], stack: ExitStack) -> ByteRange:
@@ -153,13 +163,15 @@ class Source(AbstractContextManager):
         if self._sound.subtype.startswith("MPEG"):  # often a guess from the first frame
             return counted is not None and abs(counted - self._said) <= MP3_DELAY
         compressed = self._sound.subtype.startswith("ALAC")
-        if self._said == 0 or (self._sound.format in _COMPARED and not compressed):
+        if self._sound.format in _COMPARED and not compressed:
             return True
-        if self._said > SAMPLES_PER_BYTE * self._size:
+        # The last frame of FLAC tells the same, and silence takes next to no bytes.
+        bounded = self._sound.format != "FLAC"
+        if self._said == 0 or (bounded and self._said > SAMPLES_PER_BYTE * self._size):
             return False
-        try:  # whether the last sample is there
+        try:  # whether the last sample is there, and a way back
             self._sound.seek(self._said - 1)
-            return len(self._sound.read(1)) == 1
+            return len(self._sound.read(1)) == 1 and self._sound.seek(0) == 0
         except _SOUNDFILE_ERRORS:
             return False
 
@@ -223,10 +235,62 @@ class Source(AbstractContextManager):
         sound = self._open_sound(link, stack) if len(self._links) > 1 else None
         if sound is None or sound.frames > SAMPLES_PER_BYTE * self._size:
             file = self._name or self._range(link, stack)
-            yield from _decode_av(file, self._raw, self._remember)
+            yield from self._decode_av(file)
             return
         while len(block := sound.read(BLOCK, "float32", always_2d=True)):
             yield sound.samplerate, block
+
+    def _decode_av(self, file: str | ByteRange) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield rates and samples (n, channels) of a file, as PyAV decodes it."""
+        packets = bad = samples = rate = 0
+        said = None
+        try:
+            with av.open(file, format=self._raw) as container:
+                if not container.streams.audio:
+                    raise DecodeError("it holds no audio")
+                stream = container.streams.audio[0]
+                if container.format.name in _TIMED and container.duration:
+                    said = container.duration / av.time_base
+                to_float, kind, delay = None, None, 0
+                codec = stream.codec_context
+                if (container.format.name, codec.name) == ("ogg", "opus"):
+                    # Its positions are wrong, as soundfile does not read it: nothing
+                    # is left out by them, only what the codec puts first.
+                    codec.flags2 |= av.codec.context.Flags2.skip_manual
+                    delay = codec.delay
+                for packet in container.demux(stream):
+                    packets += 1
+                    try:
+                        frames = packet.decode()
+                    except av.error.InvalidDataError:
+                        bad += 1
+                        continue
+                    for frame in frames:
+                        new = frame.format.name, frame.layout.name, frame.sample_rate
+                        if new != kind:  # at the beginning, or within radio streams
+                            to_float, kind = av.AudioResampler("fltp", rate=new[2]), new
+                            if codec.name.startswith(_FLOAT_CODECS):
+                                self.is_float |= new[0].startswith(("flt", "dbl"))
+                        rate = frame.sample_rate
+                        for out in to_float.resample(frame):
+                            block = out.to_ndarray().T[delay:]
+                            delay -= min(delay, out.samples)
+                            samples += len(block)
+                            yield rate, block
+        except av.error.InvalidDataError as error:  # WavPack, ALAC: a packet is cut
+            if not samples:
+                raise _explain(error, file) from error
+            self._remember(f"it breaks off or is damaged at {samples / rate:.2f} s")
+        except (av.error.FFmpegError, ValueError, IndexError) as error:
+            raise _explain(error, file) from error
+        if bad > max(1, MAX_BAD_PACKETS * packets) or not samples:
+            raise _explain(f"{bad} of {packets} packets are damaged", file)
+        if bad:
+            self._remember(f"{bad} of {packets} packets are damaged and left out")
+        if said is not None and abs(samples / rate - said) > _TIME_SLACK:
+            self._remember(
+                f"its header tells of {said:.2f} s; {samples / rate:.2f} s are there"
+            )
 
     def _remember(self, note: str) -> None:
         if note not in self.note:
@@ -284,45 +348,6 @@ class Window:
     def _forget(self, first: int) -> None:
         while self._held and self._start + len(self._held[0]) <= first:
             self._start += len(self._held.popleft())
-
-
-def _decode_av(
-    file: str | ByteRange, raw: str | None, remember: Callable[[str], None]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield rates and samples (n, channels) of a file, as PyAV decodes it."""
-    packets = bad = samples = rate = 0
-    said = None
-    try:
-        with av.open(file, format=raw) as container:
-            if not container.streams.audio:
-                raise DecodeError("it holds no audio")
-            stream = container.streams.audio[0]
-            if container.format.name in _TIMED and container.duration:
-                said = container.duration / av.time_base
-            to_float, kind = None, None
-            for packet in container.demux(stream):
-                packets += 1
-                try:
-                    frames = packet.decode()
-                except av.error.InvalidDataError:
-                    bad += 1
-                    continue
-                for frame in frames:
-                    new = frame.format.name, frame.layout.name, frame.sample_rate
-                    if new != kind:  # at the beginning, or within radio streams
-                        to_float, kind = av.AudioResampler("fltp", rate=new[2]), new
-                    rate = frame.sample_rate
-                    for out in to_float.resample(frame):
-                        samples += out.samples
-                        yield rate, out.to_ndarray().T
-    except (av.error.FFmpegError, ValueError, IndexError) as error:
-        raise _explain(error, file) from error
-    if bad > max(1, MAX_BAD_PACKETS * packets) or not samples:
-        raise _explain(f"{bad} of {packets} packets are damaged", file)
-    if bad:
-        remember(f"{bad} of {packets} packets are damaged and left out")
-    if said is not None and abs(samples / rate - said) > _TIME_SLACK:
-        remember(f"its header tells of {said:.2f} s; {samples / rate:.2f} s are there")
 
 
 def _explain(error: Exception | str, file: str | ByteRange) -> DecodeError:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from espnet2_spear.fileio.atomic import atomic
+from espnet2_spear.fileio.atomic import TEXT, atomic
 from espnet2_spear.fileio.names import file_name
 
 _MATRIX = b"\0BFM "  # Kaldi's marks of a binary file and of a float matrix
@@ -79,7 +79,7 @@ class ArkFeatures(AbstractContextManager):
         """Write the matrix of an utterance; nothing of it stays after an error."""
         start = self._file.tell()
         try:
-            self._file.write(f"{utt} ".encode())
+            self._file.write(f"{utt} ".encode(**TEXT))
             spec = f"{self.path}:{self._file.tell()}"
             matrix = Matrix(self._file, "<f4", _ark_header, spec)
             yield matrix

@@ -14,6 +14,14 @@ def safe_id(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text.replace("/", "-"))
 
 
+def one_word(text: str) -> str:
+    """Return text as a key of tables: white space, and bytes that are no UTF-8, are _.
+
+    Other letters stay, so that names of files in any script remain different.
+    """
+    return re.sub(r"[\s\udc80-\udcff]+", "_", text)
+
+
 def file_name(utt: str, suffix: str) -> str:
     """Return the name of an utterance's file: the same for the same id everywhere.
 

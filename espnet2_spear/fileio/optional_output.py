@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from espnet2_spear.fileio.atomic import TEXT
+
 LONGEST_LINE = 1 << 20  # bytes
 
 
@@ -32,7 +34,7 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
         OSError: such as of a full disk; then no line is written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = "".join(f"{line}\n" for line in lines).encode()
+    content = "".join(f"{line}\n" for line in lines).encode(**TEXT)
     # Without a buffer, which would be written again when the file is closed.
     with open(path, "ab+", buffering=0) as file:
         start = max(0, file.seek(0, os.SEEK_END) - LONGEST_LINE)
@@ -52,7 +54,7 @@ def read_lines(path: Path) -> list[str]:
     """
     if not path.exists():
         return []
-    return _whole_lines(path.read_bytes()).decode(errors="replace").split("\n")[:-1]
+    return _whole_lines(path.read_bytes()).decode(**TEXT).split("\n")[:-1]
 
 
 def _whole_lines(content: bytes) -> bytes:

@@ -268,12 +268,18 @@ class TableWriter:
         """Write a line.
 
         Raises:
-            DataDirError: a line break inside, as file names may have it.
+            DataDirError: a line break inside, as file names may have it, or white
+                space in the key, which would end there when it is read.
         """
         line = f"{key} {value}".rstrip()
         if "\n" in line or "\r" in line:
             raise DataDirError(
                 f"{self.path}: {line!r} has a line break in it; rename the file"
+            )
+        if len(c_order(key).split()) != 1:
+            raise DataDirError(
+                f"{self.path}: the key {key!r} has white space in it, or is empty; "
+                "rename it"
             )
         self._file.write(line + "\n")
         self.lines += 1

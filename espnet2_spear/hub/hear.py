@@ -53,8 +53,8 @@ class HearModel(nn.Module):
         Audio too short for one frame gets silence behind it.
 
         Raises:
-            InputError: no sound, or sounds that are empty, longer than an hour or no
-                numbers.
+            InputError: no sound, or sounds that are empty, longer than an hour, no
+                numbers or in another scale.
         """
         audio = self.student.pad_short(audio.float())
         audio = F.pad(audio, (int(FRONT), BACK), mode="reflect")

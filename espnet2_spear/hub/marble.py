@@ -65,7 +65,7 @@ class SpearMarbleEncoder(nn.Module):
 
         Raises:
             InputError: no sound, or sounds that are empty, longer than an hour, no
-                numbers or of several channels.
+                numbers, in another scale or of several channels.
         """
         with torch.set_grad_enabled(not self.frozen and torch.is_grad_enabled()):
             states, _ = self.student.normalized_layers(

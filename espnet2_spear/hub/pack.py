@@ -20,6 +20,7 @@ import yaml
 
 from espnet2_spear import __version__
 from espnet2_spear.errors import UserError
+from espnet2_spear.fileio.folders import files_below
 from espnet2_spear.hub.packed import FORMAT, META, STAMP, with_texts
 
 CARD = "README.md"  # the hub shows it at the top of a repository
@@ -87,7 +88,8 @@ def pack_model(
         configs: the same for configurations: the file, and what to pack of it, under
             the name ``config.yaml`` in the file's folder. Files that it names and that
             are packed get their names in the archive.
-        options: what else goes into it.
+        options: what else goes into it: files, and what is below folders, behind
+            links as well but not in hidden folders.
         card: text of the model card.
 
     Raises:
@@ -150,7 +152,7 @@ def pack_model(
 def _files_below(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.is_file())
+    return sorted(files_below(path, lambda name: True))
 
 
 # --- The card: what the hub shows of a packed model, in ESPnet's form ----------------

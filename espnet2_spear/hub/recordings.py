@@ -13,6 +13,7 @@ from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import AudioError, Span, audio_info
 from espnet2_spear.fileio.datadir import DataDirError, entries, read_table
 from espnet2_spear.fileio.folders import find_audio
+from espnet2_spear.fileio.names import one_word
 from espnet2_spear.fileio.utterances import Utterance
 
 WHOLE = Span(None, None)
@@ -38,7 +39,8 @@ def find_recordings(
     """List the recordings that a command line names.
 
     Args:
-        inputs: audio files, ``.scp`` tables (utterance and file), or Kaldi data
+        inputs: audio files, which are called by their names without suffix, see
+            :func:`one_word`; ``.scp`` tables (utterance and file); or Kaldi data
             directories, whose ``segments`` are honoured.
 
     Returns:
@@ -68,7 +70,7 @@ def find_recordings(
             for utt, value in read_table(path, "utterance file").items():
                 add(utt, find_audio(value, path.parent))
         else:
-            add(path.stem, name)
+            add(one_word(path.stem), name)
     recordings: list[Recording] = []
     skipped: Failures = {}
     for utt, (path, span) in wanted.items():

@@ -43,8 +43,8 @@ class UpstreamExpert(nn.Module):
             s3prl derives them from the samples and the rate.
 
         Raises:
-            InputError: a waveform that is empty, longer than an hour, or with NaN or
-                infinity.
+            InputError: a waveform that is empty, longer than an hour, with NaN or
+                infinity, or in another scale.
         """
         empty = [index for index, wav in enumerate(wavs) if len(wav) == 0]
         if empty or not wavs:
@@ -55,6 +55,7 @@ class UpstreamExpert(nn.Module):
         # s3prl probes upstreams with very short noise.
         speech = self.student.pad_short(pad_sequence(wavs, batch_first=True))
         lengths = lengths.clamp(min=self.student.min_samples)
+        self.student.look_at(speech, lengths)
         return {"hidden_states": self.student(speech, lengths).hidden_states}
 
 

@@ -56,7 +56,7 @@ class SpearXaresEncoder(nn.Module):
         Audio too short for one frame gets silence behind it.
 
         Raises:
-            InputError: no sound, or sounds that are empty, longer than an hour or no
-                numbers.
+            InputError: no sound, or sounds that are empty, longer than an hour, no
+                numbers or in another scale.
         """
         return self.student.normalized_layers(audio)[0].mean(dim=0)

@@ -1,12 +1,14 @@
 """Checks of what a caller hands to a student: at its public calls, nowhere below.
 
-Shapes and types are always checked. Values (lengths, NaN) are looked at where the host
-holds them: on a GPU a look is a wait, and a graph cannot depend on it. Whoever moves a
-batch to a GPU checks it before (``as_batch``, the data loader).
+Shapes and types are always checked. Values (lengths, NaN, scale) are looked at where
+the host holds them: on a GPU a look is a wait, and a graph cannot depend on it. Whoever
+moves a batch to a GPU checks it before (``as_batch``, the data loader), or waits for
+the look where no training waits with it (inference, benchmarks).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,24 +23,32 @@ class InputError(UserError):
     """A batch that cannot be encoded; the message names the utterances."""
 
 
-def on_host(*tensors: Tensor) -> bool:
-    """Whether values can be looked at without a wait, and outside of a graph."""
+def have_values(*tensors: Tensor) -> bool:
+    """Whether there are values to look at: no graph is made, and no tensor is fake."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return all(x.device.type == "cpu" and type(x) is Tensor for x in tensors)
+    return all(type(x) is Tensor for x in tensors)
 
 
-def check_waveforms(speech: Tensor, lengths: Tensor, least: int | None) -> None:
+def on_host(*tensors: Tensor) -> bool:
+    """Whether values can be looked at without a wait, and outside of a graph."""
+    return have_values(*tensors) and all(x.device.type == "cpu" for x in tensors)
+
+
+def check_waveforms(
+    speech: Tensor, lengths: Tensor, least: int | None, wait: bool = False
+) -> None:
     """Refuse what is no batch of waveforms.
 
     Args:
         speech: (B, samples) float.
         lengths: (B,) samples of each, integers.
         least: fewest samples of an utterance; None: values are not looked at.
+        wait: look at values on a GPU, too.
 
     Raises:
         InputError: no utterances, other shapes, other kinds of numbers, lengths that
-            do not fit, or NaN and infinite samples within an utterance; names the
+            do not fit, or samples that :func:`check_samples` refuses; names the
             utterances by their index in the batch.
     """
     _check_any(speech)
@@ -53,17 +63,21 @@ def check_waveforms(speech: Tensor, lengths: Tensor, least: int | None) -> None:
             "16-bit samples by 32768"
         )
     _check_whole(lengths)
-    if least is None or not on_host(lengths):
+    can_look = have_values if wait else on_host
+    if least is None or not can_look(lengths):
         return
     check_shortest(lengths.tolist(), least)
     bad = _outside(lengths, 1, speech.size(1))
     if bad:
         raise InputError(f"{bad}, must be in 1..{speech.size(1)} samples")
-    check_finite(speech, lengths)
+    if can_look(speech):
+        check_samples(speech, lengths)
 
 
-def check_finite(speech: Tensor, lengths: Tensor) -> None:
+def check_samples(speech: Tensor, lengths: Tensor) -> None:
     """Refuse NaN, infinite samples and other scales within the utterances.
+
+    Nothing is looked at while a graph is made. On a GPU the host waits.
 
     Args:
         speech: (B, samples).
@@ -72,29 +86,27 @@ def check_finite(speech: Tensor, lengths: Tensor) -> None:
     Raises:
         InputError: such samples; names the utterances by their index in the batch.
     """
-    if not on_host(speech, lengths):
+    if not have_values(speech, lengths):
         return
     # By their extremes, which need no memory; hours of audio come here, too.
-    utterances = [x[:n] for x, n in zip(speech.detach(), lengths.tolist(), strict=True)]
-    bad = [
-        i
-        for i, x in enumerate(utterances)
-        if len(x) and not torch.stack(x.aminmax()).isfinite().all()
-    ]
+    utterances = zip(speech.detach(), lengths.tolist(), strict=True)
+    extremes = torch.stack(
+        [torch.stack(x[:n].aminmax()) if n else x.new_zeros(2) for x, n in utterances]
+    ).tolist()
+    bad = [i for i, ends in enumerate(extremes) if not all(map(math.isfinite, ends))]
     if bad:
         raise InputError(
             f"utterances {bad} of the batch hold samples that are NaN or infinite; "
             "leave them out or repair the audio"
         )
-    for x in utterances:
-        check_scale(x)
+    for i, (low, high) in enumerate(extremes):
+        _check_extremes(low, high, f"utterance {i} of the batch")
 
 
-def check_scale(speech: Tensor, who: str = "waveforms") -> None:
+def check_scale(speech: Tensor, who: str) -> None:
     """Refuse samples that are not in the scale of [-1, 1], by the rule for files.
 
-    ESPnet's inference turns 16-bit integers into floats without scaling them. Nothing
-    is looked at while a graph is made. On a GPU the host waits once.
+    Nothing is looked at while a graph is made. On a GPU the host waits once.
 
     Args:
         speech: of any shape.
@@ -103,11 +115,12 @@ def check_scale(speech: Tensor, who: str = "waveforms") -> None:
     Raises:
         InputError: a sample beyond +-8.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not speech.numel():
-        return
-    if type(speech) is not Tensor:  # without values, such as a fake one
-        return
-    low, high = torch.stack(speech.detach().aminmax()).tolist()
+    if have_values(speech) and speech.numel():
+        low, high = torch.stack(speech.detach().aminmax()).tolist()
+        _check_extremes(low, high, who)
+
+
+def _check_extremes(low: float, high: float, who: str) -> None:
     if max(-low, high) > MAX_PEAK:
         raise InputError(
             f"{who}: samples from {low:.6g} to {high:.6g}, where float samples lie in "

@@ -195,6 +195,16 @@ class SpearEncoder(nn.Module):
         # type of a linear layer, which quantization replaces.
         return fbank.to(self.mask_emb.dtype), fbank_lens
 
+    def look_at(self, speech: Tensor, lengths: Tensor) -> None:
+        """Check waveforms as :meth:`compute_fbank` does, on a GPU their values, too.
+
+        For doors that take waveforms at which nobody has looked (ESPnet's inference
+        turns 16-bit integers into floats without scaling them). Not in training, where
+        it costs a wait a step.
+        """
+        if not self.training:
+            check_waveforms(speech, lengths, self.min_samples, wait=True)
+
     def check_longest(self, samples: int) -> None:
         """Raise InputError if so many samples are too many for one piece.
 
@@ -241,13 +251,15 @@ class SpearEncoder(nn.Module):
             hidden states (layers, B, T, C) float32, 50 Hz, and their frames (B,).
 
         Raises:
-            InputError: no sound, or sounds that are empty, longer than an hour or no
-                numbers.
+            InputError: no sound, or sounds that are empty, longer than an hour, no
+                numbers or in another scale.
         """
         audio = self.pad_short(torch.atleast_2d(audio).float())
         if lengths is None:
             lengths = torch.full((len(audio),), audio.size(1), device=audio.device)
-        out = self(audio, lengths.clamp(min=self.min_samples))
+        lengths = lengths.clamp(min=self.min_samples)
+        self.look_at(audio, lengths)
+        out = self(audio, lengths)
         states = torch.stack(out.hidden_states).float()
         return F.layer_norm(states, states.shape[-1:]), out.hidden_states_lens
 

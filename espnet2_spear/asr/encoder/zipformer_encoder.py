@@ -18,7 +18,6 @@ from espnet2_spear.asr.pretrained import read_architecture
 from espnet2_spear.asr.surroundings import watch_models
 from espnet2_spear.hub.packed import check_format
 from espnet2_spear.optimizers.lr_scale import check_lr_scale, scale_lr
-from espnet2_spear.spear.checks import check_scale
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.frames import Frames
 
@@ -186,8 +185,7 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         with self._conditioned(ctc), no_grad:
             if self.takes_waveforms:
                 speech = xs_pad.squeeze(-1) if xs_pad.dim() == 3 else xs_pad
-                if not self.training:  # where a look at values costs a wait a step
-                    check_scale(speech)
+                self.look_at(speech, ilens)
                 fbank, fbank_lens = self.compute_fbank(speech, ilens)
                 if self.specaug is not None and self.training:
                     fbank, fbank_lens = self.specaug(fbank, fbank_lens)

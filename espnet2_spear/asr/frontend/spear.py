@@ -25,7 +25,7 @@ from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.packed import check_format
-from espnet2_spear.spear.checks import check_scale, check_shortest, on_host
+from espnet2_spear.spear.checks import check_shortest, on_host
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.zipformer.schedule import BatchCountState
 
@@ -254,8 +254,8 @@ class SpearFrontend(AbsFrontend):
 
     def _compute(self, speech: Tensor, lengths: Tensor) -> Tensor:
         """Return features (B, T, C) of waveforms, in one piece."""
-        if not self.training:  # where a look at values costs a wait a step
-            check_scale(speech)
+        if not self.training:  # a frozen upstream never trains
+            self.upstream.look_at(speech, lengths)
         with ExitStack() as modes:
             if self.frozen:
                 modes.enter_context(torch.no_grad())

@@ -3,6 +3,8 @@
 import numpy as np
 from transformers import BatchFeature, SequenceFeatureExtractor
 
+MAX_PEAK = 8.0  # beyond, samples are not in the scale of [-1, 1]
+
 
 class SpearFeatureExtractor(SequenceFeatureExtractor):
     """Makes batches of waveforms. The student itself computes the fbank.
@@ -45,7 +47,7 @@ class SpearFeatureExtractor(SequenceFeatureExtractor):
             utterance and 0 behind it.
 
         Raises:
-            ValueError: another rate, or what is no waveform of floats.
+            ValueError: another rate, or what is no waveform of floats in [-1, 1].
         """
         if sampling_rate not in (None, self.sampling_rate):
             raise ValueError(
@@ -58,6 +60,12 @@ class SpearFeatureExtractor(SequenceFeatureExtractor):
                 raise ValueError(
                     f"waveform {i} is {item.dtype} {item.shape}: floats (samples,) in "
                     "[-1, 1] are needed; divide 16-bit samples by 32768"
+                )
+            peak = np.abs(item).max(initial=0.0)
+            if not peak <= MAX_PEAK:  # nor is NaN
+                raise ValueError(
+                    f"waveform {i} holds samples up to {peak:.6g}, where floats in "
+                    "[-1, 1] are needed: divide 16-bit samples by 32768; leave NaN out"
                 )
         batch = BatchFeature({"audio": [item.astype(np.float32) for item in items]})
         kwargs["return_attention_mask"] = True

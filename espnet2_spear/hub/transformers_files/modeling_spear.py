@@ -121,8 +121,8 @@ class SpearModel(PreTrainedModel):
             return_dict: False: a tuple, without what is not there.
 
         Raises:
-            InputError: another sampling rate, samples with NaN or infinity, or an
-                utterance too short for one frame.
+            InputError: another sampling rate, samples with NaN or infinity or in
+                another scale, or an utterance too short for one frame.
         """
         if sampling_rate != SAMPLE_RATE:
             raise InputError(
@@ -134,6 +134,7 @@ class SpearModel(PreTrainedModel):
                 audio_lens = attention_mask.sum(dim=1)
         if output_hidden_states is None:
             output_hidden_states = return_middle_layers
+        self.student.look_at(audio, audio_lens)
         out = self.student(audio, audio_lens, output_hidden_states)
         middle = (out.hidden_states, out.hidden_states_lens)
         output = SpearModelOutput(
