@@ -5,9 +5,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from corpus_miniatures import librispeech
+from espnet2.train.dataset import ESPnetDataset
 
+from espnet2_spear.bin import spear_format
 from espnet2_spear.fileio.datadir import DataDir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +55,62 @@ def test_sets_from_a_corpus(tmp_path: Path) -> None:
     other = ["--prepare", prepare.replace("dev-clean", "dev-other")]
     other = run_sh(*options, *other, LIBRISPEECH=str(tmp_path / "corpus"))
     assert "--parts was dev-clean, is dev-other" in other.stdout
+
+
+@pytest.mark.parametrize(
+    ("formats", "outcome"),
+    [
+        (["flac"], "sound"),
+        (["flac.ark"], "kaldi_ark"),
+        (["wav.ark"], "holds WAV, which ESPnet reads from arks as 16-bit"),
+        (["flac", "flac.ark"], "names files and entries of arks"),
+        (["flac.ark", "gone"], "1 files are missing, for example"),
+    ],
+)
+def test_sets_in_arks(
+    tmp_path: Path, formats: list[str], outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ssl1's --audio_format, or an ESPnet recipe, writes them."""
+    samples = np.random.default_rng(0).uniform(-0.3, 0.3, 16000)
+    soundfile.write(tmp_path / "a.wav", samples, 16000)
+    parts = []
+    for audio_format in formats:
+        utt, out = f"u-{audio_format}", tmp_path / "root" / audio_format
+        one = DataDir({utt: str(tmp_path / "a.wav")}, {utt: "s"}, text={utt: "A"})
+        one.write(tmp_path / "in")
+        options = ["--in_dir", str(tmp_path / "in"), "--out_dir", str(out)]
+        if audio_format != "gone":
+            spear_format.main([*options, "--audio_format", audio_format])
+            parts.append(DataDir.load(out))
+        else:
+            wavs = {utt: f"{tmp_path}/gone.ark:5"}
+            parts.append(DataDir(wavs, one.utt2spk, text=one.text))
+            parts[-1].utt2num_samples[utt] = 16000
+    data = parts[0]
+    for part in parts[1:]:
+        for table in ("wav_scp", "utt2spk", "text", "utt2num_samples"):
+            getattr(data, table).update(getattr(part, table))
+    root = tmp_path / "root"
+    # As ssl1 has them: relative to its folder.
+    data.wav_scp = {u: os.path.relpath(f, root) for u, f in data.wav_scp.items()}
+    data.write(root / "sets/train")
+    sets = [f"--{name}=train" for name in ("train_set", "valid_set", "test_sets")]
+    options = [*folders(tmp_path), *sets, "--stop_stage", "1"]
+    env = {"SSL_DATA": str(root / "sets"), "SSL_ROOT": str(root)}
+    done = run_sh(*options, **env)
+    if outcome not in ("sound", "kaldi_ark"):
+        assert done.returncode == 1 and outcome in done.stderr
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    options = [*folders(tmp_path), *sets, "--stage", "3", "--stop_stage", "4"]
+    options += ["--asr_config", "conf/train_asr_logmel.yaml", "--dry_run", "true"]
+    listed = run_sh(*options, "--ngpu", "0").stdout
+    table = tmp_path / "dump/raw/train/wav.scp"
+    assert listed.count(f"{table},speech,{outcome}") == 3  # train, valid, decoding
+    monkeypatch.chdir(RECIPE)  # where the paths start
+    data = ESPnetDataset([(str(table), "speech", outcome)])
+    speech = data[f"u-{formats[0]}"][1]["speech"]
+    np.testing.assert_allclose(speech, samples, atol=1e-4)
 
 
 def test_listing_of_all_stages(tmp_path: Path) -> None:

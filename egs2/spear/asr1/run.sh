@@ -111,6 +111,12 @@ need() { # need <file> <stage that makes it>
     fi
 }
 
+sound_type() { # sound_type <set>: as what ESPnet reads its audio, which data.py checked
+    local first=
+    [ ! -e "$1/wav.scp" ] || read -r first <"$1/wav.scp" || true
+    if [[ ${first} =~ \.ark:[0-9]+$ ]]; then echo kaldi_ark; else echo sound; fi
+}
+
 # What would stop a later stage stops the run here.
 if wanted 4 && [ "${search}" = beam ] && [ ! -e "${inference_config}" ]; then
     log "ERROR: --inference_config ${inference_config}: no such file"
@@ -218,7 +224,7 @@ if wanted 3; then
         set=${!set}
         dir=${dumpdir}/raw/${set}
         inputs+=(--input "${dir}" --input "${token_dir}/text_shape.${set}")
-        args+=("--${part}_data_path_and_name_and_type" "${dir}/wav.scp,speech,sound"
+        args+=("--${part}_data_path_and_name_and_type" "${dir}/wav.scp,speech,$(sound_type "${dir}")"
             "--${part}_data_path_and_name_and_type" "${dir}/text,text,text"
             "--${part}_shape_file" "${dir}/utt2num_samples"
             "--${part}_shape_file" "${token_dir}/text_shape.${set}")
@@ -253,7 +259,7 @@ if wanted 4; then
         inputs=(--input "${asr_exp}/config.yaml"
             --input "${asr_exp}/${inference_asr_model}" --input "${raw}/wav.scp")
         args=(--output_dir "${out}"
-            --data_path_and_name_and_type "${raw}/wav.scp,speech,sound"
+            --data_path_and_name_and_type "${raw}/wav.scp,speech,$(sound_type "${raw}")"
             --asr_train_config "${asr_exp}/config.yaml"
             --asr_model_file "${asr_exp}/${inference_asr_model}")
         program=local/asr_ctc_greedy.py

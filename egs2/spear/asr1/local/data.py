@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Check transcribed 16 kHz data sets and bring them here (stage 1).
 
-Audio is not copied: the paths in wav.scp are rewritten to hold from this folder.
+Audio is not copied: the paths in wav.scp are rewritten to hold from this folder. They
+name files, or entries of arks of FLAC (file.ark:offset).
 """
 
 import argparse
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from espnet2_spear.fileio.datadir import RAW, DataDir, DataDirError
+from espnet2_spear.fileio.decode import split_ark
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -21,6 +23,42 @@ def get_parser() -> argparse.ArgumentParser:
         "--root", type=Path, required=True, help="Paths in wav.scp are relative to it"
     )
     return parser
+
+
+def check_audio(scp: Path, values: list[str]) -> None:
+    """Refuse audio that is not there, or that ESPnet cannot read in one way.
+
+    Args:
+        scp: whose lines are checked, for messages.
+        values: its paths, from this folder.
+
+    Raises:
+        DataDirError: such audio.
+    """
+    found = [split_ark(value) for value in values]
+    missing = [
+        v for v, (file, _) in zip(values, found, strict=True) if not file.exists()
+    ]
+    if missing:
+        raise DataDirError(
+            f"{scp}: {len(missing)} files are missing, for example {missing[0]}; "
+            "format the set again (stage 2 of ../ssl1)"
+        )
+    remedy = "format the set again with --audio_format flac or flac.ark"
+    entries = {file: offset for file, offset in found if offset is not None}
+    if entries and any(offset is None for _, offset in found):
+        raise DataDirError(
+            f"{scp}: names files and entries of arks, of which ESPnet reads one kind; "
+            f"{remedy}"
+        )
+    for file, offset in entries.items():
+        with file.open("rb") as opened:
+            opened.seek(offset)
+            if opened.read(4) == b"RIFF":
+                raise DataDirError(
+                    f"{scp}: {file} holds WAV, which ESPnet reads from arks as 16-bit "
+                    f"integers; {remedy}"
+                )
 
 
 def main() -> None:
@@ -44,12 +82,7 @@ def main() -> None:
         utt: file if os.path.isabs(file) else os.path.relpath(args.root / file)
         for utt, file in data.wav_scp.items()
     }
-    missing = [utt for utt, file in paths.items() if not os.path.exists(file)]
-    if missing:
-        raise DataDirError(
-            f"{args.in_dir}/wav.scp: {len(missing)} files are missing, for example "
-            f"{paths[missing[0]]}; format the set again (stage 2 of ../ssl1)"
-        )
+    check_audio(args.in_dir / "wav.scp", list(paths.values()))
     replace(data, wav_scp=paths, feats_type=RAW).write(args.out_dir)
     minutes = sum(data.utt2num_samples.values()) / 16000 / 60
     print(f"{args.out_dir}: {len(data.utterances)} utterances, {minutes:.1f} minutes")
