@@ -27,6 +27,7 @@ from espnet2_spear.data.build import (
 from espnet2_spear.data.dataset import SpearPreprocessor
 from espnet2_spear.data.iter_factory import SpearIterFactory
 from espnet2_spear.data.noise import NoiseList, SpearCollateFn
+from espnet2_spear.hub.infer import check_fits
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.mixing import PRESETS as MIXING_PRESETS
 from espnet2_spear.spear.mixing import Mixer, MixerConfig
@@ -329,8 +330,16 @@ class SpearTask(AbsTask):
 
 
 def _note_loading(
-    student: SpearEncoder, state_dict: dict, prefix: str, *unused: object
+    student: SpearEncoder,
+    state_dict: dict,
+    prefix: str,
+    metadata: object,
+    strict: bool,
+    *unused: object,
 ) -> None:
+    if strict:
+        remedy = "set both as the config.yaml of these weights has them"
+        check_fits(student, state_dict, prefix, "student, student_conf", remedy)
     key = prefix.removesuffix("student.") + "schedule.batches"
     student.end_schedules_of_loaded(state_dict, prefix, key)
 
