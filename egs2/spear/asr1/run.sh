@@ -125,8 +125,12 @@ fi
 if wanted 3 && [ "${dry_run}" = false ] && grep -Eq '^decoder: *transducer' "${asr_config}"; then
     ${python} -m espnet2_spear.asr.transducer_loss
 fi
+task_args=(--use_preprocessor true --token_type "${token_type}"
+    --token_list "${token_dir}/tokens.txt" --non_linguistic_symbols none
+    --cleaner none --g2p none)
 student=() student_args=()
 if wanted 3; then
+    stand_in=()
     if grep -Eq '^frontend: *spear *$' "${asr_config}"; then
         if [ -z "${ckpt}" ] && ! grep -Eq '^ +ckpt: *[^ #]' "${asr_config}"; then
             log "ERROR: ${asr_config} has frontend: spear; name the student with --ckpt" >&2
@@ -138,6 +142,7 @@ if wanted 3; then
                 exit 1
             fi
             student_args+=(--frontend_conf "ckpt=${ckpt}")
+            stand_in=(--frontend_conf arch=base)
             student=("${ckpt}")
         fi
     fi
@@ -149,6 +154,12 @@ if wanted 3; then
         student_args+=(--init_param "${ckpt}:student:encoder" --encoder_conf "arch.name=${ckpt}")
         student=("${ckpt}")
     fi
+    check=("${student_args[@]}")
+    # In a dry run the student may be yet to be pre-trained.
+    [ -z "${ckpt}" ] || [ -e "${ckpt}" ] || check=("${stand_in[@]}")
+    # shellcheck disable=SC2086
+    check_training asr "${inference_asr_model}" "${asr_exp}" --config "${asr_config}" \
+        "${task_args[@]}" "${check[@]}" ${asr_args}
 fi
 
 if wanted 1; then
@@ -215,9 +226,7 @@ if wanted 3; then
     need "${token_dir}/tokens.txt" 2
     need "${dumpdir}/raw/${valid_set}/wav.scp" 1
     inputs=(--input "${asr_config}" --input "${token_dir}/tokens.txt")
-    args=(--use_preprocessor true --token_type "${token_type}"
-        --token_list "${token_dir}/tokens.txt" --non_linguistic_symbols none
-        --cleaner none --g2p none)
+    args=("${task_args[@]}")
     [ -z "${bpemodel}" ] || args+=(--bpemodel "${bpemodel}")
     for part in train valid; do
         set=${part}_set
