@@ -46,6 +46,8 @@ EXTRAS = {
     "demo": ["gradio>=5", "matplotlib>=3.7"],
     # spear_export --format onnx: the exporter, and what runs and quantizes graphs.
     "export": ["onnx>=1.16", "onnxscript>=0.5", "onnxruntime>=1.20"],
+    # ESPnet's classification task (egs2/spear/cls1).
+    "cls": ["torcheval>=0.0.7"],
     # The test suite and the linters; xdist: on all cores; torcheval, loralib and
     # lightning are what ESPnet's classification task, its LoRA adapters and ESPnet3
     # need; selenium: the browser; lhotse makes the cuts that its reader is tested on;

@@ -124,12 +124,10 @@ def kept_bytes(others: Iterable[Tensor]) -> Iterator[dict[int, int]]:
 
 def read_audio(wav_scp: Path, samples: int) -> Tensor:
     """Recordings one after the other, (1, samples); repeated if there are too few."""
-    import soundfile
+    from espnet2_spear.fileio import audio, datadir
 
-    paths = [line.split()[1] for line in wav_scp.read_text().splitlines()]
+    paths = datadir.read_table(wav_scp, "utterance file").values()
     pieces: list[Tensor] = []
     while sum(map(len, pieces)) < samples:
-        pieces += [
-            torch.from_numpy(soundfile.read(p, dtype="float32")[0]) for p in paths
-        ]
+        pieces += [torch.from_numpy(audio.read_audio(path)[0]) for path in paths]
     return torch.cat(pieces)[None, :samples]

@@ -1,14 +1,19 @@
 """The recipe asr1: corpora made its sets."""
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from corpus_miniatures import librispeech
 from data_dirs import read_dir, write_dir
+from espnet2.train.dataset import ESPnetDataset
 
+from espnet2_spear.bin import spear_format
 from espnet2_spear.fileio.datadir import Entry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +56,54 @@ def test_sets_from_a_corpus(tmp_path: Path) -> None:
     other = ["--prepare", prepare.replace("dev-clean", "dev-other")]
     other = run_sh(*options, *other, LIBRISPEECH=str(tmp_path / "corpus"))
     assert "--parts was dev-clean, is dev-other" in other.stdout
+
+
+@pytest.mark.parametrize(
+    ("formats", "outcome"),
+    [
+        (["flac"], "sound"),
+        (["flac.ark"], "kaldi_ark"),
+        (["wav.ark"], "holds WAV, which ESPnet reads from arks as 16-bit"),
+        (["flac", "flac.ark"], "names files and entries of arks"),
+        (["flac.ark", "gone"], "1 files are missing, for example"),
+    ],
+)
+def test_sets_in_arks(
+    tmp_path: Path, formats: list[str], outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ssl1's --audio_format, or an ESPnet recipe, writes them."""
+    samples = np.random.default_rng(0).uniform(-0.3, 0.3, 16000)
+    soundfile.write(tmp_path / "a.wav", samples, 16000)
+    root, found = tmp_path / "root", []
+    for audio_format in formats:
+        utt, out = f"u-{audio_format}", root / audio_format
+        if audio_format == "gone":
+            found.append(Entry(utt, "gone.ark:5", "s", text="A", samples=16000))
+            continue
+        write_dir(tmp_path / "in", [Entry(utt, f"{tmp_path}/a.wav", "s", text="A")])
+        options = ["--in_dir", str(tmp_path / "in"), "--out_dir", str(out)]
+        spear_format.main([*options, "--audio_format", audio_format])
+        found += read_dir(out).values()
+    # As ssl1 has them: relative to its folder.
+    relative = [e._replace(path=os.path.relpath(e.path, root)) for e in found]
+    write_dir(root / "sets/train", relative)
+    sets = [f"--{name}=train" for name in ("train_set", "valid_set", "test_sets")]
+    options = [*folders(tmp_path), *sets, "--stop_stage", "1"]
+    env = {"SSL_DATA": str(root / "sets"), "SSL_ROOT": str(root)}
+    done = run_sh(*options, **env)
+    if outcome not in ("sound", "kaldi_ark"):
+        assert done.returncode == 1 and outcome in done.stderr
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    options = [*folders(tmp_path), *sets, "--stage", "3", "--stop_stage", "4"]
+    options += ["--asr_config", "conf/train_asr_logmel.yaml", "--dry_run", "true"]
+    listed = run_sh(*options, "--ngpu", "0").stdout
+    table = tmp_path / "dump/raw/train/wav.scp"
+    assert listed.count(f"{table},speech,{outcome}") == 3  # train, valid, decoding
+    monkeypatch.chdir(RECIPE)  # where the paths start
+    data = ESPnetDataset([(str(table), "speech", outcome)])
+    speech = data[f"u-{formats[0]}"][1]["speech"]
+    np.testing.assert_allclose(speech, samples, atol=1e-4)
 
 
 def test_listing_of_all_stages(tmp_path: Path) -> None:
@@ -113,19 +166,32 @@ def test_bad_sets_are_refused(tmp_path: Path, item: str) -> None:
     assert done.returncode == 2 and f"--prepare '{item}'" in done.stdout
 
 
+LOGMEL = "--asr_config conf/train_asr_logmel.yaml"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--asr_config conf/train_asr_spear_frozen.yaml", "student with --ckpt"),
         ("--asr_config conf/train_asr_spear_frozen.yaml --ckpt none.pth", "none.pth"),
         ("--search beam --inference_config none.yaml", "none.yaml: no such file"),
+        (f"{LOGMEL} --asr_args '--nonsense 1'", "unrecognized arguments: --nonsense 1"),
+        (
+            f"{LOGMEL} --asr_args '--optim_conf rl=1'",
+            "unexpected keyword argument 'rl'",
+        ),
+        (f"{LOGMEL} --inference_asr_model valid.acc.best.pth", "to be used later"),
+        # Its criterion is not the default's.
+        ("--asr_config conf/train_asr_spear_librispeech_ctc.yaml", "valid.total_count"),
     ],
 )
+@pytest.mark.parametrize("dry", ["true", "false"])
 def test_what_stops_a_later_stage_stops_the_run(
-    tmp_path: Path, options: str, message: str
+    tmp_path: Path, options: str, message: str, dry: str
 ) -> None:
-    folders = [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
-    done = run_sh(*folders, *options.split())
+    if dry == "true" and "none.pth" in options:
+        pytest.skip("the student may be yet to be pre-trained")
+    done = run_sh(*folders(tmp_path), *shlex.split(options), "--dry_run", dry)
     assert done.returncode == 1 and message in done.stdout + done.stderr
     assert "Stage 1" not in done.stdout + done.stderr and not list(tmp_path.iterdir())
 

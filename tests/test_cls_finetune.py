@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -91,6 +92,37 @@ def test_esc50_is_learnt(tmp_path: Path, esc50: Path) -> None:
     assert "student:encoder" in (exp / "train.log").read_text()
     again = finetune(*options, "--stage", "2", ESC50=str(esc50))
     assert again.returncode == 0 and again.stdout.count("options: skipped") == 5
+
+
+TWO_MILLION = ["--setting", "audioset2m", "--ngpu", "0", "--ckpt", "CKPT"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([*TWO_MILLION, "--config", "no.yaml"], "No such file: no.yaml"),
+        ([*TWO_MILLION, "--cls_args", "--nonsense 1"], "arguments: --nonsense 1"),
+        ([*TWO_MILLION, "--cls_args", "--encoder_conf x=1"], "TypeError: .*'x'"),
+        ([*TWO_MILLION, "--inference_model", "valid.acc.ave.pth"], "to be used later"),
+        ([*TWO_MILLION, "--cls_args", "--encoder_conf arch=base"], "pth:student:enc"),
+        (TWO_MILLION, "pip install torcheval"),
+    ],
+)
+def test_what_stops_a_later_stage_stops_the_run(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
+    """Before a clip is formatted."""
+    env = {}
+    if "CKPT" in options:
+        ckpt = str(write_student(tmp_path / "student"))
+        options = [ckpt if word == "CKPT" else word for word in options]
+    if "torcheval" in message:
+        (tmp_path / "torcheval.py").write_text("raise ImportError('not there')")
+        env = {"PYTHONPATH": str(tmp_path)}
+    done = finetune(*options, *folders(tmp_path), **env)
+    text = done.stdout + done.stderr
+    assert done.returncode != 0 and re.search(message, text), text
+    assert "Stage 1" not in done.stdout and not (tmp_path / "dump").exists()
 
 
 def test_dry_run_lists_what_is_not_there_yet(tmp_path: Path) -> None:

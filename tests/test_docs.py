@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from espnet2.tasks.asr import ASRTask
+from student_files import write_student
 
 import espnet2_spear
+from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
+from espnet2_spear.asr.frontend.spear import SpearFrontend
 
 TRACKED = [
     ROOT / name
@@ -131,3 +136,40 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             wrong.append(link)
     assert not wrong
+
+
+def options_with_sizes() -> list[tuple[str, str]]:
+    """Options of a frontend or encoder that pages give for a student's file."""
+    form = r"--\w+_conf [^`\"]*arch\.name=[^`\"\s]+|\w+_conf: \{arch: \{name: [^`]*"
+    texts = {name(p): p.read_text(encoding="utf-8") for p in PAGES}
+    return [(p, words) for p, text in texts.items() for words in re.findall(form, text)]
+
+
+@pytest.mark.parametrize("rate", [25, 50])
+def test_documented_options_fit_students_of_every_rate(
+    tmp_path: Path, rate: int
+) -> None:
+    """Those of 25 Hz have the sizes of no name."""
+    arch = {"name": "tiny", "output_downsampling_factor": 50 // rate}
+    file = write_student(tmp_path, arch=arch)
+    found = options_with_sizes()
+    assert {page for page, _ in found} >= {
+        *("README.md", "docs/checkpoints.md", "docs/zipformer.md"),
+        *("egs2/spear/README.md", "egs2/spear/asr1/README.md"),
+    }
+    named = r"_conf arch(\.name)?=NAME|_conf: \{arch: base"
+    assert not [p for p in PAGES if re.search(named, p.read_text(encoding="utf-8"))]
+    for page, words in found:
+        words = re.sub(r"\$student|PATH|[\w/.]+\.pth", str(file), words)
+        if words.startswith("--"):
+            words = words.replace("\\\n", " ")
+            args = ASRTask.get_parser().parse_args(shlex.split(words))
+            conf = {"frontend": args.frontend_conf, "encoder": args.encoder_conf}
+        else:
+            conf = yaml.safe_load(words)
+            conf = {key.removesuffix("_conf"): value for key, value in conf.items()}
+        if conf.get("frontend"):
+            student = SpearFrontend(**conf["frontend"]).upstream
+        else:
+            student = ZipformerEncoder(1, **conf["encoder"])
+        assert student.config.frame_rate == rate, (page, words)

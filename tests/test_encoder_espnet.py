@@ -164,6 +164,7 @@ def test_transducer_decoder(data: Path, tmp_path: Path) -> None:
     assert isinstance(text, str)
 
 
+@pytest.mark.second_env
 def test_lora(data: Path, tmp_path: Path) -> None:
     """Needs loralib, as ESPnet's option does."""
     pytest.importorskip("loralib")

@@ -85,18 +85,29 @@ def test_audio_of_another_form_is_refused(tmp_path: Path) -> None:
         from dataset import RATE, Dataset
     finally:
         sys.path.remove(str(RECIPE))
-    forms = {"u1": (RATE // 2, 1), "u2": (RATE, 2), "u3": (RATE, 1)}
-    for utt, (rate, channels) in forms.items():
-        soundfile.write(tmp_path / f"{utt}.wav", np.zeros((800, channels)), rate)
-    lines = [f"{utt} {tmp_path}/{utt}.wav" for utt in forms]
-    (tmp_path / "wav.scp").write_text("\n".join(lines))
-    (tmp_path / "text").write_text("".join(f"{utt} A\n" for utt in forms))
+    forms = {  # rate, channels, largest sample; what is wrong with it
+        "u1": (RATE // 2, 1, 0.5, "u1.wav: 8000 Hz.*spear_format"),
+        "u2": (RATE, 2, 0.5, "u2.wav: 16000 Hz and 2 channels"),
+        "u3": (RATE, 1, 0.5, None),
+        "u4": (RATE, 1, 16000.0, "u4.wav: samples up to 16000.*divide them"),
+    }
+    for utt, (rate, channels, peak, _) in forms.items():
+        samples = np.full((800, channels), peak)
+        soundfile.write(tmp_path / f"{utt}.wav", samples, rate, "FLOAT")
+    lines = [f"{utt} {tmp_path}/{utt}.wav\n" for utt in forms]
+    ark = (tmp_path / "u3.wav").read_bytes()
+    (tmp_path / "all.ark").write_bytes(b"u5 " + ark)
+    lines.append(f"u5 {tmp_path}/all.ark:3\n")
+    (tmp_path / "wav.scp").write_text("".join(lines))
+    (tmp_path / "text").write_text("".join(f"u{i} A\n" for i in range(1, 6)))
     data = Dataset(str(tmp_path))
-    assert data[2]["speech"].shape == (800,)
-    with pytest.raises(ValueError, match="u1.wav: 8000 Hz.*spear_format"):
-        data[0]
-    with pytest.raises(ValueError, match="u2.wav: 16000 Hz and 2 channels"):
-        data[1]
+    for index, (*_, message) in enumerate(forms.values()):
+        if message is None:
+            assert data[index]["speech"].shape == (800,)
+            continue
+        with pytest.raises(ValueError, match=message):
+            data[index]
+    np.testing.assert_array_equal(data[4]["speech"], data[2]["speech"])
 
 
 def test_a_missing_student_is_asked_for(monkeypatch) -> None:

@@ -217,6 +217,38 @@ def test_features_are_kept_while_nothing_changes(
     assert made(chosen=dict(list(wavs.items())[:3])) and "is damaged" in caplog.text
 
 
+def test_clips_in_arks(clips: Path, tmp_path: Path) -> None:
+    """Read, put together by their lengths, and told apart; so after a move."""
+    lines = (clips / "toy/wav.scp").read_text().splitlines()
+    files = dict(line.split() for line in lines)
+    of_size = {Path(path).stat().st_size: utt for utt, path in files.items()}
+    longer, shorter = (of_size[size] for size in sorted(of_size, reverse=True))
+    files = {utt: files[utt] for utt in (longer, shorter)}
+
+    def ark(name: str, *utts: str) -> dict[str, str]:
+        specs, content = {}, b""
+        for utt in utts:
+            content += b"%s " % utt.encode()
+            specs[utt] = f"{tmp_path / name}:{len(content)}"
+            content += Path(files[utt]).read_bytes()
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        return specs
+
+    arks, moved = ark("here/a.ark", *files), ark("there/a.ark", *files)
+    swapped = {longer: arks[shorter], shorter: arks[longer]}
+    system = systems.logmel("cpu")
+    whole, parts = (
+        features.kept_features(tmp_path / name, system, wavs, "ctc")
+        for name, wavs in (("f", files), ("a", arks))
+    )
+    np.testing.assert_array_equal(whole.values, parts.values)
+    digests = [features._digest(wavs) for wavs in (arks, moved, swapped)]
+    assert digests[0] == digests[1] != digests[2]
+    ((utts, _, _),) = features._batches(arks, None)
+    assert utts == [shorter, longer]
+
+
 def test_systems(student: Path) -> None:
     speech, lengths = torch.randn(2, 16000) * 0.1, torch.tensor([16000, 12000])
     (mel,), counts = systems.logmel("cpu").embed(speech, lengths)

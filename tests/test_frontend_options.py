@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
 from student_files import write_student
 
+from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.asr.pieces import Chunks, in_chunks
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.spear.checks import InputError
@@ -94,6 +97,56 @@ def test_layers_behind_the_used_one_are_left_out(ckpt, batch, layer) -> None:
     frontend.upstream.load_state_dict(load_model(ckpt).state_dict())
     frontend.load_state_dict(copy.deepcopy(frontend).state_dict())
     frontend.reload_pretrained_parameters()
+
+
+@pytest.mark.parametrize("rate", [25, 50])
+@pytest.mark.parametrize("by_ckpt", [False, True])
+def test_sizes_of_a_checkpoint(tmp_path: Path, batch, rate: int, by_ckpt: bool) -> None:
+    """As ESPnet has them in config.yaml, where they open a model elsewhere."""
+    ckpt = str(write_student(tmp_path, arch=ARCH25 if rate == 25 else ARCH))
+    arch = {"name": ckpt, "padding": "compatible"}
+    holder = torch.nn.Module()
+    holder.frontend = SpearFrontend(ckpt=ckpt if by_ckpt else None, arch=arch)
+    if not by_ckpt:
+        load_pretrained_model(f"{ckpt}:student:frontend.upstream", holder, False)
+    expected = SpearFrontend(ckpt=ckpt, padding="compatible")
+    torch.testing.assert_close(holder.frontend(*batch)[0], expected(*batch)[0])
+    assert "name" not in arch and arch["output_downsampling_factor"] == 50 // rate
+    elsewhere = SpearFrontend(ckpt="nowhere/x.pth", arch=arch)
+    elsewhere.load_state_dict(holder.frontend.state_dict())
+    torch.testing.assert_close(elsewhere(*batch)[0], expected(*batch)[0])
+
+
+MISFITS = [  # what is built, what is loaded, what is said of them
+    (ARCH, ARCH25, "output_downsampling_factor 1 there, 2 in the weights"),
+    ("tiny", ARCH, "downsampling_factor 1,2,1 there, 1,4,2 in the weights"),
+    ("tiny", {"name": "tiny", "num_mel_bins": 80}, "num_mel_bins 128 there, 80 in"),
+    ("tiny", "mini", "encoder_dim 32,32,32 there, 256,256,256 in .*; 2 more fields"),
+    # ESPnet leaves what a file does not have as it was.
+    ("mini", "tiny", "of [0-9]+ tensors [0-9]+ differ, for example enc|encoder_dim"),
+]
+
+
+@pytest.mark.parametrize(("arch", "other", "message"), MISFITS)
+@pytest.mark.parametrize("part", ["frontend", "encoder"])
+def test_weights_of_another_architecture_are_refused_in_a_line(
+    tmp_path: Path, part: str, arch: object, other: object, message: str
+) -> None:
+    """Where torch would list tensors: --init_param, and a model's own state."""
+    file = write_student(tmp_path, arch=other)
+    holder = torch.nn.Module()
+    if part == "frontend":
+        holder.frontend = SpearFrontend(arch=arch)
+    else:
+        holder.encoder = ZipformerEncoder(128, arch)
+    place = {"frontend": "frontend.upstream", "encoder": "encoder"}[part]
+    message = rf"^{part}_conf.arch: .*(?:{message}).*; let .* be {{name: FILE}}.*$"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_pretrained_model(f"{file}:student:{place}", holder, False)
+    assert "\n" not in str(caught.value)
+    state = {f"{place}.{k}": v for k, v in load_model(file).state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        holder.load_state_dict(state)
 
 
 def test_deep_copies_are_independent(ckpt: str, batch) -> None:
@@ -365,7 +418,9 @@ def test_bad_audio_is_refused_in_pieces(ckpt: str, batch) -> None:
         ({"layer": 3}, "3 layers"),
         ({"fs": "44.1k"}, "not 44100 Hz"),
         ({"fs": "8k"}, "not 8000 Hz"),
-        ({"arch": "mini"}, "architecture differs"),
+        ({"arch": "mini"}, r"differs from frontend_conf.arch .*let it be \{name: "),
+        ({"arch": ARCH}, "output_downsampling_factor 2 there, 1 in arch"),
+        ({"arch": {"name": "nowhere/x.pth"}}, "neither a named size"),
         ({"mask": {"prob": 1}}, "mask"),
         ({"mask": {"time_prob": 1.5}}, "mask"),
         ({"mask": {"time_span": 0}}, "mask"),

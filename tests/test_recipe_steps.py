@@ -247,6 +247,7 @@ def test_plan_takes_what_can_be_trained(
     planned, tmp_path: Path, student: str, teachers: str
 ) -> None:
     """Without the memory that a student of 600 M parameters needs."""
+    corpus_miniatures.audio(tmp_path, "noise.wav")
     (tmp_path / "noise.scp").write_text(f"n {tmp_path}/noise.wav\n")
     override = f"noise_scp={tmp_path}/noise.scp" if student == "xlarge" else ""
     planned(
@@ -278,6 +279,11 @@ def test_plan_takes_what_can_be_trained(
         ("mixer_conf.preset=noise", "", "give --noise_scp"),
         ("", "--init_param no.pth", "no.pth is no file"),
         ("", "--use_deepspeed true", "--deepspeed_config"),
+        (
+            "keep_nbest_models=2 best_model_criterion=[[valid,acc,max]]",
+            "",
+            "used later",
+        ),
     ],
 )
 def test_plan_refuses_what_cannot_be_trained(
@@ -286,6 +292,54 @@ def test_plan_refuses_what_cannot_be_trained(
     """Stage 7 would, after hours."""
     with pytest.raises(plan.PlanError, match=f"--train_args: .*{message}"):
         planned(config_override=override, check_training=train_args)
+
+
+@pytest.mark.parametrize(
+    ("noise", "flags", "message"),
+    [
+        (None, [], "noise.scp: no such list"),
+        (None, ["--dry_run"], None),  # it may be made before the run
+        ("n {}/gone.wav", [], "could not be read.*gone.wav: no such file"),
+        ("n {}/noise.scp", [], "could not be read.*cannot be decoded"),
+        ("n {}/noise.wav", [], None),
+    ],
+)
+def test_plan_listens_to_noise(
+    planned, tmp_path: Path, noise: str | None, flags: list[str], message: str | None
+) -> None:
+    corpus_miniatures.audio(tmp_path, "noise.wav")
+    if noise is not None:
+        (tmp_path / "noise.scp").write_text(noise.format(tmp_path) + "\n")
+    options = {
+        "config_override": f"mixer_conf.preset=noise noise_scp={tmp_path}/noise.scp"
+    }
+    if message is None:
+        planned(*flags, **options, check_training="")
+        return
+    with pytest.raises(plan.PlanError, match=message):
+        planned(*flags, **options, check_training="")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--train_args --nonsense 1", "--train_args: unrecognized.*--nonsense"),
+        ("--config_override masker_conf.x=1", "--config_override or .*masker_conf"),
+        (
+            "--inference_model valid.acc.best.pth",
+            "valid.acc.best.pth, to be used later",
+        ),
+        ("--pack_args --licence x", "--pack_args: .*--licence"),
+    ],
+)
+def test_a_dry_run_says_what_would_be_refused(
+    tmp_path: Path, options: str, message: str
+) -> None:
+    option, _, value = options.partition(" ")
+    words = ["--dry_run", "true", *folders(tmp_path), "--ngpu", "0", option, value]
+    result = run_sh(*words, cwd=tmp_path)
+    assert result.returncode == 1 and re.search(message, result.stderr), result.stderr
+    assert "Stage 1" not in result.stdout
 
 
 def test_plan_of_the_default(planned, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from espnet2_spear.bin import (
 from espnet2_spear.codes import tokenizer as tokenizer_module
 from espnet2_spear.codes.tokenize_run import TokenizeRun
 from espnet2_spear.codes.tokenizer import TokenizeOptions, Tokenizer
+from espnet2_spear.fileio import shards
 from espnet2_spear.fileio.ark import MatricesByName, read_matrix, read_scp
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.shards import split_into_shards
@@ -206,6 +208,38 @@ def test_embeddings_of_a_random_choice(setup, data_dir, tmp_path):
     (file,) = everything["files"]
     rows = {row.tobytes() for row in np.load(tmp_path / "all" / file["file"])}
     assert not rows & {row.tobytes() for row in audio}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_folders_of_shards(setup, data_dir, tmp_path, monkeypatch, flat: bool) -> None:
+    """None holds many; what earlier versions left in one is made again, once."""
+    options = ("--batch_seconds", 1.5, "--shard_seconds", 2)
+
+    def contents(out: Path, name: str) -> dict[str, bytes]:
+        files = [p for p in out.rglob(f"{name}.*") if p.suffix in (".ark", ".npy")]
+        found = {path.name: path.read_bytes() for path in files}
+        assert len(found) == len(files) >= 3
+        return found
+
+    for name, stage in {"codes": tokenize, "embeddings": embed}.items():
+        out = tmp_path / name
+        stage(setup, data_dir, out, *options)
+        before = contents(out, name)
+        monkeypatch.setattr(shards, "FOLDER_SHARDS", 2)
+        if not flat:
+            shutil.rmtree(out)
+        stage(setup, data_dir, out, *options)
+        files = [p for p in out.rglob(f"{name}.*") if p.name.split(".")[1].isdigit()]
+        for folder in {file.parent for file in files}:
+            numbers = {int(p.name.split(".")[1]) for p in files if p.parent == folder}
+            first = min(numbers)
+            assert numbers <= {first, first + 1}, folder
+            assert first == 0 or folder.name == str(first)
+        assert contents(out, name) == before
+        times = {p: p.stat().st_mtime_ns for p in files}
+        stage(setup, data_dir, out, *options)
+        assert {p: p.stat().st_mtime_ns for p in files} == times
+        monkeypatch.undo()
 
 
 def test_embedding_resumes_and_replaces(setup, data_dir, tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named
+from espnet2_spear.hub.infer import check_fits, differences, say_differences
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import (
@@ -29,7 +30,7 @@ def build_student(
 
     Args:
         ckpt: local checkpoint or hub id, see ``espnet2_spear.load_model``.
-        arch: named size or fields of ZipformerConfig.
+        arch: as of :func:`read_architecture`.
         padding: goes before what the checkpoint or ``arch`` says; None: as they say.
 
     Raises:
@@ -37,7 +38,7 @@ def build_student(
         CheckpointError: an absent checkpoint without ``arch``, an unreadable one, or
             one of another architecture than ``arch``.
     """
-    config = None if arch is None else ZipformerConfig.build(arch)
+    config = None if arch is None else read_architecture(arch)
     if config is not None and padding is not None:
         config = replace(config, padding=padding)
     if ckpt is not None and (is_named(ckpt) or config is None):
@@ -46,7 +47,12 @@ def build_student(
             student.end_schedules()
             return student, True
         if config.architecture() != student.config.architecture():
-            raise CheckpointError(f"{ckpt}: its architecture differs from `arch`")
+            differ = differences(student.config, config)
+            told = say_differences(differ, "there", "in arch") or "encoder_unmasked_dim"
+            raise CheckpointError(
+                f"{ckpt}: its architecture differs from frontend_conf.arch ({told}); "
+                f"leave arch out, or let it be {{name: {ckpt}}}"
+            )
         other = SpearEncoder(config)
         other.load_state_dict(student.state_dict())
         if not config.regularize_start:
@@ -61,7 +67,7 @@ def build_student(
 
 
 def read_architecture(arch: str | Mapping[str, Any]) -> ZipformerConfig:
-    """Return the configuration that ``encoder_conf.arch`` asks for.
+    """Return the configuration that ``arch`` of a frontend or encoder asks for.
 
     Args:
         arch: a named size; or fields of ZipformerConfig, of which ``name`` is a named
@@ -88,10 +94,26 @@ def read_architecture(arch: str | Mapping[str, Any]) -> ZipformerConfig:
         )
     changes = {key: value for key, value in arch.items() if key != "name"}
     config = load_model(name).config.changed(changes)
-    logging.info(f"arch: the sizes of {name}; weights are loaded by --init_param")
+    logging.info(f"arch: the sizes of {name}; its weights come by other options")
     arch.clear()
     arch.update(config.to_dict())
     return config
+
+
+def check_loaded(
+    student: SpearEncoder, state: Mapping[str, Any], prefix: str, part: str
+) -> None:
+    """Refuse weights of another architecture; see :func:`check_fits`.
+
+    Args:
+        student: of a frontend or encoder.
+        state: of a whole model, about to be loaded.
+        prefix: of the student's names in it.
+        part: ``frontend`` or ``encoder``.
+    """
+    option = f"{part}_conf.arch"
+    remedy = f"let {option} be {{name: FILE}}, with the FILE of --init_param"
+    check_fits(student, state, prefix, option, remedy)
 
 
 def keep_layers(student: SpearEncoder, layers: int) -> None:

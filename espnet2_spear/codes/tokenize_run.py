@@ -30,6 +30,7 @@ from espnet2_spear.fileio.shards import (
     Shards,
     fingerprint,
     in_processes,
+    shard_stem,
     split_into_shards,
 )
 from espnet2_spear.fileio.tables import join, rows, table_writer
@@ -41,10 +42,11 @@ from espnet2_spear.teachers.embed import read_batch
 class TokenizeRun:
     """Tokenization of the utterances of one data set by one teacher or several.
 
-    Writes for every shard and teacher ``<name>/codes.<shard>.{ark,scp}`` and, when all
-    are there, for every teacher ``<name>.scp`` with a line for every utterance in the
-    order of names, ``<name>.failed`` and ``<name>.json``. Utterances without codes (not
-    to be tokenized, or failed) point to the row of -1 in ``<name>.missing.ark``.
+    Writes for every shard and teacher ``<name>/codes.<shard>.{ark,scp}`` (a thousand a
+    folder, see :func:`shard_stem`) and, when all are there, for every teacher
+    ``<name>.scp`` with a line for every utterance in the order of names,
+    ``<name>.failed`` and ``<name>.json``. Utterances without codes (not to be
+    tokenized, or failed) point to the row of -1 in ``<name>.missing.ark``.
     Several teachers share one reading of the audio, their shards and their done marks.
 
     Args:
@@ -162,7 +164,10 @@ class TokenizeRun:
 
     def _stems(self, shard: int) -> list[str]:
         """Of each teacher's files."""
-        return [str(self.folder / t.name / f"codes.{shard}") for t in self.teachers]
+        return [self._stem(t.name, shard) for t in self.teachers]
+
+    def _stem(self, teacher: str, shard: int) -> str:
+        return str(self.folder / shard_stem(f"{teacher}/codes", shard))
 
     def _job(self, shards: Shards, number: int, wanted: Sequence[np.ndarray]) -> Shard:
         """A shard, as it is sent to a worker.
@@ -207,7 +212,7 @@ class TokenizeRun:
         quantizer = tokenizer.quantizer
         with ExternalSorter[tuple[str, str]](folder=self.folder) as codes:
             for i in range(len(records)):
-                for row in rows(self.folder / name / f"codes.{i}.scp", SCP_COLUMNS):
+                for row in rows(Path(f"{self._stem(name, i)}.scp"), SCP_COLUMNS):
                     codes.add(row)
             tokenized = len(codes)
             if failed and not tokenized:

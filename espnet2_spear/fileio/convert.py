@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +26,7 @@ from espnet2_spear.fileio.datadir import Entry
 from espnet2_spear.fileio.decode import split_ark
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.hashes import digest_of
-from espnet2_spear.fileio.names import file_name
+from espnet2_spear.fileio.names import file_name, small_folder
 from espnet2_spear.fileio.shards import DoneMarks
 
 SHARD_UTTERANCES = 100
@@ -277,9 +276,8 @@ def _read(
 
 
 def audio_path(utt: str, options: Options) -> str:
-    """Return an utterance's file; 256 folders keep each of them small."""
-    key = hashlib.sha256(utt.encode("utf-8", "surrogateescape")).hexdigest()[:2]
-    folder = os.path.join(options.out_dir, options.codec, key)
+    """Return an utterance's file."""
+    folder = os.path.join(options.out_dir, options.codec, small_folder(utt))
     return os.path.join(folder, file_name(utt, f".{options.codec}"))
 
 

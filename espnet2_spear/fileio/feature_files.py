@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from espnet2_spear.fileio.atomic import TEXT, atomic
-from espnet2_spear.fileio.names import file_name
+from espnet2_spear.fileio.names import file_name, small_folder
 
 _MATRIX = b"\0BFM "  # Kaldi's marks of a binary file and of a float matrix
 
@@ -102,7 +102,8 @@ class NpyFeatures(AbstractContextManager):
     """One ``.npy`` (rows, columns) an utterance, there whole or not at all.
 
     Args:
-        folder: gets ``<utterance>.npy``, see :func:`file_name`.
+        folder: gets ``<xx>/<utterance>.npy``, see :func:`small_folder` and
+            :func:`file_name`.
         dtype: as stored.
     """
 
@@ -116,7 +117,7 @@ class NpyFeatures(AbstractContextManager):
     @contextmanager
     def matrix(self, utt: str) -> Iterator[Matrix]:
         """Write the matrix of an utterance, whole or not at all."""
-        path = self.folder / file_name(utt, ".npy")
+        path = self.folder / small_folder(utt) / file_name(utt, ".npy")
         with atomic(path) as file:
             matrix = Matrix(file, self.dtype, self._header, str(path))
             yield matrix

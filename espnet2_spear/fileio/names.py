@@ -40,6 +40,15 @@ def file_name(utt: str, suffix: str) -> str:
     return _hashed(raw, suffix)
 
 
+def small_folder(utt: str) -> str:
+    """Return one of 256 folders' names, which keep each of them small.
+
+    The same for the same id everywhere.
+    """
+    content = utt.encode("utf-8", "surrogateescape")
+    return hashlib.sha256(content).hexdigest()[:2]
+
+
 def short_id(utt: str) -> str:
     """Return an id that is short enough to name files, the same for the same id."""
     raw = utt.encode("utf-8", "surrogateescape")

@@ -30,6 +30,7 @@ from espnet2_spear.fileio.utterances import Batched, Utterance
 SHARD_SECONDS = 600.0  # of audio, at least: what a killed run computes again
 MOST_SHARDS = 10000  # of a run, unless it is told otherwise: files are three times that
 SAY_SECONDS = 30.0  # between two lines about the progress
+FOLDER_SHARDS = 1000  # in a folder
 Batches = list[list[Utterance]]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -76,6 +77,21 @@ def shard_count(seconds: float, shard_seconds: float | None) -> int:
     """
     size = shard_seconds or max(SHARD_SECONDS, seconds / MOST_SHARDS)
     return max(1, round(seconds / size))
+
+
+def shard_stem(name: str, shard: int) -> str:
+    """Return the name of a shard's files without suffix, in a run's folder.
+
+    The first thousand lie side by side, as ``codes.5``; then each has a folder, as
+    ``1000/codes.1005``.
+
+    Args:
+        name: of all shards; may begin with a folder of theirs.
+        shard: its number.
+    """
+    head, slash, last = name.rpartition("/")
+    first = shard - shard % FOLDER_SHARDS
+    return f"{head}{slash}{f'{first}/' if first else ''}{last}.{shard}"
 
 
 def split_into_shards(batches: Batched, shard_seconds: float | None = None) -> Shards:
@@ -142,7 +158,7 @@ def add_job_share_option(parser: argparse.ArgumentParser) -> None:
 
 
 class DoneMarks:
-    """The done marks ``NAME.<shard>.done`` of a run, in one folder.
+    """The done marks ``NAME.<shard>.done`` of a run, see :func:`shard_stem`.
 
     A mark holds the run's fingerprint, a record of the shard, and the CRC-32 of every
     file that the shard wrote. A mark of another run, or whose files are gone or no
@@ -159,20 +175,24 @@ class DoneMarks:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _path(self, shard: int) -> Path:
-        return self.folder / f"{self.name}.{shard}.done"
+        return self.folder / f"{shard_stem(self.name, shard)}.done"
 
     def clear_stale(self, part: JobShare = WHOLE_JOB) -> None:
         """Remove the shards of runs with other inputs or options, and say so.
 
+        Also those that lie where earlier versions put them.
+
         Only those of a part: another job may be writing the others at this moment.
         """
         stale = 0
-        for path in self.folder.glob(f"{self.name}.*.done"):
+        head, slash, last = self.name.rpartition("/")
+        names = (f"{head}{slash}{between}{last}.*.done" for between in ("", "*/"))
+        for path in [path for name in names for path in self.folder.glob(name)]:
             shard = path.name.split(".")[-2]
             if not shard.isdigit() or not part.has(int(shard)):
                 continue
             mark = _read_mark(path)
-            if mark.get("run") != self.run:
+            if mark.get("run") != self.run or path != self._path(int(shard)):
                 for file in (*mark.get("files", ()), path):
                     (self.folder / file).unlink(missing_ok=True)
                 stale += 1

@@ -27,6 +27,7 @@ from espnet2_spear.fileio.shards import (
     Batches,
     DoneMarks,
     fingerprint,
+    shard_stem,
     split_into_shards,
 )
 from espnet2_spear.fileio.utterances import make_batches
@@ -305,7 +306,8 @@ class ExtractionRun:
 
     def _files(self, shard: int, name: str) -> FeatureFiles:
         if self.format == "ark":
-            return ArkFeatures(self.folder / f"feats.{shard}.{name}.ark")
+            stem = self.folder / shard_stem("feats", shard)
+            return ArkFeatures(Path(f"{stem}.{name}.ark"))
         return NpyFeatures(self.folder / name, self.dtype)
 
     def _read(self, batch: Sequence[Recording]) -> list[np.ndarray | AudioError | None]:

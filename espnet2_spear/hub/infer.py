@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.zipformer.config import NAMED_CONFIGS, ConfigError, ZipformerConfig
@@ -18,6 +18,9 @@ REMEDY = "download the file again, or pass a SPEAR student's checkpoint"
 # The only fields that names and shapes of tensors do not determine.
 UNSEEN = ("encoder_unmasked_dim",)
 HEAD_DIMS = ("query_head_dim", "pos_head_dim", "value_head_dim")
+# Beginnings of the names of a student's tensors.
+NETWORK = ("encoder_embed.", "encoder.", "mask_emb")
+MOST_TOLD = 5  # differences in a message
 # Options that distinguish variants of a named size.
 _VARIANT = ("output_downsampling_factor", "causal", "regularize")
 
@@ -161,6 +164,56 @@ def differences(a: ZipformerConfig, b: ZipformerConfig) -> dict[str, tuple]:
         for f in fields(a)
         if f.name not in UNSEEN and getattr(a, f.name) != getattr(b, f.name)
     }
+
+
+def say_differences(differ: Mapping[str, tuple], *where: str) -> str:
+    """Say what :func:`differences` found, and where the one and the other value is."""
+    told = [
+        f"{key} {_plain(a)} {where[0]}, {_plain(b)} {where[1]}"
+        for key, (a, b) in differ.items()
+    ]
+    more = [f"{len(told) - MOST_TOLD} more fields"] if len(told) > MOST_TOLD else []
+    return "; ".join(told[:MOST_TOLD] + more)
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_fits(
+    model: nn.Module, state: Mapping[str, Any], prefix: str, option: str, remedy: str
+) -> None:
+    """Refuse weights of another architecture in a line, before they are loaded.
+
+    ``load_state_dict`` itself lists tensors, and does not say what to do.
+
+    Args:
+        model: the student (SpearEncoder) that they are loaded into.
+        state: of a whole model.
+        prefix: of the student's names in it.
+        option: that set the architecture, for the message.
+        remedy: for the message.
+
+    Raises:
+        CheckpointError: tensors that the student does not have, or of other shapes.
+    """
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(NETWORK)}
+    names = tuple(prefix + name for name in NETWORK)
+    found = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(names)}
+    wrong = [k for k, v in found.items() if k not in own or v.shape != own[k].shape]
+    if not wrong:
+        return
+    told = f"of {len(own)} tensors {len(wrong)} differ, for example {wrong[0]}"
+    heads = {key: getattr(model.config, key) for key in HEAD_DIMS}
+    try:
+        both = [infer_config(x, Path(option), heads) for x in (own, found)]
+        told = say_differences(differences(*both), "there", "in the weights") or told
+    except CheckpointError:
+        pass
+    raise CheckpointError(
+        f"{option}: another architecture than that of the weights to be loaded "
+        f"({told}); {remedy}"
+    )
 
 
 def compact(config: ZipformerConfig) -> dict[str, Any]:

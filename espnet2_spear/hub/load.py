@@ -22,7 +22,14 @@ from torch import Tensor
 
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import INDEX_SUFFIX, WEIGHT_SUFFIXES, local_path
-from espnet2_spear.hub.infer import HEAD_DIMS, REMEDY, differences, infer_config
+from espnet2_spear.hub.infer import (
+    HEAD_DIMS,
+    NETWORK,
+    REMEDY,
+    differences,
+    infer_config,
+    say_differences,
+)
 from espnet2_spear.hub.packed import (
     META,
     STAMP,
@@ -44,9 +51,7 @@ WEIGHTS += ("student.pth", "valid.loss.ave.pth", "valid.loss.best.pth")
 WEIGHTS += ("valid.*.ave.pth", "valid.*.best.pth", "latest.pth")  # of any ESPnet task
 _PART_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
 
-# Every student has this tensor; what stands before it in its name is the prefix.
-_NETWORK = ("encoder_embed.", "encoder.", "mask_emb")
-# Prefix -> what a configuration and a user call the part of a model that it is.
+# What stands before ANCHOR -> what configurations and users call that part of a model.
 PARTS = {"student.": "student", "frontend.upstream.": "frontend", "encoder.": "encoder"}
 # Trained beside a student in pre-training; everything else is somebody's fine-tuning.
 _PRETRAINING = re.compile(
@@ -336,7 +341,7 @@ def _take_student(
         own = name.removeprefix(prefix)
         if (
             name.startswith(prefix)
-            and own.startswith(_NETWORK)
+            and own.startswith(NETWORK)
             and not LORA_FACTOR.search(own)
         ):
             state[own] = value
@@ -421,13 +426,10 @@ def _contradiction(
         differ = differences(config, infer_config(state, config_file, heads))
     except CheckpointError:
         return ""
-    found = [
-        f"{key} {_plain(says)} there, {_plain(seen)} by the tensors"
-        for key, (says, seen) in differ.items()
-    ]
-    if not found:
+    if not differ:
         return ""
-    return f". {config_file.name} contradicts the tensors: {_some(found, '; ')}"
+    found = say_differences(differ, "there", "by the tensors")
+    return f". {config_file.name} contradicts the tensors: {found}"
 
 
 def _tell_widened(state: Mapping[str, Tensor], path: Path) -> None:
@@ -439,10 +441,6 @@ def _tell_widened(state: Mapping[str, Tensor], path: Path) -> None:
                 f"{path}: {kinds[kind]} of {len(state)} tensors are "
                 f"{str(kind).removeprefix('torch.')} and are turned into float32"
             )
-
-
-def _plain(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _some(items: list[str], separator: str = ", ") -> str:

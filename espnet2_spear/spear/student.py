@@ -116,8 +116,10 @@ class SpearEncoder(nn.Module):
             prefix: of the student's names in it.
         """
         value = state_dict.get(prefix + ANCHOR)
-        own = self.get_parameter(ANCHOR).detach().cpu()
-        return value is not None and not torch.equal(value.cpu(), own)
+        own = self.get_parameter(ANCHOR).detach()
+        if value is None or value.is_meta or own.is_meta:  # built to be checked only
+            return False
+        return not torch.equal(value.cpu(), own.cpu())
 
     def end_schedules_of_loaded(
         self, state_dict: dict[str, Tensor], prefix: str, key: str

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Collection, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from espnet2.tasks.abs_task import AbsTask, scheduler_classes
+from espnet2.tasks.abs_task import AbsTask
 from espnet2.train.class_choices import ClassChoices
 from espnet2.train.trainer import Trainer
 from espnet2.utils.nested_dict_action import NestedDictAction
@@ -27,6 +25,7 @@ from espnet2_spear.data.build import (
 from espnet2_spear.data.dataset import SpearPreprocessor
 from espnet2_spear.data.iter_factory import SpearIterFactory
 from espnet2_spear.data.noise import NoiseList, SpearCollateFn
+from espnet2_spear.hub.infer import check_fits
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.mixing import PRESETS as MIXING_PRESETS
 from espnet2_spear.spear.mixing import Mixer, MixerConfig
@@ -34,6 +33,7 @@ from espnet2_spear.spear.model import SpearPretrainModel
 from espnet2_spear.spear.objective import DEFAULT_PRESET, resolve_loss_weights
 from espnet2_spear.spear.objective import PRESETS as LOSS_PRESETS
 from espnet2_spear.spear.student import SpearEncoder
+from espnet2_spear.tasks.checks import check_model, one_kind_of_error
 from espnet2_spear.train.gradients import scale_loss_by_weight
 from espnet2_spear.train.interruption import forward_signals_to_ranks
 from espnet2_spear.train.options import check_deepspeed_config
@@ -144,12 +144,7 @@ class SpearTask(AbsTask):
             class_choices.add_arguments(group)
 
     @classmethod
-    def build_collate_fn(
-        cls, args: argparse.Namespace, train: bool
-    ) -> Callable[
-        [Collection[tuple[str, dict[str, np.ndarray]]]],
-        tuple[list[str], dict[str, torch.Tensor]],
-    ]:
+    def build_collate_fn(cls, args: argparse.Namespace, train: bool) -> SpearCollateFn:
         """Padding; in training also noise, if it is mixed in.
 
         Raises:
@@ -246,7 +241,7 @@ class SpearTask(AbsTask):
             super().main_worker(args)
 
     @classmethod
-    def check_options(cls, args: argparse.Namespace) -> None:
+    def check_options(cls, args: argparse.Namespace, files: bool = True) -> None:
         """Build all that a training builds of its options, but for data and numbers.
 
         So a recipe finds out what the training would refuse before it makes data and
@@ -254,35 +249,26 @@ class SpearTask(AbsTask):
 
         Args:
             args: of the command line; not changed.
+            files: whether noise and weights have to be there by now.
 
         Raises:
             ValueError: the training would refuse them; says why.
         """
         args = copy.deepcopy(args)
         args.compile = False
-        try:
+        with one_kind_of_error():
             check_sampling_options(args)
             if args.use_deepspeed:
                 check_deepspeed_config(args.deepspeed_config)
             cls.trainer.build_options(args)
+            noise = args.noise_scp
             for train in (True, False):
                 cls.build_preprocess_fn(args, train)
-                cls.build_collate_fn(args, train)
-            for package in ("wandb", "deepspeed"):
-                if getattr(args, f"use_{package}") and not find_spec(package):
-                    raise ValueError(f"--use_{package} true: install {package}")
-            for word in args.init_param:
-                path = Path(word.partition(":")[0])
-                if not path.is_file():
-                    raise ValueError(f"--init_param {word}: {path} is no file")
-            with torch.device("meta"):  # no memory, whatever the size
-                model = cls.build_model(args)
-            for optimizer in cls.build_optimizers(args, model):
-                if args.scheduler is not None:
-                    scheduler_classes[args.scheduler](optimizer, **args.scheduler_conf)
-        # What classes make of options that they do not know.
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from error
+                if train and noise and not (files or Path(noise).is_file()):
+                    continue
+                # Lists name recordings, which may be missing.
+                cls.build_collate_fn(args, train).draw_noise(["check"])
+        check_model(cls, args, files)
 
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> SpearPretrainModel:
@@ -329,8 +315,16 @@ class SpearTask(AbsTask):
 
 
 def _note_loading(
-    student: SpearEncoder, state_dict: dict, prefix: str, *unused: object
+    student: SpearEncoder,
+    state_dict: dict,
+    prefix: str,
+    metadata: object,
+    strict: bool,
+    *unused: object,
 ) -> None:
+    if strict:
+        remedy = "set both as the config.yaml of these weights has them"
+        check_fits(student, state_dict, prefix, "student, student_conf", remedy)
     key = prefix.removesuffix("student.") + "schedule.batches"
     student.end_schedules_of_loaded(state_dict, prefix, key)
 

@@ -20,6 +20,7 @@ from espnet2_spear.fileio.shards import (
     Batches,
     DoneMarks,
     fingerprint,
+    shard_stem,
     split_into_shards,
 )
 from espnet2_spear.fileio.utterances import Utterance, lengths_of, make_batches
@@ -136,7 +137,7 @@ def store_embeddings(
 
 
 def _file(shard: int) -> str:
-    return f"embeddings.{shard}.npy"
+    return f"{shard_stem('embeddings', shard)}.npy"
 
 
 def _store_shard(
@@ -159,6 +160,7 @@ def _store_shard(
     matrix = np.concatenate(frames)
     if np.abs(matrix).max() > np.finfo(dtype).max:
         raise TeacherError(f"{path}: embeddings exceed {dtype}; use --dtype float32")
+    path.parent.mkdir(exist_ok=True)
     np.save(path, matrix.astype(dtype))
     return {"frames": len(matrix), "failed": failed}
 

@@ -111,6 +111,12 @@ need() { # need <file> <stage that makes it>
     fi
 }
 
+sound_type() { # sound_type <set>: as what ESPnet reads its audio, which data.py checked
+    local first=
+    [ ! -e "$1/wav.scp" ] || read -r first <"$1/wav.scp" || true
+    if [[ ${first} =~ \.ark:[0-9]+$ ]]; then echo kaldi_ark; else echo sound; fi
+}
+
 # What would stop a later stage stops the run here.
 if wanted 4 && [ "${search}" = beam ] && [ ! -e "${inference_config}" ]; then
     log "ERROR: --inference_config ${inference_config}: no such file"
@@ -119,8 +125,12 @@ fi
 if wanted 3 && [ "${dry_run}" = false ] && grep -Eq '^decoder: *transducer' "${asr_config}"; then
     ${python} -m espnet2_spear.asr.transducer_loss
 fi
+task_args=(--use_preprocessor true --token_type "${token_type}"
+    --token_list "${token_dir}/tokens.txt" --non_linguistic_symbols none
+    --cleaner none --g2p none)
 student=() student_args=()
 if wanted 3; then
+    stand_in=()
     if grep -Eq '^frontend: *spear *$' "${asr_config}"; then
         if [ -z "${ckpt}" ] && ! grep -Eq '^ +ckpt: *[^ #]' "${asr_config}"; then
             log "ERROR: ${asr_config} has frontend: spear; name the student with --ckpt" >&2
@@ -132,6 +142,7 @@ if wanted 3; then
                 exit 1
             fi
             student_args+=(--frontend_conf "ckpt=${ckpt}")
+            stand_in=(--frontend_conf arch=base)
             student=("${ckpt}")
         fi
     fi
@@ -143,6 +154,12 @@ if wanted 3; then
         student_args+=(--init_param "${ckpt}:student:encoder" --encoder_conf "arch.name=${ckpt}")
         student=("${ckpt}")
     fi
+    check=("${student_args[@]}")
+    # In a dry run the student may be yet to be pre-trained.
+    [ -z "${ckpt}" ] || [ -e "${ckpt}" ] || check=("${stand_in[@]}")
+    # shellcheck disable=SC2086
+    check_training asr "${inference_asr_model}" "${asr_exp}" --config "${asr_config}" \
+        "${task_args[@]}" "${check[@]}" ${asr_args}
 fi
 
 if wanted 1; then
@@ -209,16 +226,14 @@ if wanted 3; then
     need "${token_dir}/tokens.txt" 2
     need "${dumpdir}/raw/${valid_set}/wav.scp" 1
     inputs=(--input "${asr_config}" --input "${token_dir}/tokens.txt")
-    args=(--use_preprocessor true --token_type "${token_type}"
-        --token_list "${token_dir}/tokens.txt" --non_linguistic_symbols none
-        --cleaner none --g2p none)
+    args=("${task_args[@]}")
     [ -z "${bpemodel}" ] || args+=(--bpemodel "${bpemodel}")
     for part in train valid; do
         set=${part}_set
         set=${!set}
         dir=${dumpdir}/raw/${set}
         inputs+=(--input "${dir}" --input "${token_dir}/text_shape.${set}")
-        args+=("--${part}_data_path_and_name_and_type" "${dir}/wav.scp,speech,sound"
+        args+=("--${part}_data_path_and_name_and_type" "${dir}/wav.scp,speech,$(sound_type "${dir}")"
             "--${part}_data_path_and_name_and_type" "${dir}/text,text,text"
             "--${part}_shape_file" "${dir}/utt2num_samples"
             "--${part}_shape_file" "${token_dir}/text_shape.${set}")
@@ -253,7 +268,7 @@ if wanted 4; then
         inputs=(--input "${asr_exp}/config.yaml"
             --input "${asr_exp}/${inference_asr_model}" --input "${raw}/wav.scp")
         args=(--output_dir "${out}"
-            --data_path_and_name_and_type "${raw}/wav.scp,speech,sound"
+            --data_path_and_name_and_type "${raw}/wav.scp,speech,$(sound_type "${raw}")"
             --asr_train_config "${asr_exp}/config.yaml"
             --asr_model_file "${asr_exp}/${inference_asr_model}")
         program=local/asr_ctc_greedy.py

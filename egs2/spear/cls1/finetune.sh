@@ -84,6 +84,21 @@ train_set=${setting}${suffix}_train test_set=${corpus}_${test_parts}
 tokens=${datadir}/token_list/${setting}${suffix}.txt
 if wanted 3 || wanted 4; then count_gpus; fi
 
+# What would stop a later stage stops the run here.
+student=()
+if wanted 3; then
+    if [ ! -f "${ckpt}" ] && { [ "${dry_run}" = false ] || [ -z "${ckpt}" ]; }; then
+        log "ERROR: --ckpt '${ckpt}': must be the file of a student; pre-train with ../ssl1, or make one of another layout by python -m espnet2_spear.bin.spear_import"
+        exit 1
+    fi
+    student=(--init_param "${ckpt}:student:encoder" --encoder_conf "arch.name=${ckpt}")
+    check=()
+    [ ! -f "${ckpt}" ] || check=("${student[@]}")
+    # shellcheck disable=SC2086
+    check_training cls "${inference_model}" "${exp}" --config "${config}" \
+        --token_list "${tokens}" "${check[@]}" ${cls_args}
+fi
+
 if wanted 1; then
     log "Stage 1: clips of ${corpus}"
     lock "${dumpdir}/raw"
@@ -119,10 +134,6 @@ if [ "${stop_stage}" -ge 3 ]; then lock "${exp}"; fi
 
 if wanted 3; then
     log "Stage 3: training -> ${exp}"
-    if [ ! -f "${ckpt}" ] && { [ "${dry_run}" = false ] || [ -z "${ckpt}" ]; }; then
-        log "ERROR: --ckpt '${ckpt}': must be the file of a student; pre-train with ../ssl1, or make one of another layout by python -m espnet2_spear.bin.spear_import"
-        exit 1
-    fi
     opts=() inputs=()
     for part in train valid; do
         set=${train_set}
@@ -141,8 +152,7 @@ if wanted 3; then
         --runner "$(train_runner "${ngpu}" "${num_nodes}" "${nj}" "${exp}/train.log")" \
         -- ${python} -m espnet2_spear.bin.cls_train --config "${config}" \
         --output_dir "${exp}" --token_list "${tokens}" \
-        --init_param "${ckpt}:student:encoder" --encoder_conf "arch.name=${ckpt}" \
-        "${opts[@]}" ${cls_args} \
+        "${student[@]}" "${opts[@]}" ${cls_args} \
         + "${launch[@]}"
 fi
 

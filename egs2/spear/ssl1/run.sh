@@ -210,9 +210,11 @@ heard=
 opts=(--begin)
 [ "${stage}" -gt 3 ] || opts+=(--new_data)
 if wanted 4 && [ "${dry_run}" = false ]; then opts+=(--check_teachers); fi
-if wanted 7 && [ "${stage}" -lt 7 ] && [ "${dry_run}" = false ]; then
-    opts+=("--check_training=${train_args}")
+if wanted 7; then
+    opts+=("--check_training=${train_args}" --inference_model "${inference_model}")
 fi
+if wanted 8 && [ -n "${pack_args}" ]; then opts+=("--check_packing=${pack_args}"); fi
+[ "${dry_run}" = false ] || opts+=(--dry_run)
 plan "${opts[@]}"
 # Of the embedded data what a teacher is trained on.
 [[ ,${heard}, != *,speech,* ]] || speech_langs=${speech_langs:-en es fr it ru}

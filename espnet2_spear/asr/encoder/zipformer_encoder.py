@@ -14,7 +14,7 @@ from espnet2.asr.specaug.specaug import SpecAug
 from torch import Tensor, nn
 
 from espnet2_spear.asr.freezing import FreezeSchedule
-from espnet2_spear.asr.pretrained import read_architecture
+from espnet2_spear.asr.pretrained import check_loaded, read_architecture
 from espnet2_spear.asr.surroundings import watch_models
 from espnet2_spear.hub.packed import check_format
 from espnet2_spear.optimizers.lr_scale import check_lr_scale, scale_lr
@@ -105,7 +105,11 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         # Made by ESPnet's model, which knows the number of tokens.
         self.conditioning_layer: nn.Module | None = None
 
-    def _note_loading(self, module, state_dict, prefix, *unused) -> None:
+    def _note_loading(
+        self, module, state_dict, prefix, metadata, strict, *unused
+    ) -> None:
+        if strict:
+            check_loaded(self, state_dict, prefix, "encoder")
         self.end_schedules_of_loaded(state_dict, prefix, prefix + "schedule.batches")
 
     @property

@@ -17,6 +17,7 @@ from espnet2_spear.asr.freezing import FreezeSchedule
 from espnet2_spear.asr.pieces import Chunks, in_chunks
 from espnet2_spear.asr.pretrained import (
     build_student,
+    check_loaded,
     keep_layers,
 )
 from espnet2_spear.asr.surroundings import watch_models
@@ -55,8 +56,9 @@ class SpearFrontend(AbsFrontend):
         ckpt: local checkpoint, see ``espnet2_spear.load_model``. Where the file is
             gone (a packed model elsewhere), the network is built from ``arch`` and
             its weights must come with the model's own state.
-        arch: named size or fields of ZipformerConfig; needed without ``ckpt``. Next to
-            ``ckpt`` it must describe the same network; its options of a run
+        arch: named size or fields of ZipformerConfig; needed without ``ckpt``. ``name``
+            among the fields may be a student's checkpoint, whose sizes it takes. Next
+            to ``ckpt`` it must describe the same network; its options of a run
             (``regularize``, ``chunk_size``, ...) go before those of the checkpoint.
         layer: index of a single layer, or None for a learned weighted sum. The layers
             behind a single one are neither kept nor computed.
@@ -162,8 +164,12 @@ class SpearFrontend(AbsFrontend):
         self.upstream.register_load_state_dict_pre_hook(self._note_loading)
         self.train(self.training)
 
-    def _note_loading(self, module, state_dict, prefix, *unused) -> None:
+    def _note_loading(
+        self, module, state_dict, prefix, metadata, strict, *unused
+    ) -> None:
         """Remember that weights came; a state equal to ours carries nothing new."""
+        if strict:
+            check_loaded(module, state_dict, prefix, "frontend")
         key = prefix.removesuffix("upstream.") + "schedule.batches"
         module.end_schedules_of_loaded(state_dict, prefix, key)
         if module.brings_weights(state_dict, prefix):

@@ -23,7 +23,8 @@ from tasks import TaskError
 from torch import Tensor, nn
 
 from espnet2_spear.fileio.atomic import atomic
-from espnet2_spear.fileio.audio import read_audio
+from espnet2_spear.fileio.audio import audio_info, read_audio
+from espnet2_spear.fileio.decode import split_ark
 
 RATE = 16000
 SHORTEST, LONGEST = RATE // 2, 10 * RATE  # samples
@@ -56,7 +57,7 @@ def kept_features(
     Args:
         cache: path without suffix: `.npy` holds the values, `.json` what they are of.
         system: what computes them.
-        wavs: utterance -> file at 16 kHz.
+        wavs: utterance -> file at 16 kHz, or entry of an ark (``file.ark:offset``).
         head: what they are for.
         noise: files of noise, and the SNR (dB) it is added at.
         device: to compute on.
@@ -120,8 +121,17 @@ def _read(array: Path, index: Path, facts: Mapping[str, object]) -> Features | N
 def _digest(wavs: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
     for utt, path in wavs.items():
-        digest.update(f"{utt} {Path(path).stat().st_size}\n".encode())
+        file, offset = split_ark(path)
+        # The size of an ark is not that of the clip.
+        where = "" if offset is None else f" {file.name}:{offset}"
+        digest.update(f"{utt} {file.stat().st_size}{where}\n".encode())
     return digest.hexdigest()
+
+
+def _size(path: str) -> int:
+    """Tells which clips are of similar lengths: bytes of a file, samples in an ark."""
+    file, offset = split_ark(path)
+    return file.stat().st_size if offset is None else audio_info(path).samples
 
 
 def _pool(layers: Tensor) -> Tensor:
@@ -137,7 +147,7 @@ def _batches(
     sources = [] if noise is None else [_samples(path) for path in noise[0].values()]
     utts: list[str] = []
     batch: list[Tensor] = []
-    for utt in sorted(wavs, key=lambda utt: Path(wavs[utt]).stat().st_size):
+    for utt in sorted(wavs, key=lambda utt: _size(wavs[utt])):
         speech = _samples(wavs[utt])[:LONGEST]
         speech = F.pad(speech, (0, max(0, SHORTEST - len(speech))))
         if noise is not None:

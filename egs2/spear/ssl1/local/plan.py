@@ -30,6 +30,7 @@ from training_config import (
     PlanError,
     check_data,
     check_noise,
+    check_packing,
     check_training,
     choose_config,
     domains_of,
@@ -347,6 +348,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check_teachers", action="store_true", help="their files")
     parser.add_argument("--check_quantizers", action="store_true", help="their sizes")
     parser.add_argument("--check_training", help="its options; these are more of them")
+    parser.add_argument("--inference_model", default="valid.loss.best.pth")
+    parser.add_argument("--check_packing", help="these options of spear_pack")
+    parser.add_argument("--dry_run", action="store_true", help="files may come later")
     parser.add_argument("--write", type=Path, help="the configuration, completed")
     parser.add_argument("--summary", type=Path, help="of stage 1: print what is to do")
     return parser
@@ -416,12 +420,19 @@ def plan(args: argparse.Namespace) -> tuple[Config, dict[str, str], list[Teacher
     check_noise(config)
     check_experiment(args.expdir / tag, config, [teacher.codes for teacher in teachers])
     if args.check_training is not None:
+        model = args.expdir / tag / args.inference_model
+        words = shlex.split(args.check_training)
         try:
-            check_training(config, shlex.split(args.check_training))
+            check_training(config, words, model, not args.dry_run)
         except ValueError as error:
             raise PlanError(
                 f"{path}, --config_override or --train_args: {error}"
             ) from error
+    if args.check_packing is not None:
+        try:
+            check_packing(shlex.split(args.check_packing))
+        except ValueError as error:
+            raise PlanError(f"--pack_args: {error}") from error
     heard = [d for d, table in config["loss_weights"].items() if any(table.values())]
     run = {"train_config": str(path), "tag": tag, "heard": ",".join(heard)}
     for option, values in SECONDS.items():

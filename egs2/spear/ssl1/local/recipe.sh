@@ -58,6 +58,14 @@ launch_options() {
     fi
 }
 
+# check_training <task> <model to be used later> <folder> <options of the training>: what it
+# would refuse stops the run here, before hours are spent on data
+check_training() {
+    local opts=(--task "$1" --inference_model "$2" --exp_dir "$3")
+    shift 3
+    python ../ssl1/local/check_training.py "${opts[@]}" -- --output_dir unused "$@"
+}
+
 # prepare_corpus <set> <corpus> <parts> <options of spear_filter>: from a corpus of db.sh
 # to dump/raw/<set>
 prepare_corpus() {

@@ -191,7 +191,9 @@ def take_over(config: Config, facts_of: Mapping[str, list[Path]]) -> None:
                 origin = path
 
 
-def check_training(config: Config, train_args: Sequence[str]) -> None:
+def check_training(
+    config: Config, train_args: Sequence[str], inference_model: Path, files: bool
+) -> None:
     """Build all that spear_train builds of its options, and open the files they name.
 
     (Takes seconds, for its imports.)
@@ -199,24 +201,41 @@ def check_training(config: Config, train_args: Sequence[str]) -> None:
     Args:
         config: of spear_train.
         train_args: further words of its command line.
+        inference_model: what it is to write, unless it is there.
+        files: whether the files have to be there by now.
 
     Raises:
         ValueError: options that it would refuse.
     """
+    from espnet2_spear.tasks.checks import check_model_name, read_options
     from espnet2_spear.tasks.spear import SpearTask
 
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(message)
-
-    parser = SpearTask.get_parser()
-    parser.error = refuse
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump(config, file)
         file.flush()
         words = ["--config", file.name, "--output_dir", "unused", *train_args]
-        args = parser.parse_args(words)
+        args = read_options(SpearTask, words)
+    if not inference_model.exists():
+        check_model_name(inference_model.name, args)
     logging.disable(logging.WARNING)  # stage 7 says it, and where it has GPUs
     try:
-        SpearTask.check_options(args)
+        SpearTask.check_options(args, files)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def check_packing(words: Sequence[str]) -> None:
+    """Let spear_pack read options of its own.
+
+    Raises:
+        ValueError: options that it would refuse.
+    """
+    from espnet2_spear.bin.spear_pack import get_parser
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    parser = get_parser()
+    parser.error = refuse
+    files = [f"--{name}=x" for name in ("train_config", "model_file", "outpath")]
+    parser.parse_args([*files, *words])

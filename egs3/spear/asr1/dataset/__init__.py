@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import soundfile
 from espnet3.components.data.base_dataset import BaseDataset
 from espnet3.contract import Field
+
+from espnet2_spear.fileio.audio import AudioError, Span, read_pieces
 
 RATE = 16000
 
@@ -17,11 +18,14 @@ def _read(path: Path) -> dict[str, str]:
 class Dataset(BaseDataset):
     """Utterances of a folder with ``wav.scp`` and ``text``; 16 kHz, one channel.
 
+    The audio lies in files or in arks (``file.ark:offset``).
+
     Args:
         folder: the data directory.
 
     Raises:
-        ValueError: transcripts without audio; when read, audio of another form.
+        ValueError: transcripts without audio; when read, audio of another form or in
+            another scale than [-1, 1], or that is not there.
     """
 
     fields = (Field("speech", "audio"), Field("text", "text"))
@@ -39,12 +43,13 @@ class Dataset(BaseDataset):
 
     def __getitem__(self, index: int) -> dict[str, object]:
         utt = self.utterances[int(index)]
-        speech, rate = soundfile.read(self.audio[utt], dtype="float32")
-        if rate != RATE or speech.ndim != 1:
-            channels = 1 if speech.ndim == 1 else speech.shape[1]
+        ((speech, info),) = read_pieces(self.audio[utt], [Span()])
+        if isinstance(speech, AudioError):
+            raise speech
+        if (info.rate, info.channels) != (RATE, 1):
             raise ValueError(
-                f"{self.audio[utt]}: {rate} Hz and {channels} channels; {RATE} Hz and "
-                "one channel are needed: python -m espnet2_spear.bin.spear_format "
-                "converts a data directory"
+                f"{self.audio[utt]}: {info.rate} Hz and {info.channels} channels; "
+                f"{RATE} Hz and one channel are needed: python -m "
+                "espnet2_spear.bin.spear_format converts a data directory"
             )
         return {"speech": speech, "text": self.text[utt]}
