@@ -175,7 +175,12 @@ def test_damaged_files_are_named_with_a_remedy(tmp_path: Path) -> None:
     soundfile.write(nan, np.array([0.0, np.nan]), 16000, "FLOAT")
     raw = tmp_path / "empty.g722"
     raw.touch()
+    headers = tmp_path / "headers.ogg"
+    soundfile.write(headers, tone(), 16000)
+    *whole, last = ogg_pages(headers.read_bytes())
+    headers.write_bytes(b"".join(whole) + last[:100])
     cases = {
+        headers: "empty",
         tmp_path / "none.wav": "unreadable",
         empty: "empty",
         raw: "empty",

@@ -138,8 +138,8 @@ class Source(AbstractContextManager):
                 self._said = self._sound.frames
                 if layout.promised and self._is_plausible(layout.counted):
                     self.samples = self._said
-            if self.samples is None and next(self.blocks(), None) is None:
-                raise DecodeError("no samples could be decoded")
+            if self.samples is None:
+                self._try_to_decode()
         except BaseException:
             self.close()
             raise
@@ -174,6 +174,16 @@ class Source(AbstractContextManager):
             return len(self._sound.read(1)) == 1 and self._sound.seek(0) == 0
         except _SOUNDFILE_ERRORS:
             return False
+
+    def _try_to_decode(self) -> None:
+        """Find rate and channels, and that there are samples."""
+        try:
+            if next(self.blocks(), None) is None:
+                raise DecodeError("no samples could be decoded")
+        except DecodeError:
+            if self._said != 0:
+                raise
+            self.samples = 0  # its header is right
 
     def read(self, first: int, last: int) -> np.ndarray:
         """Samples first..last of a recording whose length is known.
