@@ -180,6 +180,10 @@ def _plain(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", None)  # of quantized layers: objects without
+
+
 def check_fits(
     model: nn.Module, state: Mapping[str, Any], prefix: str, option: str, remedy: str
 ) -> None:
@@ -200,7 +204,7 @@ def check_fits(
     own = {k: v for k, v in model.state_dict().items() if k.startswith(NETWORK)}
     names = tuple(prefix + name for name in NETWORK)
     found = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(names)}
-    wrong = [k for k, v in found.items() if k not in own or v.shape != own[k].shape]
+    wrong = [k for k, v in found.items() if k not in own or _shape(v) != _shape(own[k])]
     if not wrong:
         return
     told = f"of {len(own)} tensors {len(wrong)} differ, for example {wrong[0]}"
