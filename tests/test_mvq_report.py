@@ -24,7 +24,7 @@ def data(tmp_path_factory):
 def quantizer(data, tmp_path_factory):
     config = MVQTrainingConfig(4, True, 40, 20, 128, 0.02)
     checkpoint = tmp_path_factory.mktemp("mvq") / "checkpoint"
-    return MVQTrainer(config, data, checkpoint).train(lambda line: None)
+    return MVQTrainer(config, data, checkpoint).train()
 
 
 def test_passes_of_the_search_lower_the_error(quantizer, data):

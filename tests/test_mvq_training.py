@@ -1,6 +1,7 @@
 """Training of quantizers: result, determinism, resuming, bad input."""
 
 import json
+import logging
 import sys
 from dataclasses import replace
 
@@ -102,7 +103,9 @@ def test_same_seed_same_quantizer(folder, tmp_path):
 
 
 @pytest.mark.parametrize("killed_at", [10, 30, 40, 50])
-def test_killed_run_resumes_to_the_same_result(folder, tmp_path, killed_at):
+def test_killed_run_resumes_to_the_same_result(
+    folder, tmp_path, monkeypatch, killed_at
+):
     data = EmbeddingSet(folder)
     options = {"log_interval": 10, "save_seconds": 0.0}
     whole = MVQTrainer(CONFIG, data, tmp_path / "whole", **options)
@@ -111,13 +114,14 @@ def test_killed_run_resumes_to_the_same_result(folder, tmp_path, killed_at):
     class Killed(Exception):
         pass
 
-    def kill(line):
+    def kill(line, *unused):
         if f"step {killed_at}/" in line:
             raise Killed
 
     checkpoint = tmp_path / "checkpoint"
-    with pytest.raises(Killed):
-        MVQTrainer(CONFIG, data, checkpoint, **options).train(kill)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(logging, "info", kill)
+        MVQTrainer(CONFIG, data, checkpoint, **options).train()
     resumed = MVQTrainer(CONFIG, data, checkpoint, **options)
     assert killed_at - 4 <= resumed.step < killed_at
     assert torch.equal(parameters(resumed.train()), expected)
