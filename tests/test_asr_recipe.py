@@ -185,15 +185,15 @@ LOGMEL = "--asr_config conf/train_asr_logmel.yaml"
         ("--asr_config conf/train_asr_spear_librispeech_ctc.yaml", "valid.total_count"),
     ],
 )
-@pytest.mark.parametrize("dry", ["true", "false"])
 def test_what_stops_a_later_stage_stops_the_run(
-    tmp_path: Path, options: str, message: str, dry: str
+    tmp_path: Path, options: str, message: str
 ) -> None:
-    if dry == "true" and "none.pth" in options:
-        pytest.skip("the student may be yet to be pre-trained")
-    done = run_sh(*folders(tmp_path), *shlex.split(options), "--dry_run", dry)
-    assert done.returncode == 1 and message in done.stdout + done.stderr
-    assert "Stage 1" not in done.stdout + done.stderr and not list(tmp_path.iterdir())
+    """In a dry run, too, where only the student may be yet to be pre-trained."""
+    for dry in ("false",) if "none.pth" in options else ("true", "false"):
+        done = run_sh(*folders(tmp_path), *shlex.split(options), "--dry_run", dry)
+        text = done.stdout + done.stderr
+        assert done.returncode == 1 and message in text
+        assert "Stage 1" not in text and not list(tmp_path.iterdir())
 
 
 def test_every_gpu_gets_a_process(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_weights_are_compared_with_the_network(
     arch = {"name": "tiny", "output_downsampling_factor": 50 // rate}
     word = f"{write_student(tmp_path, arch=arch)}:student:{place}"
     words = [*options.split(), "--output_dir", "unused", "--init_param", word]
-    args = read_options(task, words)
+    args = read_options(task.get_parser(), words)
     if task is ASRTask:
         args.token_list = TOKENS
     else:
@@ -93,7 +93,9 @@ def test_weights_are_compared_with_the_network(
 )
 def test_options_that_do_not_fit(options: str, message: str, monkeypatch) -> None:
     monkeypatch.setattr("espnet2_spear.tasks.checks.find_spec", lambda name: None)
-    args = read_options(ASRTask, [*options.split(), "--output_dir", "unused"])
+    args = read_options(
+        ASRTask.get_parser(), [*options.split(), "--output_dir", "unused"]
+    )
     args.token_list = TOKENS
     with pytest.raises(ValueError, match=message) as caught:
         check_model(ASRTask, args)

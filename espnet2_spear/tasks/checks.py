@@ -19,17 +19,18 @@ from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
 from espnet2_spear.errors import UserError
 
 
-def read_options(task: type[AbsTask], words: Sequence[str]) -> argparse.Namespace:
-    """Read a training's command line.
+def read_options(
+    parser: argparse.ArgumentParser, words: Sequence[str]
+) -> argparse.Namespace:
+    """Read the command line of what is run later.
 
     Raises:
-        ValueError: options that the task does not know, or impossible values.
+        ValueError: options that it does not know, or impossible values.
     """
 
     def refuse(message: str) -> NoReturn:
         raise ValueError(message)
 
-    parser = task.get_parser()
     parser.error = refuse
     return parser.parse_args(words)
 

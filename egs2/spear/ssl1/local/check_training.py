@@ -46,7 +46,7 @@ def check(args: argparse.Namespace) -> None:
     module, _, cls = name.partition(":")
     task = getattr(import_module(module), cls)
     try:
-        options = read_options(task, args.options)
+        options = read_options(task.get_parser(), args.options)
         if not (args.exp_dir / args.inference_model).exists():
             check_model_name(args.inference_model, options)
         if not Path(str(options.token_list)).is_file():
