@@ -3,6 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tests train in forked processes. torch.export registers a stand-in of CUDA where there
+# is no GPU, and a process whose first backward pass comes after that starts autograd's
+# threads, which no fork survives. So the first one comes here.
+torch.ones((), requires_grad=True).backward()
 
 ROOT = Path(__file__).resolve().parent.parent
 
