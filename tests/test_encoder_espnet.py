@@ -165,7 +165,8 @@ def test_transducer_decoder(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.second_env
-def test_lora(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["encoder", "frontend.upstream"])
+def test_lora(data: Path, tmp_path: Path, part: str) -> None:
     """Needs loralib, as ESPnet's option does."""
     pytest.importorskip("loralib")
     student, weights = saved_student(tmp_path)
@@ -177,16 +178,22 @@ def test_lora(data: Path, tmp_path: Path) -> None:
         "adapter": "lora",
         "adapter_conf": {"rank": 2, "target_modules": targets},
     }
+    if part != "encoder":
+        conf |= {"frontend": "spear", "frontend_conf": {"arch": "tiny"}}
+        conf |= {"input_size": None, "encoder": "transformer"}
+        conf["encoder_conf"] = {**ATTENTION["decoder_conf"], "output_size": 8}
+        conf["encoder_conf"]["input_layer"] = "linear"
     # ESPnet freezes first and adds adapters then: nothing else of the student learns.
-    options = ["--init_param", f"{weights}:student:encoder"]
-    options += ["--freeze_param", "encoder", "--save_strategy", "all"]
+    options = ["--init_param", f"{weights}:student:{part}"]
+    options += ["--freeze_param", part, "--save_strategy", "all"]
+    if part != "encoder":
+        with pytest.raises(ValueError, match="`freeze: false`"):
+            run(data, tmp_path / "exp", conf, *options)
+        conf["frontend_conf"]["freeze"] = False
     state = run(data, tmp_path / "exp", conf, *options)
     assert sum(".lora_B" in k for k in state) == len(targets) * student.num_layers
     for name, value in student.state_dict().items():
-        got, adapter = (
-            state[f"encoder.{name}"],
-            f"encoder.{name.removesuffix('weight')}",
-        )
+        got, adapter = state[f"{part}.{name}"], f"{part}.{name.removesuffix('weight')}"
         if f"{adapter}lora_B" in state:
             # What ESPnet saves after validation is the sum; alpha / rank is 4.
             low = state[f"{adapter}lora_B"] @ state[f"{adapter}lora_A"]
@@ -202,8 +209,8 @@ def test_lora(data: Path, tmp_path: Path) -> None:
     taken = load_model(file).state_dict()
     for name in student.state_dict():
         if name != "mask_emb":
-            weight = opened.eval().encoder.state_dict()[name]
-            assert torch.equal(weight, state[f"encoder.{name}"]), name
+            weight = opened.eval().state_dict()[f"{part}.{name}"]
+            assert torch.equal(weight, state[f"{part}.{name}"]), name
             assert torch.equal(taken[name], weight), name
     ((text, *_), *_) = decode(tmp_path / "exp", data, ctc_weight=1.0)
     assert isinstance(text, str)

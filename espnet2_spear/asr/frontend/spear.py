@@ -186,7 +186,19 @@ class SpearFrontend(AbsFrontend):
         return self.freeze if self.unfreezing is None else self.unfreezing.frozen
 
     def train(self, mode: bool = True) -> SpearFrontend:
-        """Switch modes; a frozen student stays in eval mode."""
+        """Switch modes; a frozen student stays in eval mode.
+
+        Raises:
+            ValueError: something learns in a student that ``freeze`` holds fixed.
+        """
+        if mode and self.freeze and self.unfreezing is None:
+            # LoRA adds its adapters after the student was fixed.
+            if any(p.requires_grad for p in self.upstream.parameters()):
+                raise ValueError(
+                    "frontend spear: adapters in a student of `freeze: true` would get "
+                    "no gradient; they learn, and the student does not, with "
+                    "frontend_conf `freeze: false`, `freeze_param: [frontend.upstream]`"
+                )
         super().train(mode)
         self.upstream.train(mode and not self.frozen)
         return self
