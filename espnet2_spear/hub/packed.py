@@ -43,15 +43,15 @@ _ERRORS += (RuntimeError, NotImplementedError)  # encrypted, unknown compression
 # --- Archives -------------------------------------------------------------------------
 
 
-def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is packed, by its name."""
-    return str(path).lower().endswith(ARCHIVE_SUFFIXES)
+def is_unpacked(path: Path) -> bool:
+    """Whether this is a folder that a model was unpacked into."""
+    return (path / META).is_file()
 
 
-def is_packed(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a packed model, or a folder that one was unpacked into."""
-    path = Path(path)
-    return (path / META).is_file() or (path.is_file() and is_archive(path))
+def is_packed(path: Path) -> bool:
+    """Whether this is a packed model, by its name, or an unpacked one."""
+    archive = path.name.lower().endswith(ARCHIVE_SUFFIXES)
+    return is_unpacked(path) or (archive and path.is_file())
 
 
 def unpack(archive: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
@@ -360,9 +360,8 @@ def describe(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, st
     """
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix="spear-") as work:
-        folder = path
-        if not path.is_dir():
-            folder = Path(work) / "model"
+        folder = path if path.is_dir() else Path(work) / "model"
+        if folder != path:
             unpack_model(path, folder)
         packed = read_packed(path, folder)
         made_by = packed.stamp.get("espnet2_spear", "unknown version (no stamp)")

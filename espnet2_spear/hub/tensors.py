@@ -25,14 +25,11 @@ NESTED = ("model_avg", "model", "state_dict")
 
 # Classes besides tensors and plain values that icefall leaves in its checkpoints, by
 # the name in the file. Making such an object executes nothing of the file's.
-_SAFE = [
-    *[(pathlib.PosixPath, f"{m}.PosixPath") for m in ("pathlib", "pathlib._local")],
-    *[
-        (pathlib.PureWindowsPath, f"{m}.WindowsPath")
-        for m in ("pathlib", "pathlib._local")
-    ],
-    *[pathlib.PurePosixPath, Decimal, defaultdict, Counter, dict, list, int, float],
-]
+_SAFE: list[Any] = [pathlib.PurePosixPath, Decimal, defaultdict, Counter]
+_SAFE += [dict, list, int, float]
+for _module in ("pathlib", "pathlib._local"):
+    _SAFE.append((pathlib.PosixPath, f"{_module}.PosixPath"))
+    _SAFE.append((pathlib.PureWindowsPath, f"{_module}.WindowsPath"))
 
 
 def read_settings(path: Path) -> Any:
@@ -77,17 +74,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         raise CheckpointError(
             f"{path}: cannot be read as tensors ({error}); {AGAIN}"
         ) from error
-    found = ""
-    if isinstance(state, Mapping):
-        for key in NESTED:
-            if isinstance(state.get(key), Mapping):
-                state, found = state[key], key
-                break
     if not isinstance(state, Mapping):
         raise CheckpointError(
             f"{path}: holds a {type(state).__name__}, not named tensors; this is not a "
             "SPEAR checkpoint"
         )
+    found = next((k for k in NESTED if isinstance(state.get(k), Mapping)), "")
+    state = state[found] if found else state
     other = [str(k) for k, v in state.items() if not isinstance(v, Tensor)]
     if other:
         raise CheckpointError(
