@@ -52,7 +52,7 @@ from __future__ import annotations
 
 '''
 
-CARD = """---
+CARD_TEXT = """---
 library_name: transformers
 pipeline_tag: feature-extraction
 tags:
@@ -253,7 +253,7 @@ def export_student(
     texts = code | {
         "config.json": json.dumps(released_config(config), indent=2) + "\n",
         "preprocessor_config.json": json.dumps(EXTRACTOR, indent=2) + "\n",
-        "README.md": CARD.format(
+        "README.md": CARD_TEXT.format(
             name=name,
             licence=f"license: {licence}\n" if licence else "",
             about=f" {about}" if about else "",

@@ -42,7 +42,7 @@ from espnet2_spear.hub.tensors import read_settings, read_tensors
 from espnet2_spear.spear.student import ANCHOR, SpearEncoder
 from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig
 
-__all__ = ["CheckpointError", "load_model", "open_checkpoint", "read_checkpoint"]
+__all__ = ["CheckpointError", "load_model", "open_checkpoint", "read_any_checkpoint"]
 
 # In this order: safetensors before pickles, what was published before what we wrote.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -152,7 +152,7 @@ def open_checkpoint(
     path: str | Path, conf: Mapping[str, Any] | None = None, part: str | None = None
 ) -> Opened:
     """Open a student, and say what was opened; arguments as of :func:`load_model`."""
-    read = read_checkpoint(path)
+    read = read_any_checkpoint(path)
     if read.settings_file is not None and not read.students:
         raise CheckpointError(
             f"{read.settings_file}: not the configuration of a SPEAR model (a released "
@@ -170,7 +170,7 @@ def open_checkpoint(
     return Opened(model.eval(), read.file, left_out, finetuned)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_any_checkpoint(path: str | Path) -> Checkpoint:
     """Read the tensors and settings of any layout, a student's or not.
 
     Args:

@@ -178,7 +178,7 @@ def read_packed(archive: Path, folder: Path) -> Packed:
     """
     stamps = sorted(folder.rglob(STAMP))
     stamp = read_stamp(archive, stamps[0]) if stamps else {}
-    meta = read_table(archive, folder / META)
+    meta = read_yaml_table(archive, folder / META)
     found: dict[str, dict[str, Path]] = {"yaml_files": {}, "files": {}}
     for key, paths in found.items():
         if not isinstance(meta.get(key), dict):
@@ -219,17 +219,17 @@ def unpack_model(
             return str(folder / name) if "/" in text and name in names else text
 
         for path in packed.configs.values():
-            content = with_texts(read_table(archive, path), unpacked, archive)
+            content = with_texts(read_yaml_table(archive, path), unpacked, archive)
             text = yaml.safe_dump(content, allow_unicode=True)
             path.write_text(text, encoding="utf-8")
-        check_weights(archive, packed)
+        check_only_tensors(archive, packed)
     except CheckpointError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return {k: str(v) for k, v in (packed.configs | packed.weights).items()}
 
 
-def check_weights(archive: Path, packed: Packed) -> None:
+def check_only_tensors(archive: Path, packed: Packed) -> None:
     """Read weights as tensors, which executes nothing.
 
     Raises:
@@ -242,7 +242,7 @@ def check_weights(archive: Path, packed: Packed) -> None:
             raise CheckpointError(f"{archive}: {error}") from error
 
 
-def read_table(archive: Path, path: Path) -> dict[str, Any]:
+def read_yaml_table(archive: Path, path: Path) -> dict[str, Any]:
     """Read a table of an unpacked model.
 
     Raises:
@@ -298,7 +298,7 @@ def read_stamp(archive: Path, path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the model is of a format newer than this version knows.
     """
-    stamp = read_table(archive, path)
+    stamp = read_yaml_table(archive, path)
     made_by = stamp.get("espnet2_spear")
     check_format(stamp.get("spear_format"), f"{archive}: {STAMP}: it", made_by)
     return stamp
@@ -369,7 +369,7 @@ def describe(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, st
         facts["packed by"] = f"espnet2-spear {made_by}"
         lacking = {}
         for name, file in packed.configs.items():
-            config = read_table(path, file)
+            config = read_yaml_table(path, file)
             for key in ("frontend", "encoder", "student"):
                 if isinstance(config.get(key), str):
                     facts[f"{name}.{key}"] = config[key]
