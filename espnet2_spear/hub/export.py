@@ -14,7 +14,7 @@ import yaml
 
 import espnet2_spear
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.errors import CheckpointError
+from espnet2_spear.errors import CheckpointError, some
 from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.hub.infer import compact, named_size
 from espnet2_spear.spear.student import SpearEncoder
@@ -110,7 +110,7 @@ def check_student(
     bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(
-            f"{source}: {', '.join(bad[:5])} hold NaN or infinity; the training that "
+            f"{source}: {some(bad)} hold NaN or infinity; the training that "
             "left it had failed, take an earlier checkpoint"
         )
 

@@ -262,7 +262,12 @@ class ExtractionRun:
                 memory.
         """
         if self.format == "npy":
-            check_names(recordings)
+            for recording in recordings:
+                if "/" in recording.utt or recording.utt.startswith("."):
+                    raise ExtractError(
+                        f"utterance '{recording.utt}' cannot be a file's name; use "
+                        "--format ark"
+                    )
         number = sum(map(self.extractor.is_long, recordings))
         if number:
             logging.warning(
@@ -351,19 +356,6 @@ class ExtractionRun:
         }
         write_table(self.folder / "skipped.txt", lines)
         return paths
-
-
-def check_names(recordings: Sequence[Recording]) -> None:
-    """See that utterances can be names of files.
-
-    Raises:
-        ExtractError: one cannot.
-    """
-    for recording in recordings:
-        if "/" in recording.utt or recording.utt.startswith("."):
-            raise ExtractError(
-                f"utterance '{recording.utt}' cannot be a file's name; use --format ark"
-            )
 
 
 def _write(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from espnet2_spear.errors import CheckpointError
+from espnet2_spear.errors import CheckpointError, some
 from espnet2_spear.hub.fetch import INDEX_SUFFIX, WEIGHT_SUFFIXES, local_path
 from espnet2_spear.hub.infer import (
     HEAD_DIMS,
@@ -64,9 +64,8 @@ LORA_FACTOR = re.compile(r"\.lora_[AB]$")
 # Keys of a released config.json that say nothing about the network.
 _HF_ONLY = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype")
 _HF_ONLY += ("transformers_version", "_name_or_path", "_commit_hash", "return_dict")
-_HF_ONLY += ("custom_pipelines",)
-_HF_ONLY += ("output_hidden_states", "output_attentions", "hidden_size")
-_HF_ONLY += ("num_hidden_layers",)
+_HF_ONLY += ("custom_pipelines", "output_hidden_states", "output_attentions")
+_HF_ONLY += ("hidden_size", "num_hidden_layers")
 
 
 class Checkpoint(NamedTuple):
@@ -234,7 +233,7 @@ def _weights_in(folder: Path) -> Path:
     others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     if len(others) == 1 and not _PART_OF_SEVERAL.search(others[0]):
         return folder / others[0]
-    found = f"; it has {', '.join(others[:5])}: name one of them" if others else ""
+    found = f"; it has {some(others)}: name one of them" if others else ""
     raise CheckpointError(f"{folder}: holds none of {', '.join(WEIGHTS)}{found}")
 
 
@@ -355,31 +354,27 @@ def _take_student(
         prefix = parts.get("student", prefixes[0])
     else:
         raise CheckpointError(
-            f"{read.file}: holds several students ({_some([*parts])}); say which: "
-            f"part={next(iter(parts))!r} (--part {next(iter(parts))})"
+            f"{read.file}: holds several students ({some([*parts])}); say which: "
+            f"part={[*parts][0]!r} (--part {[*parts][0]})"
         )
     if prefix not in prefixes:
         raise CheckpointError(
-            f"{read.file}: holds no student called {part!r} but {_some([*parts])}"
+            f"{read.file}: holds no student called {part!r} but {some([*parts])}"
         )
-    state, left_out = {}, []
-    for name, value in read.tensors.items():
-        own = name.removeprefix(prefix)
-        if (
-            name.startswith(prefix)
-            and own.startswith(NETWORK)
-            and not LORA_FACTOR.search(own)
-        ):
-            state[own] = value
-        else:
-            left_out.append(name)
+    names = tuple(prefix + name for name in NETWORK)
+    own = {
+        k: v
+        for k, v in read.tensors.items()
+        if k.startswith(names) and not LORA_FACTOR.search(k)
+    }
+    left_out = [k for k in read.tensors if k not in own]
     if left_out:
         kinds = Counter(".".join(k.split(".")[:2]) for k in left_out)
         logging.info(
             f"{read.file}: left out {len(left_out)} tensors of no student: "
-            f"{_some(list(kinds))}"
+            f"{some(list(kinds))}"
         )
-    return state, prefix, left_out
+    return {k.removeprefix(prefix): v for k, v in own.items()}, prefix, left_out
 
 
 def _choose_config(
@@ -437,9 +432,8 @@ def _check_tensors(
             f"{read.settings_file.name} that belongs to the file, or move it away: the "
             "tensors tell the sizes"
         )
-    raise CheckpointError(
-        f"{read.file}: does not fit its configuration: {_some(problems, '; ')}{hint}"
-    )
+    told = some(problems, separator="; ")
+    raise CheckpointError(f"{read.file}: does not fit its configuration: {told}{hint}")
 
 
 def _contradiction(
@@ -451,10 +445,8 @@ def _contradiction(
         differ = differences(config, infer_config(state, config_file, heads))
     except CheckpointError:
         return ""
-    if not differ:
-        return ""
     found = say_differences(differ, "there", "by the tensors")
-    return f". {config_file.name} contradicts the tensors: {found}"
+    return f". {config_file.name} contradicts the tensors: {found}" if found else ""
 
 
 def _tell_widened(state: Mapping[str, Tensor], path: Path) -> None:
@@ -466,8 +458,3 @@ def _tell_widened(state: Mapping[str, Tensor], path: Path) -> None:
                 f"{path}: {kinds[kind]} of {len(state)} tensors are "
                 f"{str(kind).removeprefix('torch.')} and are turned into float32"
             )
-
-
-def _some(items: list[str], separator: str = ", ") -> str:
-    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-    return separator.join(items[:5]) + more

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from espnet2_spear.errors import CheckpointError
+from espnet2_spear.errors import CheckpointError, some
 from espnet2_spear.hub.fetch import INDEX_SUFFIX
 
 AGAIN = "download the file again"
@@ -84,8 +84,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     other = [str(k) for k, v in state.items() if not isinstance(v, Tensor)]
     if other:
         raise CheckpointError(
-            f"{path}: {', '.join(other[:5])}: not tensors; this is not a SPEAR "
-            "checkpoint"
+            f"{path}: {some(other)}: not tensors; this is not a SPEAR checkpoint"
         )
     return dict(state), found
 
@@ -103,7 +102,7 @@ def _read_pickle(path: Path) -> Any:
                 raise
             raise CheckpointError(
                 f"{path}: holds objects that only code of theirs could restore "
-                f"({', '.join(refused[:5])}), which is not executed. If you trust the "
+                f"({some(refused)}), which is not executed. If you trust the "
                 "file, keep its tensors alone, where these classes are installed: "
                 'c = torch.load(FILE, weights_only=False); torch.save({"model": '
                 'c["model"]}, NEW)'
@@ -135,7 +134,7 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     differ = sorted(where.keys() ^ state.keys())
     if differ:
         raise CheckpointError(
-            f"{index}: its parts do not hold what it lists: {', '.join(differ[:5])}; "
+            f"{index}: its parts do not hold what it lists: {some(differ)}; "
             "download all files again"
         )
     return state
