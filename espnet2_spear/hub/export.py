@@ -14,8 +14,9 @@ import yaml
 
 import espnet2_spear
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.errors import CheckpointError, some
+from espnet2_spear.errors import CheckpointError
 from espnet2_spear.fileio.atomic import atomic
+from espnet2_spear.fileio.explain import some
 from espnet2_spear.hub.infer import compact, named_size
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig

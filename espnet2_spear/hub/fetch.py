@@ -8,7 +8,8 @@ from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path, PurePosixPath
 
-from espnet2_spear.errors import CheckpointError, some
+from espnet2_spear.errors import CheckpointError
+from espnet2_spear.fileio.explain import some
 
 INDEX_SUFFIX = ".index.json"
 HUB_PREFIX = "hf:"

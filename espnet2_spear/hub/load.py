@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from espnet2_spear.errors import CheckpointError, some
+from espnet2_spear.errors import CheckpointError
+from espnet2_spear.fileio.explain import some
 from espnet2_spear.hub.fetch import INDEX_SUFFIX, WEIGHT_SUFFIXES, local_path
 from espnet2_spear.hub.infer import (
     HEAD_DIMS,

@@ -15,7 +15,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from espnet2_spear.errors import CheckpointError, some
+from espnet2_spear.errors import CheckpointError
+from espnet2_spear.fileio.explain import some
 from espnet2_spear.hub.fetch import INDEX_SUFFIX
 
 AGAIN = "download the file again"
