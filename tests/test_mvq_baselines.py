@@ -20,7 +20,7 @@ from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.options import parse_options
 from espnet2_spear.mvq.quantizer import QuantizerError
 from espnet2_spear.mvq.report import evaluate, relative_error
-from espnet2_spear.mvq.training import MVQTrainingConfig, TrainingError
+from espnet2_spear.mvq.training import MVQTrainingConfig, MVQTrainingError
 
 CONFIG = BaselineConfig("kmeans", codebook_size=32, iters=20, batch_frames=256)
 
@@ -156,13 +156,13 @@ def test_options_are_read_before_anything_is_computed():
     ],
 )
 def test_bad_words(words, message):
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(MVQTrainingError, match=message):
         parse_options(words.split())
 
 
 def test_nothing_is_written_where_something_is_wrong(data, tmp_path):
     command = f"--embeddings {data.source} --output {tmp_path}/q.pt --quantizer rvq"
-    with pytest.raises(TrainingError, match="--lr is no option of --quantizer rvq"):
+    with pytest.raises(MVQTrainingError, match="--lr is no option of --quantizer rvq"):
         mvq_train.main([*command.split(), "--lr", "0.1"])
     assert not (tmp_path / "q.pt").exists()
     few = write_embeddings(tmp_path / "few", [structured_vectors(30)])

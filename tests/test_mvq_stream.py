@@ -10,7 +10,7 @@ from espnet2_spear.bin import mvq_train
 from espnet2_spear.fileio.utterances import read_utterances
 from espnet2_spear.mvq.embeddings import EmbeddingError
 from espnet2_spear.mvq.files import load_quantizer
-from espnet2_spear.mvq.training import TrainingError
+from espnet2_spear.mvq.training import MVQTrainingError
 from espnet2_spear.teachers import build_teacher, embeddings
 from espnet2_spear.teachers.embed import embed_batch
 from espnet2_spear.teachers.embeddings import TeacherFrames
@@ -96,7 +96,7 @@ def test_command(weights, utterances, tmp_path):
         f"--output {tmp_path}/q.pt --num_codebooks 2 --iters_phase1 5 "
         "--iters_phase2 5 --batch_frames 32"
     )
-    with pytest.raises(TrainingError, match="needs --teacher_config"):
+    with pytest.raises(MVQTrainingError, match="needs --teacher_config"):
         mvq_train.main(command.split())
     mvq_train.main([*command.split(), "--teacher_config", str(config)])
     quantizer = load_quantizer(tmp_path / "q.pt")

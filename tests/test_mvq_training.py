@@ -15,7 +15,7 @@ from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.report import evaluate, write_report
-from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingError
+from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, MVQTrainingError
 
 CONFIG = MVQTrainingConfig(
     num_codebooks=2, iters_phase1=30, iters_phase2=20, batch_frames=128, lr=0.02
@@ -135,19 +135,21 @@ def test_checkpoint_of_another_run(folder, tmp_path, arrays):
     checkpoint = tmp_path / "checkpoint"
     options = {"log_interval": 10, "save_seconds": 0.0}
     MVQTrainer(CONFIG, data, checkpoint, **options).train()
-    with pytest.raises(TrainingError, match="checkpoint: was made with config.*remove"):
+    with pytest.raises(
+        MVQTrainingError, match="checkpoint: was made with config.*remove"
+    ):
         MVQTrainer(replace(CONFIG, lr=0.1), data, checkpoint)
     other = EmbeddingSet(write_embeddings(tmp_path / "other", arrays[:1]))
-    with pytest.raises(TrainingError, match="was made with embeddings"):
+    with pytest.raises(MVQTrainingError, match="was made with embeddings"):
         MVQTrainer(CONFIG, other, checkpoint)
     for content in ({"weight": torch.zeros(3)}, [1, 2]):
         torch.save(content, checkpoint)
         with pytest.raises(
-            TrainingError, match="checkpoint: .*another program.*remove"
+            MVQTrainingError, match="checkpoint: .*another program.*remove"
         ):
             MVQTrainer(CONFIG, data, checkpoint)
     checkpoint.write_bytes(b"nonsense")
-    with pytest.raises(TrainingError, match="unreadable checkpoint.*remove"):
+    with pytest.raises(MVQTrainingError, match="unreadable checkpoint.*remove"):
         MVQTrainer(CONFIG, data, checkpoint)
 
 
@@ -172,7 +174,7 @@ def test_learning_rate_schedule():
     ],
 )
 def test_bad_options(option):
-    with pytest.raises(TrainingError, match=next(iter(option))):
+    with pytest.raises(MVQTrainingError, match=next(iter(option))):
         replace(CONFIG, **option)
 
 
@@ -200,7 +202,7 @@ def test_constant_channel(tmp_path, arrays, caplog):
 
 def test_diverging_training(folder, tmp_path):
     config = replace(CONFIG, lr=1e6)
-    with pytest.raises(TrainingError, match="the loss is .*lower --lr"):
+    with pytest.raises(MVQTrainingError, match="the loss is .*lower --lr"):
         MVQTrainer(config, EmbeddingSet(folder), tmp_path / "c").train()
 
 

@@ -20,7 +20,7 @@ from espnet2_spear.mvq.options import (
 )
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.report import evaluate, write_report
-from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, TrainingError
+from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, MVQTrainingError
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.teachers.embeddings import TeacherFrames
 from espnet2_spear.train.ranks import destroy_process_group_on_exit
@@ -29,13 +29,13 @@ from espnet2_spear.train.ranks import destroy_process_group_on_exit
 def _frames(args: argparse.Namespace) -> TrainingFrames:
     if args.embeddings:
         if args.teacher_config or args.domains:
-            raise TrainingError(
+            raise MVQTrainingError(
                 "--teacher_config and --domains go with --wav_scp; --embeddings hold "
                 "the teacher's output already"
             )
         return EmbeddingSet(args.embeddings, seed=args.seed)
     if not args.teacher_config:
-        raise TrainingError("--wav_scp needs --teacher_config")
+        raise MVQTrainingError("--wav_scp needs --teacher_config")
     utterances = beside_wav_scp(args.wav_scp, args.domains)
     teacher = build_teacher(*load_teacher_config(args.teacher_config))
     return TeacherFrames(
@@ -48,9 +48,9 @@ def _join_processes(args: argparse.Namespace) -> None:
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return
     if args.quantizer != Quantizer.kind:
-        raise TrainingError(f"--quantizer {args.quantizer} trains in one process")
+        raise MVQTrainingError(f"--quantizer {args.quantizer} trains in one process")
     if args.wav_scp:
-        raise TrainingError(
+        raise MVQTrainingError(
             "several processes would all compute all embeddings; store them first "
             "(spear_embed) and give --embeddings"
         )

@@ -19,7 +19,7 @@ from espnet2_spear.fileio.explain import (
     option_parser,
 )
 from espnet2_spear.hub.export import export_student, fits_released_code
-from espnet2_spear.hub.extraction import OUTPUT, Layer, parse_layers
+from espnet2_spear.hub.extraction import OUTPUT, LayerName, parse_layers
 from espnet2_spear.hub.graph import WRITERS, Network, write_graph
 from espnet2_spear.hub.graph_ctc import ctc_recognizer
 from espnet2_spear.hub.graph_student import offline_student, streaming_student
@@ -125,7 +125,7 @@ def describe(args: argparse.Namespace) -> Network:
             )
         return ctc_recognizer(args.source, args.max_seconds)
     student = open_student(args).model
-    layers: list[Layer] = []
+    layers: list[LayerName] = []
     if args.layers != "none":
         layers = parse_layers(args.layers, student.num_layers, "--layers")
     given = (args.input == "audio", [x for x in layers if x != OUTPUT])

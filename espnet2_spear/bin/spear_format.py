@@ -35,7 +35,7 @@ from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
 from espnet2_spear.fileio.shards import (
     WHOLE_JOB,
     JobShare,
-    Progress,
+    ProgressLog,
     add_job_share_option,
     in_processes,
 )
@@ -62,7 +62,7 @@ def run(
     shards = enumerate(shards_of(recordings, options.shard_utterances))
     mine = (shard for number, shard in shards if part.has(number))
     finish = partial(finish_shard, options=options)
-    progress, before = Progress(total, "utterances"), 0
+    progress, before = ProgressLog(total, "utterances"), 0
     for results, was_done in in_processes(
         ProcessPoolExecutor(max(1, nj)), finish, mine, nj, in_dir
     ):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from espnet2_spear.errors import CheckpointError, UserError
 from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.hub.infer import infer_config
-from espnet2_spear.hub.load import PARTS, Checkpoint, read_checkpoint
+from espnet2_spear.hub.load import PARTS, Checkpoint, read_any_checkpoint
 from espnet2_spear.hub.packed import is_packed
 from espnet2_spear.hub.tensors import read_settings, read_tensors
 from espnet2_spear.zipformer.config import ZipformerConfig
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
     elif not is_packed(file):
         raise WeightsError(f"{file}: is no packed model; name config.yaml and weights")
     else:
-        model = read_checkpoint(file)
+        model = read_any_checkpoint(file)
     layers, normed = read_layers(model)
     print(table(layers))
     if not normed:

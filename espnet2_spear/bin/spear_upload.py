@@ -14,7 +14,7 @@ from espnet2_spear.errors import CheckpointError
 from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
 from espnet2_spear.fileio.hashes import hash_of
 from espnet2_spear.hub.pack import CARD, REPO
-from espnet2_spear.hub.packed import check_weights, read_packed, unpack
+from espnet2_spear.hub.packed import check_only_tensors, read_packed, unpack
 
 _REPO_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
@@ -37,7 +37,7 @@ def prepare(packed: Path, folder: Path, repo_id: str) -> list[Path]:
         CheckpointError: unsafe or corrupt, no packed model, or no card in it.
     """
     unpack(packed, folder)
-    check_weights(packed, read_packed(packed, folder))
+    check_only_tensors(packed, read_packed(packed, folder))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     cards = [path for path in files if path.name == CARD]
     if not cards:

@@ -15,8 +15,8 @@ from espnet2.utils.nested_dict_action import NestedDictAction
 
 from espnet2_spear.data.dataset import ManifestDataset
 from espnet2_spear.data.iter_factory import (
-    Batches,
     FixedBatches,
+    RowBatches,
     SpearIterFactory,
     StepBatches,
 )
@@ -112,7 +112,7 @@ def build_iter_factory(
         substitute=iter_options.train,
     )
     bound: int | None = int(iter_options.batch_bins) // world_size
-    batches: Batches
+    batches: RowBatches
     if iter_options.train:
         parts = world_size * args.accum_grad
         shards = config.step_shards or parts

@@ -94,7 +94,7 @@ class FixedBatches:
         return iter(self.batches[start:])
 
 
-Batches = StepBatches | FixedBatches  # rows of the batches of one rank
+RowBatches = StepBatches | FixedBatches  # rows of the batches of one rank
 
 
 class SpearIterFactory(AbsIterFactory):
@@ -115,7 +115,7 @@ class SpearIterFactory(AbsIterFactory):
     def __init__(
         self,
         dataset: ManifestDataset,
-        batches: Batches,
+        batches: RowBatches,
         collate_fn: Callable,
         skips: SkipLog,
         name: str = "train",

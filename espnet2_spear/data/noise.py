@@ -18,7 +18,7 @@ from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
 from espnet2_spear.fileio.tables import Lines, sorted_rows
 
-Utterance = tuple[str, dict[str, np.ndarray]]
+NamedArrays = tuple[str, dict[str, np.ndarray]]
 
 
 class NoiseError(UserError):
@@ -164,7 +164,7 @@ class SpearCollateFn(CommonCollateFn):
         return self.noise.draw(rng, self.clips)
 
     def __call__(
-        self, data: Collection[Utterance]
+        self, data: Collection[NamedArrays]
     ) -> tuple[list[str], dict[str, torch.Tensor]]:
         """Make a batch.
 

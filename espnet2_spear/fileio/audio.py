@@ -19,7 +19,13 @@ import soxr
 
 from espnet2_spear.constants import MAX_PEAK
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.decode import BLOCK, DecodeError, Source, Window, split_ark
+from espnet2_spear.fileio.decode import (
+    BLOCK,
+    DecodedWindow,
+    DecodeError,
+    Source,
+    split_ark,
+)
 
 AUDIO_SUFFIXES = frozenset(
     ".wav .w64 .rf64 .aif .aiff .aifc .au .snd .caf .voc .sph .nist .flac .wv .tta .ape"
@@ -141,13 +147,13 @@ def read_pieces(
     """
     with _opened(path) as source:
         info = _checked(path, source, source.samples, strict)
-        window = Window(source)
+        window = DecodedWindow(source)
         partly = source.is_float and any(s[:2] != (None, None) for s in spans)
         peak = _peak(source) if partly else 0.0
         for span in spans:
             try:
                 data = _read(path, source, window, span)
-                check_scale(path, max(peak, _largest(path, data)))
+                check_peak(path, max(peak, _largest(path, data)))
                 # Decoding to the end may have shown a wrong header.
                 samples = source.samples or window.length
                 info = _checked(path, source, samples, strict)
@@ -231,7 +237,7 @@ def _checked(
 
 
 def _read(
-    path: str | os.PathLike[str], source: Source, window: Window, span: Span
+    path: str | os.PathLike[str], source: Source, window: DecodedWindow, span: Span
 ) -> np.ndarray:
     """Samples of a piece, (samples, channels).
 
@@ -300,7 +306,7 @@ def _largest(path: str | os.PathLike[str], data: np.ndarray) -> float:
     return peak
 
 
-def check_scale(name: str | os.PathLike[str], peak: float) -> None:
+def check_peak(name: str | os.PathLike[str], peak: float) -> None:
     """Refuse samples that are not in the scale of [-1, 1], such as 16-bit integers.
 
     Args:

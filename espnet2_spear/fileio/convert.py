@@ -35,7 +35,7 @@ CLIPPED_SHARE = 0.01  # of samples: more are noted
 
 
 @dataclass(frozen=True)
-class Recording:
+class AudioSource:
     """A recording and the pieces that are wanted of it."""
 
     path: str
@@ -133,25 +133,29 @@ class Ark:
         return [self._path]
 
 
-def recordings_of(found: Iterable[Entry]) -> Iterator[Recording]:
+def recordings_of(found: Iterable[Entry]) -> Iterator[AudioSource]:
     """Group utterances by recording."""
     # Sorted on disk: the utterances of a recording need not follow each other.
     with ExternalSorter[tuple[str, str, str, Span]]() as pieces:
         for entry in found:
             if entry.segment is None:
                 whole = Span(0.0, None, None)
-                yield Recording(entry.path, ((entry.utt, whole),))
+                yield AudioSource(entry.path, ((entry.utt, whole),))
                 continue
             where = entry.segment.span
             pieces.add((entry.recording, entry.path, entry.utt, where))
         for _, group in groupby(pieces, key=itemgetter(0)):
             rows = list(group)
-            yield Recording(rows[0][1], tuple((utt, span) for _, _, utt, span in rows))
+            yield AudioSource(
+                rows[0][1], tuple((utt, span) for _, _, utt, span in rows)
+            )
 
 
-def shards_of(recordings: Iterable[Recording], size: int) -> Iterator[list[Recording]]:
+def shards_of(
+    recordings: Iterable[AudioSource], size: int
+) -> Iterator[list[AudioSource]]:
     """Deal recordings into shards of about ``size`` utterances."""
-    shard: list[Recording] = []
+    shard: list[AudioSource] = []
     count = 0
     for recording in recordings:
         shard.append(recording)
@@ -163,7 +167,7 @@ def shards_of(recordings: Iterable[Recording], size: int) -> Iterator[list[Recor
         yield shard
 
 
-def shard_digest(shard: list[Recording], options: Options) -> str:
+def shard_digest(shard: list[AudioSource], options: Options) -> str:
     """Return a hash of all that a shard's results depend on."""
     stamps = []
     for recording in shard:
@@ -175,7 +179,9 @@ def shard_digest(shard: list[Recording], options: Options) -> str:
     return digest_of([[asdict(r) for r in shard], stamps, asdict(options)])[:32]
 
 
-def finish_shard(shard: list[Recording], options: Options) -> tuple[list[Result], bool]:
+def finish_shard(
+    shard: list[AudioSource], options: Options
+) -> tuple[list[Result], bool]:
     """Convert a shard unless it is done; returns its results, and if it was done.
 
     It is done again if one of its files does not hold what was written to it.
@@ -194,7 +200,7 @@ def finish_shard(shard: list[Recording], options: Options) -> tuple[list[Result]
 
 
 def format_shard(
-    shard: list[Recording], options: Options, out: Files | Ark
+    shard: list[AudioSource], options: Options, out: Files | Ark
 ) -> list[Result]:
     """Convert the recordings of a shard.
 
@@ -208,8 +214,8 @@ def format_shard(
 
 
 def failed_part(
-    shard: Iterable[Recording], results: Mapping[str, Result]
-) -> Iterator[Recording]:
+    shard: Iterable[AudioSource], results: Mapping[str, Result]
+) -> Iterator[AudioSource]:
     """Yield the recordings of a shard with those of their pieces that failed."""
     for recording in shard:
         failed = [piece for piece in recording.pieces if results[piece[0]].reason]
@@ -218,7 +224,7 @@ def failed_part(
 
 
 def format_recording(
-    recording: Recording, options: Options, out: Files | Ark
+    recording: AudioSource, options: Options, out: Files | Ark
 ) -> Iterator[Result]:
     """Convert the pieces of one recording; yield a result for each."""
     done = 0
@@ -259,7 +265,7 @@ def format_recording(
 
 
 def _read(
-    recording: Recording, strict: bool
+    recording: AudioSource, strict: bool
 ) -> Iterator[tuple[np.ndarray | AudioError, AudioInfo]]:
     """Read the pieces of a recording; errors of the file system are AudioErrors.
 

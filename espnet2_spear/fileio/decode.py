@@ -314,7 +314,7 @@ class Source(AbstractContextManager):
         self.close()
 
 
-class Window:
+class DecodedWindow:
     """A recording of unknown length, decoded as far as it is asked for.
 
     What lies before the piece that was asked for last is forgotten, so that pieces in

@@ -6,7 +6,7 @@ import argparse
 import errno
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -103,3 +103,15 @@ def run_command(main: Callable[[], None], *errors: type[Exception]) -> None:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     with one_line_errors(*errors):
         main()
+
+
+def some(items: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Name the first few of many things in a message, and say how many more there are.
+
+    Args:
+        items: of any number.
+        most: how many are named.
+        separator: stands between them.
+    """
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more

@@ -234,7 +234,7 @@ class DoneMarks:
         if len(todo) < len(records):
             done = len(records) - len(todo)
             logging.info(f"{done} of {len(records)} shards are done")
-        progress = Progress(sum(shards.seconds(i) for i in todo), "s of audio")
+        progress = ProgressLog(sum(shards.seconds(i) for i in todo), "s of audio")
         for i, record, files in compute(todo):
             self.write(i, record, files)
             records[i] = record
@@ -265,7 +265,7 @@ def _read_mark(path: Path) -> dict[str, Any]:
     return mark if whole else {}
 
 
-class Progress:
+class ProgressLog:
     """Log, at most every half minute, how far a run is and how long it will take.
 
     Args:

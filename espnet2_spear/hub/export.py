@@ -16,6 +16,7 @@ import espnet2_spear
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.fileio.atomic import atomic
+from espnet2_spear.fileio.explain import some
 from espnet2_spear.hub.infer import compact, named_size
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig
@@ -52,7 +53,7 @@ from __future__ import annotations
 
 '''
 
-CARD = """---
+CARD_TEXT = """---
 library_name: transformers
 pipeline_tag: feature-extraction
 tags:
@@ -110,7 +111,7 @@ def check_student(
     bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(
-            f"{source}: {', '.join(bad[:5])} hold NaN or infinity; the training that "
+            f"{source}: {some(bad)} hold NaN or infinity; the training that "
             "left it had failed, take an earlier checkpoint"
         )
 
@@ -253,7 +254,7 @@ def export_student(
     texts = code | {
         "config.json": json.dumps(released_config(config), indent=2) + "\n",
         "preprocessor_config.json": json.dumps(EXTRACTOR, indent=2) + "\n",
-        "README.md": CARD.format(
+        "README.md": CARD_TEXT.format(
             name=name,
             licence=f"license: {licence}\n" if licence else "",
             about=f" {about}" if about else "",

@@ -39,14 +39,16 @@ OUTPUT = "output"  # the final output, in place of a layer's number
 # Cuts lie on multiples of it: whole samples at any rate, and a multiple of what all
 # stacks of the student step over (2560 samples), so that pieces see the same frames.
 GRID_SECONDS = 4
-Layer = int | str
+LayerName = int | str
 
 
 class ExtractError(UserError):
     """Features cannot be computed at all; the message says what to do."""
 
 
-def parse_layers(text: str, num_layers: int, option: str = "--layer") -> list[Layer]:
+def parse_layers(
+    text: str, num_layers: int, option: str = "--layer"
+) -> list[LayerName]:
     """Read an option such as ``last``, ``all``, ``output`` or ``0,3,-1``.
 
     Layers count from 0, or from -1 downwards from the last one.
@@ -56,7 +58,7 @@ def parse_layers(text: str, num_layers: int, option: str = "--layer") -> list[La
     """
     if text == "all":
         return list(range(num_layers))
-    layers: list[Layer] = []
+    layers: list[LayerName] = []
     for word in text.split(","):
         word = "-1" if word.strip() == "last" else word.strip()
         if word == OUTPUT:
@@ -90,7 +92,7 @@ class Extractor:
     def __init__(
         self,
         model: SpearEncoder,
-        layers: Sequence[Layer],
+        layers: Sequence[LayerName],
         max_seconds: float = 60.0,
         context_seconds: float = 8.0,
     ) -> None:
@@ -176,7 +178,7 @@ class Extractor:
             ]
 
     def _kept(
-        self, frames: np.ndarray, layer: Layer, piece: int, last: bool
+        self, frames: np.ndarray, layer: LayerName, piece: int, last: bool
     ) -> np.ndarray:
         """A piece's frames without those of its context."""
         hop = SAMPLES_PER_FRAME
@@ -185,7 +187,7 @@ class Extractor:
         first = min(piece * self.step, self.context) // hop
         return frames[first:] if last else frames[first : first + self.step // hop]
 
-    def _layer(self, out: SpearOutput, layer: Layer) -> tuple[Tensor, Tensor]:
+    def _layer(self, out: SpearOutput, layer: LayerName) -> tuple[Tensor, Tensor]:
         if layer == OUTPUT:
             return out.encoder_out, out.encoder_out_lens
         return out.hidden_states[int(layer)], out.hidden_states_lens
@@ -260,7 +262,12 @@ class ExtractionRun:
                 memory.
         """
         if self.format == "npy":
-            check_names(recordings)
+            for recording in recordings:
+                if "/" in recording.utt or recording.utt.startswith("."):
+                    raise ExtractError(
+                        f"utterance '{recording.utt}' cannot be a file's name; use "
+                        "--format ark"
+                    )
         number = sum(map(self.extractor.is_long, recordings))
         if number:
             logging.warning(
@@ -349,19 +356,6 @@ class ExtractionRun:
         }
         write_table(self.folder / "skipped.txt", lines)
         return paths
-
-
-def check_names(recordings: Sequence[Recording]) -> None:
-    """See that utterances can be names of files.
-
-    Raises:
-        ExtractError: one cannot.
-    """
-    for recording in recordings:
-        if "/" in recording.utt or recording.utt.startswith("."):
-            raise ExtractError(
-                f"utterance '{recording.utt}' cannot be a file's name; use --format ark"
-            )
 
 
 def _write(

@@ -9,9 +9,11 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 
 from espnet2_spear.errors import CheckpointError
+from espnet2_spear.fileio.explain import some
 
 INDEX_SUFFIX = ".index.json"
 HUB_PREFIX = "hf:"
+MOST_NAMED = 20  # files in a message; icefall may have left hundreds
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(.+))?")  # repo, revision, file
 # What is fetched of a repository: the first line of which it has weights, with the
@@ -92,9 +94,8 @@ def _choose(
                 return [*_CONFIGS, *patterns], None
         file = choose_icefall(name, weights)
     if file not in weights:
-        raise CheckpointError(
-            f"{name}: no such file of weights; there are: {_some(weights) or 'none'}"
-        )
+        there = some(sorted(weights), MOST_NAMED) or "none"
+        raise CheckpointError(f"{name}: no such file of weights; there are: {there}")
     beside = [escape(str(PurePosixPath(file).with_name(c))) for c in _CONFIGS]
     return [escape(file), *beside], file
 
@@ -110,16 +111,14 @@ def choose_icefall(name: str, weights: Sequence[str]) -> str:
         chosen = [f for f in there if fnmatch(PurePosixPath(f).name, pattern)]
         if len(chosen) == 1:
             return chosen[0]
-    listed = f"it has {_some(weights)}: name one" if weights else "it has none at all"
+    listed = (
+        f"it has {some(sorted(weights), MOST_NAMED)}: name one"
+        if weights
+        else "it has none at all"
+    )
     raise CheckpointError(
         f"{name}: no weights under a known name; {listed}, as hf:USER/NAME:FILE"
     )
-
-
-def _some(files: Sequence[str]) -> str:
-    """Name files in a message; icefall may have left hundreds."""
-    more = f" and {len(files) - 20} more" if len(files) > 20 else ""
-    return ", ".join(sorted(files)[:20]) + more
 
 
 def _listing(repo: str, revision: str | None) -> list[str]:

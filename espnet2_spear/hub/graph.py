@@ -15,7 +15,7 @@ import logging
 import operator
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Network:
     inputs: dict[str, Tensor]
     outputs: list[str]
     lengths: dict[str, tuple[int, int]]
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any]
     single_frames: bool = True
 
     @functools.cached_property
@@ -299,7 +299,6 @@ def _copy(
                 for k, v in copied.kwargs.items()
             }
             new[node] = copied
-    raise AssertionError("a graph without outputs")
 
 
 WRITERS: dict[str, tuple[str, Callable[[Network, Path, str], None]]] = {

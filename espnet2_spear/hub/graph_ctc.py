@@ -18,7 +18,7 @@ from espnet2_spear.constants import SAMPLE_RATE, SAMPLES_PER_FRAME
 from espnet2_spear.errors import CheckpointError, UserError
 from espnet2_spear.hub.graph import Network
 from espnet2_spear.hub.graph_student import length_bounds, student_facts
-from espnet2_spear.hub.load import LORA_FACTOR, read_checkpoint
+from espnet2_spear.hub.load import LORA_FACTOR, read_any_checkpoint
 from espnet2_spear.hub.teacher import sha256_of_tensors
 
 # With an encoder of ESPnet: so that no part of it is left with a single frame, which
@@ -73,7 +73,7 @@ def open_recognizer(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     from espnet2.tasks.asr import ASRTask
 
-    read = read_checkpoint(path)
+    read = read_any_checkpoint(path)
     settings = read.settings
     if not isinstance(settings, dict) or "token_list" not in settings:
         raise CheckpointError(

@@ -54,10 +54,11 @@ def infer_config(
             seen.size(f"encoder_embed.conv.{slot}.weight", 0) for slot in (0, 4, 7)
         ],
         "num_mel_bins": _mel_bins(seen),
-        "output_downsampling_factor": seen.optional(
-            "encoder.downsample_output.bias", default=1
-        ),
+        "output_downsampling_factor": 1,
     }
+    if "encoder.downsample_output.bias" in state:
+        factor = seen.size("encoder.downsample_output.bias", 0)
+        conf["output_downsampling_factor"] = factor
     stacks = [
         _stack(seen, i, given) for i in range(seen.count(r"encoder\.encoders\.(\d+)\."))
     ]
@@ -65,7 +66,11 @@ def infer_config(
         raise CheckpointError(f"{path}: missing encoder.encoders.*; {REMEDY}")
     conf |= {key: [stack[key] for stack in stacks] for key in stacks[0]}
     for key in ("causal", "pos_dim", *HEAD_DIMS):
-        conf[key] = _only(conf[key], key, path)
+        if len(set(conf[key])) != 1:
+            raise CheckpointError(
+                f"{path}: {key} differs between stacks: {conf[key]}; {REMEDY}"
+            )
+        conf[key] = conf[key][0]
     conf["encoder_unmasked_dim"] = conf["encoder_dim"]
     try:
         config = ZipformerConfig.from_dict(conf)
@@ -229,14 +234,6 @@ def compact(config: ZipformerConfig) -> dict[str, Any]:
     return conf if name is None else {"name": name, **conf}
 
 
-def _only(values: list[Any], key: str, path: Path) -> Any:
-    if len(set(values)) != 1:
-        raise CheckpointError(
-            f"{path}: {key} differs between stacks: {values}; {REMEDY}"
-        )
-    return values[0]
-
-
 class _Shapes:
     """Shapes of tensors; asking for one that is absent is a CheckpointError."""
 
@@ -251,9 +248,6 @@ class _Shapes:
         if not -len(shape) <= axis < len(shape):
             raise CheckpointError(f"{self.path}: {name} has shape {shape}; {REMEDY}")
         return shape[axis]
-
-    def optional(self, name: str, default: int) -> int:
-        return self.size(name, 0) if name in self.state else default
 
     def count(self, pattern: str) -> int:
         """Number of numbered things, whose names start with the pattern."""

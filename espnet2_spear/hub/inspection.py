@@ -13,7 +13,7 @@ from torch import Tensor
 
 from espnet2_spear.codes.targets import TeacherCodes, teacher_codes
 from espnet2_spear.errors import CheckpointError
-from espnet2_spear.hub.load import Checkpoint, read_checkpoint
+from espnet2_spear.hub.load import Checkpoint, read_any_checkpoint
 from espnet2_spear.mvq.quantizer import AbsQuantizer
 from espnet2_spear.spear.objective import CodebookHead
 from espnet2_spear.spear.student import SpearEncoder
@@ -90,7 +90,7 @@ def open_heads(path: str | Path) -> dict[str, TokenSource]:
         CheckpointError: a configuration that cannot be read, or heads that do not fit
             it.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_any_checkpoint(path)
     config, weights = checkpoint.settings_file, checkpoint.file
     found = {}
     for name, teacher in _teachers(checkpoint).items():

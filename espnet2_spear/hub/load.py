@@ -1,9 +1,9 @@
 """Open a SPEAR student, whatever it was saved by.
 
-One way, from top to bottom: a name becomes a path (:mod:`hub.fetch`), a path becomes
-tensors and settings (:func:`read_checkpoint`), the student is taken out of the tensors
-by their names, and built as the settings or its shapes say (:mod:`hub.infer`). Nothing
-that a checkpoint or its folder holds is executed.
+The way, from top to bottom: a name becomes a path (:mod:`hub.fetch`); the first row of
+:data:`LAYOUTS` that the path fits reads its tensors and settings; the student is taken
+out of the tensors by their names, and built as the settings or the shapes say
+(:mod:`hub.infer`). Nothing that a checkpoint or its folder holds is executed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from espnet2_spear.errors import CheckpointError
+from espnet2_spear.fileio.explain import some
 from espnet2_spear.hub.fetch import INDEX_SUFFIX, WEIGHT_SUFFIXES, local_path
 from espnet2_spear.hub.infer import (
     HEAD_DIMS,
@@ -31,9 +32,9 @@ from espnet2_spear.hub.infer import (
     say_differences,
 )
 from espnet2_spear.hub.packed import (
-    META,
     STAMP,
-    is_archive,
+    is_packed,
+    is_unpacked,
     read_packed,
     read_stamp,
     unpack,
@@ -42,7 +43,7 @@ from espnet2_spear.hub.tensors import read_settings, read_tensors
 from espnet2_spear.spear.student import ANCHOR, SpearEncoder
 from espnet2_spear.zipformer.config import STACK_FIELDS, ZipformerConfig
 
-__all__ = ["CheckpointError", "load_model", "open_checkpoint", "read_checkpoint"]
+__all__ = ["CheckpointError", "load_model", "open_checkpoint", "read_any_checkpoint"]
 
 # In this order: safetensors before pickles, what was published before what we wrote.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -64,9 +65,8 @@ LORA_FACTOR = re.compile(r"\.lora_[AB]$")
 # Keys of a released config.json that say nothing about the network.
 _HF_ONLY = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype")
 _HF_ONLY += ("transformers_version", "_name_or_path", "_commit_hash", "return_dict")
-_HF_ONLY += ("custom_pipelines",)
-_HF_ONLY += ("output_hidden_states", "output_attentions", "hidden_size")
-_HF_ONLY += ("num_hidden_layers",)
+_HF_ONLY += ("custom_pipelines", "output_hidden_states", "output_attentions")
+_HF_ONLY += ("hidden_size", "num_hidden_layers")
 
 
 class Checkpoint(NamedTuple):
@@ -152,7 +152,7 @@ def open_checkpoint(
     path: str | Path, conf: Mapping[str, Any] | None = None, part: str | None = None
 ) -> Opened:
     """Open a student, and say what was opened; arguments as of :func:`load_model`."""
-    read = read_checkpoint(path)
+    read = read_any_checkpoint(path)
     if read.settings_file is not None and not read.students:
         raise CheckpointError(
             f"{read.settings_file}: not the configuration of a SPEAR model (a released "
@@ -165,15 +165,12 @@ def open_checkpoint(
     _tell_widened(state, read.file)
     model = SpearEncoder(config)
     model.load_state_dict(state)
-    names = [k for k in left_out if not _PRETRAINING.search(k)]
-    finetuned = prefix in ("frontend.upstream.", "encoder.") or bool(names)
+    further = [k for k in left_out if not _PRETRAINING.search(k)]
+    finetuned = prefix in ("frontend.upstream.", "encoder.") or bool(further)
     return Opened(model.eval(), read.file, left_out, finetuned)
 
 
-# --- From a path to tensors -----------------------------------------------------------
-
-
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_any_checkpoint(path: str | Path) -> Checkpoint:
     """Read the tensors and settings of any layout, a student's or not.
 
     Args:
@@ -183,50 +180,45 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: nothing there, unreadable, or no way to choose.
     """
     path = local_path(path)
-    if (path / META).is_file():
-        return _read_packed(path, path)
-    if path.is_file() and is_archive(path):
-        with tempfile.TemporaryDirectory(prefix="spear-") as work:
-            unpack(path, Path(work) / "model")
-            return _read_packed(path, Path(work) / "model")
-    if path.is_dir():
-        path = _weights_in(path)
-    elif not path.is_file():
-        raise CheckpointError(
-            f"{path}: no such file or folder; name a local checkpoint (nothing is "
-            "downloaded by itself; hf:USER/NAME fetches one from Hugging Face)"
-        )
-    elif _PART_OF_SEVERAL.search(path.name):
-        raise CheckpointError(
-            f"{path}: one part of several; name their folder or *{INDEX_SUFFIX}"
-        )
-    stamp = path.with_name(STAMP)
-    if stamp.is_file():  # one of a newer format is refused
-        read_stamp(path, stamp)
-    configs = [path.with_name("config.yaml"), path.with_name("config.json")]
-    if path.suffix in (".safetensors", ".bin", ".json"):
-        configs.reverse()
-    return _read(path, path, next(filter(Path.exists, configs), None))
+    for fits, read in LAYOUTS.values():
+        if fits(path):
+            return read(path)
+    raise CheckpointError(
+        f"{path}: no such file or folder; name a local checkpoint (nothing is "
+        "downloaded by itself; hf:USER/NAME fetches one from Hugging Face)"
+    )
 
 
-def _read_packed(path: Path, folder: Path) -> Checkpoint:
+# --- The layouts ----------------------------------------------------------------------
+
+
+def _read_packed(path: Path) -> Checkpoint:
+    with tempfile.TemporaryDirectory(prefix="spear-") as work:
+        folder = Path(work) / "model"
+        unpack(path, folder)
+        return _read_unpacked(folder, path)
+
+
+def _read_unpacked(folder: Path, name: Path | None = None) -> Checkpoint:
     """Read an unpacked model; messages and ``file`` name what the user named."""
-    configs, weights, _ = read_packed(path, folder)
-    pairs = [
-        (configs[key], weights[key.removesuffix("train_config") + "model_file"])
-        for key in configs
-        if key.removesuffix("train_config") + "model_file" in weights
-    ]
-    if len(pairs) != 1:  # a language model's weights are called otherwise: lm_file
+    name = name or folder
+    configs, weights, _ = read_packed(name, folder)
+    # A language model's weights are called otherwise: lm_file.
+    files = {k: k.removesuffix("train_config") + "model_file" for k in configs}
+    pairs = [(weights[f], configs[k]) for k, f in files.items() if f in weights]
+    if len(pairs) != 1:
         raise CheckpointError(
-            f"{path}: holds no model that could be a SPEAR student's but "
+            f"{name}: holds no model that could be a SPEAR student's but "
             f"{', '.join([*configs, *weights])}"
         )
-    config, file = pairs[0]
     try:
-        return _read(path, file, config)
+        return _read(*pairs[0])._replace(file=name)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    return _read_file(_weights_in(folder))
 
 
 def _weights_in(folder: Path) -> Path:
@@ -242,64 +234,98 @@ def _weights_in(folder: Path) -> Path:
     others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     if len(others) == 1 and not _PART_OF_SEVERAL.search(others[0]):
         return folder / others[0]
-    found = f"; it has {', '.join(others[:5])}: name one of them" if others else ""
+    found = f"; it has {some(others)}: name one of them" if others else ""
     raise CheckpointError(f"{folder}: holds none of {', '.join(WEIGHTS)}{found}")
 
 
-def _read(name: Path, weights: Path, config: Path | None) -> Checkpoint:
+def _read_file(path: Path) -> Checkpoint:
+    """Read a file of weights, with the configuration and the stamp beside it."""
+    if _PART_OF_SEVERAL.search(path.name):
+        raise CheckpointError(
+            f"{path}: one part of several; name their folder or *{INDEX_SUFFIX}"
+        )
+    stamp = path.with_name(STAMP)
+    if stamp.is_file():  # one of a newer format is refused
+        read_stamp(path, stamp)
+    configs = [path.with_name("config.yaml"), path.with_name("config.json")]
+    if path.suffix in (".safetensors", ".bin", ".json"):
+        configs.reverse()
+    return _read(path, next(filter(Path.exists, configs), None))
+
+
+def _read(weights: Path, config: Path | None) -> Checkpoint:
     settings = None if config is None else read_settings(config)
     students = {} if config is None else _students(config, settings)
     tensors, key = read_tensors(weights)
     if key == "model_avg":
-        logging.info(f"{name}: model_avg is taken, the average over the training")
-    return Checkpoint(name, tensors, config, settings, students)
+        logging.info(f"{weights}: model_avg is taken, the average over the training")
+    return Checkpoint(weights, tensors, config, settings, students)
 
 
-# --- From tensors to a student --------------------------------------------------------
+# Layout -> its finder, which looks at a path, and its reader, which gives tensors and
+# settings. The first row that fits is taken.
+LAYOUTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]]] = {
+    "unpacked model": (is_unpacked, _read_unpacked),
+    "packed model": (is_packed, _read_packed),
+    "folder of weights": (Path.is_dir, _read_folder),
+    "file of weights": (Path.is_file, _read_file),
+}
+
+
+# --- Students that a configuration describes ------------------------------------------
 
 
 def _students(file: Path, conf: Any) -> dict[str, ZipformerConfig | dict[str, Any]]:
     """Students that a configuration describes: part -> what it says of it.
 
     ``config.json`` is a released one (part ""); ``config.yaml`` that of a SpearTask, or
-    of an ESPnet task whose frontend or encoder is ours. A frontend that was built from
-    a checkpoint says options only; the tensors tell its sizes.
+    of an ESPnet task whose frontend or encoder is ours.
 
     Raises:
         CheckpointError: unknown keys, or values that do not fit together.
     """
-    found: dict[str, ZipformerConfig | dict[str, Any]] = {}
-    released = file.suffix == ".json"
+    if not isinstance(conf, dict):
+        return {}
     try:
-        if isinstance(conf, dict) and released:
-            network = {k: v for k, v in conf.items() if k not in _HF_ONLY}
-            if conf.get("architectures", ["SpearModel"]) != ["SpearModel"]:
-                # What remains is of the classifier or whatever stands on the student.
-                known = ZipformerConfig().to_dict()
-                network = {k: v for k, v in network.items() if k in known}
-            found[""] = ZipformerConfig.from_dict(network)
-        elif isinstance(conf, dict):
-            if {"student", "student_conf"} <= conf.keys():
-                named, arch = {"name": conf["student"]}, conf["student_conf"]
-                arch = {**named, **arch} if isinstance(arch, dict) else arch
-                found["student"] = ZipformerConfig.from_dict(arch)
-            for part, name in (("frontend", "spear"), ("encoder", "zipformer")):
-                if conf.get(part) == name:
-                    options = conf.get(f"{part}_conf") or {}
-                    found[part] = _student_in(part, options)
+        if file.suffix == ".json":
+            return {"": _released(conf)}
+        found: dict[str, ZipformerConfig | dict[str, Any]] = {}
+        if {"student", "student_conf"} <= conf.keys():
+            arch = conf["student_conf"]
+            if isinstance(arch, dict):
+                arch = {"name": conf["student"], **arch}
+            found["student"] = ZipformerConfig.from_dict(arch)
+        if conf.get("frontend") == "spear":
+            found["frontend"] = _with_padding(conf.get("frontend_conf") or {})
+        if conf.get("encoder") == "zipformer":
+            options = {"arch": "base"} | (conf.get("encoder_conf") or {})
+            found["encoder"] = _with_padding(options)
+        return found
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    return found
 
 
-def _student_in(
-    part: str, options: Mapping[str, Any]
-) -> ZipformerConfig | dict[str, Any]:
-    """The student that the options of a frontend or encoder describe."""
-    arch = options.get("arch", "base" if part == "encoder" else None)
-    padding = options.get("padding")
+def _released(conf: dict[str, Any]) -> ZipformerConfig:
+    network = {k: v for k, v in conf.items() if k not in _HF_ONLY}
+    if conf.get("architectures", ["SpearModel"]) != ["SpearModel"]:
+        # What remains is of the classifier or whatever stands on the student.
+        known = ZipformerConfig().to_dict()
+        network = {k: v for k, v in network.items() if k in known}
+    return ZipformerConfig.from_dict(network)
+
+
+def _with_padding(options: dict[str, Any]) -> ZipformerConfig | dict[str, Any]:
+    """Read the options of a frontend or encoder.
+
+    A frontend that was built from a checkpoint has no ``arch``; the tensors tell its
+    sizes.
+    """
+    arch, padding = options.get("arch"), options.get("padding")
     run = {} if padding is None else {"padding": padding}
     return run if arch is None else replace(ZipformerConfig.build(arch), **run)
+
+
+# --- From tensors to a student --------------------------------------------------------
 
 
 def _take_student(
@@ -317,43 +343,39 @@ def _take_student(
         CheckpointError: no student, or several and no ``part`` that says which.
     """
     prefixes = [k.removesuffix(ANCHOR) for k in read.tensors if k.endswith(ANCHOR)]
-    names = [PARTS.get(p, p.rstrip(".")) for p in prefixes]
-    if part is None and "student" in names:
-        part = "student"
     if not prefixes:
         raise CheckpointError(
             f"{read.file}: found 0 tensors named *{ANCHOR}, expected one; this is not "
             f"a SPEAR checkpoint: {REMEDY}"
         )
-    if part is None and len(prefixes) > 1:
+    parts = {PARTS.get(p, p.rstrip(".")): p for p in prefixes}
+    if part is not None:
+        prefix = parts.get(part, part)
+    elif len(parts) == 1 or "student" in parts:
+        prefix = parts.get("student", prefixes[0])
+    else:
         raise CheckpointError(
-            f"{read.file}: holds several students ({_some(names)}); say which: "
-            f"part={names[0]!r} (--part {names[0]})"
+            f"{read.file}: holds several students ({some([*parts])}); say which: "
+            f"part={[*parts][0]!r} (--part {[*parts][0]})"
         )
-    if part is not None and part not in (*names, *prefixes):
+    if prefix not in prefixes:
         raise CheckpointError(
-            f"{read.file}: holds no student called {part!r} but {_some(names)}"
+            f"{read.file}: holds no student called {part!r} but {some([*parts])}"
         )
-    found = zip(prefixes, names, strict=True)
-    prefix = next(p for p, name in found if part in (None, p, name))
-    state, left_out = {}, []
-    for name, value in read.tensors.items():
-        own = name.removeprefix(prefix)
-        if (
-            name.startswith(prefix)
-            and own.startswith(NETWORK)
-            and not LORA_FACTOR.search(own)
-        ):
-            state[own] = value
-        else:
-            left_out.append(name)
+    names = tuple(prefix + name for name in NETWORK)
+    own = {
+        k: v
+        for k, v in read.tensors.items()
+        if k.startswith(names) and not LORA_FACTOR.search(k)
+    }
+    left_out = [k for k in read.tensors if k not in own]
     if left_out:
         kinds = Counter(".".join(k.split(".")[:2]) for k in left_out)
         logging.info(
             f"{read.file}: left out {len(left_out)} tensors of no student: "
-            f"{_some(list(kinds))}"
+            f"{some(list(kinds))}"
         )
-    return state, prefix, left_out
+    return {k.removeprefix(prefix): v for k, v in own.items()}, prefix, left_out
 
 
 def _choose_config(
@@ -361,9 +383,8 @@ def _choose_config(
 ) -> ZipformerConfig:
     """The configuration beside the tensors, or what their shapes tell."""
     part, students = PARTS.get(prefix, ""), read.students
-    known = students.get(part, {})
-    if part not in students and len(students) == 1:
-        known = next(iter(students.values()))
+    only = next(iter(students.values())) if len(students) == 1 else {}
+    known = students.get(part, only)
     if not isinstance(known, ZipformerConfig):
         return infer_config(state, read.file, {**known, **conf})
     if part == "frontend":
@@ -412,9 +433,8 @@ def _check_tensors(
             f"{read.settings_file.name} that belongs to the file, or move it away: the "
             "tensors tell the sizes"
         )
-    raise CheckpointError(
-        f"{read.file}: does not fit its configuration: {_some(problems, '; ')}{hint}"
-    )
+    told = some(problems, separator="; ")
+    raise CheckpointError(f"{read.file}: does not fit its configuration: {told}{hint}")
 
 
 def _contradiction(
@@ -426,10 +446,8 @@ def _contradiction(
         differ = differences(config, infer_config(state, config_file, heads))
     except CheckpointError:
         return ""
-    if not differ:
-        return ""
     found = say_differences(differ, "there", "by the tensors")
-    return f". {config_file.name} contradicts the tensors: {found}"
+    return f". {config_file.name} contradicts the tensors: {found}" if found else ""
 
 
 def _tell_widened(state: Mapping[str, Tensor], path: Path) -> None:
@@ -441,8 +459,3 @@ def _tell_widened(state: Mapping[str, Tensor], path: Path) -> None:
                 f"{path}: {kinds[kind]} of {len(state)} tensors are "
                 f"{str(kind).removeprefix('torch.')} and are turned into float32"
             )
-
-
-def _some(items: list[str], separator: str = ", ") -> str:
-    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-    return separator.join(items[:5]) + more

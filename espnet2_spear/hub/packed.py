@@ -43,15 +43,15 @@ _ERRORS += (RuntimeError, NotImplementedError)  # encrypted, unknown compression
 # --- Archives -------------------------------------------------------------------------
 
 
-def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is packed, by its name."""
-    return str(path).lower().endswith(ARCHIVE_SUFFIXES)
+def is_unpacked(path: Path) -> bool:
+    """Whether this is a folder that a model was unpacked into."""
+    return (path / META).is_file()
 
 
-def is_packed(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a packed model, or a folder that one was unpacked into."""
-    path = Path(path)
-    return (path / META).is_file() or (path.is_file() and is_archive(path))
+def is_packed(path: Path) -> bool:
+    """Whether this is a packed model, by its name, or an unpacked one."""
+    archive = path.name.lower().endswith(ARCHIVE_SUFFIXES)
+    return is_unpacked(path) or (archive and path.is_file())
 
 
 def unpack(archive: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
@@ -178,7 +178,7 @@ def read_packed(archive: Path, folder: Path) -> Packed:
     """
     stamps = sorted(folder.rglob(STAMP))
     stamp = read_stamp(archive, stamps[0]) if stamps else {}
-    meta = read_table(archive, folder / META)
+    meta = read_yaml_table(archive, folder / META)
     found: dict[str, dict[str, Path]] = {"yaml_files": {}, "files": {}}
     for key, paths in found.items():
         if not isinstance(meta.get(key), dict):
@@ -219,17 +219,17 @@ def unpack_model(
             return str(folder / name) if "/" in text and name in names else text
 
         for path in packed.configs.values():
-            content = with_texts(read_table(archive, path), unpacked, archive)
+            content = with_texts(read_yaml_table(archive, path), unpacked, archive)
             text = yaml.safe_dump(content, allow_unicode=True)
             path.write_text(text, encoding="utf-8")
-        check_weights(archive, packed)
+        check_only_tensors(archive, packed)
     except CheckpointError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return {k: str(v) for k, v in (packed.configs | packed.weights).items()}
 
 
-def check_weights(archive: Path, packed: Packed) -> None:
+def check_only_tensors(archive: Path, packed: Packed) -> None:
     """Read weights as tensors, which executes nothing.
 
     Raises:
@@ -242,7 +242,7 @@ def check_weights(archive: Path, packed: Packed) -> None:
             raise CheckpointError(f"{archive}: {error}") from error
 
 
-def read_table(archive: Path, path: Path) -> dict[str, Any]:
+def read_yaml_table(archive: Path, path: Path) -> dict[str, Any]:
     """Read a table of an unpacked model.
 
     Raises:
@@ -298,7 +298,7 @@ def read_stamp(archive: Path, path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the model is of a format newer than this version knows.
     """
-    stamp = read_table(archive, path)
+    stamp = read_yaml_table(archive, path)
     made_by = stamp.get("espnet2_spear")
     check_format(stamp.get("spear_format"), f"{archive}: {STAMP}: it", made_by)
     return stamp
@@ -360,9 +360,8 @@ def describe(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, st
     """
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix="spear-") as work:
-        folder = path
-        if not path.is_dir():
-            folder = Path(work) / "model"
+        folder = path if path.is_dir() else Path(work) / "model"
+        if folder != path:
             unpack_model(path, folder)
         packed = read_packed(path, folder)
         made_by = packed.stamp.get("espnet2_spear", "unknown version (no stamp)")
@@ -370,7 +369,7 @@ def describe(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, st
         facts["packed by"] = f"espnet2-spear {made_by}"
         lacking = {}
         for name, file in packed.configs.items():
-            config = read_table(path, file)
+            config = read_yaml_table(path, file)
             for key in ("frontend", "encoder", "student"):
                 if isinstance(config.get(key), str):
                     facts[f"{name}.{key}"] = config[key]

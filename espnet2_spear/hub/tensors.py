@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from espnet2_spear.errors import CheckpointError
+from espnet2_spear.fileio.explain import some
 from espnet2_spear.hub.fetch import INDEX_SUFFIX
 
 AGAIN = "download the file again"
@@ -25,14 +26,11 @@ NESTED = ("model_avg", "model", "state_dict")
 
 # Classes besides tensors and plain values that icefall leaves in its checkpoints, by
 # the name in the file. Making such an object executes nothing of the file's.
-_SAFE = [
-    *[(pathlib.PosixPath, f"{m}.PosixPath") for m in ("pathlib", "pathlib._local")],
-    *[
-        (pathlib.PureWindowsPath, f"{m}.WindowsPath")
-        for m in ("pathlib", "pathlib._local")
-    ],
-    *[pathlib.PurePosixPath, Decimal, defaultdict, Counter, dict, list, int, float],
-]
+_SAFE: list[Any] = [pathlib.PurePosixPath, Decimal, defaultdict, Counter]
+_SAFE += [dict, list, int, float]
+for _module in ("pathlib", "pathlib._local"):
+    _SAFE.append((pathlib.PosixPath, f"{_module}.PosixPath"))
+    _SAFE.append((pathlib.PureWindowsPath, f"{_module}.WindowsPath"))
 
 
 def read_settings(path: Path) -> Any:
@@ -77,22 +75,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         raise CheckpointError(
             f"{path}: cannot be read as tensors ({error}); {AGAIN}"
         ) from error
-    found = ""
-    if isinstance(state, Mapping):
-        for key in NESTED:
-            if isinstance(state.get(key), Mapping):
-                state, found = state[key], key
-                break
     if not isinstance(state, Mapping):
         raise CheckpointError(
             f"{path}: holds a {type(state).__name__}, not named tensors; this is not a "
             "SPEAR checkpoint"
         )
+    found = next((k for k in NESTED if isinstance(state.get(k), Mapping)), "")
+    state = state[found] if found else state
     other = [str(k) for k, v in state.items() if not isinstance(v, Tensor)]
     if other:
         raise CheckpointError(
-            f"{path}: {', '.join(other[:5])}: not tensors; this is not a SPEAR "
-            "checkpoint"
+            f"{path}: {some(other)}: not tensors; this is not a SPEAR checkpoint"
         )
     return dict(state), found
 
@@ -110,7 +103,7 @@ def _read_pickle(path: Path) -> Any:
                 raise
             raise CheckpointError(
                 f"{path}: holds objects that only code of theirs could restore "
-                f"({', '.join(refused[:5])}), which is not executed. If you trust the "
+                f"({some(refused)}), which is not executed. If you trust the "
                 "file, keep its tensors alone, where these classes are installed: "
                 'c = torch.load(FILE, weights_only=False); torch.save({"model": '
                 'c["model"]}, NEW)'
@@ -142,7 +135,7 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     differ = sorted(where.keys() ^ state.keys())
     if differ:
         raise CheckpointError(
-            f"{index}: its parts do not hold what it lists: {', '.join(differ[:5])}; "
+            f"{index}: its parts do not hold what it lists: {some(differ)}; "
             "download all files again"
         )
     return state

@@ -19,7 +19,7 @@ from torch import Tensor
 from espnet2_spear.constants import MAX_CODEBOOK_SIZE
 from espnet2_spear.mvq.embeddings import EmbeddingError, TrainingFrames
 from espnet2_spear.mvq.quantizer import AbsQuantizer
-from espnet2_spear.mvq.training import TrainingError, channel_statistics, check_seed
+from espnet2_spear.mvq.training import MVQTrainingError, channel_statistics, check_seed
 
 CODE_DIM = 16  # of BEST-RQ, arXiv 2202.01855
 INIT_FRAMES = 16  # per centre, for k-means++
@@ -107,7 +107,7 @@ class BaselineConfig:
         seed: of the projections, the first centres and the order of frames.
 
     Raises:
-        TrainingError: values out of range, or k-means with more than one codebook.
+        MVQTrainingError: values out of range, or k-means with more than one codebook.
     """
 
     quantizer: str
@@ -121,16 +121,16 @@ class BaselineConfig:
     def __post_init__(self) -> None:
         for name in ("num_codebooks", "iters", "batch_frames"):
             if getattr(self, name) < 1:
-                raise TrainingError(f"{name} is {getattr(self, name)}; at least 1")
+                raise MVQTrainingError(f"{name} is {getattr(self, name)}; at least 1")
         check_seed(self.seed)
         if self.quantizer == KMeansQuantizer.kind and self.num_codebooks != 1:
-            raise TrainingError(
+            raise MVQTrainingError(
                 f"k-means has one codebook, not {self.num_codebooks}: give "
                 "--num_codebooks 1 (recipe: --speech_codebooks 1 --audio_codebooks 1), "
                 "or use rvq"
             )
         if not 2 <= self.codebook_size <= MAX_CODEBOOK_SIZE:
-            raise TrainingError(
+            raise MVQTrainingError(
                 f"codebook_size is {self.codebook_size}; from 2 to "
                 f"{MAX_CODEBOOK_SIZE}, because codes are int16 in memory"
             )

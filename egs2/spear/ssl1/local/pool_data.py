@@ -175,7 +175,7 @@ class Lowest:
             self.total -= self._seconds.pop(self.bound)
 
 
-class Limits:
+class Quota:
     """Decides which utterances of a set are kept, in the order of a hash of their ids.
 
     Memory: 17 bytes an utterance while they are seen, 1 byte afterwards.
@@ -297,9 +297,9 @@ def write_sets(
     """
     hours = {domain: getattr(args, f"max_hours_{domain}") for domain in DOMAINS}
     limits = {
-        "train": Limits(hours, args.max_utts),
+        "train": Quota(hours, args.max_utts),
         # A single recording may be longer than what is to be held out.
-        "valid": Limits(dict.fromkeys(DOMAINS, args.max_valid_hours), args.max_utts),
+        "valid": Quota(dict.fromkeys(DOMAINS, args.max_valid_hours), args.max_utts),
     }
     sizes = dict.fromkeys(limits, 0)
     for piece in pieces:

@@ -31,7 +31,7 @@ _VERSION = 6
 _DTYPES = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}
 
 
-class LogMel(nn.Module):
+class WhisperLogMel(nn.Module):
     """Whisper's log-mel of unpadded audio: (B, samples) to (B, n_mels, M).
 
     Frame m is centred on sample 160 m, M = samples // 160. Each utterance is
@@ -124,7 +124,7 @@ class WhisperTeacher(Teacher):
         self.dim = channels
         heads = int(state["num_heads"])
         feedforward = state["layer_0/ffn/linear_0/weight"].size(0)
-        self.log_mel = LogMel(mels)
+        self.log_mel = WhisperLogMel(mels)
         self.conv1 = nn.Conv1d(mels, channels, 3, padding=1)
         self.conv2 = nn.Conv1d(channels, channels, 3, stride=2, padding=1)
         self.layers = nn.ModuleList(

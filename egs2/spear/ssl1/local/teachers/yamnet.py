@@ -108,7 +108,7 @@ def _tensor(proto: Any, data: bytes, onnx: Any) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
-class LogMel(nn.Module):
+class YamnetLogMel(nn.Module):
     """YAMNet's log-mel: (B, samples) to (B, M, 64), M = (samples - 400) // 160 + 1.
 
     Magnitudes of 25 ms Hann windows every 10 ms, 64 HTK mel bands from 125 Hz to
@@ -228,7 +228,7 @@ class YamnetTeacher(Teacher):
             raise TeacherError(
                 f"{path}: has {strides} strides, not YAMNet's {_STRIDES}"
             )
-        self.log_mel = LogMel()
+        self.log_mel = YamnetLogMel()
         self.convolutions = Convolutions(layers, _KEPT_STRIDES)
         self.dim = layers[-1]["weight"].size(0)
 
