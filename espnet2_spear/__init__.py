@@ -5,7 +5,7 @@ Importing this package makes frontend ``spear``, encoder ``zipformer``, optimize
 imported before or after. It imports neither torch nor ESPnet itself.
 """
 
-from ._hook import install as register
+from .registration import register
 
 __version__ = "0.1.0"
 __all__ = ["SpearEncoder", "__version__", "as_batch", "load_model", "register"]

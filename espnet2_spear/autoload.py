@@ -45,26 +45,18 @@ def startup_file() -> Path:
 
 
 def status() -> str:
-    """Return ``on``, ``off``, or ``changed``: there is a file, but not this version's.
-
-    A changed file is one of another version of the plugin; ``on`` replaces it.
-    """
-    path = startup_file()
-    if not path.exists():
-        return "off"
+    """``on``, ``off``, or ``changed``: the file is another version's, or unreadable."""
     try:
-        return "on" if path.read_text(encoding="utf-8") == CONTENT else "changed"
-    except (OSError, UnicodeDecodeError):
+        same = startup_file().read_bytes() == CONTENT.encode()
+    except FileNotFoundError:
+        return "off"
+    except OSError:
         return "changed"
+    return "on" if same else "changed"
 
 
-def switch_on() -> Path:
-    """Write the start-up file.
-
-    Raises:
-        AutoloadError: site-packages cannot be written, or the plugin would not be
-            found from there.
-    """
+def switch_on() -> None:
+    """Write the start-up file, if the plugin would be found by it."""
     path = startup_file()
     # A Python that is started elsewhere must find the plugin, too.
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -81,51 +73,41 @@ def switch_on() -> Path:
             f"{path} cannot be written ({error.strerror}): use an environment of your "
             "own (python -m venv), or `spear-python` in place of python"
         ) from error
-    return path
 
 
-def switch_off() -> bool:
-    """Remove the start-up file; returns whether there was one.
-
-    Raises:
-        AutoloadError: it cannot be removed.
-    """
+def switch_off() -> None:
+    """Remove the start-up file, if there is one."""
     path = startup_file()
-    there = path.exists()
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise AutoloadError(
             f"{path} cannot be removed ({error.strerror}): ask whoever owns it"
         ) from error
-    return there
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Parser of the command line."""
+def run(args: argparse.Namespace) -> None:
+    """Switch, or say how it is."""
+    path, before = startup_file(), status()
+    if args.action == "on":
+        switch_on()
+        print(f"on: {path} (undo: python -m espnet2_spear.autoload off)")
+    elif args.action == "off":
+        switch_off()
+        print("off:", "was off already:" if before == "off" else "removed", path)
+    else:
+        print(f"{before}: {path}")
+
+
+def main(cmd: list[str] | None = None) -> None:
+    """Run one action."""
     parser = argparse.ArgumentParser(
         prog="python -m espnet2_spear.autoload",
         description="Let every start of this Python make the plugin known to ESPnet, "
         "or not any more. Nothing else of the environment is changed.",
     )
     parser.add_argument("action", choices=("on", "off", "status"))
-    return parser
-
-
-def main(cmd: list[str] | None = None) -> None:
-    """Run one action."""
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Switch, or say how it is."""
-    if args.action == "on":
-        print(f"on: {switch_on()} (undo: python -m espnet2_spear.autoload off)")
-    elif args.action == "off":
-        done = "removed" if switch_off() else "was off already:"
-        print(f"off: {done} {startup_file()}")
-    else:
-        print(f"{status()}: {startup_file()}")
+    main_with_one_line_errors(parser, run, cmd)
 
 
 if __name__ == "__main__":

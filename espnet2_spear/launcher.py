@@ -1,13 +1,10 @@
 """``spear-python``: python, with the classes of this package known to ESPnet.
 
-For every place where ESPnet's recipes let you choose the Python, such as
-``asr.sh --python spear-python``. Takes what python takes, since it is this Python,
-started with a ``sitecustomize`` that imports the plugin (options that switch that off,
-``-I``, ``-E`` and ``-S``, switch the plugin off, too). ``python -m
-espnet2_spear.launcher`` is the same.
+For wherever ESPnet's recipes let you choose the Python: ``asr.sh --python
+spear-python``. ``python -m espnet2_spear.launcher`` is the same. It becomes this
+Python, which imports the plugin by a ``sitecustomize``; so options that switch that
+off, ``-I``, ``-E`` and ``-S``, switch the plugin off, too.
 """
-
-from __future__ import annotations
 
 import os
 import sys

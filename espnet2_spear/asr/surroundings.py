@@ -39,7 +39,7 @@ def check_normalizer(model: nn.Module, name: str, part: nn.Module | None) -> Non
     """
     if name not in ("normalize", "encoder", "frontend"):
         return
-    parts = {**model._modules, name: part}
+    parts = {**dict(model.named_children()), name: part}
     normalizer = parts.get("normalize")
     if normalizer is None:
         return

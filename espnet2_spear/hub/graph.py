@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental import _config as fx_config
 from torch.fx.node import map_arg
 
 from espnet2_spear.errors import UserError
+from espnet2_spear.torch_private import ASSERTIONS, ones_are_sizes
 
 MAX_BATCH = 4096
 KEY = "spear"
@@ -77,7 +77,7 @@ class Network:
         dynamic: list[Any] = shapes[:2]
         if shapes[2:]:
             dynamic.append(tuple(shapes[2:]))
-        sizes = fx_config.patch(backed_size_oblivious=self.single_frames)
+        sizes = ones_are_sizes(self.single_frames)
         with torch.no_grad(), sizes:
             try:
                 program = torch.export.export(
@@ -105,7 +105,7 @@ def drop_assertions(graph_module: torch.fx.GraphModule) -> None:
     for part in graph_module.modules():
         if isinstance(part, torch.fx.GraphModule):
             for node in [*part.graph.nodes]:
-                if node.target == torch.ops.aten._assert_scalar.default:
+                if node.target in ASSERTIONS:
                     part.graph.erase_node(node)
             part.graph.eliminate_dead_code()
             part.recompile()

@@ -27,6 +27,7 @@ from torch import Tensor
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.mvq.search import GramTables, improve, refine
+from espnet2_spear.torch_private import version
 
 FORMAT = "espnet2_spear.mvq.Quantizer"
 
@@ -117,12 +118,12 @@ class AbsQuantizer(nn.Module, ABC):
         """Inner products of the centres; in eval mode they are computed once."""
         centers = list(self.parameters())
         # Some optimizers step without a new version, but not in eval mode.
-        version = tuple(
-            (p.data_ptr(), 0 if p.is_inference() else p._version) for p in centers
+        versions = tuple(
+            (p.data_ptr(), 0 if p.is_inference() else version(p)) for p in centers
         )
-        if self.training or self._tables is None or self._tables[0] != version:
+        if self.training or self._tables is None or self._tables[0] != versions:
             tables = GramTables(self.scaled_centers(), self.joint_search)
-            self._tables = (version, tables)
+            self._tables = (versions, tables)
         return self._tables[1]
 
     @staticmethod

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from espnet2_spear.optimizers.lr_scale import split_by_lr_scale
+from espnet2_spear.torch_private import foreach_copy_, foreach_norm
 
 _NORM_PERIOD = 100  # steps between two updates of the clipping threshold
 _BLOCK = 1 << 19  # elements that a CPU updates at once: all operands stay in its cache
@@ -51,7 +52,7 @@ class _Stack:
         if not blocks or not all(p.is_contiguous() for p in self.params):
             value = torch.stack(self.params)
             yield slice(None), value.flatten(1), torch.stack(grads).flatten(1), *state
-            torch._foreach_copy_(self.params, list(value.unbind()))
+            foreach_copy_(self.params, list(value.unbind()))
             return
         for i, (p, grad) in enumerate(zip(self.params, grads, strict=True)):
             whole = [p.view(1, -1), grad.reshape(1, -1)]
@@ -244,7 +245,7 @@ class ScaledAdam(torch.optim.Optimizer):
         history = self.state[owner]
         total = torch.zeros((), device=owner.device)
         for stack, grads in work:
-            norms = torch.stack(torch._foreach_norm(grads)).float()
+            norms = torch.stack(foreach_norm(grads)).float()
             if not stack.is_scalar:
                 norms *= stack.state["param_rms"]
             total += norms.square().sum().to(owner.device)
@@ -325,12 +326,12 @@ class ScaledAdam(torch.optim.Optimizer):
         lr = group["lr"] * group["scalar_lr_scale"]
         delta.mul_(beta1).addcdiv_(grad, denominator, value=-lr * (1 - beta1))
         value.clamp_(-group["scalar_max"], group["scalar_max"]).add_(delta)
-        torch._foreach_copy_(stack.params, list(value.unbind()))
+        foreach_copy_(stack.params, list(value.unbind()))
 
 
 def _rms(tensors: list[Tensor]) -> Tensor:
     """Root mean squares (S,) of S tensors of one shape."""
-    norms = torch.stack(torch._foreach_norm(tensors))
+    norms = torch.stack(foreach_norm(tensors))
     return norms * tensors[0].numel() ** -0.5
 
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from espnet2_spear.torch_private import foreach_mul_
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 
@@ -84,7 +85,7 @@ def accumulate_gradients(
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         weights = [result.sums["weight"] for result in results]
         factor = weights[0] / torch.stack(weights).sum()
-        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        foreach_mul_(gradients, factor.to(gradients[0].dtype))
     return results, times
 
 
@@ -99,9 +100,21 @@ def evaluate(
 
 def fetch(scalars: Any) -> Any:
     """Bring scalars, in any nested containers, to the host in one transfer."""
-    leaves, spec = tree_flatten(scalars)
-    values = torch.stack([value.double() for value in leaves]).tolist()
-    return tree_unflatten(values, spec)
+    leaves: list[Tensor] = []
+    _map(lambda scalar: leaves.append(scalar.double()), scalars)
+    values = iter(torch.stack(leaves).tolist())
+    return _map(lambda _: next(values), scalars)
+
+
+def _map(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The same dicts, lists and tuples, with function(scalar) for each scalar."""
+    if isinstance(tree, Mapping):
+        return {name: _map(function, value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        items = [_map(function, value) for value in tree]
+        named = hasattr(tree, "_fields")
+        return type(tree)(*items) if named else type(tree)(items)
+    return function(tree)
 
 
 def _forward(

@@ -16,12 +16,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.spear import objective
+from espnet2_spear.torch_private import TorchDispatchMode, fake_tensors
 from espnet2_spear.zipformer import embed
 from espnet2_spear.zipformer.cpu import use_cpu_versions
 
@@ -76,20 +75,20 @@ class AllocatedBytes(TorchDispatchMode):
     def __init__(self, others: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = self.operations = 0
-        self._alive = {x.untyped_storage()._cdata: 0 for x in others}
+        self._alive = {id(x.untyped_storage()): 0 for x in others}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if formula := FORMULAS.get(func._overloadpacket):
+        if formula := FORMULAS.get(func):
             self.operations += formula(*args, **(kwargs or {}), out_val=out)
         for x in _tensors(out):
             self._count(x.untyped_storage())
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = id(storage)  # torch keeps the object as long as the memory
         if key not in self._alive:
             self._alive[key] = storage.nbytes()
             self.now += storage.nbytes()
@@ -125,8 +124,16 @@ def simulate_step(
         build: makes a SpearPretrainModel, in training, and its optimizers.
         make_batch: makes the arguments of its ``forward``.
         amp_dtype: of autocast; None: off.
+
+    Raises:
+        UserError: this version of torch does not tell of its operations.
     """
-    with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+    if TorchDispatchMode is object:
+        raise UserError(
+            f"torch {torch.__version__} does not tell of its operations, which the "
+            "plan counts: install another version, such as 2.11"
+        )
+    with as_on_a_gpu(), fake_tensors():
         model, optimizers = build()
         first_update(model, optimizers)
         return _count(model, make_batch, amp_dtype, optimizers)
@@ -179,13 +186,17 @@ def _kept_by(modules: nn.ModuleDict, memory: AllocatedBytes) -> list[int]:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        return [x for part in tree for x in _tensors(part)]
+    return [tree] if isinstance(tree, Tensor) else []
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors; views of one storage count once."""
     storages = [x.untyped_storage() for x in tensors]
-    return sum({s._cdata: s.nbytes() for s in storages}.values())
+    return sum({id(s): s.nbytes() for s in storages}.values())
 
 
 def convolution_backward(
@@ -199,7 +210,12 @@ def convolution_backward(
     return 2 * gradients * grad[0] * math.prod(grad[2:]) * math.prod(weight)
 
 
-FORMULAS = {
+_FORMULAS = {
     **flop_registry,
     torch.ops.aten.convolution_backward: shape_wrapper(convolution_backward),
+}
+FORMULAS = {
+    getattr(operation, overload): formula
+    for operation, formula in _FORMULAS.items()
+    for overload in operation.overloads()
 }

@@ -3,8 +3,7 @@
 The network itself is plain PyTorch; :data:`VERSIONS`, at the end, says which of its
 functions are replaced for float32 tensors in a CPU's memory, and what makes each
 faster. Where the conditions of :func:`.fusion.replaceable` do not hold, or a version
-returns NotImplemented, the plain function runs: on GPUs, under autocast, in graphs, and
-without the private functions of PyTorch that are used here.
+returns NotImplemented, the plain function runs: on GPUs, under autocast, in graphs.
 
 Products: PyTorch multiplies float32 matrices by MKL, which takes less than half the
 width of the vector units of CPUs that are not Intel's. oneDNN, a part of PyTorch too,
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet2_spear.torch_private import has_hooks, onednn_linear
 from espnet2_spear.zipformer.embed import conv2d
 from espnet2_spear.zipformer.fbank import log_mel
 from espnet2_spear.zipformer.fusion import cpu_versions
@@ -47,9 +47,6 @@ from espnet2_spear.zipformer.scores import (
     relative_to_absolute,
 )
 
-# Private functions of PyTorch: softplus with a result tensor, oneDNN's product.
-SOFTPLUS = getattr(torch._C._nn, "softplus", None)
-ONEDNN_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 # What is computed at once, so that it stays in the caches: rows of a chain of
 # operations, fbank frames, attention weights of a head.
 ROWS, FBANK_FRAMES, HEAD_WEIGHTS, HEAD_QUERIES = 1024, 128, 2**19, 8
@@ -58,9 +55,8 @@ MAX_HEAD_WEIGHTS = 2**17
 
 
 def _has_onednn() -> bool:
-    if ONEDNN_LINEAR is None or not torch.backends.mkldnn.is_available():
-        return False
-    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+    wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return wide and torch.backends.mkldnn.is_available()
 
 
 ONEDNN = _has_onednn()
@@ -76,7 +72,7 @@ def matmul_t(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         # Part of a larger matrix, such as rows of one utterance whose channels come
         # first in memory: oneDNN has only reference code for it, far slower.
         b = b.contiguous()
-    return ONEDNN_LINEAR(a, b, bias, "none", [], "")
+    return onednn_linear(a, b, bias, "none", [], "")
 
 
 def weight_product(g: Tensor, x: Tensor) -> Tensor:
@@ -109,7 +105,7 @@ def _plain_layers(*modules: nn.Module) -> bool:
     return ONEDNN and all(
         type(m) in (nn.Linear, nn.Conv2d)
         and m.weight.dtype == torch.float32
-        and not (m._forward_hooks or m._forward_pre_hooks)
+        and not has_hooks(m)
         for m in modules
     )
 
@@ -151,19 +147,19 @@ def cpu_project(layer: nn.Linear, x: Tensor) -> Tensor:
     return _LinearMap.apply(x.permute(0, 2, 3, 1).flatten(2), weight, layer.bias)
 
 
+def _softplus_(x: Tensor) -> Tensor:
+    return torch.ops.aten.softplus.out(x, 1.0, 20.0, out=x)
+
+
 def cpu_swoosh_value(x: Tensor, kind: Swoosh) -> Tensor:
     """Version of ``swoosh_value``: one temporary tensor, which is the result."""
-    if SOFTPLUS is None:
-        return NotImplemented
-    y = x - kind.shift
-    SOFTPLUS(y, 1.0, 20.0, out=y)
+    y = _softplus_(x - kind.shift)
     return y.add_(x, alpha=-0.08).sub_(kind.offset)
 
 
 def swoosh_(x: Tensor, kind: Swoosh) -> Tensor:
     """Compute swoosh in place, without a gradient."""
-    y = x - kind.shift
-    y = F.softplus(y) if SOFTPLUS is None else SOFTPLUS(y, 1.0, 20.0, out=y)
+    y = _softplus_(x - kind.shift)
     return x.mul_(-0.08).add_(y).sub_(kind.offset)
 
 

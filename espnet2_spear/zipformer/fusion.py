@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espnet2_spear.torch_private import allow_graphs
+
 Chain = Callable[..., Tensor]
 
 # Graphs of one chain: dtypes, layouts, ranks, and batches of a lone utterance.
@@ -61,8 +63,7 @@ def fuse_chains(on: bool = True) -> bool:
     _switch["on"] = False
     if on:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, _MAX_GRAPHS)
+        allow_graphs(_MAX_GRAPHS)
         try:
             x = torch.ones(16, device=device)
             torch.compile(lambda x: x.sigmoid() * 2 - x, dynamic=True)(x)
