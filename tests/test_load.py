@@ -226,6 +226,8 @@ def test_low_precision_is_told(tmp_path, state, caplog) -> None:
         ("config.yaml", "\udcff"),
         ("config.yaml", "{student: base, student_conf: null}"),
         ("config.yaml", "{student: base, student_conf: {? {a: 1} : 2}}"),
+        ("config.yaml", "{frontend: spear, frontend_conf: 5}"),
+        ("config.yaml", "{encoder: zipformer, encoder_conf: [arch]}"),
     ],
 )
 def test_malformed_configuration(tmp_path, name, text):

@@ -295,6 +295,9 @@ def _students(file: Path, conf: Any) -> dict[str, ZipformerConfig | dict[str, An
             if isinstance(arch, dict):
                 arch = {"name": conf["student"], **arch}
             found["student"] = ZipformerConfig.from_dict(arch)
+        for key in ("frontend_conf", "encoder_conf"):
+            if not isinstance(conf.get(key) or {}, dict):
+                raise ValueError(f"{key} must be a mapping, not {conf[key]!r}")
         if conf.get("frontend") == "spear":
             found["frontend"] = _with_padding(conf.get("frontend_conf") or {})
         if conf.get("encoder") == "zipformer":
