@@ -14,7 +14,7 @@ from pathlib import Path
 
 from espnet2_spear.codes.from_cuts import take_over
 from espnet2_spear.fileio.atomic import write_json
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.tables import DataDirError
 from espnet2_spear.mvq.files import load_quantizer
 
@@ -46,17 +46,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Convert; see ``--help``.
 
     Raises:
         UserError: cuts or arrays that do not fit.
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Write the codes of one field for one data directory."""
     sources = []
     for source in args.cuts:
         name, equals, path = source.partition("=")

@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.utterances import beside_wav_scp
 from espnet2_spear.teachers import (
     build_teacher,
@@ -63,7 +63,8 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd=None):
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Embed; see ``--help``.
 
     Example:
@@ -71,11 +72,6 @@ def main(cmd=None):
             --teacher_config conf/teachers/whisper_tiny_en.yaml --domains speech \
             --wav_scp dump/raw/train/wav.scp --output_dir exp/teachers/speech/embeddings
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Embed what was chosen."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     name, conf = load_teacher_config(args.teacher_config)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.hub.extraction import (
     ExtractError,
     ExtractionRun,
@@ -94,7 +94,8 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Compute the features; see ``--help``.
 
     Raises:
@@ -105,11 +106,6 @@ def main(cmd: list[str] | None = None) -> None:
         % python -m espnet2_spear.bin.spear_extract --model exp/spear_mini \\
             --layer all --out exp/features dump/raw/en_test/wav.scp
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Compute, and say what was skipped."""
     if args.format == "ark" and args.dtype != "float32":
         raise ExtractError("--dtype float16: Kaldi arks hold float32; use --format npy")
     if args.num_threads:

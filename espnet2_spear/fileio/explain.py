@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,6 +45,7 @@ def main_with_one_line_errors(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], T],
     cmd: list[str] | None = None,
+    *errors: type[Exception],
 ) -> T:
     """Parse a command line, set up logging and run: the ``main`` of every command.
 
@@ -53,6 +55,7 @@ def main_with_one_line_errors(
         cmd: the words of a command line, from a caller in Python, to whom errors are
             raised as they are; None: those of this process, which then ends with one
             line where users can mend the error.
+        errors: further classes whose messages say what to do.
 
     Returns:
         what ``run`` returns.
@@ -68,8 +71,31 @@ def main_with_one_line_errors(
     logging.basicConfig(level=args.log_level, format=LOG_FORMAT)
     if cmd is not None:
         return run(args)
-    with one_line_errors():
+    with one_line_errors(*errors):
         return run(args)
+
+
+def command(
+    get_parser: Callable[[], argparse.ArgumentParser], *errors: type[Exception]
+) -> Callable[[Callable[[argparse.Namespace], T]], Callable[..., T]]:
+    """Make a function of options the ``main`` of a command, which takes its words.
+
+    ``main()`` takes those of the process, ``main(words)`` is for callers in Python; see
+    :func:`main_with_one_line_errors`.
+
+    Args:
+        get_parser: returns the parser of the options.
+        errors: further classes whose messages say what to do.
+    """
+
+    def decorate(run: Callable[[argparse.Namespace], T]) -> Callable[..., T]:
+        @wraps(run)
+        def main(cmd: list[str] | None = None) -> T:
+            return main_with_one_line_errors(get_parser(), run, cmd, *errors)
+
+        return main
+
+    return decorate
 
 
 @contextmanager
@@ -93,13 +119,3 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
             remedy = "; make room for its outputs (and temporary files beside them), "
             remedy += "and run it again: what is finished is kept"
         raise SystemExit(f"ERROR ({program}): {error}{remedy}") from error
-
-
-def run_command(main: Callable[[], None], *errors: type[Exception]) -> None:
-    """Set up logging, run a main function that parses its own options.
-
-    See :func:`one_line_errors`.
-    """
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    with one_line_errors(*errors):
-        main()

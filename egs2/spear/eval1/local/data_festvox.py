@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 
 from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 VOICE = "usr/share/festival/voices/russian/msu_ru_nsh_clunits"
 EVERY = 4
@@ -38,13 +38,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory.
 
     Raises:
         DataDirError: no labels, or a malformed file of them.
     """
-    args = get_parser().parse_args(cmd)
     voice = args.root / VOICE
     files = sorted((voice / "lab").glob("*.lab"))[::EVERY]
     if not files:
@@ -58,4 +58,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from espnet2_spear.fileio.audio import AudioError, audio_info
 from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 ARCHIVE = "usr/share/scummvm/flight-of-the-amazon-queen/queen.1c"
 MP3 = 1
@@ -108,13 +108,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory: speakers with enough clips, so many of each.
 
     Raises:
         DataDirError: see :func:`read_members`; or fewer than two speakers are left.
     """
-    args = get_parser().parse_args(cmd)
     archive = args.root / ARCHIVE
     folder = args.out_dir / "clips"
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,4 +160,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -17,7 +17,7 @@ from espnet2_spear.fileio.datadir import (
     write_entries,
     write_table,
 )
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 VOICES = "usr/share/games/hedgewars/Data/Sounds/voices"
 ENGLISH = ("British", "Classic", "Default", "HillBilly", "Mobster", "Pirate", "Robot")
@@ -32,13 +32,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory.
 
     Raises:
         DataDirError: a voice is missing, or they share no phrase.
     """
-    args = get_parser().parse_args(cmd)
     files: dict[str, dict[str, Path]] = {}
     for voice in ENGLISH:
         folder = args.root / VOICES / voice
@@ -61,4 +61,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

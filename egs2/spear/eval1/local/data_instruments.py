@@ -13,7 +13,7 @@ from pathlib import Path
 from containers import read_presets, read_sf3
 from sounds import SOUNDFONT, Clip, balanced, write_clips, write_sound
 
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 FAMILIES = "piano percussion organ guitar bass strings ensemble brass reed pipe".split()
 FAMILIES += "lead pad effects ethnic percussive sound_effects".split()
@@ -37,9 +37,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory."""
-    args = get_parser().parse_args(cmd)
     players = read_presets(args.root / SOUNDFONT)
     clips = []
     for index, (_, content) in enumerate(read_sf3(args.root / SOUNDFONT)):
@@ -57,4 +57,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -9,7 +9,7 @@ from containers import read_cat
 from sounds import OPENSFX, write_sound
 
 from espnet2_spear.fileio.datadir import Entry, write_entries
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -20,9 +20,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory."""
-    args = get_parser().parse_args(cmd)
     found = []
     for index, (_, content) in enumerate(read_cat(args.root / OPENSFX)):
         utt = f"opensfx-{index:02d}"
@@ -33,4 +33,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

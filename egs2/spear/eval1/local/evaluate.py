@@ -29,7 +29,7 @@ from tasks import Clips, Data, Task, TaskError, divide
 
 from espnet2_spear.fileio.atomic import atomic, write_json
 from espnet2_spear.fileio.datadir import read_table
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import command
 
 HERE = Path(__file__).resolve().parent.parent
 SYSTEMS = "logmel random student teachers"
@@ -283,7 +283,8 @@ def chosen_tasks(args: argparse.Namespace) -> list[Task]:
     return sorted(chosen, key=lambda t: (t.domain != "speech", t.name))
 
 
-def run(args: argparse.Namespace) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Run the stages.
 
     Raises:
@@ -313,11 +314,6 @@ def run(args: argparse.Namespace) -> None:
     elif 3 in wanted or 4 in wanted:
         torch.set_num_threads(max(1, args.nj))
         evaluate(args, tasks, folders, 4 in wanted)
-
-
-def main(cmd: list[str] | None = None) -> None:
-    """Command line entry point."""
-    main_with_one_line_errors(get_parser(), run, cmd)
 
 
 if __name__ == "__main__":

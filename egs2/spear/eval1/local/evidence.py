@@ -31,7 +31,7 @@ from table import Results, commit, draw, environment, table
 from tasks import LOWER_IS_BETTER, Task, TaskError
 
 from espnet2_spear.fileio.datadir import read_table, write_table
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import command
 
 HERE = Path(__file__).resolve().parent.parent
 ARMS, SSL1 = HERE / "evidence", HERE.parent / "ssl1"
@@ -398,7 +398,8 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Train, score and compare all students.
 
     Raises:
@@ -439,11 +440,6 @@ def run(args: argparse.Namespace) -> None:
         for name, found in read_scores(tag).items():
             scores.add(name, {k: mean_score(v, 0) for k, v in found.items()})
     report(args, tasks, asked, scores)
-
-
-def main(cmd: list[str] | None = None) -> None:
-    """Command line entry point."""
-    main_with_one_line_errors(get_parser(), run, cmd)
 
 
 if __name__ == "__main__":

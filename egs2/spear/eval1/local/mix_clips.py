@@ -22,7 +22,7 @@ from espnet2_spear.fileio.datadir import (
     read_table,
     write_entries,
 )
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.names import file_name
 
 RATE = 16000
@@ -66,13 +66,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write as many mixtures as there are clips: each clip with another one.
 
     Raises:
         DataDirError: a clip without label or part.
     """
-    args = get_parser().parse_args(cmd)
     paths = read_table(args.wav_scp, "utterance file")
     labels = read_table(args.source / "labels", "utterance label")
     groups = read_table(args.source / "groups", "utterance group")
@@ -106,4 +106,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -25,7 +25,7 @@ from espnet2_spear.fileio.datadir import (
     write_entries,
     write_table,
 )
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 UFOAI = ("weapons", "ambience", "footsteps", "aliens", "soldiers")
 UFOAI_SMALL = ("impact", "doors")  # 13 and 8 clips
@@ -205,12 +205,12 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory."""
-    args = get_parser().parse_args(cmd)
     every = list(clips(args.root, args.out_dir / "clips", args.all_classes))
     write_clips(balanced(every, args.max_clips), args.out_dir)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

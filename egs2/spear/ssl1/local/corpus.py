@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes
 
 from espnet2_spear.fileio.datadir import Entry, Segment, write_entries
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.folders import audio_files
 from espnet2_spear.fileio.tables import DataDirError, Lines, open_text
@@ -234,12 +234,8 @@ class Corpus:
         if problem:
             logging.warning("%s %s: %s", self.name, part, problem)
 
-    def command(self) -> None:
-        """Command line of data_<corpus>.py; what users can mend ends it with a line."""
-        run_command(self.main)
-
     def main(self, cmd: list[str] | None = None) -> None:
-        """Prepare; see ``--help``."""
+        """Command line of data_<corpus>.py; what users can mend ends it with a line."""
         parser = argparse.ArgumentParser(
             description=f"Prepare {self.name} ({self.licence}; {self.source}) as a "
             f"data directory. Its folder: {self.layout}."
@@ -253,7 +249,9 @@ class Corpus:
             help=f"of {', '.join(self.parts)}",
         )
         parser.add_argument("--partial", action="store_true", help="accept less")
-        args = parser.parse_args(cmd)
+        main_with_one_line_errors(parser, self._run, cmd)
+
+    def _run(self, args: argparse.Namespace) -> None:
         # A table `splits` for those who test on the corpus' own parts.
         found = self.prepare(
             self.root(args.root), args.parts, args.partial, len(args.parts) > 1

@@ -14,7 +14,7 @@ import unicodedata
 from pathlib import Path
 
 from espnet2_spear.fileio.datadir import Entry, check, write_entries
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.tables import open_text
 
 VOICES = {
@@ -115,9 +115,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory."""
-    args = get_parser().parse_args(cmd)
     found = prepare(args.root, args.lang)
     write_entries(found, args.out_dir)
     check(args.out_dir)
@@ -126,4 +126,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

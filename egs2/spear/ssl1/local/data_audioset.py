@@ -40,4 +40,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -41,7 +41,7 @@ from espnet2_spear.fileio.datadir import (
     write_entries,
     write_table,
 )
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.names import safe_id
 from espnet2_spear.fileio.tables import DataDirError, open_text
@@ -208,9 +208,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write a data directory an entry, and the weights beside them."""
-    args = get_parser().parse_args(cmd)
     known = known_corpora()
     if args.list:
         for name, corpus in known.items():
@@ -250,4 +250,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

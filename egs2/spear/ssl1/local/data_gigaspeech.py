@@ -79,4 +79,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -27,4 +27,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -43,4 +43,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -47,4 +47,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -41,7 +41,7 @@ from training_config import (
 )
 
 from espnet2_spear.fileio.convert import AUDIO_FORMATS
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
 TEACHERS_OF_MINI = "speech=whisper_tiny_en audio=yamnet"
@@ -492,9 +492,9 @@ def plan_teacher(
     return teacher
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser, ValueError)
+def main(args: argparse.Namespace) -> None:
     """Print the plan."""
-    args = get_parser().parse_args(cmd)
     config, run, teachers = plan(args)
     if args.write is not None:
         args.write.parent.mkdir(parents=True, exist_ok=True)
@@ -516,4 +516,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, ValueError)
+    main()

@@ -28,7 +28,7 @@ from espnet2_spear.fileio.datadir import (
     entries,
     entry_writer,
 )
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.tables import DataDirError, Lines, sorted_rows
 
@@ -263,9 +263,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directories train and valid."""
-    args = get_parser().parse_args(cmd)
     excluded = {
         line.split()[0]
         for path in args.exclude
@@ -346,4 +346,4 @@ def write_sets(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()
