@@ -116,8 +116,8 @@ class Corpus:
 
     Attributes:
         name: of the corpus; begins the utterance ids.
-        read: (root, part) -> what is there; raises FileNotFoundError where the layout
-            is not the expected one.
+        read: (root, part, found) adds to `found` what is there; raises
+            FileNotFoundError where the layout is not the expected one.
         parts: part -> utterances in it as published, None where that is not known.
         default_parts: used unless others are asked for.
         licence: of the audio.
@@ -131,7 +131,7 @@ class Corpus:
     """
 
     name: str
-    read: Callable[[Path, str], Found]
+    read: Callable[[Path, str, Found], None]
     parts: Mapping[str, int | None]
     default_parts: Sequence[str]
     licence: str
@@ -186,8 +186,9 @@ class Corpus:
             if part not in self.parts:
                 known = ", ".join(self.parts)
                 raise DataDirError(f"{self.name} has no part '{part}'; it has: {known}")
+            result = Found()
             try:
-                result = self.read(root, part)
+                self.read(root, part, result)
             except FileNotFoundError as error:
                 raise DataDirError(
                     f"{error.filename}: not there; expected: {self.layout}"

@@ -6,15 +6,13 @@ from pathlib import Path
 from corpus import Corpus, FileIndex, Found, label, read_csv
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read all clips; the label is the category, with _ for spaces."""
     files = FileIndex(root / "audio")
-    found = Found()
     for row in read_csv(root / "BBCSoundEffects.csv"):
         name = Path(row["location"]).stem
         path = files.path(name, ".wav")
         found.add(f"bbc_sfx-{name}", path, "audio", labels=label(row["category"]))
-    return found
 
 
 CORPUS = Corpus(

@@ -6,14 +6,12 @@ from pathlib import Path
 from corpus import Corpus, Found, read_csv
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a fold; the label is the category."""
-    found = Found()
     for row in read_csv(root / "meta/esc50.csv"):
         if f"fold{row['fold']}" == part:
             path = root / "audio" / row["filename"]
             found.add(f"esc50-{path.stem}", path, "audio", labels=row["category"])
-    return found
 
 
 FOLDS = tuple(f"fold{number}" for number in range(1, 6))

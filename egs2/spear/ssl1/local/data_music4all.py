@@ -6,15 +6,13 @@ from pathlib import Path
 from corpus import Corpus, FileIndex, Found, label, read_csv
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read all clips; labels are genres, with _ for spaces."""
     files = FileIndex(root / "audios")
-    found = Found()
     for row in read_csv(root / "id_genres.csv", delimiter="\t"):
         name, genres = row["id"], map(label, row["genres"].split(","))
         path = files.path(name, ".mp3")
         found.add(f"music4all-{name}", path, "audio", labels=" ".join(genres))
-    return found
 
 
 CORPUS = Corpus(
