@@ -119,12 +119,7 @@ def main(args: argparse.Namespace) -> None:
             --quantizer exp/teachers/audio/quantizer.pt --output_dir dump/codes/train
     """
     domains = args.domains or ["all"] * len(args.name)
-    if (
-        not len(args.teacher_config)
-        == len(args.quantizer)
-        == len(args.name)
-        == len(domains)
-    ):
+    if len({*map(len, (args.teacher_config, args.quantizer, args.name, domains))}) > 1:
         raise SystemExit(
             "--teacher_config, --quantizer, --name and --domains must have as many "
             "values each: one a teacher"

@@ -6,11 +6,10 @@ import argparse
 import errno
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from espnet2_spear.errors import UserError
 
@@ -39,6 +38,12 @@ def add_switch(parser: argparse._ActionsContainer, name: str, help: str) -> None
 
     help += " (true or false)"
     parser.add_argument(name, type=str2bool, default=False, help=help)
+
+
+def add_options(parser: argparse._ActionsContainer, **defaults: Any) -> None:
+    """Give a parser options that their names explain, each of its default's type."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
 
 
 def main_with_one_line_errors(
@@ -71,8 +76,17 @@ def main_with_one_line_errors(
     logging.basicConfig(level=args.log_level, format=LOG_FORMAT)
     if cmd is not None:
         return run(args)
-    with one_line_errors(*errors):
+    program = Path(sys.argv[0]).name
+    try:
         return run(args)
+    except (UserError, *errors) as error:
+        raise SystemExit(f"ERROR ({program}): {error}") from None
+    except OSError as error:
+        remedy = ""
+        if error.errno in FULL:
+            remedy = "; make room for its outputs (and temporary files beside them), "
+            remedy += "and run it again: what is finished is kept"
+        raise SystemExit(f"ERROR ({program}): {error}{remedy}") from error
 
 
 def command(
@@ -96,26 +110,3 @@ def command(
         return main
 
     return decorate
-
-
-@contextmanager
-def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
-    """End the process with one line where users can mend the error.
-
-    Args:
-        errors: further classes whose messages say what to do.
-
-    Raises:
-        SystemExit: in place of such an error.
-    """
-    program = Path(sys.argv[0]).name
-    try:
-        yield
-    except (UserError, *errors) as error:
-        raise SystemExit(f"ERROR ({program}): {error}") from None
-    except OSError as error:
-        remedy = ""
-        if error.errno in FULL:
-            remedy = "; make room for its outputs (and temporary files beside them), "
-            remedy += "and run it again: what is finished is kept"
-        raise SystemExit(f"ERROR ({program}): {error}{remedy}") from error

@@ -14,13 +14,14 @@ segments of one string, which a split keeps together).
 """
 
 import argparse
-import hashlib
 import logging
 import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from sounds import order
 
 from espnet2_spear.fileio.audio import AudioError, audio_info
 from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
@@ -89,11 +90,6 @@ def read_clips(path: Path) -> Iterator[Clip]:
         if clip and int(clip[1]) in persons:
             speaker = PLAYER if clip[3] == "J" else persons[int(clip[1])]
             yield Clip(name[:-3], speaker, clip[1] + clip[2], offset, size)
-
-
-def order(clip: Clip) -> str:
-    """Key of an order that looks random and is always the same."""
-    return hashlib.sha256(clip.name.encode()).hexdigest()
 
 
 def get_parser() -> argparse.ArgumentParser:

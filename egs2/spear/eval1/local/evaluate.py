@@ -29,7 +29,7 @@ from tasks import Clips, Data, Task, TaskError, divide
 
 from espnet2_spear.fileio.atomic import atomic, write_json
 from espnet2_spear.fileio.datadir import read_table
-from espnet2_spear.fileio.explain import command
+from espnet2_spear.fileio.explain import add_options, command
 
 HERE = Path(__file__).resolve().parent.parent
 SYSTEMS = "logmel random student teachers"
@@ -254,17 +254,10 @@ def write(
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", default="")
-    parser.add_argument("--tag", default="")
+    add_options(parser, student="", tag="", teachers="", systems=SYSTEMS, seeds="0 1 2")
+    add_options(parser, stage=1, stop_stage=4, nj=1, device="cpu")
     parser.add_argument("--tasks", default="", help="names or paths; empty: all")
     parser.add_argument("--full", choices=["true", "false"], default="false")
-    parser.add_argument("--teachers", default="")
-    parser.add_argument("--systems", default=SYSTEMS)
-    parser.add_argument("--seeds", default="0 1 2")
-    parser.add_argument("--stage", type=int, default=1)
-    parser.add_argument("--stop_stage", type=int, default=4)
-    parser.add_argument("--nj", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dry_run", choices=["true", "false"], default="false")
     for name in ("data", "dump", "exp"):
         parser.add_argument(f"--{name}dir", type=Path, default=Path(name))

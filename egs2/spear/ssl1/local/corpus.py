@@ -119,10 +119,10 @@ class Corpus:
         read: (root, part, found) adds to `found` what is there; raises
             FileNotFoundError where the layout is not the expected one.
         parts: part -> utterances in it as published, None where that is not known.
-        default_parts: used unless others are asked for.
         licence: of the audio.
         source: where users get it.
         layout: expected content of the root folder.
+        default_parts: used unless others are asked for; all where none is named.
         hours: part -> hours of its segments as published, where that is known.
         recordings: part -> number of its recordings as published, where that is known
             and `read` counts them.
@@ -133,10 +133,10 @@ class Corpus:
     name: str
     read: Callable[[Path, str, Found], None]
     parts: Mapping[str, int | None]
-    default_parts: Sequence[str]
     licence: str
     source: str
     layout: str
+    default_parts: Sequence[str] = ()
     hours: Mapping[str, float] = field(default_factory=dict)
     recordings: Mapping[str, int] = field(default_factory=dict)
     incomplete: bool = False
@@ -182,7 +182,7 @@ class Corpus:
                 number of utterances or recordings, or other hours, than published.
         """
         found = Found()
-        for part in parts or self.default_parts:
+        for part in parts or self.default_parts or self.parts:
             if part not in self.parts:
                 known = ", ".join(self.parts)
                 raise DataDirError(f"{self.name} has no part '{part}'; it has: {known}")
@@ -246,7 +246,7 @@ class Corpus:
         parser.add_argument(
             "--parts",
             nargs="+",
-            default=list(self.default_parts),
+            default=[*(self.default_parts or self.parts)],
             help=f"of {', '.join(self.parts)}",
         )
         parser.add_argument("--partial", action="store_true", help="accept less")

@@ -19,7 +19,6 @@ CORPUS = Corpus(
     name="bbc_sfx",
     read=read,
     parts={"all": None},
-    default_parts=("all",),
     licence="RemArc: personal use, education, research",
     source="https://sound-effects.bbcrewind.co.uk",
     layout="BBCSoundEffects.csv as published, and audio/ with the files it names",

@@ -14,12 +14,10 @@ def read(root: Path, part: str, found: Found) -> None:
             found.add(f"esc50-{path.stem}", path, "audio", labels=row["category"])
 
 
-FOLDS = tuple(f"fold{number}" for number in range(1, 6))
 CORPUS = Corpus(
     name="esc50",
     read=read,
-    parts=dict.fromkeys(FOLDS, 400),
-    default_parts=FOLDS,
+    parts=dict.fromkeys([f"fold{number}" for number in range(1, 6)], 400),
     licence="CC BY-NC 3.0",
     source="https://github.com/karolpiczak/ESC-50",
     layout="meta/esc50.csv and audio/*.wav",

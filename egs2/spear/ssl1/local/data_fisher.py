@@ -64,7 +64,6 @@ CORPUS = Corpus(
     read=read,
     parts={"p1": None, "p2": None},
     recordings={"p1": LAST_OF_P1, "p2": LAST - LAST_OF_P1},
-    default_parts=("p1", "p2"),
     licence="LDC user agreement",
     source="https://catalog.ldc.upenn.edu/LDC2004S13",
     layout="the unpacked LDC discs: audio/NNN/fe_03_NNNNN.{sph,wav,flac} and "

@@ -19,7 +19,6 @@ CORPUS = Corpus(
     name="music4all",
     read=read,
     parts={"all": 109269},
-    default_parts=("all",),
     licence="for research, on request; the music remains its owners'",
     source="https://sites.google.com/view/contact4music4all",
     layout="id_genres.csv as published (columns separated by tabs), and audios/ID.mp3",
