@@ -12,12 +12,7 @@ import numpy as np
 from measure import MIB, fresh, memory
 from tqdm import tqdm
 
-from espnet2_spear.fileio.ark import (
-    CodesWriter,
-    MatricesByName,
-    read_matrix,
-    read_scp,
-)
+from espnet2_spear.fileio.ark import CodesWriter, MatricesByName, read_matrix, read_scp
 from espnet2_spear.fileio.explain import add_options, option_parser
 from espnet2_spear.fileio.tables import markdown_table
 

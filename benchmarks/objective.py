@@ -14,15 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import (
-    MIB,
-    fresh,
-    in_turn,
-    kept_bytes,
-    read_peak,
-    reset_peak,
-    resident,
-)
+from measure import MIB, fresh, in_turn, kept_bytes, read_peak, reset_peak, resident
 from torch import Tensor
 
 from espnet2_spear.fileio.explain import add_options, option_parser

@@ -24,14 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from measure import (
-    fresh,
-    kept_bytes,
-    product_rate,
-    read_peak,
-    reset_peak,
-    synchronize,
-)
+from measure import fresh, kept_bytes, product_rate, read_peak, reset_peak, synchronize
 from torch import Tensor, nn
 
 from espnet2_spear.fileio.explain import add_options, option_parser

@@ -60,10 +60,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def named(text: str) -> tuple[str, str]:
-    """Read TEACHER=VALUE of an option."""
+    """Read NAME=VALUE of an option."""
     name, equals, value = text.partition("=")
     if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"expected TEACHER=..., found '{text}'")
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found '{text}'")
     return name, value
 
 

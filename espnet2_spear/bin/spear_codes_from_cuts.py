@@ -12,6 +12,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from espnet2_spear.bin.spear_check_codes import named
 from espnet2_spear.codes.from_cuts import take_over
 from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.explain import command, option_parser
@@ -26,6 +27,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--cuts",
         required=True,
         action="append",
+        type=named,
         metavar="NAME=PATH",
         help="name of the corpus in --data_config, and its cuts; once for each",
     )
@@ -53,15 +55,10 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: cuts or arrays that do not fit.
     """
-    sources = []
-    for source in args.cuts:
-        name, equals, path = source.partition("=")
-        if not (name and equals and Path(path).exists()):
-            raise DataDirError(
-                f"--cuts {source}: expected NAME=PATH, of a file or folder"
-            )
-        sources.append((name, Path(path)))
-    facts = {"cuts": args.cuts, "field": args.field}
+    sources = [(name, Path(path)) for name, path in args.cuts]
+    if gone := [str(path) for _, path in sources if not path.exists()]:
+        raise DataDirError(f"--cuts {', '.join(gone)}: no such file or folder")
+    facts = {"cuts": ["=".join(source) for source in args.cuts], "field": args.field}
     size, number = args.codebook_size, None
     if args.quantizer:
         quantizer = load_quantizer(args.quantizer)

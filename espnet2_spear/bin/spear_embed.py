@@ -8,11 +8,7 @@ import torch
 
 from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.utterances import beside_wav_scp
-from espnet2_spear.teachers import (
-    build_teacher,
-    load_teacher_config,
-    read_teacher_yaml,
-)
+from espnet2_spear.teachers import build_teacher, load_teacher_config, read_teacher_yaml
 from espnet2_spear.teachers.embeddings import INDEX, choose, store_embeddings
 
 

@@ -13,11 +13,7 @@ from collections.abc import Sequence
 
 from espnet2_spear.bin.spear_import import add_student_options
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.explain import (
-    add_switch,
-    command,
-    option_parser,
-)
+from espnet2_spear.fileio.explain import add_switch, command, option_parser
 from espnet2_spear.hub.export import export_student, fits_released_code
 from espnet2_spear.hub.extraction import OUTPUT, Layer, parse_layers
 from espnet2_spear.hub.graph import WRITERS, Network, write_graph

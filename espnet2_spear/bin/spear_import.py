@@ -9,11 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from espnet2_spear.fileio.explain import (
-    add_switch,
-    command,
-    option_parser,
-)
+from espnet2_spear.fileio.explain import add_switch, command, option_parser
 from espnet2_spear.hub.export import init_param_help, save_student
 from espnet2_spear.hub.fetch import is_hub_id
 from espnet2_spear.hub.infer import compact, named_size

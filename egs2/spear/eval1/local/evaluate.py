@@ -87,13 +87,8 @@ def all_data(tasks: Sequence[Task]) -> list[Data]:
 
 def step(dry_run: bool, *words: str | Path) -> None:
     """Run a step of the recipe, unless it is done."""
-    command = [
-        sys.executable,
-        "../ssl1/local/step.py",
-        "--dry_run",
-        str(dry_run).lower(),
-    ]
-    subprocess.run([*command, *map(str, words)], cwd=HERE, check=True)
+    words = ("../ssl1/local/step.py", "--dry_run", str(dry_run).lower(), *words)
+    subprocess.run([sys.executable, *map(str, words)], cwd=HERE, check=True)
 
 
 def prepare(data: Data, folders: Folders, dry_run: bool) -> None:

@@ -15,13 +15,7 @@ import numpy as np
 import soundfile
 
 from espnet2_spear.fileio.audio import read_audio, to_int16
-from espnet2_spear.fileio.datadir import (
-    DataDirError,
-    Entry,
-    check,
-    read_table,
-    write_entries,
-)
+from espnet2_spear.fileio.datadir import DataDirError, Entry, read_table, write_entries
 from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.names import file_name
 
@@ -101,7 +95,6 @@ def main(args: argparse.Namespace) -> None:
             file = str(path.absolute())
             mixtures.append(Entry(utt, file, utt, "audio", labels=both, part=part))
     write_entries(sorted(mixtures), args.out_dir)
-    check(args.out_dir)
     logging.info("%d mixtures of two", len(mixtures))
 
 

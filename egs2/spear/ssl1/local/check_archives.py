@@ -10,7 +10,7 @@ The exit status is 1 if one differs or none was found.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from espnet2_spear.fileio.folders import files_below
@@ -30,12 +30,6 @@ def published() -> dict[str, tuple[str, str]]:
     return found
 
 
-def archives(folders: list[Path], names: dict[str, tuple[str, str]]) -> Iterator[Path]:
-    """Files of these names in folders and all their subfolders."""
-    for folder in folders:
-        yield from files_below(folder, names.__contains__)
-
-
 def main(cmd: list[str] | None = None) -> int:
     """Return 0 if all archives are as published, else 1."""
     parser = argparse.ArgumentParser(
@@ -48,7 +42,8 @@ def main(cmd: list[str] | None = None) -> int:
             parser.error(f"{folder}: no such folder")
     known = published()
     count = bad = 0
-    for path in archives(args.folders, known):
+    below = (files_below(folder, known.__contains__) for folder in args.folders)
+    for path in chain.from_iterable(below):
         corpus, expected = known[path.name]
         algorithm = ALGORITHMS[len(expected)]
         found = hash_of(path, algorithm)

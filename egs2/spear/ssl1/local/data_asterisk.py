@@ -13,7 +13,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import Entry, check, write_entries
+from espnet2_spear.fileio.datadir import Entry, write_entries
 from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.tables import open_text
 
@@ -120,7 +120,6 @@ def main(args: argparse.Namespace) -> None:
     """Write the data directory."""
     found = prepare(args.root, args.lang)
     write_entries(found, args.out_dir)
-    check(args.out_dir)
     with_text = sum(entry.text is not None for entry in found)
     logging.info("%s: %d prompts, %d with text", args.lang, len(found), with_text)
 

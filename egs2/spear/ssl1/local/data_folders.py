@@ -15,13 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
-from espnet2_spear.fileio.datadir import (
-    DOMAINS,
-    Entry,
-    check,
-    entries,
-    write_entries,
-)
+from espnet2_spear.fileio.datadir import DOMAINS, Entry, check, entries, write_entries
 from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.folders import audio_files, find_audio

@@ -21,13 +21,7 @@ import numpy as np
 
 from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.audio import AudioError, audio_info
-from espnet2_spear.fileio.datadir import (
-    DOMAINS,
-    Entry,
-    Segment,
-    entries,
-    entry_writer,
-)
+from espnet2_spear.fileio.datadir import DOMAINS, Entry, Segment, entries, entry_writer
 from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.tables import DataDirError, Lines, sorted_rows
@@ -205,11 +199,7 @@ class Limits:
             return True
         if self._keep is None:
             self._keep = self._decide()
-            self._keys, self._seconds, self._domains = (
-                array("d"),
-                array("d"),
-                array("b"),
-            )
+            del self._keys, self._seconds, self._domains
         return bool(self._keep[number])
 
     def _decide(self) -> np.ndarray:
