@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from espnet2_spear.fileio.explain import command, option_parser
+from espnet2_spear.fileio.explain import add_batch_options, command, option_parser
 from espnet2_spear.fileio.utterances import beside_wav_scp
 from espnet2_spear.teachers import build_teacher, load_teacher_config, read_teacher_yaml
 from espnet2_spear.teachers.embeddings import INDEX, choose, store_embeddings
@@ -35,15 +35,6 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of that choice")
     parser.add_argument(
-        "--batch_seconds",
-        type=float,
-        default=20.0,
-        help="audio in a batch, padding included",
-    )
-    parser.add_argument(
-        "--shard_seconds", type=float, default=600.0, help="audio in an output file"
-    )
-    parser.add_argument(
         "--dtype", default="float16", choices=["float16", "float32"], help="as stored"
     )
     parser.add_argument(
@@ -52,10 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
         choices=["float32", "bfloat16", "float16"],
         help="of the teacher's computation",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--num_threads", type=int, default=0, help="0 for torch's own choice"
-    )
+    add_batch_options(parser, 20.0)
     return parser
 
 

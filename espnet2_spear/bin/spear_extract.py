@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from espnet2_spear.fileio.explain import command, option_parser
+from espnet2_spear.fileio.explain import add_batch_options, command, option_parser
 from espnet2_spear.hub.extraction import (
     ExtractError,
     ExtractionRun,
@@ -64,12 +64,6 @@ def get_parser() -> argparse.ArgumentParser:
         "the published code computes them, by batch",
     )
     parser.add_argument(
-        "--batch_seconds",
-        type=float,
-        default=60.0,
-        help="audio in a batch, padding included",
-    )
-    parser.add_argument(
         "--max_seconds",
         type=float,
         default=60.0,
@@ -81,13 +75,7 @@ def get_parser() -> argparse.ArgumentParser:
         default=8.0,
         help="what such a piece sees before and behind what is kept of it",
     )
-    parser.add_argument(
-        "--shard_seconds", type=float, default=600.0, help="audio in a shard"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--num_threads", type=int, default=0, help="0 for torch's own choice"
-    )
+    add_batch_options(parser, 60.0)
     parser.add_argument(
         "--num_workers", type=int, default=2, help="threads that read audio ahead"
     )

@@ -46,6 +46,23 @@ def add_options(parser: argparse._ActionsContainer, **defaults: Any) -> None:
         parser.add_argument(f"--{name}", type=type(default), default=default)
 
 
+def add_batch_options(parser: argparse.ArgumentParser, batch_seconds: float) -> None:
+    """Give a parser the options of a network that works through audio in batches."""
+    parser.add_argument(
+        "--batch_seconds",
+        type=float,
+        default=batch_seconds,
+        help="audio in a batch, padding included",
+    )
+    parser.add_argument(
+        "--shard_seconds", type=float, default=600.0, help="audio in an output file"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--num_threads", type=int, default=0, help="0 for torch's own choice"
+    )
+
+
 def main_with_one_line_errors(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], T],

@@ -25,7 +25,7 @@ from sounds import order
 
 from espnet2_spear.fileio.audio import AudioError, audio_info
 from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
-from espnet2_spear.fileio.explain import command
+from espnet2_spear.fileio.explain import command, option_parser
 
 ARCHIVE = "usr/share/scummvm/flight-of-the-amazon-queen/queen.1c"
 MP3 = 1
@@ -94,9 +94,7 @@ def read_clips(path: Path) -> Iterator[Clip]:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--root", type=Path, required=True, help="unpacked package")
     parser.add_argument("--num_clips", type=int, default=60, help="of each speaker")
     parser.add_argument("--min_seconds", type=float, default=1.0)

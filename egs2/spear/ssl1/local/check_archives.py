@@ -9,10 +9,10 @@ The exit status is 1 if one differs or none was found.
 
 from __future__ import annotations
 
-import argparse
 from itertools import chain
 from pathlib import Path
 
+from espnet2_spear.fileio.explain import option_parser
 from espnet2_spear.fileio.folders import files_below
 from espnet2_spear.fileio.hashes import hash_of
 
@@ -32,9 +32,7 @@ def published() -> dict[str, tuple[str, str]]:
 
 def main(cmd: list[str] | None = None) -> int:
     """Return 0 if all archives are as published, else 1."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     args = parser.parse_args(cmd)
     for folder in args.folders:

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.explain import command
+from espnet2_spear.fileio.explain import command, option_parser
 
 TASKS = {  # class, and tokens in place of a list that is made in stage 2
     "asr": ("espnet2_spear.tasks.asr:ASRTask", ["<blank>", "<unk>", "a", "<sos/eos>"]),
@@ -23,9 +23,7 @@ TASKS = {  # class, and tokens in place of a list that is made in stage 2
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--inference_model", required=True, help="to be used later")
     parser.add_argument("--exp_dir", type=Path, required=True, help="where it will be")
