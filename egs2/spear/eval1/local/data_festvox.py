@@ -8,7 +8,10 @@ name and its end in seconds.
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
+
+from sounds import package_parser
 
 from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
 from espnet2_spear.fileio.explain import command
@@ -30,12 +33,7 @@ def read_lab(path: Path) -> str:
     return " ".join(f"{phone} {float(end):.3f}" for end, _, phone in lines)
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the command line parser."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
-    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
-    return parser
+get_parser = partial(package_parser, __doc__)
 
 
 @command(get_parser)

@@ -21,11 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sounds import order
+from sounds import order, package_parser
 
 from espnet2_spear.fileio.audio import AudioError, audio_info
 from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
-from espnet2_spear.fileio.explain import command, option_parser
+from espnet2_spear.fileio.explain import command
 
 ARCHIVE = "usr/share/scummvm/flight-of-the-amazon-queen/queen.1c"
 MP3 = 1
@@ -94,11 +94,9 @@ def read_clips(path: Path) -> Iterator[Clip]:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    parser = option_parser(__doc__)
-    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
+    parser = package_parser(__doc__)
     parser.add_argument("--num_clips", type=int, default=60, help="of each speaker")
     parser.add_argument("--min_seconds", type=float, default=1.0)
-    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
     return parser
 
 

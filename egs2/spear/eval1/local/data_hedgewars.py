@@ -8,7 +8,10 @@ phrases that all English voices say. Besides the usual tables it writes `labels`
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
+
+from sounds import package_parser
 
 from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
 from espnet2_spear.fileio.explain import command
@@ -18,12 +21,7 @@ ENGLISH = ("British", "Classic", "Default", "HillBilly", "Mobster", "Pirate", "R
 ENGLISH += ("Russian", "Singer", "Surfer")
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the command line parser."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
-    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
-    return parser
+get_parser = partial(package_parser, __doc__)
 
 
 @command(get_parser)

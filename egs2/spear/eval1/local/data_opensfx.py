@@ -3,21 +3,15 @@
 
 import argparse
 import logging
-from pathlib import Path
+from functools import partial
 
 from containers import read_cat
-from sounds import OPENSFX, write_sound
+from sounds import OPENSFX, package_parser, write_sound
 
 from espnet2_spear.fileio.datadir import Entry, write_entries
 from espnet2_spear.fileio.explain import command
 
-
-def get_parser() -> argparse.ArgumentParser:
-    """Return the command line parser."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
-    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
-    return parser
+get_parser = partial(package_parser, __doc__)
 
 
 @command(get_parser)

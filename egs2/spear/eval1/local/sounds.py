@@ -25,7 +25,7 @@ from espnet2_spear.fileio.datadir import (
     write_entries,
     write_table,
 )
-from espnet2_spear.fileio.explain import command
+from espnet2_spear.fileio.explain import command, option_parser
 
 UFOAI = ("weapons", "ambience", "footsteps", "aliens", "soldiers")
 UFOAI_SMALL = ("impact", "doors")  # 13 and 8 clips
@@ -193,15 +193,21 @@ def write_clips(found: list[Clip], out_dir: Path) -> None:
     logging.info("%d clips: %s", len(found), named)
 
 
+def package_parser(description: str) -> argparse.ArgumentParser:
+    """Return the parser of what makes a data directory of unpacked packages."""
+    parser = option_parser(description)
+    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
+    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
+    return parser
+
+
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, required=True, help="unpacked packages")
+    parser = package_parser(__doc__)
     parser.add_argument("--max_clips", type=int, default=MAX_CLIPS, help="of a class")
     parser.add_argument(
         "--all_classes", action="store_true", help="animal, impact and doors, too"
     )
-    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
     return parser
 
 
