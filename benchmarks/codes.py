@@ -12,24 +12,17 @@ import numpy as np
 from measure import MIB, fresh, memory
 from tqdm import tqdm
 
-from espnet2_spear.fileio.ark import (
-    CodesWriter,
-    MatricesByName,
-    read_matrix,
-    read_scp,
-)
-from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.ark import CodesWriter, MatricesByName, read_matrix, read_scp
+from espnet2_spear.fileio.explain import add_options, option_parser
 from espnet2_spear.fileio.tables import markdown_table
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
     parser = option_parser(__doc__)
-    parser.add_argument("--utterances", type=int, default=1_000_000)
+    add_options(parser, utterances=1_000_000, num_codebooks=8, seed=0)
     parser.add_argument("--frames", type=int, default=100, help="mean of an utterance")
-    parser.add_argument("--num_codebooks", type=int, default=8)
     parser.add_argument("--reads", type=int, default=20_000, help="at random")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", help="where to write; by default a temporary folder")
     return parser
 

@@ -27,6 +27,7 @@ from espnet2_spear.data.noise import SpearCollateFn
 from espnet2_spear.data.sampler import SamplerConfig, StepSampler
 from espnet2_spear.data.skipping import SkipLimits, SkipLog
 from espnet2_spear.fileio.ark import CodesWriter
+from espnet2_spear.fileio.datadir import write_table
 from espnet2_spear.fileio.explain import option_parser
 
 DOMAINS = ["speech", "audio"]
@@ -77,14 +78,17 @@ def write_lists(folder: Path, args: argparse.Namespace) -> Lists:
             file.write(f"{utt} {value}\n")
     for file in files:
         file.close()
+    return lists_in(folder)
+
+
+def lists_in(folder: Path) -> Lists:
+    """The lists of a folder, as a training takes them."""
+    files = {"speech": "wav.scp", "codes_speech": "speech.scp"}
+    files["codes_audio"] = "audio.scp"
     return Lists(
         str(folder / "utt2num_samples"),
         str(folder / "utt2domain"),
-        {
-            "speech": str(folder / "wav.scp"),
-            "codes_speech": str(folder / "speech.scp"),
-            "codes_audio": str(folder / "audio.scp"),
-        },
+        {name: str(folder / file) for name, file in files.items()},
     )
 
 
@@ -103,7 +107,7 @@ def start_up(folder: Path, lists: Lists, args: argparse.Namespace) -> dict:
     _, before = memory()
     start = time.perf_counter()
     manifest = open_manifest(folder / "manifest", lists, DOMAINS, CORPORA)
-    sampler = make_sampler(manifest, args)
+    sampler = make_sampler(manifest, args, args.shards)
     next(sampler.steps())
     result = {"first": time.perf_counter() - start}
     start = time.perf_counter()
@@ -133,13 +137,15 @@ def worker(folder: Path, lists: Lists, seed: int) -> dict:
     return {"rate": rate, "own": own - before, "anonymous": own, "resident": resident}
 
 
-def make_sampler(manifest: Manifest, args: argparse.Namespace) -> StepSampler:
+def make_sampler(
+    manifest: Manifest, args: argparse.Namespace, shards: int
+) -> StepSampler:
     """The sampler of the paper's Base on 8 GPUs."""
     return StepSampler(
         manifest,
         SamplerConfig(corpus_weights=WEIGHTS),
         round(args.gpu_seconds * SAMPLE_RATE),
-        args.shards,
+        shards,
         args.seed,
     )
 
@@ -189,27 +195,14 @@ def write_files(folder: Path, args: argparse.Namespace) -> Lists:
             tables["utt2domain"][utt] = "audio" if "sounds" in utt else "speech"
             tables["wav.scp"][utt] = folder / f"{utt}.flac"
     for name, table in tables.items():
-        lines = (f"{utt} {value}\n" for utt, value in table.items())
-        (folder / name).write_text("".join(lines), encoding="utf-8")
-    files = {"speech": "wav.scp", "codes_speech": "speech.scp"}
-    files["codes_audio"] = "audio.scp"
-    return Lists(
-        str(folder / "utt2num_samples"),
-        str(folder / "utt2domain"),
-        {name: str(folder / file) for name, file in files.items()},
-    )
+        write_table(folder / name, table)
+    return lists_in(folder)
 
 
 def read_batches(manifest: Manifest, workers: int, args: argparse.Namespace) -> dict:
     """Read batches of one GPU, as a training does."""
     dataset = ManifestDataset(manifest, SpearPreprocessor(TEACHERS, DOMAINS))
-    sampler = StepSampler(
-        manifest,
-        SamplerConfig(corpus_weights=WEIGHTS),
-        round(args.gpu_seconds * SAMPLE_RATE),
-        1,
-        args.seed,
-    )
+    sampler = make_sampler(manifest, args, shards=1)
     factory = SpearIterFactory(
         dataset,
         StepBatches(sampler, args.batches + 1),

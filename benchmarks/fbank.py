@@ -16,7 +16,7 @@ from measure import in_turn
 from torchaudio.compliance import kaldi
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.explain import add_options, option_parser
 from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.zipformer.cpu import use_cpu_versions
 from espnet2_spear.zipformer.fbank import Fbank
@@ -26,12 +26,9 @@ def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
     parser = option_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="of ours: cpu, cuda, ...")
-    parser.add_argument("--utterances", type=int, default=32)
+    add_options(parser, utterances=32, num_mel_bins=128, num_threads=2, trials=7)
     parser.add_argument("--batch", type=int, default=8, help="utterances at once")
     parser.add_argument("--seconds", type=float, default=15.0, help="of the longest")
-    parser.add_argument("--num_mel_bins", type=int, default=128)
-    parser.add_argument("--num_threads", type=int, default=2)
-    parser.add_argument("--trials", type=int, default=7)
     return parser
 
 

@@ -22,7 +22,7 @@ from peer import (
 )
 from torch import Tensor
 
-from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.explain import add_options, option_parser
 from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.mvq.embeddings import EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
@@ -43,14 +43,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_threads", type=int, default=2)
     parser.add_argument("--trials", type=int, default=5, help="of each, alternating")
     group = parser.add_argument_group("encoding")
-    group.add_argument("--dim", type=int, default=1024)
-    group.add_argument("--num_codebooks", type=int, default=16)
-    group.add_argument("--codebook_size", type=int, default=256)
+    add_options(group, dim=1024, num_codebooks=16, codebook_size=256, refine_iters=5)
     group.add_argument("--quantizer", help="file of a trained one instead")
     group.add_argument(
         "--embeddings", help="folder of spear_embed: measure on its held-out frames"
     )
-    group.add_argument("--refine_iters", type=int, default=5)
     group.add_argument("--frames", type=int, default=2048, help="a trial of ours")
     group.add_argument("--peer_frames", type=int, default=48, help="of the library")
     group.add_argument("--max_frames", type=int, help="ours: computed at once")
@@ -85,12 +82,10 @@ def get_parser() -> argparse.ArgumentParser:
         help="train both on --embeddings and compare the results instead",
     )
     group.add_argument("--iters", type=int, default=1000, help="steps of each phase")
-    group.add_argument("--batch_frames", type=int, default=1024)
-    group.add_argument("--lr", type=float, default=0.005)
+    add_options(group, batch_frames=1024, lr=0.005, seed=0)
     group.add_argument(
         "--eval_frames", type=int, default=1000, help="held-out frames to measure on"
     )
-    group.add_argument("--seed", type=int, default=0)
     return parser
 
 

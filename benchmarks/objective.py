@@ -14,18 +14,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import (
-    MIB,
-    fresh,
-    in_turn,
-    kept_bytes,
-    read_peak,
-    reset_peak,
-    resident,
-)
+from measure import MIB, fresh, in_turn, kept_bytes, read_peak, reset_peak, resident
 from torch import Tensor
 
-from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.explain import add_options, option_parser
 from espnet2_spear.spear.objective import CodebookHead
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
@@ -163,17 +155,13 @@ def report_time(args: argparse.Namespace) -> None:
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
     parser = option_parser(__doc__)
-    parser.add_argument("--student", default="base")
+    add_options(parser, student="base", seconds=15.0, utts=4, trials=7, num_threads=1)
+    add_options(parser, seed=0)
     parser.add_argument("--downsampling", type=int, default=1, help="2: 25 Hz")
     parser.add_argument("--codebooks", type=int, nargs=2, default=[16, 8])
-    parser.add_argument("--seconds", type=float, default=15.0)
-    parser.add_argument("--utts", type=int, default=4)
     parser.add_argument(
         "--audio_share", type=float, default=1.0, help="frames with the second's codes"
     )
-    parser.add_argument("--trials", type=int, default=7)
-    parser.add_argument("--num_threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--part", choices=["memory", "time"], nargs="+", default=["memory", "time"]
     )

@@ -24,17 +24,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from measure import (
-    fresh,
-    kept_bytes,
-    product_rate,
-    read_peak,
-    reset_peak,
-    synchronize,
-)
+from measure import fresh, kept_bytes, product_rate, read_peak, reset_peak, synchronize
 from torch import Tensor, nn
 
-from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.explain import add_options, option_parser
 from espnet2_spear.fileio.tables import markdown_table
 
 TEACHERS = {
@@ -50,7 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = option_parser(__doc__)
     flag = {"type": lambda x: x.lower() in ("true", "1", "yes"), "metavar": "BOOL"}
     parser.add_argument("--sizes", nargs="+", default=["base", "large", "xlarge"])
-    parser.add_argument("--device", default="cpu")
+    add_options(parser, device="cpu", num_threads=2, seed=0)
     parser.add_argument("--seconds", type=float, help="of a batch [by size]")
     parser.add_argument("--utterance_seconds", type=float, default=10.0, help="longest")
     parser.add_argument("--steps", type=int, default=5, help="measured, per process")
@@ -62,8 +55,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpointing", nargs="?", const=True, default=False, **flag)
     parser.add_argument("--regularize", default=True, help="of the student", **flag)
     parser.add_argument("--split", default=True, help="time by part", **flag)
-    parser.add_argument("--num_threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--peak_tflops",
         type=float,
@@ -121,7 +112,7 @@ class Clock:
         student = model.student
         modules = [(student.fbank, "fbank"), (student.encoder_embed, "embed")]
         modules += [
-            (stack, f"stack {i} (1/{stack_factor(stack)})")
+            (stack, f"stack {i} (1/{getattr(stack, 'factor', 1)})")
             for i, stack in enumerate(student.encoder.encoders)
         ]
         # The masks are what runs between the fbank and the embedding.
@@ -147,11 +138,6 @@ def no_wait(device: torch.device, active: bool) -> Iterator[None]:
     finally:
         if active and device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-
-
-def stack_factor(stack: nn.Module) -> int:
-    """Downsampling factor of a stack."""
-    return getattr(stack, "factor", 1)
 
 
 def build(job: dict) -> tuple[nn.Module, torch.optim.Optimizer, torch.dtype | None]:

@@ -25,7 +25,7 @@ import soundfile
 import torch
 from measure import fresh, timed
 
-from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.explain import add_options, option_parser
 
 RECIPE = Path(__file__).resolve().parent.parent / "egs2/spear/ssl1"
 RATE = 16000
@@ -38,10 +38,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = option_parser(__doc__)
     parser.add_argument("--utterances", type=int, nargs="+", default=[10000, 100000])
     parser.add_argument("--seconds", type=float, default=0.6, help="of an utterance")
-    parser.add_argument("--nj", type=int, default=2)
-    parser.add_argument("--stop_stage", type=int, default=6)
+    add_options(parser, nj=2, stop_stage=6, seed=0)
     parser.add_argument("--workdir", type=Path, help="kept; by default a temporary one")
-    parser.add_argument("--seed", type=int, default=0)
     return parser
 
 

@@ -10,7 +10,7 @@ import torch
 from measure import timed
 
 from espnet2_spear.constants import SAMPLE_RATE
-from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.explain import add_options, option_parser
 from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.fileio.utterances import beside_wav_scp, make_batches
 from espnet2_spear.mvq.files import load_quantizer
@@ -24,12 +24,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher_config", required=True)
     parser.add_argument("--quantizer", required=True)
     parser.add_argument("--data_dir", required=True, help="formatted, 16 kHz")
-    parser.add_argument("--domain", default="speech")
+    add_options(parser, domain="speech", batch_seconds=20.0, trials=3, device="cpu")
+    add_options(parser, num_threads=2)
     parser.add_argument("--seconds", type=float, default=300.0, help="of audio")
-    parser.add_argument("--batch_seconds", type=float, default=20.0)
-    parser.add_argument("--trials", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--num_threads", type=int, default=2)
     return parser
 
 

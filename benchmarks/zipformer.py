@@ -30,7 +30,7 @@ import torch
 import yaml
 from measure import fresh, read_peak, reset_peak, resident, timed
 
-from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.explain import add_options, option_parser
 
 MODES = ("inference", "training")
 BATCHES_DONE = 20000.0  # count that the schedules of training are set to
@@ -40,7 +40,8 @@ COMPILED_STEPS = 10  # in which graphs are made, and that do not count
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
     parser = option_parser(__doc__)
-    parser.add_argument("--size", default="base")
+    add_options(parser, size="base", utterances=4, num_threads=2, device="cpu")
+    add_options(parser, peer_path="")
     parser.add_argument(
         "--conf",
         nargs="*",
@@ -48,7 +49,6 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="of the student, in YAML: activation_checkpointing=true, causal=true",
     )
-    parser.add_argument("--utterances", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=15.0, help="of each")
     parser.add_argument(
         "--trials",
@@ -58,8 +58,6 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=2, help="processes of each kind")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--num_threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument(
         "--compile",
@@ -67,7 +65,6 @@ def get_parser() -> argparse.ArgumentParser:
         help="ours: the chains of training, as spear_train does; inference as a whole",
     )
     parser.add_argument("--peak_tflops", type=float, help="of the device, for its use")
-    parser.add_argument("--peer_path", default="")
     return parser
 
 

@@ -6,7 +6,7 @@ import logging
 
 from espnet2.utils.types import str2bool
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.mvq.files import export_library, load_quantizer
 
 
@@ -25,13 +25,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd=None):
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Convert; see ``--help``. The other direction needs no conversion."""
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Write the library's form of a file."""
     export_library(load_quantizer(args.quantizer), args.output, args.statistics)
     logging.info(f"{args.output}: written for the multi-quantization library")
 

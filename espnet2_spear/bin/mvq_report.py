@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.mvq.embeddings import INDEX, EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import AbsQuantizer, QuantizerError
@@ -57,7 +57,8 @@ def _check_match(quantizer: AbsQuantizer, data: EmbeddingSet, file: str) -> None
         )
 
 
-def main(cmd=None):
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Measure and write; see ``--help``.
 
     Example:
@@ -65,11 +66,6 @@ def main(cmd=None):
             --quantizer exp/teachers/speech/quantizer.pt --quantizer exp/rvq.pt \
             --embeddings exp/teachers/speech/embeddings
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Measure one quantizer or two and write the page."""
     files, folders = args.quantizer, args.embeddings
     if len(files) > 2 or len(folders) not in (1, len(files)):
         raise SystemExit(

@@ -9,15 +9,11 @@ from pathlib import Path
 
 import torch
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.utterances import beside_wav_scp
 from espnet2_spear.mvq.baselines import train_baseline
 from espnet2_spear.mvq.embeddings import EmbeddingSet, TrainingFrames
-from espnet2_spear.mvq.options import (
-    Config,
-    get_parser,
-    quantizer_config,
-)
+from espnet2_spear.mvq.options import Config, get_parser, quantizer_config
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.report import evaluate, write_report
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, MVQTrainingError
@@ -61,7 +57,8 @@ def _join_processes(args: argparse.Namespace) -> None:
     torch.distributed.init_process_group("nccl" if cuda else "gloo")
 
 
-def main(cmd=None):
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Train; see ``--help``. A killed run goes on where it was (mvq) or starts anew.
 
     Examples:
@@ -70,11 +67,6 @@ def main(cmd=None):
             --output exp/teachers/speech/quantizer.pt
         % torchrun --nproc_per_node 4 -m espnet2_spear.bin.mvq_train --device cuda ...
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Train, as the options say."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     config = quantizer_config(args)

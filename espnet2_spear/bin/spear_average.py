@@ -12,7 +12,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.train.average import average_between
 from espnet2_spear.train.writing import save_whole
 
@@ -36,18 +36,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Average.
 
     Example:
         % python -m espnet2_spear.bin.spear_average --exp exp/spear_base \
             --from_epoch 96 --to_epoch 100
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Average, and write the mean."""
     state = average_between(args.exp, args.from_epoch, args.to_epoch)
     output = args.output
     if output is None:

@@ -11,7 +11,7 @@ from espnet2_spear.codes.facts import codes_shape
 from espnet2_spear.codes.targets import MAX_MISSING_ROWS
 from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.datadir import check, entries
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.tables import TEXT, sorted_rows
 
 PROBLEMS = "codes_problems.txt"
@@ -60,10 +60,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def named(text: str) -> tuple[str, str]:
-    """Read TEACHER=VALUE of an option."""
+    """Read NAME=VALUE of an option."""
     name, equals, value = text.partition("=")
     if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"expected TEACHER=..., found '{text}'")
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found '{text}'")
     return name, value
 
 
@@ -84,7 +84,8 @@ def _log(name: str, scp: Path, check: CodesCheck) -> None:
         logging.error(f"{scp}: {count} x {kind}")
 
 
-def main(cmd=None):
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Check; see ``--help``. Exit status 1 says that something is wrong.
 
     Example:
@@ -93,11 +94,6 @@ def main(cmd=None):
             --codes audio=dump/codes/train/audio.scp --domains audio=audio \
             --output_dir dump/codes/train
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Check the codes of all teachers named."""
     require = ("utt2num_samples", "utt2domain")
     check(args.data_dir, require)
     domains = dict(args.domains)

@@ -12,9 +12,10 @@ import argparse
 import logging
 from pathlib import Path
 
+from espnet2_spear.bin.spear_check_codes import named
 from espnet2_spear.codes.from_cuts import take_over
 from espnet2_spear.fileio.atomic import write_json
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.tables import DataDirError
 from espnet2_spear.mvq.files import load_quantizer
 
@@ -26,6 +27,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--cuts",
         required=True,
         action="append",
+        type=named,
         metavar="NAME=PATH",
         help="name of the corpus in --data_config, and its cuts; once for each",
     )
@@ -46,26 +48,17 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Convert; see ``--help``.
 
     Raises:
         UserError: cuts or arrays that do not fit.
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Write the codes of one field for one data directory."""
-    sources = []
-    for source in args.cuts:
-        name, equals, path = source.partition("=")
-        if not (name and equals and Path(path).exists()):
-            raise DataDirError(
-                f"--cuts {source}: expected NAME=PATH, of a file or folder"
-            )
-        sources.append((name, Path(path)))
-    facts = {"cuts": args.cuts, "field": args.field}
+    sources = [(name, Path(path)) for name, path in args.cuts]
+    if gone := [str(path) for _, path in sources if not path.exists()]:
+        raise DataDirError(f"--cuts {', '.join(gone)}: no such file or folder")
+    facts = {"cuts": ["=".join(source) for source in args.cuts], "field": args.field}
     size, number = args.codebook_size, None
     if args.quantizer:
         quantizer = load_quantizer(args.quantizer)

@@ -18,7 +18,7 @@ import yaml
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.hub.inspection import (
     TokenSource,
     fbank_picture,
@@ -239,7 +239,8 @@ def build(page: Page) -> Any:
     return blocks
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Serve the page until it is interrupted; see ``--help``.
 
     Raises:
@@ -248,11 +249,6 @@ def main(cmd: list[str] | None = None) -> None:
     Example:
         % spear-demo --model exp/spear_mini --asr ../asr1/exp/packed.zip
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Open all models and serve the page."""
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory(prefix="spear-demo-") as work:
         folder = Path(work)

@@ -6,13 +6,9 @@ import logging
 
 import torch
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import add_batch_options, command, option_parser
 from espnet2_spear.fileio.utterances import beside_wav_scp
-from espnet2_spear.teachers import (
-    build_teacher,
-    load_teacher_config,
-    read_teacher_yaml,
-)
+from espnet2_spear.teachers import build_teacher, load_teacher_config, read_teacher_yaml
 from espnet2_spear.teachers.embeddings import INDEX, choose, store_embeddings
 
 
@@ -39,15 +35,6 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of that choice")
     parser.add_argument(
-        "--batch_seconds",
-        type=float,
-        default=20.0,
-        help="audio in a batch, padding included",
-    )
-    parser.add_argument(
-        "--shard_seconds", type=float, default=600.0, help="audio in an output file"
-    )
-    parser.add_argument(
         "--dtype", default="float16", choices=["float16", "float32"], help="as stored"
     )
     parser.add_argument(
@@ -56,14 +43,12 @@ def get_parser() -> argparse.ArgumentParser:
         choices=["float32", "bfloat16", "float16"],
         help="of the teacher's computation",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--num_threads", type=int, default=0, help="0 for torch's own choice"
-    )
+    add_batch_options(parser, 20.0)
     return parser
 
 
-def main(cmd=None):
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Embed; see ``--help``.
 
     Example:
@@ -71,11 +56,6 @@ def main(cmd=None):
             --teacher_config conf/teachers/whisper_tiny_en.yaml --domains speech \
             --wav_scp dump/raw/train/wav.scp --output_dir exp/teachers/speech/embeddings
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Embed what was chosen."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     name, conf = load_teacher_config(args.teacher_config)

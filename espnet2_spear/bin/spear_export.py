@@ -13,11 +13,7 @@ from collections.abc import Sequence
 
 from espnet2_spear.bin.spear_import import add_student_options
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.explain import (
-    add_switch,
-    main_with_one_line_errors,
-    option_parser,
-)
+from espnet2_spear.fileio.explain import add_switch, command, option_parser
 from espnet2_spear.hub.export import export_student, fits_released_code
 from espnet2_spear.hub.extraction import OUTPUT, LayerName, parse_layers
 from espnet2_spear.hub.graph import WRITERS, Network, write_graph
@@ -80,18 +76,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Export; see ``--help``.
 
     Example:
         % python -m espnet2_spear.bin.spear_export exp/spear_base/valid.loss.best.pth \
             --out hub/spear-base --name me/spear-base --license cc-by-4.0
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Write, and say what was written."""
     if args.format == "transformers":
         if given := _given(args, GRAPH_OPTIONS):
             raise UserError(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import add_batch_options, command, option_parser
 from espnet2_spear.hub.extraction import (
     ExtractError,
     ExtractionRun,
@@ -64,12 +64,6 @@ def get_parser() -> argparse.ArgumentParser:
         "the published code computes them, by batch",
     )
     parser.add_argument(
-        "--batch_seconds",
-        type=float,
-        default=60.0,
-        help="audio in a batch, padding included",
-    )
-    parser.add_argument(
         "--max_seconds",
         type=float,
         default=60.0,
@@ -81,20 +75,15 @@ def get_parser() -> argparse.ArgumentParser:
         default=8.0,
         help="what such a piece sees before and behind what is kept of it",
     )
-    parser.add_argument(
-        "--shard_seconds", type=float, default=600.0, help="audio in a shard"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--num_threads", type=int, default=0, help="0 for torch's own choice"
-    )
+    add_batch_options(parser, 60.0)
     parser.add_argument(
         "--num_workers", type=int, default=2, help="threads that read audio ahead"
     )
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Compute the features; see ``--help``.
 
     Raises:
@@ -105,11 +94,6 @@ def main(cmd: list[str] | None = None) -> None:
         % python -m espnet2_spear.bin.spear_extract --model exp/spear_mini \\
             --layer all --out exp/features dump/raw/en_test/wav.scp
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Compute, and say what was skipped."""
     if args.format == "ark" and args.dtype != "float32":
         raise ExtractError("--dtype float16: Kaldi arks hold float32; use --format npy")
     if args.num_threads:

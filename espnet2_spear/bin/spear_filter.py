@@ -14,7 +14,7 @@ from pathlib import Path
 
 from espnet2_spear.bin.spear_format import in_words
 from espnet2_spear.fileio.datadir import RAW, Entry, entries, entry_writer
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.tables import DataDirError, join, sorted_rows, table_writer
 
 
@@ -70,18 +70,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
-    """Filter a data directory.
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
+    """Write what is kept, and skipped.txt.
 
     Example:
         % python -m espnet2_spear.bin.spear_filter \\
             --in_dir dump/raw/org/train --out_dir dump/raw/train --max_seconds 30
-    """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Write what is kept, and skipped.txt.
 
     Raises:
         DataDirError: no utterance is left.

@@ -30,7 +30,7 @@ from espnet2_spear.fileio.convert import (
     shards_of,
 )
 from espnet2_spear.fileio.datadir import RAW, check, entries, entry_writer
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
 from espnet2_spear.fileio.shards import (
     WHOLE_JOB,
@@ -171,18 +171,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Convert a data directory.
 
     Example:
         % python -m espnet2_spear.bin.spear_format \\
             --in_dir data/train --out_dir dump/raw/org/train --nj 4
     """
-    main_with_one_line_errors(get_parser(), format_directory, cmd)
-
-
-def format_directory(args: argparse.Namespace) -> None:
-    """Convert, and say what was skipped."""
     total = check(args.in_dir)
     options = Options(
         str(args.out_dir), args.audio_format, args.fs, args.shard_utts, args.strict

@@ -9,11 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from espnet2_spear.fileio.explain import (
-    add_switch,
-    main_with_one_line_errors,
-    option_parser,
-)
+from espnet2_spear.fileio.explain import add_switch, command, option_parser
 from espnet2_spear.hub.export import init_param_help, save_student
 from espnet2_spear.hub.fetch import is_hub_id
 from espnet2_spear.hub.infer import compact, named_size
@@ -76,17 +72,13 @@ def parse_conf(pairs: list[str]) -> dict[str, object]:
     return conf
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Import; see ``--help``.
 
     Example:
         % python -m espnet2_spear.bin.spear_import /path/to/spear-base --out exp/base
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Open, write, and print how ESPnet loads what was written."""
     conf = parse_conf(args.conf)
     if args.padding:
         conf["padding"] = args.padding

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from espnet2_spear.errors import CheckpointError, UserError
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.hub.infer import infer_config
 from espnet2_spear.hub.load import PARTS, Checkpoint, read_any_checkpoint
 from espnet2_spear.hub.packed import is_packed
@@ -138,18 +138,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Print and plot; see ``--help``.
 
     Raises:
         WeightsError: a model without learned layer weights.
         CheckpointError: a file that cannot be read.
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Print the table, and draw it where matplotlib is installed."""
     *configs, file = args.model
     if len(configs) > 1:
         raise WeightsError("name one packed model, or config.yaml and weights")

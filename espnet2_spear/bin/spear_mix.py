@@ -23,7 +23,7 @@ from espnet2_spear.data.dataset import SpearPreprocessor
 from espnet2_spear.data.noise import NoiseList, SpearCollateFn
 from espnet2_spear.fileio.ark import read_scp
 from espnet2_spear.fileio.datadir import DOMAINS, read_table
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.tables import DataDirError
 from espnet2_spear.spear.mixing import PRESETS, Mixer, MixerConfig, Mixture
 
@@ -131,7 +131,8 @@ def _write_audio(path: Path, samples: np.ndarray) -> None:
     soundfile.write(path, samples * min(1.0, LEVEL / max(peak, 1e-9)), SAMPLE_RATE)
 
 
-def main(cmd=None):
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Mix and write; see ``--help``.
 
     Example:
@@ -139,11 +140,6 @@ def main(cmd=None):
             --codes speech=dump/codes/train/speech.scp \
             --noise_scp data/noise/wav.scp --out_dir exp/mixtures
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Mix and write."""
     if (args.data_dir / "segments").exists():
         raise DataDirError(
             f"{args.data_dir}: has segments; name formatted data (dump/raw, made by "

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from espnet2_spear.bin import task_pack
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -16,15 +16,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
-    """Pack; see ``--help``.
-
-    Raises:
-        PackError: a file is missing.
-        CheckpointError: weights and configuration that do not belong together.
-    """
-    main_with_one_line_errors(get_parser(), task_pack.run, cmd)
-
+main = command(get_parser)(task_pack.run)
 
 if __name__ == "__main__":
     main()

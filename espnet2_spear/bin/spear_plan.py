@@ -20,7 +20,7 @@ import torch
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.train.average import disk_bytes
@@ -211,17 +211,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Print a table; see ``--help``.
 
     Raises:
         UserError: an option out of its range, or no utterance fits.
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Print the table and what its figures take for granted."""
     gpu = parse_gpu(args.gpu)
     if args.num_gpus < 1 or args.utterance_seconds <= 0:
         raise UserError("--num_gpus and --utterance_seconds: at least 1, above 0")

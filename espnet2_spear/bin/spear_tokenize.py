@@ -15,7 +15,7 @@ import torch
 from espnet2_spear.codes.tokenize_run import TokenizeRun
 from espnet2_spear.codes.tokenizer import TokenizeOptions
 from espnet2_spear.fileio.datadir import DataDirError
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.shards import add_job_share_option
 from espnet2_spear.fileio.utterances import beside_wav_scp, select_domains
 from espnet2_spear.teachers import load_teacher_config
@@ -109,7 +109,8 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd=None):
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Tokenize; see ``--help``.
 
     Example:
@@ -117,18 +118,8 @@ def main(cmd=None):
             --teacher_config conf/teachers/yamnet.yaml --domains audio --name audio \
             --quantizer exp/teachers/audio/quantizer.pt --output_dir dump/codes/train
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Tokenize, by one teacher or several."""
     domains = args.domains or ["all"] * len(args.name)
-    if (
-        not len(args.teacher_config)
-        == len(args.quantizer)
-        == len(args.name)
-        == len(domains)
-    ):
+    if len({*map(len, (args.teacher_config, args.quantizer, args.name, domains))}) > 1:
         raise SystemExit(
             "--teacher_config, --quantizer, --name and --domains must have as many "
             "values each: one a teacher"

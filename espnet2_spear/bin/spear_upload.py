@@ -11,7 +11,7 @@ from pathlib import Path
 from espnet2.utils.types import str2bool
 
 from espnet2_spear.errors import CheckpointError
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.hashes import hash_of
 from espnet2_spear.hub.pack import CARD, REPO
 from espnet2_spear.hub.packed import check_only_tensors, read_packed, unpack
@@ -74,18 +74,14 @@ def _repo_id(text: str) -> str:
     return text
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Upload or list; see ``--help``.
 
     Raises:
         FileNotFoundError: there is no such packed model.
         CheckpointError: see :func:`prepare`.
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """List what would be sent, and send it unless this is a dry run."""
     if not args.packed.is_file():
         raise FileNotFoundError(f"{args.packed}: no packed model; run stage 8 first")
     with tempfile.TemporaryDirectory() as work:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from espnet2_spear.codes.targets import teacher_codes
-from espnet2_spear.fileio.explain import main_with_one_line_errors, option_parser
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import load_model
@@ -237,17 +237,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
-    """Pack; see ``--help``.
+def run(args: argparse.Namespace) -> None:
+    """Pack; run it where training ran: names in configurations are relative to it.
 
     Raises:
         PackError: a file is missing, or the model needs a checkpoint that is gone.
+        CheckpointError: weights and configuration that do not belong together.
     """
-    main_with_one_line_errors(get_parser(), run, cmd)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Pack; run it where training ran: names in configurations are relative to it."""
     check_files(args.train_config, args.model_file, *args.option)
     config = read_settings(args.train_config)
     prefix, named = "", []
@@ -291,6 +287,8 @@ def _needed(config: dict[str, Any]) -> list[Path]:
             )
     return [Path(name) for name in named_files(config).values()]
 
+
+main = command(get_parser)(run)
 
 if __name__ == "__main__":
     main()

@@ -194,9 +194,7 @@ _FORMS = {
     b"RIFX": _Form(12, ">4sI", b"data", 2),
     b"FORM": _Form(12, ">4sI", b"SSND", 2),
     b"caff": _Form(8, ">4sQ", b"data", 1),
-    b"riff": _Form(
-        40, "<16sQ", b"data\xf3\xac\xd3\x11\x8c\xd1\0\xc0O\x8e\xdb\x8a", 8, True
-    ),
+    b"riff": _Form(40, "<16sQ", _WAVE64_DATA, 8, True),
 }
 
 

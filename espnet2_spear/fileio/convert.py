@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -32,6 +33,7 @@ from espnet2_spear.fileio.shards import DoneMarks
 SHARD_UTTERANCES = 100
 AUDIO_FORMATS = ("flac", "wav", "flac.ark", "wav.ark")
 CLIPPED_SHARE = 0.01  # of samples: more are noted
+Write = Callable[[str, bytes], str]  # utterance, audio file -> its value in wav.scp
 
 
 @dataclass(frozen=True)
@@ -87,22 +89,12 @@ class Options:
         return self.audio_format.removesuffix(".ark")
 
 
-class Files:
-    """Writes audio as one file an utterance."""
-
-    def __init__(self, options: Options) -> None:
-        self._options, self._paths = options, list[Path]()
-
-    def write(self, utt: str, content: bytes) -> str:
-        """Write the content of an audio file; returns what wav.scp says of it."""
-        path = audio_path(utt, self._options)
-        write_atomically(path, content)
-        self._paths.append(Path(path))
-        return path
-
-    def finish(self) -> list[Path]:
-        """Return what was written."""
-        return self._paths
+def write_file(utt: str, content: bytes, options: Options) -> str:
+    """Write the content of an audio file; returns what wav.scp says of it."""
+    folder = os.path.join(options.out_dir, options.codec, small_folder(utt))
+    path = os.path.join(folder, file_name(utt, f".{options.codec}"))
+    write_atomically(path, content)
+    return path
 
 
 class Ark:
@@ -192,39 +184,35 @@ def finish_shard(
     before = marks.read(0)
     if before is not None:
         return [Result(**record) for record in before], True
-    ark = Path(options.out_dir) / options.codec / folder / f"{digest}.ark"
-    out = Files(options) if options.codec == options.audio_format else Ark(ark)
-    results = format_shard(shard, options, out)
-    marks.write(0, [asdict(result) for result in results], out.finish())
+    ark = Ark(Path(options.out_dir) / options.codec / folder / f"{digest}.ark")
+    if options.codec == options.audio_format:
+        results = format_shard(shard, options, partial(write_file, options=options))
+        files = [Path(result.file) for result in results if result.file]
+    else:
+        results = format_shard(shard, options, ark.write)
+        files = ark.finish()
+    marks.write(0, [asdict(result) for result in results], files)
     return results, False
 
 
 def format_shard(
-    shard: list[AudioSource], options: Options, out: Files | Ark
+    shard: list[AudioSource], options: Options, write: Write
 ) -> list[Result]:
     """Convert the recordings of a shard.
 
     What fails is tried once more at the end: a file server may have been busy for a
     moment.
     """
-    results = {r.utt: r for rec in shard for r in format_recording(rec, options, out)}
-    for recording in failed_part(shard, results):
-        results |= {r.utt: r for r in format_recording(recording, options, out)}
+    results = {r.utt: r for rec in shard for r in format_recording(rec, options, write)}
+    for recording in shard:
+        if failed := [piece for piece in recording.pieces if results[piece[0]].reason]:
+            again = replace(recording, pieces=tuple(failed))
+            results |= {r.utt: r for r in format_recording(again, options, write)}
     return list(results.values())
 
 
-def failed_part(
-    shard: Iterable[AudioSource], results: Mapping[str, Result]
-) -> Iterator[AudioSource]:
-    """Yield the recordings of a shard with those of their pieces that failed."""
-    for recording in shard:
-        failed = [piece for piece in recording.pieces if results[piece[0]].reason]
-        if failed:
-            yield replace(recording, pieces=tuple(failed))
-
-
 def format_recording(
-    recording: AudioSource, options: Options, out: Files | Ark
+    recording: AudioSource, options: Options, write: Write
 ) -> Iterator[Result]:
     """Convert the pieces of one recording; yield a result for each."""
     done = 0
@@ -248,7 +236,7 @@ def format_recording(
                 notes += (f"clipped {share:.1%} of its samples are over full scale",)
             buffer = io.BytesIO()
             soundfile.write(buffer, pcm, options.fs, "PCM_16", format=options.codec)
-            file = out.write(utt, buffer.getvalue())
+            file = write(utt, buffer.getvalue())
             yield Result(
                 utt,
                 file,
@@ -279,12 +267,6 @@ def _read(
         raise AudioError(
             recording.path, "unreadable", error.strerror or str(error), remedy
         ) from error
-
-
-def audio_path(utt: str, options: Options) -> str:
-    """Return an utterance's file."""
-    folder = os.path.join(options.out_dir, options.codec, small_folder(utt))
-    return os.path.join(folder, file_name(utt, f".{options.codec}"))
 
 
 def peak_db(pcm: np.ndarray) -> float:

@@ -21,7 +21,6 @@ from espnet2_spear.fileio.tables import (
     DataDirError,
     Differences,
     Lines,
-    TableWriter,
     join,
     rows,
     sorted_rows,
@@ -242,17 +241,23 @@ def _check_entry(path: Path, entry: Entry) -> None:
 class EntryWriter:
     """Writes the tables of a data directory; see :func:`entry_writer`.
 
+    Args:
+        path: of the data directory.
+        stack: closes the tables.
+
     Attributes:
+        tables: by their names.
         count: entries written.
     """
 
-    def __init__(
-        self,
-        tables: Mapping[str, TableWriter],
-        speakers: ExternalSorter[tuple[str, str]],
-        recordings: ExternalSorter[tuple[str, str]],
-    ) -> None:
-        self._tables, self._speakers, self._recordings = tables, speakers, recordings
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        # What is opened first is closed, and so appears, last.
+        names = ("wav.scp", "segments", *COLUMNS, "spk2utt", "labels", "splits")
+        self.tables = {n: stack.enter_context(table_writer(path / n)) for n in names}
+        self._speakers, self._recordings = (
+            stack.enter_context(ExternalSorter[tuple[str, str]](folder=path))
+            for _ in range(2)
+        )
         self._last: Entry | None = None
         self.count = 0
 
@@ -291,7 +296,7 @@ class EntryWriter:
                 self._recordings.add(row)
         for name, value in values.items():
             if value is not None:
-                self._tables[name].add(entry.utt, value)
+                self.tables[name].add(entry.utt, value)
         self._speakers.add((entry.speaker, entry.utt))
         self._last = entry
         self.count += 1
@@ -299,13 +304,13 @@ class EntryWriter:
     def finish(self) -> None:
         """Write what depends on all utterances."""
         for speaker, group in groupby(self._speakers, key=itemgetter(0)):
-            self._tables["spk2utt"].add_words(speaker, (utt for _, utt in group))
+            self.tables["spk2utt"].add_words(speaker, (utt for _, utt in group))
         before = ("", "")
         for row in self._recordings:
             if row[0] == before[0] and row[1] != before[1]:
                 raise _same_id(row[0], before[1], row[1])
             if row != before:
-                self._tables["wav.scp"].add(*row)
+                self.tables["wav.scp"].add(*row)
             before = row
 
 
@@ -335,20 +340,13 @@ def entry_writer(
     path.mkdir(parents=True, exist_ok=True)
     (path / "wav.scp").unlink(missing_ok=True)
     with ExitStack() as stack:
-        # What is opened first is closed, and so appears, last.
-        names = ("wav.scp", "segments", *COLUMNS, "spk2utt", "labels", "splits")
-        tables = {n: stack.enter_context(table_writer(path / n)) for n in names}
-        speakers, recordings = (
-            stack.enter_context(ExternalSorter[tuple[str, str]](folder=path))
-            for _ in range(2)
-        )
-        writer = EntryWriter(tables, speakers, recordings)
+        writer = EntryWriter(path, stack)
         yield writer
         writer.finish()
         (path / "feats_type").unlink(missing_ok=True)
         if feats_type:
             (path / "feats_type").write_text(f"{feats_type}\n", encoding="utf-8")
-    for name, table in tables.items():
+    for name, table in writer.tables.items():
         if not table.lines:
             (path / name).unlink()
 

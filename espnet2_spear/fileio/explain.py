@@ -6,10 +6,10 @@ import argparse
 import errno
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from espnet2_spear.errors import UserError
 
@@ -40,10 +40,34 @@ def add_switch(parser: argparse._ActionsContainer, name: str, help: str) -> None
     parser.add_argument(name, type=str2bool, default=False, help=help)
 
 
+def add_options(parser: argparse._ActionsContainer, **defaults: Any) -> None:
+    """Give a parser options that their names explain, each of its default's type."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+
+
+def add_batch_options(parser: argparse.ArgumentParser, batch_seconds: float) -> None:
+    """Give a parser the options of a network that works through audio in batches."""
+    parser.add_argument(
+        "--batch_seconds",
+        type=float,
+        default=batch_seconds,
+        help="audio in a batch, padding included",
+    )
+    parser.add_argument(
+        "--shard_seconds", type=float, default=600.0, help="audio in an output file"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--num_threads", type=int, default=0, help="0 for torch's own choice"
+    )
+
+
 def main_with_one_line_errors(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], T],
     cmd: list[str] | None = None,
+    *errors: type[Exception],
 ) -> T:
     """Parse a command line, set up logging and run: the ``main`` of every command.
 
@@ -53,6 +77,7 @@ def main_with_one_line_errors(
         cmd: the words of a command line, from a caller in Python, to whom errors are
             raised as they are; None: those of this process, which then ends with one
             line where users can mend the error.
+        errors: further classes whose messages say what to do.
 
     Returns:
         what ``run`` returns.
@@ -68,23 +93,9 @@ def main_with_one_line_errors(
     logging.basicConfig(level=args.log_level, format=LOG_FORMAT)
     if cmd is not None:
         return run(args)
-    with one_line_errors():
-        return run(args)
-
-
-@contextmanager
-def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
-    """End the process with one line where users can mend the error.
-
-    Args:
-        errors: further classes whose messages say what to do.
-
-    Raises:
-        SystemExit: in place of such an error.
-    """
     program = Path(sys.argv[0]).name
     try:
-        yield
+        return run(args)
     except (UserError, *errors) as error:
         raise SystemExit(f"ERROR ({program}): {error}") from None
     except OSError as error:
@@ -95,14 +106,27 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
         raise SystemExit(f"ERROR ({program}): {error}{remedy}") from error
 
 
-def run_command(main: Callable[[], None], *errors: type[Exception]) -> None:
-    """Set up logging, run a main function that parses its own options.
+def command(
+    get_parser: Callable[[], argparse.ArgumentParser], *errors: type[Exception]
+) -> Callable[[Callable[[argparse.Namespace], T]], Callable[..., T]]:
+    """Make a function of options the ``main`` of a command, which takes its words.
 
-    See :func:`one_line_errors`.
+    ``main()`` takes those of the process, ``main(words)`` is for callers in Python; see
+    :func:`main_with_one_line_errors`.
+
+    Args:
+        get_parser: returns the parser of the options.
+        errors: further classes whose messages say what to do.
     """
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    with one_line_errors(*errors):
-        main()
+
+    def decorate(run: Callable[[argparse.Namespace], T]) -> Callable[..., T]:
+        @wraps(run)
+        def main(cmd: list[str] | None = None) -> T:
+            return main_with_one_line_errors(get_parser(), run, cmd, *errors)
+
+        return main
+
+    return decorate
 
 
 def some(items: Sequence[str], most: int = 5, separator: str = ", ") -> str:

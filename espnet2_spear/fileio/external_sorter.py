@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -112,14 +111,10 @@ class ExternalSorter(AbstractContextManager, Generic[Row]):
 
 
 def _read(path: Path) -> Iterator[Any]:
-    return chain.from_iterable(_blocks(path))
-
-
-def _blocks(path: Path) -> Iterator[list]:
     with path.open("rb") as file:
         while True:
             try:
                 block = pickle.load(file)
             except EOFError:
                 return
-            yield block
+            yield from block

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 BLANK = 0  # first of ESPnet's tokens
 
@@ -117,9 +117,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Decode; see ``--help``."""
-    args = get_parser().parse_args(cmd)
     import espnet2_spear  # noqa: F401  (makes frontend spear known to ESPnet)
 
     count = decode(args)
@@ -127,4 +127,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

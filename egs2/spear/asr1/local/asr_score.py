@@ -13,7 +13,7 @@ from typing import Any
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.datadir import read_table
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 _HEADER = "|dataset|Snt|Wrd|Corr|Sub|Del|Ins|Err|S.Err|\n" + "|---" * 9 + "|"
 
@@ -203,9 +203,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Score; see ``--help``."""
-    args = get_parser().parse_args(cmd)
     info: dict[str, Any] = {"system": args.system, "seed": args.seed}
     checkpoint = args.exp_dir / "checkpoint.pth"
     if checkpoint.exists():
@@ -218,4 +218,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

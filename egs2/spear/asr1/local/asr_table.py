@@ -12,7 +12,7 @@ from typing import Any
 
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.atomic import write_json
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 
 class TableError(UserError):
@@ -106,9 +106,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Print the table; see ``--help``."""
-    args = get_parser().parse_args(cmd)
     summary = summarise(read_scores(args.exp_dirs, args.score_set))
     table = markdown(summary)
     print(table, end="")
@@ -119,4 +119,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from espnet2_spear.fileio.datadir import RAW, DataDirError, entries, write_entries
 from espnet2_spear.fileio.decode import split_ark
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -60,8 +60,8 @@ def check_audio(scp: Path, values: list[str]) -> None:
                 )
 
 
-def main() -> None:
-    args = get_parser().parse_args()
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     if not (args.in_dir / "wav.scp").exists():
         raise DataDirError(
             f"{args.in_dir}: no such data set; make it with "
@@ -88,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -12,7 +12,7 @@ from asr_score import ScoreError, environments
 
 from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.datadir import read_table
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 _HEADER = "|dataset|Clips|Classes|Acc|mAP|\n" + "|---" * 5 + "|"
 
@@ -130,9 +130,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Score; see ``--help``."""
-    args = get_parser().parse_args(cmd)
     sets = {
         name: measure(*read_scores(Path(labels), Path(scores), args.token_list))
         for name, labels, scores in args.score_set
@@ -143,4 +143,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

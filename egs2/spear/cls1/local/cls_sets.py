@@ -16,7 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from espnet2_spear.fileio.datadir import entries
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.tables import DataDirError, join, sorted_rows, table_writer
 
@@ -95,12 +95,12 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write what training needs of labels; see ``--help``."""
-    args = get_parser().parse_args(cmd)
     write = write_training_set if args.train else write_other_set
     write(args.set_dir, args.labels, args.token_list)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

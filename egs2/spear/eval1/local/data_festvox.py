@@ -8,10 +8,13 @@ name and its end in seconds.
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 
+from sounds import package_parser
+
 from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 VOICE = "usr/share/festival/voices/russian/msu_ru_nsh_clunits"
 EVERY = 4
@@ -30,21 +33,16 @@ def read_lab(path: Path) -> str:
     return " ".join(f"{phone} {float(end):.3f}" for end, _, phone in lines)
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the command line parser."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
-    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
-    return parser
+get_parser = partial(package_parser, __doc__)
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory.
 
     Raises:
         DataDirError: no labels, or a malformed file of them.
     """
-    args = get_parser().parse_args(cmd)
     voice = args.root / VOICE
     files = sorted((voice / "lab").glob("*.lab"))[::EVERY]
     if not files:
@@ -58,4 +56,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -14,7 +14,6 @@ segments of one string, which a split keeps together).
 """
 
 import argparse
-import hashlib
 import logging
 import re
 import struct
@@ -22,9 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from sounds import order, package_parser
+
 from espnet2_spear.fileio.audio import AudioError, audio_info
 from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 ARCHIVE = "usr/share/scummvm/flight-of-the-amazon-queen/queen.1c"
 MP3 = 1
@@ -91,30 +92,21 @@ def read_clips(path: Path) -> Iterator[Clip]:
             yield Clip(name[:-3], speaker, clip[1] + clip[2], offset, size)
 
 
-def order(clip: Clip) -> str:
-    """Key of an order that looks random and is always the same."""
-    return hashlib.sha256(clip.name.encode()).hexdigest()
-
-
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
+    parser = package_parser(__doc__)
     parser.add_argument("--num_clips", type=int, default=60, help="of each speaker")
     parser.add_argument("--min_seconds", type=float, default=1.0)
-    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory: speakers with enough clips, so many of each.
 
     Raises:
         DataDirError: see :func:`read_members`; or fewer than two speakers are left.
     """
-    args = get_parser().parse_args(cmd)
     archive = args.root / ARCHIVE
     folder = args.out_dir / "clips"
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,4 +152,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -8,37 +8,29 @@ phrases that all English voices say. Besides the usual tables it writes `labels`
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import (
-    DataDirError,
-    Entry,
-    check,
-    write_entries,
-    write_table,
-)
-from espnet2_spear.fileio.explain import run_command
+from sounds import package_parser
+
+from espnet2_spear.fileio.datadir import DataDirError, Entry, write_entries, write_table
+from espnet2_spear.fileio.explain import command
 
 VOICES = "usr/share/games/hedgewars/Data/Sounds/voices"
 ENGLISH = ("British", "Classic", "Default", "HillBilly", "Mobster", "Pirate", "Robot")
 ENGLISH += ("Russian", "Singer", "Surfer")
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the command line parser."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
-    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
-    return parser
+get_parser = partial(package_parser, __doc__)
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory.
 
     Raises:
         DataDirError: a voice is missing, or they share no phrase.
     """
-    args = get_parser().parse_args(cmd)
     files: dict[str, dict[str, Path]] = {}
     for voice in ENGLISH:
         folder = args.root / VOICES / voice
@@ -55,10 +47,9 @@ def main(cmd: list[str] | None = None) -> None:
             clip = Entry(f"{voice}-{phrase}", file, voice, "speech", labels=phrase)
             clips.append(clip)
     write_entries(sorted(clips), args.out_dir)
-    check(args.out_dir)
     write_table(args.out_dir / "groups", {clip.utt: clip.speaker for clip in clips})
     logging.info("%d phrases of %d voices", len(shared), len(files))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -8,12 +8,11 @@ and `groups` (the first program that plays the sample; splits keep it together).
 
 import argparse
 from collections import Counter
-from pathlib import Path
 
 from containers import read_presets, read_sf3
-from sounds import SOUNDFONT, Clip, balanced, write_clips, write_sound
+from sounds import SOUNDFONT, Clip, balanced, package_parser, write_clips, write_sound
 
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 FAMILIES = "piano percussion organ guitar bass strings ensemble brass reed pipe".split()
 FAMILIES += "lead pad effects ethnic percussive sound_effects".split()
@@ -29,17 +28,15 @@ def family(players: set[tuple[int, int]]) -> str | None:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
+    parser = package_parser(__doc__)
     parser.add_argument("--max_clips", type=int, default=MAX_CLIPS, help="of a family")
     parser.add_argument("--min_clips", type=int, default=MIN_CLIPS, help="of a family")
-    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory."""
-    args = get_parser().parse_args(cmd)
     players = read_presets(args.root / SOUNDFONT)
     clips = []
     for index, (_, content) in enumerate(read_sf3(args.root / SOUNDFONT)):
@@ -57,4 +54,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

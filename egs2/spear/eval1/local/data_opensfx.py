@@ -3,26 +3,20 @@
 
 import argparse
 import logging
-from pathlib import Path
+from functools import partial
 
 from containers import read_cat
-from sounds import OPENSFX, write_sound
+from sounds import OPENSFX, package_parser, write_sound
 
 from espnet2_spear.fileio.datadir import Entry, write_entries
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
+
+get_parser = partial(package_parser, __doc__)
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the command line parser."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
-    parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
-    return parser
-
-
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory."""
-    args = get_parser().parse_args(cmd)
     found = []
     for index, (_, content) in enumerate(read_cat(args.root / OPENSFX)):
         utt = f"opensfx-{index:02d}"
@@ -33,4 +27,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from heads import Score
-from table import METRIC, spread
+from table import METRIC, read_scores, spread
 from tasks import Task
 
 # System of eval1 -> systems of asr1 that hear with it.
@@ -48,10 +48,7 @@ def main(cmd: list[str] | None = None) -> None:
     args = parser.parse_args(cmd)
     folder = Path(__file__).resolve().parent.parent / "tasks"
     tasks = [Task.read(folder / f"{name}.yaml") for name in args.tasks]
-    features = {
-        system: {name: [Score(**s) for s in scores] for name, scores in by_task.items()}
-        for system, by_task in json.loads(args.features.read_text()).items()
-    }
+    features = read_scores(args.features)
     asr = json.loads(args.asr.read_text())
     heads = ["system", "recognition, WER, %"]
     heads += [f"{task.title}, {METRIC[task.metric]}" for task in tasks]

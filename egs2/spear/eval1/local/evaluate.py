@@ -29,7 +29,7 @@ from tasks import Clips, Data, Task, TaskError, divide
 
 from espnet2_spear.fileio.atomic import atomic, write_json
 from espnet2_spear.fileio.datadir import read_table
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import add_options, command
 
 HERE = Path(__file__).resolve().parent.parent
 SYSTEMS = "logmel random student teachers"
@@ -87,13 +87,8 @@ def all_data(tasks: Sequence[Task]) -> list[Data]:
 
 def step(dry_run: bool, *words: str | Path) -> None:
     """Run a step of the recipe, unless it is done."""
-    command = [
-        sys.executable,
-        "../ssl1/local/step.py",
-        "--dry_run",
-        str(dry_run).lower(),
-    ]
-    subprocess.run([*command, *map(str, words)], cwd=HERE, check=True)
+    words = ("../ssl1/local/step.py", "--dry_run", str(dry_run).lower(), *words)
+    subprocess.run([sys.executable, *map(str, words)], cwd=HERE, check=True)
 
 
 def prepare(data: Data, folders: Folders, dry_run: bool) -> None:
@@ -254,17 +249,10 @@ def write(
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", default="")
-    parser.add_argument("--tag", default="")
+    add_options(parser, student="", tag="", teachers="", systems=SYSTEMS, seeds="0 1 2")
+    add_options(parser, stage=1, stop_stage=4, nj=1, device="cpu")
     parser.add_argument("--tasks", default="", help="names or paths; empty: all")
     parser.add_argument("--full", choices=["true", "false"], default="false")
-    parser.add_argument("--teachers", default="")
-    parser.add_argument("--systems", default=SYSTEMS)
-    parser.add_argument("--seeds", default="0 1 2")
-    parser.add_argument("--stage", type=int, default=1)
-    parser.add_argument("--stop_stage", type=int, default=4)
-    parser.add_argument("--nj", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dry_run", choices=["true", "false"], default="false")
     for name in ("data", "dump", "exp"):
         parser.add_argument(f"--{name}dir", type=Path, default=Path(name))
@@ -283,7 +271,8 @@ def chosen_tasks(args: argparse.Namespace) -> list[Task]:
     return sorted(chosen, key=lambda t: (t.domain != "speech", t.name))
 
 
-def run(args: argparse.Namespace) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Run the stages.
 
     Raises:
@@ -313,11 +302,6 @@ def run(args: argparse.Namespace) -> None:
     elif 3 in wanted or 4 in wanted:
         torch.set_num_threads(max(1, args.nj))
         evaluate(args, tasks, folders, 4 in wanted)
-
-
-def main(cmd: list[str] | None = None) -> None:
-    """Command line entry point."""
-    main_with_one_line_errors(get_parser(), run, cmd)
 
 
 if __name__ == "__main__":

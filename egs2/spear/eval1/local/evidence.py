@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import logging
 import math
 import shlex
@@ -27,11 +26,11 @@ import yaml
 from heads import Score
 from lanes import Job, Lanes
 from scipy.stats import t as student_t
-from table import Results, commit, draw, environment, table
+from table import Results, commit, draw, environment, read_scores, table
 from tasks import LOWER_IS_BETTER, Task, TaskError
 
 from espnet2_spear.fileio.datadir import read_table, write_table
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import add_options, command
 
 HERE = Path(__file__).resolve().parent.parent
 ARMS, SSL1 = HERE / "evidence", HERE.parent / "ssl1"
@@ -43,7 +42,7 @@ SHARED = {
     "quantizer_frames": "150000",
 }
 EPOCHS, WARM_UP = 2, 300  # of the students; steps
-MODEL = "valid.loss.best.pth"
+MODEL, RESULTS = "valid.loss.best.pth", "RESULTS.json"
 CONFIDENCE = 0.95
 
 
@@ -203,16 +202,6 @@ def write_noise(raw: Path, noise: Path) -> None:
 
 # ------------------------------------------------------------
 # Tables
-
-
-def read_scores(tag: str) -> dict[str, dict[str, list[Score]]]:
-    """RESULTS.json of an evaluation: system -> task -> a score a seed of the probe."""
-    path = HERE / "exp" / tag / "RESULTS.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        system: {name: [Score(**s) for s in scores] for name, scores in tasks.items()}
-        for system, tasks in content.items()
-    }
 
 
 def mean_score(scores: Sequence[Score], seed: int) -> Score:
@@ -384,21 +373,16 @@ def report(
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser; evidence.sh --help explains the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="")
+    add_options(parser, only="", seeds="0 1 2", probe_seeds="0", steps=800, jobs=1)
+    add_options(parser, tag="evidence", ssl_args="", known="")
     parser.add_argument("--quick", choices=["true", "false"], default="false")
-    parser.add_argument("--seeds", default="0 1 2")
-    parser.add_argument("--probe_seeds", default="0")
-    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--tasks", required=True)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--tag", default="evidence")
-    parser.add_argument("--ssl_args", default="")
-    parser.add_argument("--known", default="")
     parser.add_argument("--dry_run", choices=["true", "false"], default="false")
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Train, score and compare all students.
 
     Raises:
@@ -427,8 +411,9 @@ def run(args: argparse.Namespace) -> None:
     if students:
         prepare(args, list({arm.name: arm for arm, _ in students}.values()))
     Lanes(args.jobs).run(jobs)
+    exp = HERE / "exp"
     for arm, seed in students:
-        found = read_scores(student_of(args, arm, seed).name)["student"]
+        found = read_scores(exp / student_of(args, arm, seed).name / RESULTS)["student"]
         scores.add(arm.name, {k: mean_score(v, seed) for k, v in found.items()})
     # Whoever wrote the scores of students wrote those of controls, of the same tasks.
     if students:
@@ -436,14 +421,9 @@ def run(args: argparse.Namespace) -> None:
         systems = "logmel random teachers"
         options = {"tag": tag, "seeds": args.probe_seeds, "nj": args.jobs}
         call(eval1(args, student=student, stage=3, systems=systems, **options))
-        for name, found in read_scores(tag).items():
+        for name, found in read_scores(exp / tag / RESULTS).items():
             scores.add(name, {k: mean_score(v, 0) for k, v in found.items()})
     report(args, tasks, asked, scores)
-
-
-def main(cmd: list[str] | None = None) -> None:
-    """Command line entry point."""
-    main_with_one_line_errors(get_parser(), run, cmd)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from espnet2_spear.fileio.datadir import read_table, write_table
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -25,9 +25,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the split."""
-    args = get_parser().parse_args(cmd)
     labels = read_table(args.data_dir / "labels", "utterance label")
     groups_file = args.data_dir / "groups"
     groups = (
@@ -47,4 +47,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

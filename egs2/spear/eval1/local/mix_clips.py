@@ -15,14 +15,8 @@ import numpy as np
 import soundfile
 
 from espnet2_spear.fileio.audio import read_audio, to_int16
-from espnet2_spear.fileio.datadir import (
-    DataDirError,
-    Entry,
-    check,
-    read_table,
-    write_entries,
-)
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.datadir import DataDirError, Entry, read_table, write_entries
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.names import file_name
 
 RATE = 16000
@@ -66,13 +60,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write as many mixtures as there are clips: each clip with another one.
 
     Raises:
         DataDirError: a clip without label or part.
     """
-    args = get_parser().parse_args(cmd)
     paths = read_table(args.wav_scp, "utterance file")
     labels = read_table(args.source / "labels", "utterance label")
     groups = read_table(args.source / "groups", "utterance group")
@@ -101,9 +95,8 @@ def main(cmd: list[str] | None = None) -> None:
             file = str(path.absolute())
             mixtures.append(Entry(utt, file, utt, "audio", labels=both, part=part))
     write_entries(sorted(mixtures), args.out_dir)
-    check(args.out_dir)
     logging.info("%d mixtures of two", len(mixtures))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

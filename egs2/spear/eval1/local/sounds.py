@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from containers import read_cat, read_sf3
 from unzip_audio import unzip
@@ -25,7 +25,7 @@ from espnet2_spear.fileio.datadir import (
     write_entries,
     write_table,
 )
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command, option_parser
 
 UFOAI = ("weapons", "ambience", "footsteps", "aliens", "soldiers")
 UFOAI_SMALL = ("impact", "doors")  # 13 and 8 clips
@@ -62,8 +62,8 @@ class Clip(NamedTuple):
     end: float = -1.0
 
 
-def order(clip: Clip) -> str:
-    """Key of an order that looks random and is always the same."""
+def order(clip: Any) -> str:
+    """Key, by a clip's name, of an order that looks random and is always the same."""
     return hashlib.sha256(clip.name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -193,24 +193,30 @@ def write_clips(found: list[Clip], out_dir: Path) -> None:
     logging.info("%d clips: %s", len(found), named)
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the command line parser."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, required=True, help="unpacked packages")
-    parser.add_argument("--max_clips", type=int, default=MAX_CLIPS, help="of a class")
-    parser.add_argument(
-        "--all_classes", action="store_true", help="animal, impact and doors, too"
-    )
+def package_parser(description: str) -> argparse.ArgumentParser:
+    """Return the parser of what makes a data directory of unpacked packages."""
+    parser = option_parser(description)
+    parser.add_argument("--root", type=Path, required=True, help="unpacked package")
     parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line parser."""
+    parser = package_parser(__doc__)
+    parser.add_argument("--max_clips", type=int, default=MAX_CLIPS, help="of a class")
+    parser.add_argument(
+        "--all_classes", action="store_true", help="animal, impact and doors, too"
+    )
+    return parser
+
+
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory."""
-    args = get_parser().parse_args(cmd)
     every = list(clips(args.root, args.out_dir / "clips", args.all_classes))
     write_clips(balanced(every, args.max_clips), args.out_dir)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

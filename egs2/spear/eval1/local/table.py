@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import statistics
 import subprocess
@@ -23,6 +24,15 @@ METRIC = {
     "cer": "CER, % (lower is better)",
     "fer": "frame errors, % (lower is better)",
 }
+
+
+def read_scores(path: Path) -> dict[str, dict[str, list[Score]]]:
+    """RESULTS.json of an evaluation: system -> task -> a score a seed of the probe."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        system: {name: [Score(**s) for s in scores] for name, scores in tasks.items()}
+        for system, tasks in content.items()
+    }
 
 
 def spread(scores: Sequence[Score]) -> str:

@@ -15,7 +15,7 @@ import soundfile
 
 from espnet2_spear.fileio.audio import read_audio, to_int16
 from espnet2_spear.fileio.datadir import DataDirError, read_table
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.names import file_name
 
 FIRST_ID = 10001
@@ -38,13 +38,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the layout.
 
     Raises:
         DataDirError: a clip without label or group, or of another rate.
     """
-    args = get_parser().parse_args(cmd)
     labels = read_table(args.labels, "utterance speaker")
     groups = read_table(args.groups, "utterance group")
     speakers = sorted(set(labels.values()))
@@ -68,4 +68,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 from espnet2_spear.fileio.datadir import DataDirError, Entry, entries, write_entries
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.tables import open_text
 
 
@@ -62,9 +62,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the three data directories."""
-    args = get_parser().parse_args(cmd)
     sets = split(args.source, read_list(args.dev), read_list(args.test))
     for name, found in sets.items():
         part = found[: args.max_utts or None]
@@ -74,4 +74,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -9,10 +9,10 @@ The exit status is 1 if one differs or none was found.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
+from espnet2_spear.fileio.explain import option_parser
 from espnet2_spear.fileio.folders import files_below
 from espnet2_spear.fileio.hashes import hash_of
 
@@ -30,17 +30,9 @@ def published() -> dict[str, tuple[str, str]]:
     return found
 
 
-def archives(folders: list[Path], names: dict[str, tuple[str, str]]) -> Iterator[Path]:
-    """Files of these names in folders and all their subfolders."""
-    for folder in folders:
-        yield from files_below(folder, names.__contains__)
-
-
 def main(cmd: list[str] | None = None) -> int:
     """Return 0 if all archives are as published, else 1."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     args = parser.parse_args(cmd)
     for folder in args.folders:
@@ -48,7 +40,8 @@ def main(cmd: list[str] | None = None) -> int:
             parser.error(f"{folder}: no such folder")
     known = published()
     count = bad = 0
-    for path in archives(args.folders, known):
+    below = (files_below(folder, known.__contains__) for folder in args.folders)
+    for path in chain.from_iterable(below):
         corpus, expected = known[path.name]
         algorithm = ALGORITHMS[len(expected)]
         found = hash_of(path, algorithm)

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.explain import one_line_errors
+from espnet2_spear.fileio.explain import command, option_parser
 
 TASKS = {  # class, and tokens in place of a list that is made in stage 2
     "asr": ("espnet2_spear.tasks.asr:ASRTask", ["<blank>", "<unk>", "a", "<sos/eos>"]),
@@ -23,9 +23,7 @@ TASKS = {  # class, and tokens in place of a list that is made in stage 2
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--inference_model", required=True, help="to be used later")
     parser.add_argument("--exp_dir", type=Path, required=True, help="where it will be")
@@ -33,12 +31,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
-    """Check a training.
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
+    """End with a line and status 1 if the training would be refused.
 
     Raises:
         UserError: it would refuse its options, or not write the model.
     """
+    logging.disable(logging.WARNING)  # the training says it
     # Takes seconds: not before the options above are right.
     from espnet2_spear.tasks.checks import check_model, check_model_name, read_options
 
@@ -55,14 +55,6 @@ def check(args: argparse.Namespace) -> None:
     except ValueError as error:
         config = args.options[args.options.index("--config") + 1]
         raise UserError(f"{config}, or further options: {error}") from error
-
-
-def main(cmd: list[str] | None = None) -> None:
-    """End with a line and status 1 if the training would be refused."""
-    args = get_parser().parse_args(cmd)
-    logging.disable(logging.WARNING)  # the training says it
-    with one_line_errors():
-        check(args)
 
 
 if __name__ == "__main__":

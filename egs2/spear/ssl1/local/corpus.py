@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes
 
 from espnet2_spear.fileio.datadir import Entry, Segment, write_entries
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import main_with_one_line_errors
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.folders import audio_files
 from espnet2_spear.fileio.tables import DataDirError, Lines, open_text
@@ -116,13 +116,13 @@ class Corpus:
 
     Attributes:
         name: of the corpus; begins the utterance ids.
-        read: (root, part) -> what is there; raises FileNotFoundError where the layout
-            is not the expected one.
+        read: (root, part, found) adds to `found` what is there; raises
+            FileNotFoundError where the layout is not the expected one.
         parts: part -> utterances in it as published, None where that is not known.
-        default_parts: used unless others are asked for.
         licence: of the audio.
         source: where users get it.
         layout: expected content of the root folder.
+        default_parts: used unless others are asked for; all where none is named.
         hours: part -> hours of its segments as published, where that is known.
         recordings: part -> number of its recordings as published, where that is known
             and `read` counts them.
@@ -131,12 +131,12 @@ class Corpus:
     """
 
     name: str
-    read: Callable[[Path, str], Found]
+    read: Callable[[Path, str, Found], None]
     parts: Mapping[str, int | None]
-    default_parts: Sequence[str]
     licence: str
     source: str
     layout: str
+    default_parts: Sequence[str] = ()
     hours: Mapping[str, float] = field(default_factory=dict)
     recordings: Mapping[str, int] = field(default_factory=dict)
     incomplete: bool = False
@@ -182,12 +182,13 @@ class Corpus:
                 number of utterances or recordings, or other hours, than published.
         """
         found = Found()
-        for part in parts or self.default_parts:
+        for part in parts or self.default_parts or self.parts:
             if part not in self.parts:
                 known = ", ".join(self.parts)
                 raise DataDirError(f"{self.name} has no part '{part}'; it has: {known}")
+            result = Found()
             try:
-                result = self.read(root, part)
+                self.read(root, part, result)
             except FileNotFoundError as error:
                 raise DataDirError(
                     f"{error.filename}: not there; expected: {self.layout}"
@@ -234,12 +235,8 @@ class Corpus:
         if problem:
             logging.warning("%s %s: %s", self.name, part, problem)
 
-    def command(self) -> None:
-        """Command line of data_<corpus>.py; what users can mend ends it with a line."""
-        run_command(self.main)
-
     def main(self, cmd: list[str] | None = None) -> None:
-        """Prepare; see ``--help``."""
+        """Command line of data_<corpus>.py; what users can mend ends it with a line."""
         parser = argparse.ArgumentParser(
             description=f"Prepare {self.name} ({self.licence}; {self.source}) as a "
             f"data directory. Its folder: {self.layout}."
@@ -249,11 +246,13 @@ class Corpus:
         parser.add_argument(
             "--parts",
             nargs="+",
-            default=list(self.default_parts),
+            default=[*(self.default_parts or self.parts)],
             help=f"of {', '.join(self.parts)}",
         )
         parser.add_argument("--partial", action="store_true", help="accept less")
-        args = parser.parse_args(cmd)
+        main_with_one_line_errors(parser, self._run, cmd)
+
+    def _run(self, args: argparse.Namespace) -> None:
         # A table `splits` for those who test on the corpus' own parts.
         found = self.prepare(
             self.root(args.root), args.parts, args.partial, len(args.parts) > 1

@@ -13,8 +13,8 @@ import re
 import unicodedata
 from pathlib import Path
 
-from espnet2_spear.fileio.datadir import Entry, check, write_entries
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.datadir import Entry, write_entries
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.tables import open_text
 
 VOICES = {
@@ -115,15 +115,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directory."""
-    args = get_parser().parse_args(cmd)
     found = prepare(args.root, args.lang)
     write_entries(found, args.out_dir)
-    check(args.out_dir)
     with_text = sum(entry.text is not None for entry in found)
     logging.info("%s: %d prompts, %d with text", args.lang, len(found), with_text)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

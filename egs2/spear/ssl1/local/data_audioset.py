@@ -14,17 +14,15 @@ def names(video: str, start: float) -> list[str]:
     return stems + [f"Y{stem}" for stem in stems]
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a part; labels are AudioSet's ids (such as /m/09x0r)."""
     files = FileIndex(root / "audio" / part)
-    found = Found()
     for row in read_csv(root / f"{part}_segments.csv", FIELDS):
         video, start = row["YTID"], float(row["start_seconds"])
         paths = filter(None, map(files.find, names(video, start)))
         path = next(paths, files.folder / f"{video}.wav")
         labels = row["positive_labels"].replace(",", " ")
         found.add(f"audioset-{part}-{video}", path, "audio", labels=labels)
-    return found
 
 
 CORPUS = Corpus(
@@ -40,4 +38,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

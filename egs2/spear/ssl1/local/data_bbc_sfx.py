@@ -6,22 +6,19 @@ from pathlib import Path
 from corpus import Corpus, FileIndex, Found, label, read_csv
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read all clips; the label is the category, with _ for spaces."""
     files = FileIndex(root / "audio")
-    found = Found()
     for row in read_csv(root / "BBCSoundEffects.csv"):
         name = Path(row["location"]).stem
         path = files.path(name, ".wav")
         found.add(f"bbc_sfx-{name}", path, "audio", labels=label(row["category"]))
-    return found
 
 
 CORPUS = Corpus(
     name="bbc_sfx",
     read=read,
     parts={"all": None},
-    default_parts=("all",),
     licence="RemArc: personal use, education, research",
     source="https://sound-effects.bbcrewind.co.uk",
     layout="BBCSoundEffects.csv as published, and audio/ with the files it names",
@@ -29,4 +26,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -41,7 +41,7 @@ from espnet2_spear.fileio.datadir import (
     write_entries,
     write_table,
 )
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.names import safe_id
 from espnet2_spear.fileio.tables import DataDirError, open_text
@@ -196,9 +196,7 @@ def from_folder(entry: dict[str, Any], out_dir: Path) -> Iterable[Entry]:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--config", type=Path, help="YAML list")
     parser.add_argument("--out_dir", type=Path, help="parent folder")
     parser.add_argument(
@@ -208,9 +206,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write a data directory an entry, and the weights beside them."""
-    args = get_parser().parse_args(cmd)
     known = known_corpora()
     if args.list:
         for name, corpus in known.items():
@@ -250,4 +248,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

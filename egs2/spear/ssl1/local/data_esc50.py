@@ -6,26 +6,22 @@ from pathlib import Path
 from corpus import Corpus, Found, read_csv
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a fold; the label is the category."""
-    found = Found()
     for row in read_csv(root / "meta/esc50.csv"):
         if f"fold{row['fold']}" == part:
             path = root / "audio" / row["filename"]
             found.add(f"esc50-{path.stem}", path, "audio", labels=row["category"])
-    return found
 
 
-FOLDS = tuple(f"fold{number}" for number in range(1, 6))
 CORPUS = Corpus(
     name="esc50",
     read=read,
-    parts=dict.fromkeys(FOLDS, 400),
-    default_parts=FOLDS,
+    parts=dict.fromkeys([f"fold{number}" for number in range(1, 6)], 400),
     licence="CC BY-NC 3.0",
     source="https://github.com/karolpiczak/ESC-50",
     layout="meta/esc50.csv and audio/*.wav",
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -32,14 +32,13 @@ def turns(path: Path) -> Iterator[tuple[float, float, str, str]]:
         yield float(match[1]), float(match[2]), match[3], match[4]
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a part: the turns of both speakers, without what was not understood."""
 
     def of_part(path: Path) -> bool:
         match = re.fullmatch(r"fe_03_(\d{5})", path.stem)
         return match is not None and (int(match[1]) <= LAST_OF_P1) == (part == "p1")
 
-    found = Found()
     # LDC's discs may be linked folders.
     found_files = [*files_below(root, lambda name: name.startswith("fe_03_"))]
     files = {p.stem: p for p in found_files if p.suffix in SUFFIXES}
@@ -58,7 +57,6 @@ def read(root: Path, part: str) -> Found:
             words = " ".join(re.sub(r"\[[^]]*\]", " ", text).split())
             file, speaker = files[path.stem], f"{recording}-{side}"
             found.add_segment(utt, file, segment, speaker, words)
-    return found
 
 
 CORPUS = Corpus(
@@ -66,7 +64,6 @@ CORPUS = Corpus(
     read=read,
     parts={"p1": None, "p2": None},
     recordings={"p1": LAST_OF_P1, "p2": LAST - LAST_OF_P1},
-    default_parts=("p1", "p2"),
     licence="LDC user agreement",
     source="https://catalog.ldc.upenn.edu/LDC2004S13",
     layout="the unpacked LDC discs: audio/NNN/fe_03_NNNNN.{sph,wav,flac} and "
@@ -75,4 +72,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -15,14 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
-from espnet2_spear.fileio.datadir import (
-    DOMAINS,
-    Entry,
-    check,
-    entries,
-    write_entries,
-)
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.datadir import DOMAINS, Entry, check, entries, write_entries
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.folders import audio_files, find_audio
 from espnet2_spear.fileio.hashes import name_hash
@@ -103,9 +97,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write one data directory a folder."""
-    args = get_parser().parse_args(cmd)
     seen: dict[str, Path] = {}
     for domain in DOMAINS:
         for label, folder in parse_folders(getattr(args, f"{domain}_dirs")):
@@ -129,4 +123,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

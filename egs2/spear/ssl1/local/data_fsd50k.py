@@ -6,16 +6,14 @@ from pathlib import Path
 from corpus import Corpus, Found, read_csv
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a part; labels are the names of the vocabulary."""
     group = "eval" if part == "eval" else "dev"
-    found = Found()
     for row in read_csv(root / f"FSD50K.ground_truth/{group}.csv"):
         if row.get("split", "eval") == part:
             path = root / f"FSD50K.{group}_audio" / f"{row['fname']}.wav"
             labels = row["labels"].replace(",", " ")
             found.add(f"fsd50k-{row['fname']}", path, "audio", labels=labels)
-    return found
 
 
 CORPUS = Corpus(
@@ -30,4 +28,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -51,9 +51,8 @@ def recordings(path: Path) -> Iterator[dict[str, Any]]:
             text = text[end:]
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a subset; segments without speech are left out."""
-    found = Found()
     for entry in recordings(root / "GigaSpeech.json"):
         chosen = [s for s in entry["segments"] if f"{{{part}}}" in s["subsets"]]
         chosen = [s for s in chosen if not NO_SPEECH.search(s["text_tn"])]
@@ -64,7 +63,6 @@ def read(root: Path, part: str) -> Found:
             times = float(segment["begin_time"]), float(segment["end_time"])
             text = " ".join(TAGS.sub(" ", segment["text_tn"]).split())
             found.add_segment(utt, path, Segment(recording, *times), recording, text)
-    return found
 
 
 CORPUS = Corpus(
@@ -79,4 +77,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -26,9 +26,8 @@ def cuts(path: Path) -> Iterator[dict[str, Any]]:
             ) from None
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a part; the text is the book's, with case and punctuation."""
-    found = Found()
     for cut in cuts(root / f"libriheavy_cuts_{part}.jsonl.gz"):
         (supervision,) = cut["supervisions"]
         name = supervision["recording_id"]
@@ -40,7 +39,6 @@ def read(root: Path, part: str) -> Found:
         speaker = f"libriheavy-{supervision['speaker']}"
         text = " ".join(supervision["custom"]["texts"][0].split())
         found.add_segment(utt, path, Segment(recording, start, end), speaker, text)
-    return found
 
 
 PARTS = ("small", "medium", "large", "dev", "test_clean", "test_other")
@@ -60,4 +58,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -42,9 +42,8 @@ def voice_activity(path: Path) -> list[tuple[float, float]]:
         raise DataDirError(f"{path}: malformed ({error}); fetch it again") from None
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a part; a recording without voice activity is one segment."""
-    found = Found()
     for path in (root / part).glob("*/*/*.json"):
         audio = path.with_suffix(".flac")
         speaker, book = path.parts[-3:-1]
@@ -54,7 +53,6 @@ def read(root: Path, part: str) -> Found:
             utt = f"{recording}_{number:05d}"
             segment = Segment(recording, start, end)
             found.add_segment(utt, audio, segment, f"librilight-{speaker}")
-    return found
 
 
 CORPUS = Corpus(
@@ -68,4 +66,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

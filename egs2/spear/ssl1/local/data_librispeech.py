@@ -6,10 +6,9 @@ from pathlib import Path
 from corpus import Corpus, Found, list_lines
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a part; transcripts are upper case without punctuation, as published."""
     folder = root if (root / part).exists() else root / "LibriSpeech"
-    found = Found()
     for listing in sorted((folder / part).glob("*/*/*.trans.txt")):
         for line in list_lines(listing):
             name, _, text = line.strip().partition(" ")
@@ -21,7 +20,6 @@ def read(root: Path, part: str) -> Found:
                 f"librispeech-{speaker}-{chapter}",
                 text,
             )
-    return found
 
 
 CORPUS = Corpus(
@@ -43,4 +41,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -11,12 +11,11 @@ from espnet2_spear.fileio.datadir import DataDirError
 FIXED = 5  # columns before the tags: track, artist, album, path, duration
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a part; the speaker is the artist, labels are tags such as genre---rock."""
     name = "raw_30s" if part == "all" else f"splits/split-0/autotagging-{part}"
     listing = root / f"data/{name}.tsv"
     folders = [folder for folder in (root / "audio", root) if folder.is_dir()]
-    found = Found()
     for line in islice(list_lines(listing), 1, None):
         columns = line.rstrip("\r\n").split("\t")
         if len(columns) < FIXED:
@@ -28,7 +27,6 @@ def read(root: Path, part: str) -> Found:
         labels = " ".join(columns[FIXED:])
         utt = f"mtg_jamendo-{track}"
         found.add(utt, path, "audio", speaker=f"mtg_jamendo-{artist}", labels=labels)
-    return found
 
 
 CORPUS = Corpus(
@@ -43,4 +41,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

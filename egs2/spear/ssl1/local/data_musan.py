@@ -6,14 +6,12 @@ from pathlib import Path
 from corpus import Corpus, Found, audio_files
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a part; its speech is of domain speech."""
     folder = root / part if (root / part).exists() else root / "musan" / part
-    found = Found()
     for path in audio_files(folder):
         domain = "speech" if part == "speech" else "audio"
         found.add(f"musan-{path.stem}", path, domain, labels=part)
-    return found
 
 
 CORPUS = Corpus(
@@ -27,4 +25,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

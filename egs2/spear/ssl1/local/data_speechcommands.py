@@ -8,7 +8,7 @@ from corpus import Corpus, Found, audio_files, list_lines
 LISTS = {"valid": "validation_list.txt", "test": "testing_list.txt"}
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a part; the label, and the text in upper case, is the word."""
     listed = {
         name: "".join(list_lines(root / file)).split() for name, file in LISTS.items()
@@ -23,13 +23,11 @@ def read(root: Path, part: str) -> Found:
             if path.relative_to(root).as_posix() not in held_out
             and not path.parent.name.startswith("_")  # _background_noise_
         ]
-    found = Found()
     for path in files:
         word, speaker = path.parent.name, path.stem.partition("_nohash_")[0]
         utt = f"speechcommands-{speaker}-{word}-{path.stem.rpartition('_')[2]}"
         speaker = f"speechcommands-{speaker}"
         found.add(utt, path, "speech", speaker, word.upper(), word)
-    return found
 
 
 CORPUS = Corpus(
@@ -43,4 +41,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -8,16 +8,14 @@ from corpus import Corpus, FileIndex, Found, label, read_csv
 FIELDS = ("video", "start", "label", "split")
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a part; the label is the class, with _ for spaces."""
     files = FileIndex(root / "audio")
-    found = Found()
     for row in read_csv(root / "vggsound.csv", FIELDS):
         if row["split"] == part:
             name = f"{row['video']}_{int(row['start']):06d}"
             path = files.path(name, ".wav")
             found.add(f"vggsound-{name}", path, "audio", labels=label(row["label"]))
-    return found
 
 
 CORPUS = Corpus(
@@ -32,4 +30,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -10,10 +10,9 @@ from espnet2_spear.fileio.datadir import DataDirError
 NUMBERS = {"1": "train", "2": "valid", "3": "test"}
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a part; the label is the speaker."""
     listing = root / "iden_split.txt"
-    found = Found()
     for line in map(str.strip, list_lines(listing)):
         number, _, name = line.partition(" ")
         if number not in NUMBERS or name.count("/") != 2:
@@ -26,7 +25,6 @@ def read(root: Path, part: str) -> Found:
             utt = f"voxceleb1-{speaker}-{video}-{Path(file).stem}"
             path = root / "wav" / name
             found.add(utt, path, "speech", f"voxceleb1-{speaker}", labels=speaker)
-    return found
 
 
 CORPUS = Corpus(
@@ -40,4 +38,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -16,10 +16,9 @@ LANGUAGES = (
 )
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a language: all events (version 2), or plenary sessions (version 1)."""
     lang, _, version = part.partition("_")
-    found = Found()
     listing = root / "unlabelled_data/unlabelled_v2.tsv.gz"
     for row in read_csv(listing, delimiter="\t"):
         event = row["event_id"]
@@ -31,7 +30,6 @@ def read(root: Path, part: str) -> Found:
         utt = f"{recording}_{row['segment_no']}"
         segment = Segment(recording, float(row["start"]), float(row["end"]))
         found.add_segment(utt, path, segment, recording)
-    return found
 
 
 CORPUS = Corpus(
@@ -47,4 +45,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

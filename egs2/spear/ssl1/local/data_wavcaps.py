@@ -15,18 +15,16 @@ LISTS = {
 }
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a part."""
     listing = root / "json_files" / LISTS[part]
     files = FileIndex(root / "audio" / part)
-    found = Found()
     try:
         ids = [str(entry["id"]) for entry in json.loads(listing.read_text())["data"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataDirError(f"{listing}: malformed ({error}); fetch it again") from None
     for name in ids:
         found.add(f"wavcaps-{part}-{name}", files.path(name, ".flac"), "audio")
-    return found
 
 
 CORPUS = Corpus(
@@ -43,4 +41,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

@@ -13,15 +13,13 @@ from corpus import Corpus, FileIndex, Found
 from espnet2_spear.fileio.datadir import read_table
 
 
-def read(root: Path, part: str) -> Found:
+def read(root: Path, part: str, found: Found) -> None:
     """Read a shard; the texts name its utterances."""
-    found = Found()
     for path in sorted((root / "data" / part / "text").glob("*.txt")):
         files = FileIndex(root / "data" / part / "audio" / path.stem)
         for name, text in read_table(path, "utterance text", empty_values=True).items():
             file = files.path(name, ".wav")
             found.add(f"yodas-{part}-{name}", file, "speech", text=text)
-    return found
 
 
 CORPUS = Corpus(
@@ -40,4 +38,4 @@ CORPUS = Corpus(
 )
 
 if __name__ == "__main__":
-    CORPUS.command()
+    CORPUS.main()

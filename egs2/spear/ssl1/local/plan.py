@@ -41,7 +41,7 @@ from training_config import (
 )
 
 from espnet2_spear.fileio.convert import AUDIO_FORMATS
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import add_options, command
 
 QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
 TEACHERS_OF_MINI = "speech=whisper_tiny_en audio=yamnet"
@@ -321,18 +321,12 @@ def get_parser() -> argparse.ArgumentParser:
     Options of later stages are read as well: a wrong one ends the run here.
     """
     parser = argparse.ArgumentParser(description=__doc__, usage="see run.sh --help")
-    parser.add_argument("--student", default="")
-    parser.add_argument("--train_config", default="")
-    parser.add_argument("--teachers", default="")
-    parser.add_argument("--quantizer", default="mvq")
+    add_options(parser, student="", train_config="", teachers="", quantizer="mvq")
+    add_options(parser, quantizer_data="", quantizer_args="", quantizer_tag="")
+    add_options(parser, tokenize_domains="needed", config_override="", tag="")
+    add_options(parser, inference_model="valid.loss.best.pth")
     parser.add_argument("--quantizer_iters", default="", type=number(int, 1))
     parser.add_argument("--quantizer_frames", default="", type=number(int, 0))
-    parser.add_argument("--quantizer_data", default="")
-    parser.add_argument("--quantizer_args", default="")
-    parser.add_argument("--quantizer_tag", default="")
-    parser.add_argument("--tokenize_domains", default="needed")
-    parser.add_argument("--config_override", default="")
-    parser.add_argument("--tag", default="")
     for option, (small, large) in SECONDS.items():
         parser.add_argument(
             f"--{option}", default="", type=number(float, 0), help=f"[{small}, {large}]"
@@ -348,7 +342,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check_teachers", action="store_true", help="their files")
     parser.add_argument("--check_quantizers", action="store_true", help="their sizes")
     parser.add_argument("--check_training", help="its options; these are more of them")
-    parser.add_argument("--inference_model", default="valid.loss.best.pth")
     parser.add_argument("--check_packing", help="these options of spear_pack")
     parser.add_argument("--dry_run", action="store_true", help="files may come later")
     parser.add_argument("--write", type=Path, help="the configuration, completed")
@@ -492,9 +485,9 @@ def plan_teacher(
     return teacher
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser, ValueError)
+def main(args: argparse.Namespace) -> None:
     """Print the plan."""
-    args = get_parser().parse_args(cmd)
     config, run, teachers = plan(args)
     if args.write is not None:
         args.write.parent.mkdir(parents=True, exist_ok=True)
@@ -516,4 +509,4 @@ def main(cmd: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, ValueError)
+    main()

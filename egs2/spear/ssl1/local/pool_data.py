@@ -21,14 +21,8 @@ import numpy as np
 
 from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.audio import AudioError, audio_info
-from espnet2_spear.fileio.datadir import (
-    DOMAINS,
-    Entry,
-    Segment,
-    entries,
-    entry_writer,
-)
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.datadir import DOMAINS, Entry, Segment, entries, entry_writer
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.tables import DataDirError, Lines, sorted_rows
 
@@ -205,11 +199,7 @@ class Quota:
             return True
         if self._keep is None:
             self._keep = self._decide()
-            self._keys, self._seconds, self._domains = (
-                array("d"),
-                array("d"),
-                array("b"),
-            )
+            del self._keys, self._seconds, self._domains
         return bool(self._keep[number])
 
     def _decide(self) -> np.ndarray:
@@ -263,9 +253,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Write the data directories train and valid."""
-    args = get_parser().parse_args(cmd)
     excluded = {
         line.split()[0]
         for path in args.exclude
@@ -346,4 +336,4 @@ def write_sets(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

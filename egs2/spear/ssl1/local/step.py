@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from espnet2_spear.fileio.atomic import write_json
+from espnet2_spear.fileio.explain import option_parser
 from espnet2_spear.fileio.hashes import hash_of
 
 VERSION = 1
@@ -247,9 +248,7 @@ def show(
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("--mark", type=Path, required=True, help="file of the mark")
     parser.add_argument("--input", type=Path, default=[], action="append")
     parser.add_argument("--output", type=Path, default=[], action="append")

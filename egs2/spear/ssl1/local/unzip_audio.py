@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.fileio.audio import AUDIO_SUFFIXES
-from espnet2_spear.fileio.explain import run_command
+from espnet2_spear.fileio.explain import command
 
 MAX_MEMBER = 256 * 1024**2  # bytes; a larger member is not a sound of a collection
 
@@ -50,13 +50,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(cmd: list[str] | None = None) -> None:
+@command(get_parser, zipfile.BadZipFile)
+def main(args: argparse.Namespace) -> None:
     """Unpack all archives."""
-    args = get_parser().parse_args(cmd)
     for archive in args.archives:
         count = unzip(archive, args.out_dir)
         logging.info("%s: %d audio files", archive, count)
 
 
 if __name__ == "__main__":
-    run_command(main, zipfile.BadZipFile)
+    main()
