@@ -24,7 +24,7 @@ from torch import Tensor
 
 from espnet2_spear.fileio.explain import add_options, option_parser
 from espnet2_spear.fileio.tables import markdown_table
-from espnet2_spear.mvq.embeddings import EmbeddingSet
+from espnet2_spear.mvq.embedding_set import EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer
 

@@ -15,7 +15,7 @@ from peer import load_peer, peer_codes
 from torch import Tensor
 
 from espnet2_spear.fileio.tables import markdown_table
-from espnet2_spear.mvq.embeddings import EmbeddingSet
+from espnet2_spear.mvq.embedding_set import EmbeddingSet
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.report import relative_error
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig

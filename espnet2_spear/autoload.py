@@ -18,7 +18,7 @@ from pathlib import Path
 
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.atomic import write_atomically
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import command
 
 # Read in alphabetical order: behind those that put the plugin on the path.
 FILE_NAME = "zz_espnet2_spear_autoload.pth"
@@ -86,7 +86,19 @@ def switch_off() -> None:
         ) from error
 
 
-def run(args: argparse.Namespace) -> None:
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m espnet2_spear.autoload",
+        description="Let every start of this Python make the plugin known to ESPnet, "
+        "or not any more. Nothing else of the environment is changed.",
+    )
+    parser.add_argument("action", choices=("on", "off", "status"))
+    return parser
+
+
+@command(get_parser)
+def main(args: argparse.Namespace) -> None:
     """Switch, or say how it is."""
     path, before = startup_file(), status()
     if args.action == "on":
@@ -97,17 +109,6 @@ def run(args: argparse.Namespace) -> None:
         print("off:", "was off already:" if before == "off" else "removed", path)
     else:
         print(f"{before}: {path}")
-
-
-def main(cmd: list[str] | None = None) -> None:
-    """Run one action."""
-    parser = argparse.ArgumentParser(
-        prog="python -m espnet2_spear.autoload",
-        description="Let every start of this Python make the plugin known to ESPnet, "
-        "or not any more. Nothing else of the environment is changed.",
-    )
-    parser.add_argument("action", choices=("on", "off", "status"))
-    main_with_one_line_errors(parser, run, cmd)
 
 
 if __name__ == "__main__":

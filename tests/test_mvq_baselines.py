@@ -15,12 +15,12 @@ from espnet2_spear.mvq.baselines import (
     ResidualQuantizer,
     train_baseline,
 )
-from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet
+from espnet2_spear.mvq.embedding_set import EmbeddingError, EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
-from espnet2_spear.mvq.options import parse_options
 from espnet2_spear.mvq.quantizer import QuantizerError
 from espnet2_spear.mvq.report import evaluate, relative_error
 from espnet2_spear.mvq.training import MVQTrainingConfig, MVQTrainingError
+from espnet2_spear.mvq.training_options import parse_options
 
 CONFIG = BaselineConfig("kmeans", codebook_size=32, iters=20, batch_frames=256)
 

@@ -8,7 +8,7 @@ from embedding_files import TEACHER, structured_vectors, write_embeddings
 
 from espnet2_spear.bin import mvq_report
 from espnet2_spear.mvq.baselines import BaselineConfig, train_baseline
-from espnet2_spear.mvq.embeddings import EmbeddingSet
+from espnet2_spear.mvq.embedding_set import EmbeddingSet
 from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
 from espnet2_spear.mvq.report import bits_per_second, evaluate
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig

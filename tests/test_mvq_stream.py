@@ -8,7 +8,7 @@ from test_tokenize import write_data
 
 from espnet2_spear.bin import mvq_train
 from espnet2_spear.fileio.utterances import read_utterances
-from espnet2_spear.mvq.embeddings import EmbeddingError
+from espnet2_spear.mvq.embedding_set import EmbeddingError
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.training import MVQTrainingError
 from espnet2_spear.teachers import build_teacher, embeddings

@@ -11,7 +11,7 @@ import torch
 from embedding_files import TEACHER, structured_vectors, write_embeddings
 
 from espnet2_spear.bin import mvq_train
-from espnet2_spear.mvq.embeddings import EmbeddingError, EmbeddingSet
+from espnet2_spear.mvq.embedding_set import EmbeddingError, EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.report import evaluate, write_report

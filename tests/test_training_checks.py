@@ -8,8 +8,12 @@ from espnet2.tasks.abs_task import AbsTask
 from student_files import TOKENS, write_student
 
 from espnet2_spear.tasks.asr import ASRTask
-from espnet2_spear.tasks.checks import check_model, check_model_name, read_options
 from espnet2_spear.tasks.spear import SpearTask
+from espnet2_spear.tasks.training_checks import (
+    check_model,
+    check_model_name,
+    read_options,
+)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +96,9 @@ def test_weights_are_compared_with_the_network(
     ],
 )
 def test_options_that_do_not_fit(options: str, message: str, monkeypatch) -> None:
-    monkeypatch.setattr("espnet2_spear.tasks.checks.find_spec", lambda name: None)
+    monkeypatch.setattr(
+        "espnet2_spear.tasks.training_checks.find_spec", lambda name: None
+    )
     args = read_options(
         ASRTask.get_parser(), [*options.split(), "--output_dir", "unused"]
     )

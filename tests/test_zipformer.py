@@ -11,7 +11,7 @@ import torch
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
-from espnet2_spear.zipformer.embed import ConvEmbed
+from espnet2_spear.zipformer.conv_embed import ConvEmbed
 from espnet2_spear.zipformer.fbank import PADDING_VALUE, Fbank
 from espnet2_spear.zipformer.scaling import swoosh_l, swoosh_r
 from espnet2_spear.zipformer.scores import relative_to_absolute

@@ -8,9 +8,9 @@ import torch
 from test_zipformer_exact import NARROW, build
 
 from espnet2_spear import torch_private
-from espnet2_spear.zipformer import cpu, embed, scores
+from espnet2_spear.zipformer import conv_embed, cpu, scores
+from espnet2_spear.zipformer.conv_embed import ConvEmbed, ConvNeXt, pointwise
 from espnet2_spear.zipformer.cpu import use_cpu_versions
-from espnet2_spear.zipformer.embed import ConvEmbed, ConvNeXt, pointwise
 from espnet2_spear.zipformer.fusion import cpu_versions
 from espnet2_spear.zipformer.scaling import (
     SWOOSH_L,
@@ -151,7 +151,7 @@ def test_long_audio_is_encoded_in_blocks(
         choose_way(monkeypatch, way)
         monkeypatch.setattr(cpu, "HEAD_WEIGHTS", 2**10)
         monkeypatch.setattr(scores, "BLOCK_WEIGHTS", 2**12)
-        monkeypatch.setitem(embed.BLOCK_FRAMES, "cpu", 1)
+        monkeypatch.setitem(conv_embed.BLOCK_FRAMES, "cpu", 1)
         pieces = model.encode(fbank, lens)
     for a, b in zip(pieces.hidden_states, whole.hidden_states, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
@@ -194,7 +194,7 @@ def test_a_student_with_and_without_the_versions(
 @pytest.mark.parametrize("name", sorted(cpu.VERSIONS))
 def test_every_version_is_of_a_function(name: str) -> None:
     """And has its name, without which it would never be called."""
-    rooms = ["convolution", "embed", "fbank", "layer", "regularizers", "scaling"]
+    rooms = ["convolution", "conv_embed", "fbank", "layer", "regularizers", "scaling"]
     modules = [f"espnet2_spear.zipformer.{m}" for m in [*rooms, "scores"]]
     own = [getattr(import_module(m), name, None) for m in modules]
     found = [m for m, f in zip(modules, own, strict=True) if f and f.__module__ == m]

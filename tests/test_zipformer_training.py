@@ -14,10 +14,17 @@ from tiny_training import options, train_twice, write_data
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.zipformer import attention, cpu, embed, layer, regularizers, scaling
+from espnet2_spear.zipformer import (
+    attention,
+    conv_embed,
+    cpu,
+    layer,
+    regularizers,
+    scaling,
+)
 from espnet2_spear.zipformer.attention import AttentionWeights
 from espnet2_spear.zipformer.config import ZipformerConfig
-from espnet2_spear.zipformer.embed import ConvEmbed
+from espnet2_spear.zipformer.conv_embed import ConvEmbed
 from espnet2_spear.zipformer.encoder import layer_skip
 from espnet2_spear.zipformer.frames import Frames
 from espnet2_spear.zipformer.layer import ZipformerLayer
@@ -537,7 +544,7 @@ def test_defaults_of_the_named_sizes() -> None:
 def test_no_schedule_changes_after_the_stated_end() -> None:
     model = SpearEncoder(REGULARIZED)
     scheduled = [layer.ATTENTION_SKIP, layer.CONVOLUTION_SKIP, layer.FEED_FORWARD_SKIP]
-    scheduled += [attention.POS_SKIP, embed.CONVNEXT_SKIP, scaling.BYPASS_MIN]
+    scheduled += [attention.POS_SKIP, conv_embed.CONVNEXT_SKIP, scaling.BYPASS_MIN]
     scheduled += [regularizers.BALANCER_PROB, regularizers.DROPOUT]
     for module in model.modules():
         if isinstance(module, Balancer):

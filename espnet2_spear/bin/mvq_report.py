@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from espnet2_spear.fileio.explain import command, option_parser
-from espnet2_spear.mvq.embeddings import INDEX, EmbeddingSet
+from espnet2_spear.mvq.embedding_set import INDEX, EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import AbsQuantizer, QuantizerError
 from espnet2_spear.mvq.report import evaluate, write_report

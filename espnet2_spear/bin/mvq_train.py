@@ -12,11 +12,11 @@ import torch
 from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.utterances import beside_wav_scp
 from espnet2_spear.mvq.baselines import train_baseline
-from espnet2_spear.mvq.embeddings import EmbeddingSet, TrainingFrames
-from espnet2_spear.mvq.options import Config, get_parser, quantizer_config
+from espnet2_spear.mvq.embedding_set import EmbeddingSet, TrainingFrames
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.report import evaluate, write_report
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, MVQTrainingError
+from espnet2_spear.mvq.training_options import Config, get_parser, quantizer_config
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.teachers.embeddings import TeacherFrames
 from espnet2_spear.train.ranks import destroy_process_group_on_exit

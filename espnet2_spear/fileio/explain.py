@@ -63,56 +63,14 @@ def add_batch_options(parser: argparse.ArgumentParser, batch_seconds: float) -> 
     )
 
 
-def main_with_one_line_errors(
-    parser: argparse.ArgumentParser,
-    run: Callable[[argparse.Namespace], T],
-    cmd: list[str] | None = None,
-    *errors: type[Exception],
-) -> T:
-    """Parse a command line, set up logging and run: the ``main`` of every command.
-
-    Args:
-        parser: of the command; gets the option ``--log_level``.
-        run: takes the options.
-        cmd: the words of a command line, from a caller in Python, to whom errors are
-            raised as they are; None: those of this process, which then ends with one
-            line where users can mend the error.
-        errors: further classes whose messages say what to do.
-
-    Returns:
-        what ``run`` returns.
-
-    Raises:
-        SystemExit: of a process: a :class:`UserError`, or the file system refused
-            something.
-    """
-    parser.add_argument(
-        "--log_level", type=str.upper, choices=LOG_LEVELS, default="INFO"
-    )
-    args = parser.parse_args(cmd)
-    logging.basicConfig(level=args.log_level, format=LOG_FORMAT)
-    if cmd is not None:
-        return run(args)
-    program = Path(sys.argv[0]).name
-    try:
-        return run(args)
-    except (UserError, *errors) as error:
-        raise SystemExit(f"ERROR ({program}): {error}") from None
-    except OSError as error:
-        remedy = ""
-        if error.errno in FULL:
-            remedy = "; make room for its outputs (and temporary files beside them), "
-            remedy += "and run it again: what is finished is kept"
-        raise SystemExit(f"ERROR ({program}): {error}{remedy}") from error
-
-
 def command(
     get_parser: Callable[[], argparse.ArgumentParser], *errors: type[Exception]
 ) -> Callable[[Callable[[argparse.Namespace], T]], Callable[..., T]]:
     """Make a function of options the ``main`` of a command, which takes its words.
 
-    ``main()`` takes those of the process, ``main(words)`` is for callers in Python; see
-    :func:`main_with_one_line_errors`.
+    ``main()`` takes the words of the process, which then ends with one line where users
+    can mend an error; ``main(words)`` is for callers in Python, to whom errors are
+    raised as they are. Every command has ``--log_level``.
 
     Args:
         get_parser: returns the parser of the options.
@@ -122,7 +80,26 @@ def command(
     def decorate(run: Callable[[argparse.Namespace], T]) -> Callable[..., T]:
         @wraps(run)
         def main(cmd: list[str] | None = None) -> T:
-            return main_with_one_line_errors(get_parser(), run, cmd, *errors)
+            parser = get_parser()
+            parser.add_argument(
+                "--log_level", type=str.upper, choices=LOG_LEVELS, default="INFO"
+            )
+            args = parser.parse_args(cmd)
+            logging.basicConfig(level=args.log_level, format=LOG_FORMAT)
+            if cmd is not None:
+                return run(args)
+            program = Path(sys.argv[0]).name
+            try:
+                return run(args)
+            except (UserError, *errors) as error:
+                raise SystemExit(f"ERROR ({program}): {error}") from None
+            except OSError as error:
+                remedy = ""
+                if error.errno in FULL:
+                    remedy = "; make room for its outputs (and temporary files beside "
+                    remedy += "them), and run it again: what is finished is kept"
+                message = f"ERROR ({program}): {error}{remedy}"
+                raise SystemExit(message) from error
 
         return main
 

@@ -21,7 +21,7 @@ from espnet2_spear.errors import UserError
 from espnet2_spear.hub.graph import Network
 from espnet2_spear.hub.teacher import sha256_of_tensors
 from espnet2_spear.spear.student import MAX_SECONDS, SpearEncoder
-from espnet2_spear.zipformer.embed import CONVNEXT_REACH, MIN_FRAMES, silence
+from espnet2_spear.zipformer.conv_embed import CONVNEXT_REACH, MIN_FRAMES, silence
 from espnet2_spear.zipformer.fbank import FRAME_LENGTH, FRAME_SHIFT, LEFT, log_mel
 from espnet2_spear.zipformer.frames import Past
 

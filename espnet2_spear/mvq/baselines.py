@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espnet2_spear.constants import MAX_CODEBOOK_SIZE
-from espnet2_spear.mvq.embeddings import EmbeddingError, TrainingFrames
+from espnet2_spear.mvq.embedding_set import EmbeddingError, TrainingFrames
 from espnet2_spear.mvq.quantizer import AbsQuantizer
 from espnet2_spear.mvq.training import MVQTrainingError, channel_statistics, check_seed
 

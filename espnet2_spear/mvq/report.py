@@ -17,7 +17,7 @@ from torch import Tensor
 
 from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.tables import markdown_table
-from espnet2_spear.mvq.embeddings import TrainingFrames
+from espnet2_spear.mvq.embedding_set import TrainingFrames
 from espnet2_spear.mvq.quantizer import AbsQuantizer
 from espnet2_spear.mvq.training import code_usage, entropy
 

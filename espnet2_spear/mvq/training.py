@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.mvq.embeddings import EmbeddingError, TrainingFrames
+from espnet2_spear.mvq.embedding_set import EmbeddingError, TrainingFrames
 from espnet2_spear.mvq.quantizer import Quantizer, save_whole
 from espnet2_spear.mvq.search import GramTables, refine
 

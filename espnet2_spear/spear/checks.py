@@ -16,7 +16,7 @@ from torch import Tensor
 
 from espnet2_spear.constants import MAX_PEAK
 from espnet2_spear.errors import UserError
-from espnet2_spear.zipformer.embed import MIN_FRAMES
+from espnet2_spear.zipformer.conv_embed import MIN_FRAMES
 
 
 class InputError(UserError):

@@ -20,7 +20,7 @@ from espnet2_spear.spear.checks import (
     check_waveforms,
     on_host,
 )
-from espnet2_spear.zipformer.embed import (
+from espnet2_spear.zipformer.conv_embed import (
     CONVNEXT_REACH,
     MIN_FRAMES,
     ConvEmbed,

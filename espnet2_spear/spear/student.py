@@ -22,8 +22,8 @@ from espnet2_spear.spear.streaming import (
     encode_chunks,
 )
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
+from espnet2_spear.zipformer.conv_embed import ConvEmbed
 from espnet2_spear.zipformer.cpu import use_cpu_versions
-from espnet2_spear.zipformer.embed import ConvEmbed
 from espnet2_spear.zipformer.encoder import Zipformer
 from espnet2_spear.zipformer.fbank import FRAME_SHIFT, Fbank, num_frames
 from espnet2_spear.zipformer.schedule import SCHEDULES_END, BatchCountState

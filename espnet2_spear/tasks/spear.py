@@ -33,7 +33,7 @@ from espnet2_spear.spear.model import SpearPretrainModel
 from espnet2_spear.spear.objective import DEFAULT_PRESET, resolve_loss_weights
 from espnet2_spear.spear.objective import PRESETS as LOSS_PRESETS
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.tasks.checks import check_model, one_kind_of_error
+from espnet2_spear.tasks.training_checks import check_model, one_kind_of_error
 from espnet2_spear.train.gradients import scale_loss_by_weight
 from espnet2_spear.train.interruption import forward_signals_to_ranks
 from espnet2_spear.train.options import check_deepspeed_config

@@ -24,7 +24,7 @@ from espnet2_spear.fileio.shards import (
     split_into_shards,
 )
 from espnet2_spear.fileio.utterances import Utterance, lengths_of, make_batches
-from espnet2_spear.mvq.embeddings import (
+from espnet2_spear.mvq.embedding_set import (
     HELD_OUT_SHARE,
     INDEX,
     MAX_HELD_OUT,

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from espnet2_spear.errors import UserError
 from espnet2_spear.spear import objective
 from espnet2_spear.torch_private import TorchDispatchMode, fake_tensors
-from espnet2_spear.zipformer import embed
+from espnet2_spear.zipformer import conv_embed
 from espnet2_spear.zipformer.cpu import use_cpu_versions
 
 
@@ -105,7 +105,7 @@ def as_on_a_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(use_cpu_versions)
         use_cpu_versions(False)
-        for table in (objective.CHUNK_LOGITS, embed.BLOCK_FRAMES):
+        for table in (objective.CHUNK_LOGITS, conv_embed.BLOCK_FRAMES):
             stack.enter_context(mock.patch.dict(table, cpu=table["other"]))
         stack.enter_context(mock.patch.object(objective, "HOST", ()))
         yield

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet2_spear.torch_private import has_hooks, onednn_linear
-from espnet2_spear.zipformer.embed import conv2d
+from espnet2_spear.zipformer.conv_embed import conv2d
 from espnet2_spear.zipformer.fbank import log_mel
 from espnet2_spear.zipformer.fusion import cpu_versions
 from espnet2_spear.zipformer.regularizers import (

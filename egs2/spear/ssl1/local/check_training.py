@@ -40,7 +40,11 @@ def main(args: argparse.Namespace) -> None:
     """
     logging.disable(logging.WARNING)  # the training says it
     # Takes seconds: not before the options above are right.
-    from espnet2_spear.tasks.checks import check_model, check_model_name, read_options
+    from espnet2_spear.tasks.training_checks import (
+        check_model,
+        check_model_name,
+        read_options,
+    )
 
     name, tokens = TASKS[args.task]
     module, _, cls = name.partition(":")

@@ -229,7 +229,7 @@ def check_training_options(options: str, codebooks: int) -> None:
         PlanError: it would refuse them in stage 4, or they say another number of
             codebooks than the training configuration.
     """
-    from espnet2_spear.mvq.options import parse_options
+    from espnet2_spear.mvq.training_options import parse_options
 
     try:
         found = parse_options(shlex.split(options)).num_codebooks

@@ -207,8 +207,8 @@ def check_training(
     Raises:
         ValueError: options that it would refuse.
     """
-    from espnet2_spear.tasks.checks import check_model_name, read_options
     from espnet2_spear.tasks.spear import SpearTask
+    from espnet2_spear.tasks.training_checks import check_model_name, read_options
 
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump(config, file)
@@ -231,7 +231,7 @@ def check_packing(words: Sequence[str]) -> None:
         ValueError: options that it would refuse.
     """
     from espnet2_spear.bin.spear_pack import get_parser
-    from espnet2_spear.tasks.checks import read_options
+    from espnet2_spear.tasks.training_checks import read_options
 
     files = [f"--{name}=x" for name in ("train_config", "model_file", "outpath")]
     read_options(get_parser(), [*files, *words])
