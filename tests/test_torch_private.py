@@ -114,6 +114,7 @@ def test_a_graph(monkeypatch: pytest.MonkeyPatch, single: bool) -> None:
     """Without torch's setting it is one of several frames and utterances, at least."""
     x = torch.arange(24.0).view(2, 4, 3)
     options = {"outputs": ["y"], "lengths": {"x": (1, 99)}, "single_frames": single}
+    options["facts"] = {}
     graphs = [Network(Sums(), {"x": x}, **options).program.module()]
     monkeypatch.setattr(torch_private, "fx_config", None)
     graphs.append(Network(Sums(), {"x": x}, **options).program.module())
@@ -124,11 +125,11 @@ def test_a_graph(monkeypatch: pytest.MonkeyPatch, single: bool) -> None:
 
 def test_the_limit_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     config = torch._dynamo.config
-    monkeypatch.setattr(config, "recompile_limit", 8)
-    torch_private.allow_graphs(5)
-    assert config.recompile_limit == 8
-    torch_private.allow_graphs(9)
-    assert config.recompile_limit == 9
+    with config.patch(recompile_limit=8):
+        torch_private.allow_graphs(5)
+        assert config.recompile_limit == 8
+        torch_private.allow_graphs(9)
+        assert config.recompile_limit == 9
     # Where the setting has another name, torch's own limit stands.
     nothing = SimpleNamespace(config=SimpleNamespace())
     monkeypatch.setattr(torch, "_dynamo", nothing)

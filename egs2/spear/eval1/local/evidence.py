@@ -116,7 +116,7 @@ def questions(only: Sequence[str], quick: bool) -> list[Question]:
     for entry in content["tables"]:
         first, *others = entry["arms"]
         others = [name for name in others if not wanted or name in wanted]
-        if others or first in wanted:
+        if others or first in only:
             arms = [Arm.read(name) for name in (first, *others)]
             found.append(Question(entry["title"], arms))
     return found

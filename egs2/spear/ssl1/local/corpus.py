@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes
 
 from espnet2_spear.fileio.datadir import Entry, Segment, write_entries
-from espnet2_spear.fileio.explain import main_with_one_line_errors
+from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.folders import audio_files
 from espnet2_spear.fileio.tables import DataDirError, Lines, open_text
@@ -250,7 +250,7 @@ class Corpus:
             help=f"of {', '.join(self.parts)}",
         )
         parser.add_argument("--partial", action="store_true", help="accept less")
-        main_with_one_line_errors(parser, self._run, cmd)
+        command(lambda: parser)(self._run)(cmd)
 
     def _run(self, args: argparse.Namespace) -> None:
         # A table `splits` for those who test on the corpus' own parts.
