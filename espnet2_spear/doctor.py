@@ -85,7 +85,8 @@ def check_torch(report: Report) -> None:
             import_module(name)
         except Exception as error:
             remedy = "install torch and torchaudio of the same version, such as 2.11"
-            report.problem(f"{name} cannot be imported: {error}", remedy)
+            first = str(error).partition("\n")[0]
+            report.problem(f"{name} cannot be imported: {first}", remedy)
             return
     import torch
 

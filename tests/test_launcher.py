@@ -115,6 +115,14 @@ def test_paths_are_as_without_it(folder: Path) -> None:
     assert runs[0].stdout and runs[1].stdout == runs[0].stdout, runs[1].stderr
 
 
+def test_a_path_that_came_before_the_launchers_stays(folder: Path) -> None:
+    start = ROOT / "espnet2_spear" / "start"
+    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{start}"}
+    show = [sys.executable, "-c", "import os; print(os.environ['PYTHONPATH'])"]
+    found = subprocess.run(show, env=env, capture_output=True, text=True)
+    assert found.stdout.startswith(str(folder)), found.stderr
+
+
 @pytest.mark.second_env
 @pytest.mark.parametrize(
     "args",

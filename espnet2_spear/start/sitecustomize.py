@@ -11,10 +11,12 @@ if __name__ == "sitecustomize":
     own = sys.modules.pop(__name__)
     folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != folder]
-    # The launcher's is the first; what was there before stands behind it.
-    _, _, paths = os.environ.pop("PYTHONPATH", "").partition(os.pathsep)
-    if paths:
-        os.environ["PYTHONPATH"] = paths
+    # The launcher's is the first, unless something in between put its own before it.
+    first, _, paths = os.environ.get("PYTHONPATH", "").partition(os.pathsep)
+    if os.path.abspath(first) == folder:
+        os.environ.pop("PYTHONPATH", None)
+        if paths:
+            os.environ["PYTHONPATH"] = paths
     try:
         import sitecustomize  # noqa: F401
     except ImportError:
