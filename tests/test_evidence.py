@@ -85,9 +85,20 @@ def test_differences_are_paired_and_pooled() -> None:
     }
     # Pooled over b, c and d: 11/9; of a mean of three: 0.64; t of 6 degrees: 2.45.
     assert evidence.differences([task], results).splitlines()[2:] == [
-        "| b | -4.7 ± 0.6 better |",
-        "| c | +5.3 ± 0.6 worse |",
-        "| d | +0.0 ± 0.6 equal |",
+        "| b | 3 | -4.7 ± 0.6 better |",
+        "| c | 3 | +5.3 ± 0.6 worse |",
+        "| d | 3 | +0.0 ± 0.6 equal |",
+    ]
+    # Only seeds that both have are pairs. Pooled: (2 * 1/3 + 1 * 9/2) / 3 = 1.72.
+    other = {
+        "prompts": [heads.Score(i, 0, v, []) for i, v in ((2, 71), (1, 58), (7, 9))]
+    }
+    alone = {"prompts": [heads.Score(7, 0, 1, [])]}
+    results = {"a": results["a"], "b": results["b"], "d": other, "e": alone}
+    assert evidence.differences([task], results).splitlines()[2:] == [
+        "| b | 3 | -4.7 ± 0.8 better |",
+        "| d | 2 | -0.5 ± 0.9 equal |",
+        "| e | 0 | - |",
     ]
 
 
@@ -101,6 +112,10 @@ def test_lists_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> None:
         f"{arm}, seed {seed}:" for seed in (0, 7) for arm in ("asymmetric", "kmeans")
     ]
     assert "warmup_steps_list=[0,20,40]" in lines[1]
+    # Seed 0 has the demo's quantizers.
+    commands = [line for line in lines if line.startswith("  ./run.sh")]
+    assert ["--quantizer_tag s7" in c for c in commands] == [False, False, True, True]
+    assert "--lr 0.01 --seed 7'" in commands[2] and "'--seed 7'" in commands[3]
 
 
 def test_known_scores_are_not_trained_again(
@@ -133,12 +148,36 @@ def test_known_scores_are_not_trained_again(
     assert "| log-mel | 70.0 |" in shown
     title = evidence.Arm.read("kmeans").title
     assert f"| {title} | 65.0 ± 1.0 |" in shown
-    assert f"| {title} | +4.0 ± 0.0 worse |" in shown
+    assert f"| {title} | 3 | +4.0 ± 0.0 worse |" in shown
     # What was read and nothing else is written beside the tables.
     assert (tmp_path / "exp/evidence/scores.tsv").read_text() == known.read_text()
     evidence.main([*words, "--seeds", "0 3", "--dry_run", "true"])
     named = [x for x in capsys.readouterr().out.splitlines() if not x.startswith(" ")]
     assert named == ["asymmetric, seed 3:", "kmeans, seed 3:"]
+
+
+def test_known_students_of_other_quantizers_are_refused(tmp_path: Path) -> None:
+    config = {
+        "train_data_path_and_name_and_type": [
+            ["dump/raw/train/wav.scp", "speech", "sound"],
+            ["dump/codes/train/w_mvq8.scp", "codes_speech", "codes_store"],
+        ],
+        "teachers": {"speech": {"quantizer": "e5b7cd59"}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    scores = evidence.ScoreTable("", {})
+    score = {"prompts": heads.Score(3, 1.0, 2.0, [])}
+    scores.add("asymmetric", score, evidence.quantizers_of(tmp_path))
+    scores.compare({3}, tmp_path)  # no such codes here
+    facts = tmp_path / "w_mvq8.json"
+    facts.write_text('{"quantizer_id": "e5b7cd59"}')
+    scores.compare({3}, tmp_path)
+    facts.write_text('{"quantizer_id": "00000000"}')
+    scores.compare({4}, tmp_path)
+    with pytest.raises(
+        tasks.TaskError, match="w_mvq8 of the quantizer e5b7cd59, .*000"
+    ):
+        scores.compare({3}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +187,8 @@ def test_known_scores_are_not_trained_again(
         ("arm\tseed\nasymmetric\t0\n", [], "expected a scores.tsv"),
         ("arm\tseed\ttask\tdev\ttest\tcommit\na\tx\tb\t1\t2\tc\n", [], "expected a s"),
         (
-            "arm\tseed\ttask\tdev\ttest\tcommit\tsteps\tssl_args\n"
-            "a\t0\tb\t1\t2\tc\t800\t\n",
+            "arm\tseed\ttask\tdev\ttest\tcommit\tquantizers\tsteps\tssl_args\n"
+            "a\t0\tb\t1\t2\tc\t\t800\t\n",
             ["--steps", "40"],
             "students with steps ['800']; this run has '40'",
         ),

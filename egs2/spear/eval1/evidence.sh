@@ -12,18 +12,20 @@ help_message="Usage: ./evidence.sh [options]
 
 Trains students that differ in one idea (evidence/*.yaml) on the same data, for the same
 number of steps, with the same seeds, and compares their frozen features (run.sh): tables
-with paired differences -> exp/<tag>/RESULTS.md. What is finished is not done again.
+with paired differences -> exp/<tag>/RESULTS.md. What is finished is not done again. A
+seed is one of quantizers and pre-training; the quantizers of seed 0 are the demo's.
 
   --quick true|false          only the five students that tell most  [false]
   --only \"A B\"                only these files of evidence/, and what they are compared with
-  --seeds \"0 1 2\"             of pre-training
+  --seeds \"0 1 2\"             to train; others than elsewhere, see --known
   --steps N                   of pre-training; 0: as the configuration has it [800]
   --tasks \"A B\"               files of tasks/
   --probe_seeds \"0\"           of the probe
   --jobs N                    students at once, a thread each       [number of CPUs]
   --ssl_args \"...\"            more options of ../ssl1/run.sh, such as --data_config F
   --known F.tsv               scores of students trained elsewhere, not trained again: a scores.tsv
-                              that this command wrote beside RESULTS.md
+                              that this command wrote beside RESULTS.md. Processors of another
+                              kind make other quantizers: train whole seeds there, and others here
   --tag TAG                   in the names of results and students  [evidence]
   --dry_run true|false        only list the students and their commands [false]"
 

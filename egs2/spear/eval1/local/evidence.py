@@ -2,16 +2,18 @@
 """Train students that differ in one idea, and compare their frozen features.
 
 Called by evidence.sh. A student is a YAML file of evidence/ (options of ../ssl1/run.sh)
-and a seed of pre-training; evidence/tables.yaml says which students answer a question.
-All share data, codes where they can, steps, and seeds, so that differences can be taken
-seed by seed. What is finished is kept: each part is a stage of ssl1 or of eval1. What
-was trained and scored on another machine is taken over by --known.
+and a seed; evidence/tables.yaml says which students answer a question. A seed is a
+repetition of everything behind the data: quantizers, initial weights, order of batches.
+Students of a seed share its codes where they can, so differences are taken seed by
+seed. What is finished is kept: each part is a stage of ssl1 or of eval1. What was
+trained and scored on another machine is taken over by --known.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import logging
 import math
 import shlex
@@ -127,11 +129,18 @@ def questions(only: Sequence[str], quick: bool) -> list[Question]:
 
 
 def ssl1(
-    args: argparse.Namespace, arm: Arm, stages: tuple[int, int], more: Mapping[str, str]
+    args: argparse.Namespace,
+    arm: Arm,
+    seed: int,
+    stages: tuple[int, int],
+    more: Mapping[str, str],
 ) -> list[str]:
     """A call of ssl1/run.sh."""
     first, last = map(str, stages)
     options = {**SHARED, **arm.options, **more, "stage": first, "stop_stage": last}
+    if seed:  # the quantizers of seed 0 are those of the demo
+        quantizer_args = f"{options['quantizer_args']} --seed {seed}".strip()
+        options |= {"quantizer_tag": f"s{seed}", "quantizer_args": quantizer_args}
     words = [str(w) for key, value in options.items() for w in (f"--{key}", value)]
     return ["./run.sh", *words, *shlex.split(args.ssl_args)]
 
@@ -166,7 +175,7 @@ def student_job(args: argparse.Namespace, arm: Arm, seed: int) -> Job:
         seeds=args.probe_seeds,
         nj=1,
     )
-    commands = [ssl1(args, arm, (7, 7), more), score]
+    commands = [ssl1(args, arm, seed, (7, 7), more), score]
     return Job(f"{arm.name}, seed {seed}", commands, exp / "evidence.log", SSL1)
 
 
@@ -180,15 +189,27 @@ def call(command: Sequence[str]) -> None:
         raise TaskError(f"exit code {status} (see above): {shlex.join(command)}")
 
 
-def prepare(args: argparse.Namespace, arms: Sequence[Arm]) -> None:
-    """Make the data of both recipes, and the codes of all arms."""
+def prepare(args: argparse.Namespace, students: Sequence[tuple[Arm, int]]) -> None:
+    """Make the data of both recipes, and the codes of all students."""
     every = Arm("all", "", {})
-    call(ssl1(args, every, (1, 3), {}))
+    call(ssl1(args, every, 0, (1, 3), {}))
     write_noise(SSL1 / "dump/raw/train", SSL1 / "data/noise")
     call(eval1(args, stop_stage=2))
-    for arm in {arm.codes: arm for arm in arms}.values():
-        logging.info("codes of %s", arm.name)
-        call(ssl1(args, arm, (4, 6), {}))
+    codes = {(arm.codes, seed): (arm, seed) for arm, seed in students}
+    for arm, seed in codes.values():
+        logging.info("codes of %s, seed %d", arm.name, seed)
+        call(ssl1(args, arm, seed, (4, 6), {}))
+
+
+def quantizers_of(student: Path) -> str:
+    """Codes that a student learnt, and the identity of their quantizer: NAME=ID ..."""
+    conf = yaml.safe_load((student / "config.yaml").read_text(encoding="utf-8"))
+    files = conf["train_data_path_and_name_and_type"]
+    codes = {data: Path(file).stem for file, data, _ in files}
+    return " ".join(
+        f"{codes[f'codes_{name}']}={teacher['quantizer']}"
+        for name, teacher in conf["teachers"].items()
+    )
 
 
 def write_noise(raw: Path, noise: Path) -> None:
@@ -223,7 +244,7 @@ class ScoreTable:
         TaskError: no such file, not such a table, or scores of other conditions.
     """
 
-    COLUMNS = ("arm", "seed", "task", "dev", "test", "commit")
+    COLUMNS = ("arm", "seed", "task", "dev", "test", "commit", "quantizers")
 
     def __init__(self, path: str, conditions: Mapping[str, str]) -> None:
         self.conditions = conditions
@@ -235,8 +256,16 @@ class ScoreTable:
                 rows = list(csv.DictReader(stream, delimiter="\t"))
             for row in rows:
                 self._rows[row["arm"], int(row["seed"]), row["task"]] = row
-                float(row["dev"]), float(row["test"]), row["commit"]
-        except (OSError, KeyError, TypeError, ValueError, csv.Error) as e:
+                float(row["dev"]), float(row["test"])
+                row["commit"], row["quantizers"].split()
+        except (
+            OSError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            csv.Error,
+        ) as e:
             raise TaskError(
                 f"--known {path}: {e!r}; expected a scores.tsv of evidence.sh"
             ) from e
@@ -246,6 +275,36 @@ class ScoreTable:
                     f"--known {path}: scores of students with {key} "
                     f"{sorted(map(str, other))}; this run has {value!r}"
                 )
+
+    def compare(self, seeds: set[int], codes: Path) -> None:
+        """See that students of these seeds would learn the codes of those known.
+
+        Quantizers differ between kinds of processors, and their students with them.
+
+        Args:
+            seeds: of which further students are to be trained.
+            codes: folder of the training set's codes.
+
+        Raises:
+            TaskError: they would not.
+        """
+        for (arm, seed, _), row in self._rows.items():
+            for name, known in (x.split("=") for x in row["quantizers"].split()):
+                path = codes / f"{name}.json"
+                if seed not in seeds or not path.exists():
+                    continue
+                facts = json.loads(path.read_text(encoding="utf-8"))
+                if (here := facts["quantizer_id"]) != known:
+                    raise TaskError(
+                        f"--known: '{arm}' of seed {seed} learnt codes {name} of the "
+                        f"quantizer {known}, which is {here} here; a comparison needs "
+                        "the same codes: give other --seeds, or leave --known out"
+                    )
+
+    def seeds(self, arm: str, tasks: Sequence[str]) -> list[int]:
+        """Seeds of which all tasks are known."""
+        seeds = sorted({seed for name, seed, _ in self._rows if name == arm})
+        return [seed for seed in seeds if self.get(arm, seed, tasks)]
 
     def get(self, arm: str, seed: int, tasks: Sequence[str]) -> dict[str, Score] | None:
         """Task -> score of a student; None unless all tasks are known."""
@@ -266,10 +325,11 @@ class ScoreTable:
                 found[name] = {task: [score] for task, score in scores.items()}
         return found
 
-    def add(self, arm: str, scores: Mapping[str, Score]) -> None:
+    def add(self, arm: str, scores: Mapping[str, Score], quantizers: str = "") -> None:
         """Take over the scores of a student of this run."""
         for task, s in scores.items():
             values = (arm, s.seed, task, f"{s.dev:.2f}", f"{s.test:.2f}", commit())
+            values += (quantizers,)
             self._rows[arm, s.seed, task] = {
                 **dict(zip(self.COLUMNS, map(str, values), strict=True)),
                 **self.conditions,
@@ -289,47 +349,52 @@ class ScoreTable:
 def results_of(
     args: argparse.Namespace, scores: ScoreTable, arm: Arm
 ) -> dict[str, list[Score]]:
-    """Task -> a score for every seed of pre-training."""
+    """Task -> a score for every seed that was trained, here or elsewhere."""
     names = args.tasks.split()
-    students = [scores.get(arm.name, seed, names) for seed in args.seeds]
-    return {name: [s[name] for s in students if s] for name in names}
+    seeds = scores.seeds(arm.name, names)
+    students = [scores.get(arm.name, seed, names) or {} for seed in seeds]
+    return {name: [s[name] for s in students] for name in names}
 
 
 def differences(tasks: Sequence[Task], results: Results) -> str:
     """Markdown: paired differences to the first row, and what they tell.
 
-    The standard error of a mean over n seeds comes from the variance of the differences
-    around their means, pooled over the rows: a spread of three seeds alone would be too
-    uncertain. A difference counts if zero is outside of its interval of 95 % by
-    Student's t, for one comparison at a time.
+    Students of the same seed are a pair. The standard error of a mean over n pairs
+    comes from the variance of the differences around their means, pooled over the rows:
+    a spread of three pairs alone would be too uncertain. A difference counts if zero is
+    outside of its interval of 95 % by Student's t, for one comparison at a time.
     """
     (base, first), *others = results.items()
     lines = [
-        f"| minus {base} | {' | '.join(t.title for t in tasks)} |",
-        "|---|" + "--:|" * len(tasks),
+        f"| minus {base} | pairs | {' | '.join(t.title for t in tasks)} |",
+        "|---|--:|" + "--:|" * len(tasks),
     ]
     cells: dict[str, list[str]] = {name: [] for name, _ in others}
     for task in tasks:
+        of_first = {score.seed: score.test for score in first[task.name]}
         pairs = {
             name: [
-                a.test - b.test
-                for a, b in zip(rows[task.name], first[task.name], strict=True)
+                score.test - of_first[score.seed]
+                for score in rows[task.name]
+                if score.seed in of_first
             ]
             for name, rows in others
         }
-        count = len(first[task.name])
-        error, bound = math.nan, math.inf
-        if count > 1:
-            freedom = len(pairs) * (count - 1)
-            pooled = statistics.fmean(statistics.variance(d) for d in pairs.values())
-            error = math.sqrt(pooled / count)
-            bound = student_t.ppf((1 + CONFIDENCE) / 2, freedom) * error
+        spread = [(len(d) - 1, statistics.variance(d)) for d in pairs.values() if d[1:]]
+        freedom = sum(n for n, _ in spread)
+        pooled = sum(n * variance for n, variance in spread) / (freedom or math.nan)
+        reach = student_t.ppf((1 + CONFIDENCE) / 2, freedom) if freedom else math.inf
         better = -1 if task.metric in LOWER_IS_BETTER else 1
         for name, values in pairs.items():
-            mean = statistics.fmean(values)
-            verdict = "equal" if abs(mean) <= bound else "worse"
-            if verdict == "worse" and mean * better > 0:
-                verdict = "better"
+            if not cells[name]:
+                cells[name].append(str(len(values)))
+            if not values:
+                cells[name].append("-")
+                continue
+            mean, error = statistics.fmean(values), math.sqrt(pooled / len(values))
+            verdict = "equal"
+            if freedom and abs(mean) > reach * error:
+                verdict = "better" if mean * better > 0 else "worse"
             cells[name].append(f"{mean:+.1f} ± {error:.1f} {verdict}")
     lines += [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
     return "\n".join(lines)
@@ -347,14 +412,13 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     scores.write(out / "scores.tsv")
     steps = f"{args.steps} steps" if args.steps else "the configuration's steps"
-    seeds = ", ".join(map(str, args.seeds))
     text = [
         "# RESULTS",
         environment(),
-        f"Students of {steps}; seeds of pre-training: {seeds}; of the probe: "
-        f"{args.probe_seeds}. Mean and standard deviation over the seeds of "
-        "pre-training. Differences: mean of the paired ones and its standard error; "
-        "'equal' is what so many seeds cannot tell apart (95 %).",
+        f"Students of {steps}; seeds of the probe: {args.probe_seeds}. Mean and "
+        "standard deviation over seeds of quantizers and pre-training. Differences: mean "
+        "of those of a seed, and its standard error; 'equal' is what so many pairs "
+        "cannot tell apart (95 %).",
         "## Controls",
         table(tasks, controls),
     ]
@@ -362,8 +426,9 @@ def report(
         results: dict[str, Mapping[str, Sequence[Score]]] = {
             arm.title: results_of(args, scores, arm) for arm in question.arms
         }
-        draw(tasks, {**controls, **results}, out / f"table{number}.png")
+        results = {name: rows for name, rows in results.items() if any(rows.values())}
         text += [f"## {question.title}", table(tasks, results)]
+        draw(tasks, {**controls, **results}, out / f"table{number}.png")
         if len(results) > 1:
             text.append(differences(tasks, results))
     (out / "RESULTS.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
@@ -409,14 +474,16 @@ def main(args: argparse.Namespace) -> None:
             print(f"{job.name}:", *map(shlex.join, job.commands), sep="\n  ")
         return
     if students:
-        prepare(args, list({arm.name: arm for arm, _ in students}.values()))
+        prepare(args, students)
+        scores.compare({seed for _, seed in students}, SSL1 / "dump/codes/train")
     Lanes(args.jobs).run(jobs)
     exp = HERE / "exp"
     for arm, seed in students:
-        found = read_scores(exp / student_of(args, arm, seed).name / RESULTS)["student"]
-        scores.add(arm.name, {k: mean_score(v, seed) for k, v in found.items()})
-    # Whoever wrote the scores of students wrote those of controls, of the same tasks.
-    if students:
+        student = student_of(args, arm, seed)
+        found = read_scores(exp / student.name / RESULTS)["student"]
+        means = {k: mean_score(v, seed) for k, v in found.items()}
+        scores.add(arm.name, means, quantizers_of(student))
+    if students and not scores.controls(args.tasks.split()):
         tag, student = f"{args.tag}_controls", student_of(args, *students[0]) / MODEL
         systems = "logmel random teachers"
         options = {"tag": tag, "seeds": args.probe_seeds, "nj": args.jobs}
