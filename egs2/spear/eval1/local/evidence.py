@@ -417,8 +417,8 @@ def report(
         environment(),
         f"Students of {steps}; seeds of the probe: {args.probe_seeds}. Mean and "
         "standard deviation over seeds of quantizers and pre-training. Differences: "
-        "mean of those of a seed, and its standard error; 'equal' is what so many pairs "
-        "cannot tell apart (95 %).",
+        "mean of those of a seed, and its standard error; 'equal' is what so many "
+        "pairs cannot tell apart (95 %).",
         "## Controls",
         table(tasks, controls),
     ]
