@@ -427,6 +427,8 @@ def report(
             arm.title: results_of(args, scores, arm) for arm in question.arms
         }
         results = {name: rows for name, rows in results.items() if any(rows.values())}
+        if len(results) < min(2, len(question.arms)):
+            continue  # nothing to compare yet
         text += [f"## {question.title}", table(tasks, results)]
         draw(tasks, {**controls, **results}, out / f"table{number}.png")
         if len(results) > 1:
