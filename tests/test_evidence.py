@@ -100,6 +100,8 @@ def test_differences_are_paired_and_pooled() -> None:
         "| d | 2 | -0.5 ± 0.9 equal |",
         "| e | 0 | - |",
     ]
+    one = {name: {"prompts": results[name]["prompts"][:1]} for name in "ab"}
+    assert evidence.differences([task], one).endswith("\n| b | 1 | -5.0 |")
 
 
 def test_lists_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> None:

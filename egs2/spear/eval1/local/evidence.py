@@ -382,18 +382,17 @@ def differences(tasks: Sequence[Task], results: Results) -> str:
         }
         spread = [(len(d) - 1, statistics.variance(d)) for d in pairs.values() if d[1:]]
         freedom = sum(n for n, _ in spread)
-        pooled = sum(n * variance for n, variance in spread) / (freedom or math.nan)
-        reach = student_t.ppf((1 + CONFIDENCE) / 2, freedom) if freedom else math.inf
+        pooled = sum(n * variance for n, variance in spread) / max(freedom, 1)
         better = -1 if task.metric in LOWER_IS_BETTER else 1
         for name, values in pairs.items():
             if not cells[name]:
                 cells[name].append(str(len(values)))
-            if not values:
-                cells[name].append("-")
+            mean = statistics.fmean(values or [math.nan])
+            if not values or not freedom:  # one pair has no spread
+                cells[name].append(f"{mean:+.1f}" if values else "-")
                 continue
-            mean, error = statistics.fmean(values), math.sqrt(pooled / len(values))
-            verdict = "equal"
-            if freedom and abs(mean) > reach * error:
+            error, verdict = math.sqrt(pooled / len(values)), "equal"
+            if abs(mean) > error * student_t.ppf((1 + CONFIDENCE) / 2, freedom):
                 verdict = "better" if mean * better > 0 else "worse"
             cells[name].append(f"{mean:+.1f} ± {error:.1f} {verdict}")
     lines += [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
