@@ -24,8 +24,8 @@ seed is one of quantizers and pre-training; the quantizers of seed 0 are the dem
   --jobs N                    students at once, a thread each       [number of CPUs]
   --ssl_args \"...\"            more options of ../ssl1/run.sh, such as --data_config F
   --known F.tsv               scores of students trained elsewhere, not trained again: a scores.tsv
-                              that this command wrote beside RESULTS.md. Processors of another
-                              kind make other quantizers: train whole seeds there, and others here
+                              that this command wrote beside RESULTS.md. Another machine may
+                              make other quantizers: train whole seeds there, and others here
   --tag TAG                   in the names of results and students  [evidence]
   --dry_run true|false        only list the students and their commands [false]"
 

@@ -279,7 +279,7 @@ class ScoreTable:
     def compare(self, seeds: set[int], codes: Path) -> None:
         """See that students of these seeds would learn the codes of those known.
 
-        Quantizers differ between kinds of processors, and their students with them.
+        Quantizers differ with the number of threads, and may with the machine.
 
         Args:
             seeds: of which further students are to be trained.
