@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from measure import fresh, read_peak, reset_peak, resident, timed
+from measure import fresh, in_turn, read_peak, reset_peak, resident, timed
 
 from espnet2_spear.fileio.explain import add_options, option_parser
 
@@ -83,6 +83,26 @@ def main(cmd=None):
                     job = {**shared, "mode": mode, "name": name}
                     results[name].append(fresh(run_job, job))
             report(mode, results, args)
+    if args.device == "cpu":
+        mkl, onednn = fresh(product_rates, args.num_threads)
+        print(f"a product of matrices: MKL {mkl:.2f}, oneDNN {onednn:.2f} TFLOP/s")
+
+
+def product_rates(num_threads: int) -> tuple[float, float]:
+    """TFLOP/s of torch's own product, which the peer uses, and of oneDNN's."""
+    from espnet2_spear.torch_private import onednn_linear
+
+    torch.set_num_threads(num_threads)
+    x, weight = torch.randn(3000, 512), torch.randn(1536, 512)
+    work = {
+        "mkl": lambda: torch.nn.functional.linear(x, weight),
+        "onednn": lambda: onednn_linear(x, weight, None, "none", [], ""),
+    }
+    flops = 2 * x.numel() * len(weight)
+    mkl, onednn = (
+        flops / statistics.median(times) / 1e12 for times in in_turn(work, 20).values()
+    )
+    return mkl, onednn
 
 
 def save_weights(args: argparse.Namespace, path: Path) -> dict:

@@ -18,6 +18,7 @@ import demo_table  # noqa: E402
 import evidence  # noqa: E402
 import heads  # noqa: E402
 import plan  # noqa: E402
+import score_table  # noqa: E402
 import tasks  # noqa: E402
 
 TABLES = yaml.safe_load((EVAL / "evidence/tables.yaml").read_text())
@@ -126,7 +127,7 @@ def test_known_scores_are_not_trained_again(
     """A table of two machines' students is that of one machine; nothing is run."""
     monkeypatch.setattr(evidence, "HERE", tmp_path)
     conditions = {"steps": "800", "ssl_args": ""}
-    scores = evidence.ScoreTable("", conditions)
+    scores = score_table.ScoreTable("", conditions)
     known = tmp_path / "scores.tsv"
 
     def score(seed: int, test: float) -> dict[str, heads.Score]:
@@ -136,7 +137,7 @@ def test_known_scores_are_not_trained_again(
     for seed in range(3):
         scores.add("asymmetric", score(seed, 60.0 + seed))
         scores.write(known)
-        scores = evidence.ScoreTable(str(known), conditions)  # of another machine
+        scores = score_table.ScoreTable(str(known), conditions)  # of another machine
         scores.add("kmeans", score(seed, 64.0 + seed))
     scores.write(known)
     words = ["--only", "kmeans", "--tasks", "prompts", "--known", str(known)]
@@ -167,7 +168,7 @@ def test_known_students_of_other_quantizers_are_refused(tmp_path: Path) -> None:
         "teachers": {"speech": {"quantizer": "e5b7cd59"}},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    scores = evidence.ScoreTable("", {})
+    scores = score_table.ScoreTable("", {})
     score = {"prompts": heads.Score(3, 1.0, 2.0, [])}
     scores.add("asymmetric", score, evidence.quantizers_of(tmp_path))
     scores.compare({3}, tmp_path)  # no such codes here

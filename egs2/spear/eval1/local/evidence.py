@@ -12,8 +12,6 @@ trained and scored on another machine is taken over by --known.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import logging
 import math
 import shlex
@@ -28,7 +26,8 @@ import yaml
 from heads import Score
 from lanes import Job, Lanes
 from scipy.stats import t as student_t
-from table import Results, commit, draw, environment, read_scores, table
+from score_table import ScoreTable
+from table import Results, draw, environment, read_scores, table
 from tasks import LOWER_IS_BETTER, Task, TaskError
 
 from espnet2_spear.fileio.datadir import read_table, write_table
@@ -225,125 +224,20 @@ def write_noise(raw: Path, noise: Path) -> None:
 # Tables
 
 
+def controls_of(
+    args: argparse.Namespace, scores: ScoreTable
+) -> dict[str, dict[str, list[Score]]]:
+    """Name -> task -> scores of what is not trained here: log-mel, teachers."""
+    arms = {path.stem for path in ARMS.glob("*.yaml")}
+    return scores.others(arms, args.tasks.split())
+
+
 def mean_score(scores: Sequence[Score], seed: int) -> Score:
     """Mean over the seeds of the probe, as one score of the student's seed."""
     dev, test = (
         statistics.fmean(getattr(s, part) for s in scores) for part in ("dev", "test")
     )
     return Score(seed, dev, test, [])
-
-
-class ScoreTable:
-    """Scores of students: a row of a TSV file a student and task.
-
-    Args:
-        path: to read, as ``write`` made it; None: no scores yet.
-        conditions: columns that must agree with this run's.
-
-    Raises:
-        TaskError: no such file, not such a table, or scores of other conditions.
-    """
-
-    COLUMNS = ("arm", "seed", "task", "dev", "test", "commit", "quantizers")
-
-    def __init__(self, path: str, conditions: Mapping[str, str]) -> None:
-        self.conditions = conditions
-        self._rows: dict[tuple[str, int, str], dict[str, str]] = {}
-        if not path:
-            return
-        try:
-            with open(path, encoding="utf-8", newline="") as stream:
-                rows = list(csv.DictReader(stream, delimiter="\t"))
-            for row in rows:
-                self._rows[row["arm"], int(row["seed"]), row["task"]] = row
-                float(row["dev"]), float(row["test"])
-                row["commit"], row["quantizers"].split()
-        except (
-            OSError,
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-            csv.Error,
-        ) as e:
-            raise TaskError(
-                f"--known {path}: {e!r}; expected a scores.tsv of evidence.sh"
-            ) from e
-        for key, value in conditions.items():
-            if other := {row.get(key) for row in rows} - {value}:
-                raise TaskError(
-                    f"--known {path}: scores of students with {key} "
-                    f"{sorted(map(str, other))}; this run has {value!r}"
-                )
-
-    def compare(self, seeds: set[int], codes: Path) -> None:
-        """See that students of these seeds would learn the codes of those known.
-
-        Quantizers differ with the number of threads, and may with the machine.
-
-        Args:
-            seeds: of which further students are to be trained.
-            codes: folder of the training set's codes.
-
-        Raises:
-            TaskError: they would not.
-        """
-        for (arm, seed, _), row in self._rows.items():
-            for name, known in (x.split("=") for x in row["quantizers"].split()):
-                path = codes / f"{name}.json"
-                if seed not in seeds or not path.exists():
-                    continue
-                facts = json.loads(path.read_text(encoding="utf-8"))
-                if (here := facts["quantizer_id"]) != known:
-                    raise TaskError(
-                        f"--known: '{arm}' of seed {seed} learnt codes {name} of the "
-                        f"quantizer {known}, which is {here} here; a comparison needs "
-                        "the same codes: give other --seeds, or leave --known out"
-                    )
-
-    def seeds(self, arm: str, tasks: Sequence[str]) -> list[int]:
-        """Seeds of which all tasks are known."""
-        seeds = sorted({seed for name, seed, _ in self._rows if name == arm})
-        return [seed for seed in seeds if self.get(arm, seed, tasks)]
-
-    def get(self, arm: str, seed: int, tasks: Sequence[str]) -> dict[str, Score] | None:
-        """Task -> score of a student; None unless all tasks are known."""
-        if any((arm, seed, task) not in self._rows for task in tasks):
-            return None
-        rows = {task: self._rows[arm, seed, task] for task in tasks}
-        return {
-            task: Score(seed, float(row["dev"]), float(row["test"]), [])
-            for task, row in rows.items()
-        }
-
-    def controls(self, tasks: Sequence[str]) -> dict[str, dict[str, list[Score]]]:
-        """Name -> task -> scores of what is not trained here: log-mel, teachers."""
-        arms = {path.stem for path in ARMS.glob("*.yaml")}
-        found = {}
-        for name in sorted({arm for arm, _, _ in self._rows} - arms):
-            if scores := self.get(name, 0, tasks):
-                found[name] = {task: [score] for task, score in scores.items()}
-        return found
-
-    def add(self, arm: str, scores: Mapping[str, Score], quantizers: str = "") -> None:
-        """Take over the scores of a student of this run."""
-        for task, s in scores.items():
-            values = (arm, s.seed, task, f"{s.dev:.2f}", f"{s.test:.2f}", commit())
-            values += (quantizers,)
-            self._rows[arm, s.seed, task] = {
-                **dict(zip(self.COLUMNS, map(str, values), strict=True)),
-                **self.conditions,
-            }
-
-    def write(self, path: Path) -> None:
-        """Write all scores, those that were read too."""
-        with path.open("w", encoding="utf-8", newline="") as stream:
-            names = [*self.COLUMNS, *self.conditions]
-            writer = csv.DictWriter(
-                stream, names, "", delimiter="\t", lineterminator="\n"
-            )
-            writer.writeheader()
-            writer.writerows(self._rows[key] for key in sorted(self._rows))
 
 
 def results_of(
@@ -406,7 +300,7 @@ def report(
     scores: ScoreTable,
 ) -> None:
     """Write RESULTS.md, its pictures and scores.tsv."""
-    controls = scores.controls(args.tasks.split())
+    controls = controls_of(args, scores)
     out = HERE / "exp" / args.tag
     out.mkdir(parents=True, exist_ok=True)
     scores.write(out / "scores.tsv")
@@ -484,7 +378,7 @@ def main(args: argparse.Namespace) -> None:
         found = read_scores(exp / student.name / RESULTS)["student"]
         means = {k: mean_score(v, seed) for k, v in found.items()}
         scores.add(arm.name, means, quantizers_of(student))
-    if students and not scores.controls(args.tasks.split()):
+    if students and not controls_of(args, scores):
         tag, student = f"{args.tag}_controls", student_of(args, *students[0]) / MODEL
         systems = "logmel random teachers"
         options = {"tag": tag, "seeds": args.probe_seeds, "nj": args.jobs}

@@ -1,0 +1,126 @@
+"""Scores of students as a TSV file, which several machines and nights can share."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from heads import Score
+from table import commit
+from tasks import TaskError
+
+
+class ScoreTable:
+    """Scores of students: a row of a TSV file a student and task.
+
+    Args:
+        path: to read, as ``write`` made it; None: no scores yet.
+        conditions: columns that must agree with this run's.
+
+    Raises:
+        TaskError: no such file, not such a table, or scores of other conditions.
+    """
+
+    COLUMNS = ("arm", "seed", "task", "dev", "test", "commit", "quantizers")
+
+    def __init__(self, path: str, conditions: Mapping[str, str]) -> None:
+        self.conditions = conditions
+        self._rows: dict[tuple[str, int, str], dict[str, str]] = {}
+        if not path:
+            return
+        try:
+            with open(path, encoding="utf-8", newline="") as stream:
+                rows = list(csv.DictReader(stream, delimiter="\t"))
+            for row in rows:
+                self._rows[row["arm"], int(row["seed"]), row["task"]] = row
+                float(row["dev"]), float(row["test"])
+                row["commit"], row["quantizers"].split()
+        except (
+            OSError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            csv.Error,
+        ) as e:
+            raise TaskError(
+                f"--known {path}: {e!r}; expected a scores.tsv of evidence.sh"
+            ) from e
+        for key, value in conditions.items():
+            if other := {row.get(key) for row in rows} - {value}:
+                raise TaskError(
+                    f"--known {path}: scores of students with {key} "
+                    f"{sorted(map(str, other))}; this run has {value!r}"
+                )
+
+    def compare(self, seeds: set[int], codes: Path) -> None:
+        """See that students of these seeds would learn the codes of those known.
+
+        Quantizers differ with the number of threads, and may with the machine.
+
+        Args:
+            seeds: of which further students are to be trained.
+            codes: folder of the training set's codes.
+
+        Raises:
+            TaskError: they would not.
+        """
+        for (arm, seed, _), row in self._rows.items():
+            for name, known in (x.split("=") for x in row["quantizers"].split()):
+                path = codes / f"{name}.json"
+                if seed not in seeds or not path.exists():
+                    continue
+                facts = json.loads(path.read_text(encoding="utf-8"))
+                if (here := facts["quantizer_id"]) != known:
+                    raise TaskError(
+                        f"--known: '{arm}' of seed {seed} learnt codes {name} of the "
+                        f"quantizer {known}, which is {here} here; a comparison needs "
+                        "the same codes: give other --seeds, or leave --known out"
+                    )
+
+    def seeds(self, arm: str, tasks: Sequence[str]) -> list[int]:
+        """Seeds of which all tasks are known."""
+        seeds = sorted({seed for name, seed, _ in self._rows if name == arm})
+        return [seed for seed in seeds if self.get(arm, seed, tasks)]
+
+    def get(self, arm: str, seed: int, tasks: Sequence[str]) -> dict[str, Score] | None:
+        """Task -> score of a student; None unless all tasks are known."""
+        if any((arm, seed, task) not in self._rows for task in tasks):
+            return None
+        rows = {task: self._rows[arm, seed, task] for task in tasks}
+        return {
+            task: Score(seed, float(row["dev"]), float(row["test"]), [])
+            for task, row in rows.items()
+        }
+
+    def others(
+        self, arms: set[str], tasks: Sequence[str]
+    ) -> dict[str, dict[str, list[Score]]]:
+        """Name -> task -> scores of what is none of these arms: log-mel, teachers."""
+        found = {}
+        for name in sorted({arm for arm, _, _ in self._rows} - arms):
+            if scores := self.get(name, 0, tasks):
+                found[name] = {task: [score] for task, score in scores.items()}
+        return found
+
+    def add(self, arm: str, scores: Mapping[str, Score], quantizers: str = "") -> None:
+        """Take over the scores of a student of this run."""
+        for task, s in scores.items():
+            values = (arm, s.seed, task, f"{s.dev:.2f}", f"{s.test:.2f}", commit())
+            values += (quantizers,)
+            self._rows[arm, s.seed, task] = {
+                **dict(zip(self.COLUMNS, map(str, values), strict=True)),
+                **self.conditions,
+            }
+
+    def write(self, path: Path) -> None:
+        """Write all scores, those that were read too."""
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            names = [*self.COLUMNS, *self.conditions]
+            writer = csv.DictWriter(
+                stream, names, "", delimiter="\t", lineterminator="\n"
+            )
+            writer.writeheader()
+            writer.writerows(self._rows[key] for key in sorted(self._rows))
