@@ -127,6 +127,10 @@ def test_rank_that_dies_or_hangs_ends_the_other(data, tmp_path, victim, number):
     if number == signal.SIGSTOP:
         assert other.exitcode == EXIT_RANK_LOST
         assert f"rank {victim} has been silent for" in log
+        # All started again, as the message says: what it left does not count.
+        last = torch.load(tmp_path / "exp/checkpoint.pth", weights_only=True)
+        cmd += ["--max_epoch", str(last["spear"]["epoch"] + 5), "--rank_timeout", "2"]
+        assert end(launch(cmd, tmp_path)) == [0] * RANKS
     else:
         assert other.exitcode not in (0, None)
         assert "another rank has died" in log or "ends, because" in log

@@ -115,10 +115,14 @@ class RankMonitor(threading.Thread):
         rank, start = dist.get_rank(), time.monotonic()
         watched = range(1, dist.get_world_size()) if rank == 0 else [0]
         heard = {r: (self._before.get(str(r)), start) for r in watched}
+        own, begun = self._file(rank), False
         while not self._end.is_set():
             # What a file system refuses for a moment is done a moment later.
             with contextlib.suppress(OSError):
-                self._file(rank).touch()
+                if not begun:  # it may say how an earlier training failed
+                    own.write_text("")
+                    begun = True
+                own.touch()
                 self._listen(heard)
             self._end.wait(self.timeout / 8)
 
