@@ -92,6 +92,10 @@ def test_esc50_is_learnt(tmp_path: Path, esc50: Path) -> None:
     assert "student:encoder" in (exp / "train.log").read_text()
     again = finetune(*options, "--stage", "2", ESC50=str(esc50))
     assert again.returncode == 0 and again.stdout.count("options: skipped") == 5
+    # Figures of another student are not its own: it would not even be trained.
+    other = ["--ckpt", str(write_student(tmp_path / "other", seed=2))]
+    refused = finetune(*options, *other, "--stage", "3", ESC50=str(esc50))
+    assert refused.returncode != 0 and "give another --tag" in refused.stderr
 
 
 TWO_MILLION = ["--setting", "audioset2m", "--ngpu", "0", "--ckpt", "CKPT"]

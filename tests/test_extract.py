@@ -215,7 +215,13 @@ def test_finished_shards_are_kept_if_they_are_whole(
     assert "gone or changed; its shard is made again" in caplog.text
     for utt, matrix in read(tmp_path).items():
         np.testing.assert_array_equal(matrix, first[utt])
-    # Another model's features are not taken for these.
+    # Another recording of the same name and length is not taken for the one before.
+    whole = (audio / "a.wav").read_bytes()
+    (audio / "a.wav").write_bytes(whole[:-2000] + bytes(2000))
+    extract(student, tmp_path, *words)
+    assert not np.allclose(read(tmp_path)["utt-a"], first["utt-a"])
+    (audio / "a.wav").write_bytes(whole)
+    # Nor are another model's features.
     other = write_student(tmp_path / "other", seed=2)
     extract(other, tmp_path, *words)
     assert not np.allclose(read(tmp_path)["utt-a"], first["utt-a"])

@@ -189,6 +189,19 @@ def test_changed_audio_is_converted_again(tmp_path: Path, messy: Utterances) -> 
     assert format_dir(tmp_path)["good"].samples == 32000
 
 
+def test_other_audio_of_the_same_length_has_another_name(
+    tmp_path: Path, messy: Utterances
+) -> None:
+    """So codes and embeddings of the recording before are not taken for its own."""
+    before = format_dir(tmp_path)
+    soundfile.write(messy["good"].path, -noise(1.0), 16000)
+    stamp = os.stat(messy["faint"].path)
+    os.utime(messy["faint"].path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    after = format_dir(tmp_path)
+    assert before["good"].path != after["good"].path
+    assert before["faint"].path == after["faint"].path
+
+
 def test_nothing_left_is_an_error(tmp_path: Path, messy: Utterances) -> None:
     with pytest.raises(DataDirError, match="no utterance is left.*--min_seconds"):
         format_dir(tmp_path)

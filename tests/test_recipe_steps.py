@@ -205,6 +205,24 @@ def test_what_an_input_is_compared_by(tmp_path: Path) -> None:
     assert step.digest_of(folder) != before
 
 
+@pytest.mark.parametrize("kaldi", [True, False])
+def test_other_recordings_of_a_users_folder_are_noticed(
+    tmp_path: Path, kaldi: bool
+) -> None:
+    """Another file of the same size, or one that is there now."""
+    folder, audio = tmp_path / "in", tmp_path / "in/audio"
+    audio.mkdir(parents=True)
+    if kaldi:
+        (folder / "wav.scp").write_text(f"u {audio}/1.wav\nv audio/2.wav\n")
+    (audio / "1.wav").write_text("abc")
+    before = step.digest_of(folder, source=True)
+    assert before == step.digest_of(folder, source=True)
+    os.utime(audio / "1.wav", (1, 1))
+    after = step.digest_of(folder, source=True)
+    (audio / "2.wav").write_text("d")
+    assert len({before, after, step.digest_of(folder, source=True)}) == 3
+
+
 def test_damaged_mark_is_no_mark(tmp_path: Path) -> None:
     run = Runner(tmp_path)
     run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,7 +34,8 @@ from espnet2_spear.fileio.shards import DoneMarks
 SHARD_UTTERANCES = 100
 AUDIO_FORMATS = ("flac", "wav", "flac.ark", "wav.ark")
 CLIPPED_SHARE = 0.01  # of samples: more are noted
-Write = Callable[[str, bytes], str]  # utterance, audio file -> its value in wav.scp
+# Utterance, samples, audio file -> its value in wav.scp.
+Write = Callable[[str, np.ndarray, bytes], str]
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,15 @@ class Options:
         return self.audio_format.removesuffix(".ark")
 
 
-def write_file(utt: str, content: bytes, options: Options) -> str:
-    """Write the content of an audio file; returns what wav.scp says of it."""
+def write_file(utt: str, pcm: np.ndarray, content: bytes, options: Options) -> str:
+    """Write the content of an audio file; returns what wav.scp says of it.
+
+    The name has a checksum of the samples. So whatever knows audio by its path, as
+    codes and embeddings do, sees that a recording was exchanged for another one.
+    """
     folder = os.path.join(options.out_dir, options.codec, small_folder(utt))
-    path = os.path.join(folder, file_name(utt, f".{options.codec}"))
+    name = file_name(utt, f".{zlib.crc32(pcm):08x}.{options.codec}")
+    path = os.path.join(folder, name)
     write_atomically(path, content)
     return path
 
@@ -107,7 +114,7 @@ class Ark:
     def __init__(self, path: Path) -> None:
         self._path, self._content = path, bytearray()
 
-    def write(self, utt: str, content: bytes) -> str:
+    def write(self, utt: str, pcm: np.ndarray, content: bytes) -> str:
         """Append the content of an audio file; returns what wav.scp says of it."""
         self._content += f"{utt} ".encode(**TEXT)
         offset = len(self._content)
@@ -236,7 +243,7 @@ def format_recording(
                 notes += (f"clipped {share:.1%} of its samples are over full scale",)
             buffer = io.BytesIO()
             soundfile.write(buffer, pcm, options.fs, "PCM_16", format=options.codec)
-            file = write(utt, buffer.getvalue())
+            file = write(utt, pcm, buffer.getvalue())
             yield Result(
                 utt,
                 file,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import TypeVar
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import AudioError, Span, audio_info
 from espnet2_spear.fileio.datadir import DataDirError, entries, read_table
+from espnet2_spear.fileio.decode import split_ark
 from espnet2_spear.fileio.folders import find_audio
 from espnet2_spear.fileio.names import one_word
 from espnet2_spear.fileio.utterances import Utterance
@@ -28,9 +30,11 @@ class Recording(Utterance):
     Attributes:
         samples: at 16 kHz, as its header says; resampling may give one more or less.
         span: the part of the file.
+        stamp: size in bytes and time of the file, by which another one is noticed.
     """
 
     span: Span = WHOLE
+    stamp: tuple[int, int] = (0, 0)
 
 
 def find_recordings(
@@ -80,13 +84,15 @@ def find_recordings(
                     path, "command", "is a command", "write its output to a file first"
                 )
             info = audio_info(path)
+            stat = os.stat(split_ark(path)[0])
         except (AudioError, OSError) as error:
             skipped[utt] = (getattr(error, "reason", "unreadable"), str(error))
             continue
         end = info.seconds if span.end is None else span.end
         seconds = end - (span.start or 0.0)
         samples = max(0, round(seconds * SAMPLE_RATE))
-        recordings.append(Recording(utt, path, samples, span))
+        stamp = (stat.st_size, stat.st_mtime_ns)
+        recordings.append(Recording(utt, path, samples, span, stamp))
     return recordings, skipped
 
 

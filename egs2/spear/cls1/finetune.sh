@@ -148,7 +148,7 @@ if wanted 3; then
     # shellcheck disable=SC2086
     step --mark "${exp}/train.json" --input "${config}" --input "${ckpt}" \
         --input "${tokens}" "${inputs[@]}" --output "${exp}/${inference_model}" \
-        --again "goes on from its last checkpoint (another --tag starts anew)" \
+        --refuse "give another --tag, or remove ${exp} to train it anew" \
         --runner "$(train_runner "${ngpu}" "${num_nodes}" "${nj}" "${exp}/train.log")" \
         -- ${python} -m espnet2_spear.bin.cls_train --config "${config}" \
         --output_dir "${exp}" --token_list "${tokens}" \

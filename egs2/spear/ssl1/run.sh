@@ -168,7 +168,7 @@ skip_upload=true
 fs=16000 # Hz; the teachers and the student expect it
 
 # runner <gpus> <threads> <log> [options]: words for step --runner
-runner() { echo "${cuda_cmd} --gpu $1 --num_threads $2 ${4:-} $(printf %q "$3")"; }
+runner() { echo "${cuda_cmd} --gpu $1 --num_threads $2 ${4:-} $(quoted "$3")"; }
 
 # share_out <command of cmd.sh> <gpus> <cores> <log with JOB> <threads>: sets shared, options
 # of step by which jobs do a share each, before its own command puts them together
@@ -176,7 +176,7 @@ share_out() {
     shared=()
     [ "${num_jobs}" -gt 1 ] || return 0
     shared=(--jobs "${num_jobs}" --array_runner "$1 --gpu $2 --num_threads $3 \
-        JOB=1:${num_jobs} $(printf %q "$4") env OMP_NUM_THREADS=$5")
+        JOB=1:${num_jobs} $(quoted "$4") env OMP_NUM_THREADS=$5")
 }
 
 # show_end <log>: its last line
@@ -231,12 +231,12 @@ show_figures() {
 if wanted 1; then
     log "Stage 1: data preparation"
     lock "${datadir}"
-    inputs=(--input_dirs "${speech_dirs}" --input_dirs "${audio_dirs}")
+    inputs=(--source_dirs "${speech_dirs}" --source_dirs "${audio_dirs}")
     if [ -n "${data_config}" ]; then
         inputs+=(--input "${data_config}")
         roots=$(python local/data_corpora.py --config "${data_config}" --roots)
         while read -r root; do
-            [ -z "${root}" ] || inputs+=(--input "${root}")
+            [ -z "${root}" ] || inputs+=(--source "${root}")
         done <<<"${roots}"
     fi
     # Of the embedded default: what is held out of training.
@@ -505,7 +505,8 @@ if wanted 7; then
         --output_dir "${exp}" "${opts[@]}" ${train_args} \
         + --ngpu "${ngpu}" --resume true --multiprocessing_distributed true "${nodes[@]}"
     if [ "${dry_run}" = false ] && [ -e "${exp}/train.log" ]; then
-        grep "results:" "${exp}/train.log" | tail -n 1 | cut -c 1-400
+        # A training that had nothing left to do logs no results.
+        { grep "results:" "${exp}/train.log" || true; } | tail -n 1 | cut -c 1-400
     fi
 fi
 

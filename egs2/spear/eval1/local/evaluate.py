@@ -121,7 +121,7 @@ def format_clips(data: Data, folders: Folders, nj: int, dry_run: bool) -> None:
     org = raw.with_name(raw.name + "_org")
     python = ("--", sys.executable, "-m")
     step(
-        *(dry_run, "--mark", org / ".done.json", "--input", source),
+        *(dry_run, "--mark", org / ".done.json", "--source", source),
         *("--output", org / "wav.scp", *python, "espnet2_spear.bin.spear_format"),
         *("--in_dir", source, "--out_dir", org, "+", "--nj", str(nj)),
     )

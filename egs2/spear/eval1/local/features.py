@@ -122,9 +122,8 @@ def _digest(wavs: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
     for utt, path in wavs.items():
         file, offset = split_ark(path)
-        # The size of an ark is not that of the clip.
-        where = "" if offset is None else f" {file.name}:{offset}"
-        digest.update(f"{utt} {file.stat().st_size}{where}\n".encode())
+        facts = f"{utt} {file.name}:{offset} {file.stat().st_size}\n"
+        digest.update(facts.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -43,9 +43,13 @@ count_gpus() {
     [ -n "${ngpu}" ] || ngpu=$(python -c "import torch; print(torch.cuda.device_count())")
 }
 
+# quoted <text>: one word for step, which reads words as sh does; in any locale, where
+# printf %q writes letters beyond ASCII in a way that only bash knows
+quoted() { printf "'%s'" "${1//\'/\'\\\'\'}"; }
+
 # train_runner <gpus> <machines> <cores> <log>: words for step --runner
 train_runner() {
-    echo "${cuda_cmd} --gpu $1 --num_nodes $2 --num_threads $3 $(printf %q "$4")" \
+    echo "${cuda_cmd} --gpu $1 --num_nodes $2 --num_threads $3 $(quoted "$4")" \
         "env OMP_NUM_THREADS=${OMP_NUM_THREADS}"
 }
 
@@ -80,7 +84,7 @@ prepare_corpus() {
         . ../ssl1/db.sh
         root=${corpus^^} # name of the variable that holds the folder
         input=()
-        [ ! -e "${!root:-}" ] || input=(--input "${!root}")
+        [ ! -e "${!root:-}" ] || input=(--source "${!root}")
         step --mark "${source}/.done.json" "${input[@]}" --output "${source}/wav.scp" \
             -- python "../ssl1/local/data_${corpus}.py" --root "${!root:-}" \
             --out_dir "${source}" --parts "${parts[@]}"

@@ -26,7 +26,9 @@ from typing import Any
 import yaml
 
 from espnet2_spear.fileio.atomic import write_json
+from espnet2_spear.fileio.decode import split_ark
 from espnet2_spear.fileio.explain import option_parser
+from espnet2_spear.fileio.folders import find_audio
 from espnet2_spear.fileio.hashes import hash_of
 
 VERSION = 1
@@ -37,17 +39,26 @@ TABLES = ("wav.scp", "segments", "utt2spk", "utt2domain", "text", "utt2num_sampl
 TABLES += ("utt2peak_db", "skipped.txt")
 
 
-def digest_of(path: Path) -> str:
+def digest_of(path: Path, source: bool = False) -> str:
     """Hash of what a file or a Kaldi data directory says.
 
     Of any other folder the names and sizes of all files are hashed. YAML is hashed as
     parsed, so that its comments do not count.
+
+    Args:
+        path: file or folder.
+        source: its recordings are not of this recipe's making: another size or time of
+            a recording counts. (What spear_format makes has another name then.)
     """
     digest = hashlib.sha256()
     if (path / "wav.scp").exists():
         for name in TABLES:
             if (path / name).exists():
                 digest.update(f"{name} {digest_of(path / name)}\n".encode())
+        for line in open(path / "wav.scp", "rb") if source else ():
+            _, _, value = os.fsdecode(line.strip()).partition(" ")
+            file, _ = split_ark(find_audio(value.strip(), path))
+            digest.update(f"{stamp_of(file)}\n".encode())
     elif path.is_dir():
         walked = set()
         for folder, folders, names in os.walk(path, followlinks=True):
@@ -58,8 +69,9 @@ def digest_of(path: Path) -> str:
             walked.add(real)
             for name in sorted(names):
                 file = os.path.join(folder, name)
-                size = os.stat(file).st_size if os.path.exists(file) else None
-                line = f"{os.path.relpath(file, path)} {size}\n"
+                size, time = stamp_of(file)
+                line = f"{os.path.relpath(file, path)} {size}"
+                line += f" {time}\n" if source else "\n"
                 digest.update(line.encode("utf-8", "surrogateescape"))
     elif path.suffix == ".yaml":
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -69,7 +81,16 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def facts_of(path: Path, before: dict[str, Any]) -> dict[str, Any]:
+def stamp_of(file: str | Path) -> tuple[int | None, int | None]:
+    """Size and time of a file; None if there is none."""
+    try:
+        stat = os.stat(file)
+    except (OSError, ValueError):
+        return None, None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def facts_of(path: Path, source: bool, before: dict[str, Any]) -> dict[str, Any]:
     """Hash, size and time of an input; a file as it was before is not read again."""
     if not path.exists():
         return {"sha256": None}
@@ -77,7 +98,7 @@ def facts_of(path: Path, before: dict[str, Any]) -> dict[str, Any]:
     facts = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     if path.is_file() and all(before.get(k) == v for k, v in facts.items()):
         return before
-    return {"sha256": digest_of(path), **facts}
+    return {"sha256": digest_of(path, source), **facts}
 
 
 @dataclass
@@ -88,6 +109,7 @@ class Step:
         mark: JSON file; absent if the command never ended well.
         command: words that count.
         inputs: files or folders it reads.
+        sources: others, with recordings that are not of this recipe's making.
         outputs: files it has written when it is done.
         adopt: outputs without a mark were made by the user, and are kept.
         before: what the mark says; empty if there is none.
@@ -97,6 +119,7 @@ class Step:
     mark: Path
     command: list[str]
     inputs: list[Path]
+    sources: list[Path]
     outputs: list[Path]
     adopt: bool = False
 
@@ -108,7 +131,10 @@ class Step:
             except ValueError:
                 self.before = {"version": "a damaged mark"}
         known = self.before.get("inputs", {})
-        self.facts = {str(p): facts_of(p, known.get(str(p), {})) for p in self.inputs}
+        self.facts = {
+            str(p): facts_of(p, p in self.sources, known.get(str(p), {}))
+            for p in (*self.inputs, *self.sources)
+        }
 
     def state(self) -> tuple[bool, str]:
         """Whether it has to be run, and why (not)."""
@@ -239,7 +265,7 @@ def show(
         print(f"  $ {shlex.join(words)}")
         if runner:
             print(f"      by      {shlex.join(runner)}")
-    for path in step.inputs:
+    for path in (*step.inputs, *step.sources):
         print(f"      reads   {path}{'' if path.exists() else ' (not there yet)'}")
     for path in step.outputs:
         print(f"      writes  {path}")
@@ -253,7 +279,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", type=Path, default=[], action="append")
     parser.add_argument("--output", type=Path, default=[], action="append")
     parser.add_argument(
-        "--input_dirs", default=[], action="append", help="as run.sh --speech_dirs"
+        "--source",
+        type=Path,
+        default=[],
+        action="append",
+        help="an input with recordings that are not of this recipe's making",
+    )
+    parser.add_argument(
+        "--source_dirs", default=[], action="append", help="as run.sh --speech_dirs"
     )
     parser.add_argument("--again", default="made again", help="said of a repetition")
     parser.add_argument(
@@ -281,8 +314,8 @@ def main(cmd: list[str] | None = None) -> int:
     if not command:
         get_parser().error("no command after --")
     command, uncounted = divide(command, "+")
-    inputs = [*args.input, *own_folders(args.input_dirs)]
-    step = Step(args.mark, command, inputs, args.output, args.adopt)
+    sources = [*args.source, *own_folders(args.source_dirs)]
+    step = Step(args.mark, command, args.input, sources, args.output, args.adopt)
     todo, why = step.state()
     what = ", ".join(map(str, args.output)) or str(args.mark)
     if args.refuse is not None and (changes := step.changes()):
@@ -303,7 +336,8 @@ def main(cmd: list[str] | None = None) -> int:
         return 0
     if step.before:
         print(f"{what}: {args.again}, because {why}\n", end="", flush=True)
-    missing = [str(path) for path in args.input if not path.exists()]
+    needed = (*args.input, *args.source)
+    missing = [str(path) for path in needed if not path.exists()]
     if missing:
         return refuse(
             f"{', '.join(missing)}: not there; run the stage that writes it first (see "
