@@ -35,6 +35,7 @@ class Half(nn.Module):
         super().__init__()
         self.model = build(False)
         self.change: Change = lambda loss, model: loss
+        self.loss_scale = self.model.loss_scale
 
     def forward(self, utt_id: list[str], **batch: torch.Tensor) -> tuple:
         with torch.autocast("cpu", torch.float16):
@@ -225,16 +226,22 @@ def test_precision_and_scaler(
     assert ("no effect on a CPU" in caplog.text) == ineffective
 
 
-@pytest.mark.parametrize("scale", [None, 4.0])
+@pytest.mark.parametrize(
+    ("scale", "normalize"), [(None, "sum"), (4.0, "sum"), (4.0, "frames")]
+)
 def test_penalties_of_the_network_know_the_scale(
-    tmp_path: Path, scale: float | None
+    tmp_path: Path, scale: float | None, normalize: str
 ) -> None:
-    """They are added to gradients that the scale has multiplied already."""
+    """They are added to gradients of the loss, which is scaled and perhaps a mean."""
     training = Training(tmp_path, scale)
     count = BatchCount()
     training.model.schedule = BatchCountState(count)  # as the task makes it
+    model = training.model.model
+    model.normalize = normalize
     training.step()
-    assert count.loss_scale == (scale or 1.0)
+    _, _, frames = model(utt_id=["u", "v"], **make_batch(0))
+    expected = (scale or 1.0) / (frames if normalize == "frames" else 1.0)
+    assert count.loss_scale == pytest.approx(float(expected), rel=0.1)
 
 
 @pytest.mark.second_env

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from espnet2.iterators.sequence_iter_factory import SequenceIterFactory
 
 from espnet2_spear.data.noise import NoiseError, NoiseList, SpearCollateFn
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.tasks.spear import SpearTask
+from espnet2_spear.train.batches import open_epoch
 
 RATE = 16000
 
@@ -46,6 +48,16 @@ def data(*ids: str) -> list[tuple[str, dict[str, np.ndarray]]]:
     ]
 
 
+class ByName(torch.utils.data.Dataset):
+    """As ESPnet's: id -> (id, example)."""
+
+    def __init__(self, examples: dict) -> None:
+        self.examples = examples
+
+    def __getitem__(self, utt: str) -> tuple[str, dict]:
+        return utt, self.examples[utt]
+
+
 def test_batches_carry_noise(scp: Path) -> None:
     collate = SpearCollateFn(NoiseList(scp, max_seconds=0.1), clips=30, seed=3)
     ids, batch = collate(data("a", "b"))
@@ -57,6 +69,19 @@ def test_batches_carry_noise(scp: Path) -> None:
         assert (clip[:n] > 0.05).all() and not clip[n:].any()
     levels = {round(clip[400].item(), 1) for clip in batch["noise"]}
     assert levels == {0.1, 0.2, 0.3, 0.4, 0.5}  # all of them, 8 kHz resampled
+
+
+def test_every_iterator_draws_other_noise_each_epoch(scp: Path) -> None:
+    """ESPnet's too, which tell nobody of the epoch."""
+    collate = SpearCollateFn(NoiseList(scp), clips=12)
+    batch = [("a",), ("b",)]
+    dataset = ByName(dict(data("a", "b")))
+    factory = SequenceIterFactory(dataset, batch, collate_fn=collate, shuffle=False)
+    first, again, second = (
+        next(open_epoch(factory, epoch)[0])[1]["noise"].mean(dim=1)
+        for epoch in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, second)
 
 
 def test_noise_depends_on_seed_epoch_and_utterances_only(scp: Path) -> None:

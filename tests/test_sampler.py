@@ -289,5 +289,7 @@ def test_validation_sees_everything_once(manifest: Manifest, world_size: int) ->
         assert len(batch) * int(manifest.samples[batch].max()) <= 100 * RATE
     with pytest.raises(DataDirError, match="raise valid_batch_bins"):
         validation_batches(manifest.samples, 10 * RATE, None, 1)
-    with pytest.raises(DataDirError, match="2 utterances to validate with 3 ranks"):
+    with pytest.raises(DataDirError, match="2 batches .* 3 ranks cannot share"):
         validation_batches(np.array([5, 6]), 100, None, 3)
+    with pytest.raises(DataDirError, match="9 utterances .* make 9 batches"):
+        validation_batches(np.full(9, 80), 100, None, 4)

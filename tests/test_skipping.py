@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 from espnet2.train.collate_fn import CommonCollateFn
 
 from espnet2_spear.codes.targets import TeacherCodes
@@ -67,19 +66,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-class Collate(CommonCollateFn):
-    """ESPnet's, which remembers the epoch as one with random noise would."""
-
-    epoch = None
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __call__(self, data):
-        utts, batch = super().__call__(data)
-        return utts, {**batch, "epoch": torch.tensor(self.epoch)}
-
-
 def factory(
     folder: Path,
     limits: SkipLimits = LENIENT,
@@ -108,7 +94,7 @@ def factory(
     return SpearIterFactory(
         dataset,
         batches,
-        Collate(float_pad_value=0.0, int_pad_value=-1, not_sequence=["domain"]),
+        CommonCollateFn(float_pad_value=0.0, int_pad_value=-1, not_sequence=["domain"]),
         SkipLog(folder / list_path, limits),
         bound=4 * RATE,
         num_workers=workers,
@@ -128,7 +114,7 @@ def test_epochs_can_begin_anywhere(folder: Path, workers: int) -> None:
     whole = read(one.build_iter(2))
     assert len(whole) == 12
     for utts, batch in whole:
-        assert batch["epoch"] == 2 and batch["domain"] == [[1]] * len(utts)
+        assert batch["domain"] == [[1]] * len(utts)
         for i, utt in enumerate(utts):
             number = int(utt[2:])
             frames = batch["codes_speech_lengths"][i]

@@ -236,6 +236,17 @@ def test_damaged_checkpoint(data, whole, tmp_path):
     log = (tmp_path / "log").read_text()
     assert "checkpoint.pth: cannot be read" in log
     assert "checkpoint.prev.pth: the training goes on after 2 batches" in log
+    # Another schedule would have no effect.
+    other = ["--scheduler_conf", "lr_batches=90", "--max_epoch", "3"]
+    assert train([*cmd, *other], tmp_path / "log2") == 1
+    log = (tmp_path / "log2").read_text()
+    assert "ResumeError" in log and "written with the scheduler ['eden'" in log
+    # It begins anew, but what was there is not lost, nor taken for its own.
+    fresh = [*cmd, "--resume", "false"]
+    kill = signal_at("step", 1, signal.SIGKILL)
+    assert train(fresh, tmp_path / "log2", kill) == -signal.SIGKILL
+    assert not list(exp.glob("checkpoint*")) and not (exp / "running_average").exists()
+    assert read_last_good(exp / "before")[1]["spear"]["epoch"] == 3
     for name in ("checkpoint.pth", "checkpoint.prev.pth"):
         (exp / name).write_bytes(b"nothing")
     assert train(cmd, tmp_path / "log3") == 1

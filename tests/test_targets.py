@@ -80,6 +80,8 @@ def test_preprocessor_converts(preprocess: SpearPreprocessor) -> None:
         (utterance(np.zeros((0, 4))), "'bad'.*0 frames"),
         (utterance(np.zeros((50, 4)), domain="music"), "'bad'.*music"),
         (utterance(np.zeros((50, 4)), samples=0), "'bad'.*audio of shape"),
+        # Too little for a frame of the student.
+        (utterance(np.zeros((4, 4)), samples=1359), "'bad'.*at least 1360 samples"),
     ],
 )
 def test_preprocessor_names_the_utterance(preprocess, data, message) -> None:

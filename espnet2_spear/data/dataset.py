@@ -14,6 +14,7 @@ from espnet2_spear.data.manifest import Manifest
 from espnet2_spear.data.skipping import BadUtterance, Loaded
 from espnet2_spear.fileio.ark import ArkError, read_matrix
 from espnet2_spear.fileio.audio import AudioError, read_audio
+from espnet2_spear.spear.student import MIN_SAMPLES
 
 # Samples by which audio may differ from what its list says.
 MAX_LENGTH_ERROR = SAMPLE_RATE // 10
@@ -47,15 +48,15 @@ class SpearPreprocessor:
         has no codes of that teacher.
 
         Raises:
-            ValueError: audio that is not mono or is empty, an unknown domain, or
+            ValueError: audio that is not mono or is too short, an unknown domain, or
                 codes of the wrong width, range or length or that are no whole numbers;
                 the message names the utterance and the remedy.
         """
         speech = data["speech"]
-        if speech.ndim != 1 or speech.size == 0:
+        if speech.ndim != 1 or speech.size < MIN_SAMPLES:
             raise ValueError(
                 f"utterance '{uid}': audio of shape {speech.shape}; mono with at least "
-                "one sample is needed (run the recipe's stages 2 and 3)"
+                f"{MIN_SAMPLES} samples is needed (run the recipe's stages 2 and 3)"
             )
         data["domain"] = np.array([self._domain(uid, str(data["domain"]).strip())])
         for name, teacher in self.teachers.items():

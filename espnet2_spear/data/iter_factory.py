@@ -103,8 +103,7 @@ class SpearIterFactory(AbsIterFactory):
     Args:
         dataset: reads the rows of a batch.
         batches: the rows.
-        collate_fn: ESPnet's interface. If it has ``set_epoch``, that is called with the
-            epoch's number before workers start.
+        collate_fn: ESPnet's interface.
         skips: counts and lists what cannot be read.
         name: of the data, for the log.
         bound: samples of a batch, with padding, at most (for reports only).
@@ -142,8 +141,6 @@ class SpearIterFactory(AbsIterFactory):
         """
         if not 0 <= start <= len(self.batches):
             raise ValueError(f"batch {start} of an epoch of {len(self.batches)}")
-        if hasattr(self.collate_fn, "set_epoch"):
-            self.collate_fn.set_epoch(epoch)
         return EpochIterator(self, epoch, start)
 
 

@@ -343,7 +343,8 @@ def validation_batches(
         rows of each.
 
     Raises:
-        DataDirError: an utterance over the bound, or fewer utterances than ranks.
+        DataDirError: an utterance over the bound, or too few utterances for as many
+            batches on each rank.
     """
     samples = np.asarray(samples, np.int64)
     order = np.argsort(samples, kind="stable")
@@ -351,10 +352,6 @@ def validation_batches(
         raise DataDirError(
             f"an utterance of {samples[order[-1]] / SAMPLE_RATE:.1f} s is longer than "
             f"a batch of {bound / SAMPLE_RATE:.1f} s; raise valid_batch_bins"
-        )
-    if len(order) < world_size:
-        raise DataDirError(
-            f"{len(order)} utterances to validate with {world_size} ranks"
         )
     most = max_utts or len(order)
     batches, first = [], 0
@@ -366,6 +363,12 @@ def validation_batches(
             first = last
     while len(batches) % world_size:
         large = max(range(len(batches)), key=lambda i: len(batches[i]))
+        if len(batches[large]) == 1:
+            raise DataDirError(
+                f"{len(order)} utterances of validation make {len(batches)} batches of "
+                f"up to {bound / SAMPLE_RATE:.1f} s, which {world_size} ranks cannot "
+                "share equally; raise valid_batch_bins, or give more utterances"
+            )
         batches[large : large + 1] = np.array_split(batches[large], 2)
     return batches
 

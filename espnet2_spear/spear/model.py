@@ -20,7 +20,7 @@ from espnet2.train.abs_espnet_model import AbsESPnetModel
 from torch import Tensor, nn
 
 from espnet2_spear.codes.targets import TeacherCodes, match_frame_rate
-from espnet2_spear.constants import MISSING
+from espnet2_spear.constants import MISSING, SAMPLE_RATE
 from espnet2_spear.spear.masking import SpanMasker, pool_time_mask
 from espnet2_spear.spear.mixing import Mixer
 from espnet2_spear.spear.objective import (
@@ -122,9 +122,11 @@ class SpearPretrainModel(AbsESPnetModel):
         masker: masks of the fbank.
         masked_weight: weight of masked frames.
         unmasked_weight: weight of the others.
-        normalize: ``frames`` divides the loss by the student frames of the batch
-            (over all ranks, through ESPnet's weight); ``sum`` adds up as the
+        normalize: in training, ``frames`` divides the loss by the student frames of
+            the batch (over all ranks, through ESPnet's weight); ``sum`` adds up as the
             reference does, which only scale-invariant optimizers (ScaledAdam) bear.
+            Validation always divides: its loss must not depend on how many
+            utterances a batch of it has.
         distillation_delta: frames of the student's output by which targets are
             delayed: frame t predicts the codes of frame t - distillation_delta, so
             that a streaming student hears a little of the future first. Whether a
@@ -226,8 +228,8 @@ class SpearPretrainModel(AbsESPnetModel):
 
         The exact mean over several batches (ranks, accumulation) is
         sum(loss * weight) / sum(weight): with ``frames`` the loss is the mean over the
-        batch's frames and the weight is their number; with ``sum`` the weight is 1, so
-        that the mean is that of the batches' sums.
+        batch's frames and the weight is their number; with ``sum``, in training, the
+        weight is 1, so that the mean is that of the batches' sums.
 
         Args:
             speech: (B, samples), 16 kHz.
@@ -262,13 +264,23 @@ class SpearPretrainModel(AbsESPnetModel):
         num_frames = output.valid.sum()
         masked = (output.masked & output.valid).sum()
         stats.add(["mask_ratio"], masked[None], num_frames[None])
-        if self.normalize == "frames":
+        if self.normalize == "frames" or not self.training:
             loss, weight = loss / num_frames, num_frames
         else:
             weight = torch.ones_like(num_frames)
         reported = {"loss": loss.detach(), **stats.averages()}
         # With one axis, as ESPnet's exchange between ranks wants them.
         return loss, *force_gatherable((reported, weight.to(loss.dtype)), loss.device)
+
+    def loss_scale(self, samples: float) -> float:
+        """About what the loss of each frame of a batch is multiplied by in training.
+
+        Args:
+            samples: of the batch's audio (16 kHz), before mixing.
+        """
+        if self.normalize == "sum":
+            return 1.0
+        return SAMPLE_RATE / (samples * self._rate(None))
 
     def masked_fbank(
         self, speech: Tensor, speech_lengths: Tensor

@@ -320,6 +320,9 @@ def _chunks(targets: Tensor, chunk_rows: int) -> Iterable[slice | Tensor]:
     return [slice(i, i + chunk_rows) for i in range(0, frames, chunk_rows)]
 
 
+COUNT = "/count"
+
+
 class StatSums:
     """Sums and counts behind the statistics of a step, over all ranks at once.
 
@@ -338,13 +341,19 @@ class StatSums:
         self._sums.append(torch.stack([totals.detach().float(), counts.float()]))
 
     def averages(self) -> dict[str, Tensor]:
-        """Return name -> average; nan (which the reporter skips) without a count."""
+        """Return name -> average; nan (which the reporter skips) without a count.
+
+        The counts have the same names with :data:`COUNT` behind them: averages of an
+        epoch weigh those of its batches by them.
+        """
         if not self._sums:
             return {}
         sums = torch.cat(self._sums, dim=1)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        return dict(zip(self._names, (sums[0] / sums[1]).unbind(), strict=True))
+        averages = dict(zip(self._names, (sums[0] / sums[1]).unbind(), strict=True))
+        counts = zip(self._names, sums[1].unbind(), strict=True)
+        return averages | {name + COUNT: count for name, count in counts}
 
 
 def code_statistics(

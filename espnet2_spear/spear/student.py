@@ -22,7 +22,7 @@ from espnet2_spear.spear.streaming import (
     encode_chunks,
 )
 from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
-from espnet2_spear.zipformer.conv_embed import ConvEmbed
+from espnet2_spear.zipformer.conv_embed import MIN_FRAMES, ConvEmbed
 from espnet2_spear.zipformer.cpu import use_cpu_versions
 from espnet2_spear.zipformer.encoder import Zipformer
 from espnet2_spear.zipformer.fbank import FRAME_SHIFT, Fbank, num_frames
@@ -30,6 +30,7 @@ from espnet2_spear.zipformer.schedule import SCHEDULES_END, BatchCountState
 
 use_cpu_versions()
 MAX_SECONDS = 3600  # of an utterance in one piece
+MIN_SAMPLES = MIN_FRAMES * FRAME_SHIFT - FRAME_SHIFT // 2  # of one output frame
 ANCHOR = "encoder_embed.conv.0.weight"  # a tensor that every student has
 
 
@@ -88,7 +89,7 @@ class SpearEncoder(nn.Module):
     @property
     def min_samples(self) -> int:
         """Fewest samples (16 kHz) that give one output frame."""
-        return 9 * FRAME_SHIFT - FRAME_SHIFT // 2
+        return MIN_SAMPLES
 
     def hidden_lengths(self, samples: Tensor | int) -> Tensor | int:
         """Frames of the hidden states (50 Hz) for so many samples."""

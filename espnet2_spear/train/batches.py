@@ -44,6 +44,9 @@ def open_epoch(
         the batches; how many the whole epoch has (None: nobody says); and the
         utterances that could not be read so far.
     """
+    collate = getattr(factory, "collate_fn", None)
+    if hasattr(collate, "set_epoch"):  # before workers start: it draws the noise
+        collate.set_epoch(epoch)
     skips = "start" in inspect.signature(factory.build_iter).parameters
     loader = factory.build_iter(epoch, **({"start": start} if skips else {}))
     if isinstance(loader, DataLoader):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ _COUNTERS = ("epoch", "position", "steps", "samples", "skipped", "any_valid")
 
 
 class ResumeError(RuntimeError):
-    """No checkpoint of an experiment can be read."""
+    """No checkpoint of an experiment can be read, or it does not fit the options."""
 
 
 @dataclass
@@ -56,6 +57,7 @@ class RunState:
         average: running average of the model.
         scaler: of float16 training, or None.
         accum_grad: batches per step.
+        schedule: names and options of optimizer and scheduler, as ESPnet has them.
         reporter: statistics of the epochs.
         rank: of this process.
         world_size: number of ranks.
@@ -75,6 +77,7 @@ class RunState:
     average: RunningAverage
     scaler: torch.amp.GradScaler | None = None
     accum_grad: int = 1
+    schedule: dict[str, Any] = field(default_factory=dict)
     reporter: Reporter = field(default_factory=Reporter)
     rank: int = 0
     world_size: int = 1
@@ -110,6 +113,7 @@ class RunState:
             "version": 1,
             **{name: getattr(self, name) for name in _COUNTERS},
             "accum_grad": self.accum_grad,
+            "schedule": self.schedule,
             "ranks": ranks,
             "average": self.average.state_dict(),
             "interrupted": statistics and statistics_state(statistics),
@@ -135,8 +139,20 @@ class RunState:
         Args:
             content: what was read.
             path: the file's name, for messages.
+
+        Raises:
+            ResumeError: optimizer or scheduler have other options. What they are is in
+                their state: other options would have no effect.
         """
         own = content["spear"]
+        for name, now in self.schedule.items():
+            if (then := own.get("schedule", {}).get(name, now)) != now:
+                raise ResumeError(
+                    f"{path}: was written with the {name} {then}, this run has {now}, "
+                    "which would have no effect. Give the former to go on; for others "
+                    "begin in another --output_dir with --init_param of the last "
+                    "Nepoch.pth"
+                )
         self.model.load_state_dict(content["model"])
         self.reporter.load_state_dict(content["reporter"])
         self.optimizer.load_state_dict(content["optimizers"][0])
@@ -166,7 +182,7 @@ class RunState:
 
 
 def prepare_folder(state: RunState, resume: bool) -> bool:
-    """Rank 0 removes what an earlier training left, or finds what it can resume.
+    """Rank 0 puts aside what an earlier training left, or finds what it can resume.
 
     Returns:
         whether there is a checkpoint to go on from.
@@ -174,7 +190,7 @@ def prepare_folder(state: RunState, resume: bool) -> bool:
     checkpoint, previous = (state.output_dir / n for n in (CHECKPOINT, PREVIOUS))
     if state.rank == 0:
         if not resume:
-            previous.unlink(missing_ok=True)
+            _put_aside(state.output_dir)
             for pattern in LISTS:
                 for left in state.output_dir.glob(pattern):
                     left.unlink()
@@ -185,6 +201,26 @@ def prepare_folder(state: RunState, resume: bool) -> bool:
     if state.world_size > 1:
         torch.distributed.barrier()
     return resume and (checkpoint.exists() or previous.exists())
+
+
+def _put_aside(folder: Path) -> None:
+    """Move what a training could be resumed from, or averaged with, into ``before/``.
+
+    It replaces what an earlier call of this moved there.
+    """
+    left = [folder / name for name in (CHECKPOINT, PREVIOUS, FOLDER)]
+    if not any(path.exists() for path in left):
+        return
+    before = folder / "before"
+    shutil.rmtree(before, ignore_errors=True)
+    before.mkdir()
+    for path in left:
+        if path.exists():
+            path.rename(before / path.name)
+    logging.warning(
+        f"{folder}: begins anew (--resume false); checkpoint and running averages of "
+        f"the training before are in {before}"
+    )
 
 
 def resume_from_folder(state: RunState) -> None:

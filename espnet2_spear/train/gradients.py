@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from espnet2.train.reporter import SubReporter
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from espnet2_spear.spear.objective import COUNT
 from espnet2_spear.torch_private import foreach_mul_
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
@@ -98,6 +100,18 @@ def evaluate(
         return fetch(_forward(model, batch, {})[-1])
 
 
+def register_figures(statistics: SubReporter, result: BatchResult) -> None:
+    """Tell ESPnet's reporter what a batch gave, on the host.
+
+    A figure weighs what it was counted over, so that the epoch's is that of all its
+    frames; the loss weighs what the batch does.
+    """
+    for name, value in result.stats.items():
+        if not name.endswith(COUNT):
+            weight = result.stats.get(name + COUNT, result.sums["weight"])
+            statistics.register({name: value}, weight)
+
+
 def fetch(scalars: Any) -> Any:
     """Bring scalars, in any nested containers, to the host in one transfer."""
     leaves: list[Tensor] = []
@@ -172,6 +186,7 @@ def scale_loss_by_weight(model: nn.Module) -> None:
         module: nn.Module, inputs: Any, output: tuple[Tensor, dict, Tensor]
     ) -> tuple[Tensor, dict, Tensor]:
         loss, stats, weight = output
+        stats = {k: v for k, v in stats.items() if not k.endswith(COUNT)}
         return loss * weight.detach().to(loss.dtype), stats, weight
 
     model.register_forward_hook(times_weight)

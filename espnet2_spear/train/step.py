@@ -18,7 +18,12 @@ from espnet2_spear.fileio.optional_output import append_lines, warn_on_oserror
 from espnet2_spear.schedulers.eden import Eden
 from espnet2_spear.train.batches import Window, seed_all
 from espnet2_spear.train.checkpoint import SKIPPED, RunState
-from espnet2_spear.train.gradients import BatchResult, accumulate_gradients, fetch
+from espnet2_spear.train.gradients import (
+    BatchResult,
+    accumulate_gradients,
+    fetch,
+    register_figures,
+)
 from espnet2_spear.train.options import SpearTrainerOptions
 from espnet2_spear.zipformer.schedule import BatchCountState
 
@@ -38,7 +43,6 @@ class StepFigures:
         batches: accumulated (per rank).
         grad_norm: before clipping; not finite if the step was skipped for that.
         samples: of audio, 16 kHz, without padding.
-        padded: the same with padding.
         utts: utterances.
         skipped_utts: utterances that could not be read, since the training began.
     """
@@ -46,7 +50,6 @@ class StepFigures:
     batches: int
     grad_norm: float
     samples: float
-    padded: float
     utts: float
     skipped_utts: float
 
@@ -76,7 +79,7 @@ class OptimizerStep:
         self.statistics = statistics
         self.options = options
         self.skips = skips
-        # Penalties of the network are added to gradients that the scale multiplies.
+        # Penalties of the network are added to gradients of the loss as it is scaled.
         self.counts = [
             module.count
             for module in state.model.modules()
@@ -103,7 +106,7 @@ class OptimizerStep:
             sum(result.sums[name] for result in results)
             for name in ("samples", "padded", "utts", "skipped_utts")
         )
-        figures = StepFigures(len(results), norm, samples, padded, utts, skipped)
+        figures = StepFigures(len(results), norm, samples, utts, skipped)
         shown = {"skipped_utts": skipped, "padding_waste": 1 - samples / padded}
         if any(result.sums["bad"] for result in results) or not math.isfinite(norm):
             self._skip(window, results)
@@ -121,7 +124,7 @@ class OptimizerStep:
         for result, load, other in zip(
             results, window.load_seconds, times, strict=True
         ):
-            self.statistics.register(result.stats, result.sums["weight"])
+            register_figures(self.statistics, result)
             self.statistics.register({"iter_time": load, **other}, 1.0)
             self.statistics.next()
         return figures
@@ -131,8 +134,7 @@ class OptimizerStep:
     ) -> tuple[list[BatchResult], list[dict[str, float]]]:
         """Leave the gradients of all batches in the parameters, without loss scale."""
         state, options, scaler = self.state, self.options, self.state.scaler
-        for count in self.counts:
-            count.loss_scale = 1.0 if scaler is None else scaler.get_scale()
+        scale = 1.0 if scaler is None else scaler.get_scale()
         counts = [
             {
                 "samples": float(batch["speech_lengths"].sum()),
@@ -148,13 +150,20 @@ class OptimizerStep:
             for ids, batch in window.batches
         ]
         seed = (options.seed, state.epoch, state.rank)
+
+        def before_batch(index: int) -> None:
+            seed_all("step", *seed, state.position + index)
+            for count in self.counts:
+                samples = counts[index]["samples"]
+                count.loss_scale = scale * state.model.loss_scale(samples)
+
         results = accumulate_gradients(
             self.model,
             batches,
             counts,
             options.autocast,
             lambda loss: (loss if scaler is None else scaler.scale(loss)).backward(),
-            lambda index: seed_all("step", *seed, state.position + index),
+            before_batch,
         )
         if scaler is not None:
             scaler.unscale_(state.optimizer)
@@ -228,7 +237,7 @@ class OptimizerStep:
                 f"{state.skipped} steps of epoch {state.epoch} had a loss or gradient "
                 f"that is not finite, --max_skipped_steps is "
                 f"{self.options.max_skipped_steps}. If {path} names the same "
-                "utterances again and again, remove them; else lower the learning "
-                "rate, or train in bfloat16 or float32. Then start again with "
-                "--resume true"
+                "utterances again and again, remove them; else train in bfloat16 or "
+                "float32. Then start again with --resume true. Another learning rate "
+                "needs another --output_dir, and --init_param of the last Nepoch.pth"
             )

@@ -40,7 +40,7 @@ from espnet2_spear.train.checkpoint import (
     restore_statistics,
     resume_from_folder,
 )
-from espnet2_spear.train.gradients import evaluate
+from espnet2_spear.train.gradients import evaluate, register_figures
 from espnet2_spear.train.interruption import Interrupted, StopRequest
 from espnet2_spear.train.options import (
     SpearTrainerOptions,
@@ -101,6 +101,10 @@ class SpearTrainer(Trainer):
             RunningAverage(options.average_period),
             options.grad_scaler(),
             options.accum_grad,
+            {
+                "optimizer": [options.optim, options.optim_conf],
+                "scheduler": [options.scheduler, options.scheduler_conf],
+            },
         )
         if distributed:
             state.rank = torch.distributed.get_rank()
@@ -208,7 +212,7 @@ class Training:
                 batch = to_device(batch, options.device, non_blocking=True)
                 batch["utt_id"] = ids
                 result = evaluate(self.model, batch, options.autocast)
-                statistics.register(result.stats, result.sums["weight"])
+                register_figures(statistics, result)
                 statistics.next()
 
     @torch.no_grad()
