@@ -334,6 +334,8 @@ def test_lists_of_the_repository(path: Path) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
+        (None, "needs a list `corpora` .it is empty"),
+        (["esc50"], "has entries that are no mappings"),
         ([{"corpus": "esc50", "part": "x"}], "may have corpus, partial, parts, weight"),
         ([{"corpus": "esc50"}, {"corpus": "esc50"}], "a `name` of its own"),
         ([{"corpus": "esc50", "weight": 0}], "weight 0 is not in"),

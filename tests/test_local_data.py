@@ -276,6 +276,10 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
         data_folders.main(["--speech_dirs", both, *out])
     data_folders.main(["--speech_dirs", f"{tmp_path}/a/wavs b={tmp_path}/b/wavs", *out])
     assert list(read_dir(tmp_path / "out/b")) == ["b-x"]
+    # A name with = is no label where it is a folder.
+    wav(tmp_path / "lang=en/x.wav")
+    folder = tmp_path / "lang=en"
+    assert data_folders.parse_folders(str(folder)) == [("lang_en", folder)]
     # No folders are none, not the current one.
     assert data_folders.parse_folders("") == data_folders.parse_folders(" ") == []
 
@@ -428,9 +432,15 @@ def test_unreadable_recordings_are_left_to_the_format_stage(
     tmp_path: Path, sources: list[Path]
 ) -> None:
     (tmp_path / "wav/speech-03.wav").write_bytes(b"")
+    (tmp_path / "wav/speech-04.wav").unlink()
+    (tmp_path / "wav/speech-04.wav").mkdir()  # an OSError of whoever opens it
     train, valid = pool(tmp_path, sources)
-    segment = {**train, **valid}["speech-03"].segment
-    assert (segment.start, segment.end) == (0.0, -1.0)
+    for name in ("speech-03", "speech-04"):
+        segment = {**train, **valid}[name].segment
+        assert (segment.start, segment.end) == (0.0, -1.0)
+    # As is what begins behind the end of its recording, and goes to that end.
+    behind = Entry("u", "r.wav", "s", "speech", Segment("r", 5.0, -1.0))
+    assert [e.segment for e in pool_data.cut(behind, 3.0, 10.0)] == [behind.segment]
 
 
 # --- Archives and packages ------------------------------------------------------------

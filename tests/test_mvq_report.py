@@ -1,6 +1,7 @@
 """Figures of quantizers and the page that shows them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from embedding_files import TEACHER, structured_vectors, write_embeddings
 from espnet2_spear.bin import mvq_report
 from espnet2_spear.mvq.baselines import BaselineConfig, train_baseline
 from espnet2_spear.mvq.embedding_set import EmbeddingSet
+from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
 from espnet2_spear.mvq.report import bits_per_second, evaluate
 from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig
@@ -63,6 +65,28 @@ def test_page_of_two(quantizer, data, tmp_path):
     assert content[names[1]]["held_out"]["passes"][0][0] == 0
     for plot in ("error.png", "codebooks.png"):
         assert (tmp_path / "out" / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_held_out_frames_are_those_of_the_training(data, tmp_path):
+    """Whatever its seed: other frames would be those that it was trained on."""
+    config = BaselineConfig("kmeans", 1, codebook_size=8, iters=2, batch_frames=99)
+    seeds = {}
+    for seed in (0, 3):
+        held_out = EmbeddingSet(data.folder, seed)
+        quantizer = train_baseline(replace(config, seed=seed), held_out)
+        facts = {"training": {"config": {"seed": seed}}}  # as mvq_train writes them
+        quantizer.save(tmp_path / "q.pt", facts)
+        mvq_report.main(
+            f"--quantizer {tmp_path}/q.pt --embeddings {data.source} "
+            f"--output_dir {tmp_path}/out".split()
+        )
+        content = json.loads((tmp_path / "out/report.json").read_text())["quantizers"]
+        (found,) = content.values()
+        summary = evaluate(load_quantizer(tmp_path / "q.pt"), held_out, seed)
+        error = summary["held_out"]["relative_error"]
+        assert found["held_out"]["relative_error"] == pytest.approx(error)
+        seeds[seed] = found["config"]["seed"]
+    assert seeds == {0: 0, 3: 3}
 
 
 def test_page_of_one_quantizer_on_two_folders(quantizer, data, tmp_path):

@@ -395,12 +395,15 @@ def test_a_regularised_student_learns() -> None:
 
 
 def test_feature_masks() -> None:
-    config = replace(
-        REGULARIZED, encoder_unmasked_dim=(8,) * 4, regularize_start=60000.0
-    )
-    model = SpearEncoder(config)
-    mask = model.encoder._draw_feature_mask(torch.zeros(4000, 2, 16))[:, 0]
+    config = replace(REGULARIZED, regularize_start=60000.0)
+    uneven = SpearEncoder(replace(config, encoder_unmasked_dim=(8, 16, 4, 8)))
+    masks = uneven.encoder._draw_feature_masks(torch.zeros(4000, 2, 16))
+    mask, whole, narrow, last = (mask[:, 0] for mask in masks)
     assert (mask[:, :8] == 1).all()
+    # All stacks have the same draws, each from its own dimension on.
+    assert torch.equal(mask, last) and (whole == 1).all()
+    assert torch.equal(narrow[:, 4], mask[:, 8]) and (narrow[:, :4] == 1).all()
+    assert torch.equal(narrow[:, 10], mask[:, 12])
     middle, upper = mask[:, 8:12], mask[:, 12:]
     assert torch.equal(middle, middle[:, :1].expand_as(middle))
     assert torch.equal(upper, upper[:, :1].expand_as(upper))
@@ -408,13 +411,14 @@ def test_feature_masks() -> None:
     assert 1 - middle.mean().item() == pytest.approx(0.125, abs=0.02)
     assert 1 - upper.mean().item() == pytest.approx(1 - 0.875**2, abs=0.02)
 
+    model = SpearEncoder(replace(config, encoder_unmasked_dim=(8,) * 4))
     out = model.encode(torch.randn(40, 25, 128), torch.full((40,), 25))
     zero = (out.encoder_out == 0).all(dim=1)
     assert zero[:, 12:].any() and not zero[:, :8].any()
     # Hidden states are taken before the mask (but 5 % of layers are skipped).
     hidden_zero = (out.hidden_states[-1] == 0).all(dim=1)
     assert hidden_zero[zero].float().mean() < 0.5
-    assert model.eval().encoder._draw_feature_mask(torch.zeros(2, 2, 16)) is None
+    assert model.eval().encoder._draw_feature_masks(torch.zeros(2, 2, 16)) == []
 
 
 def test_large_scores_are_penalised_now_and_then(

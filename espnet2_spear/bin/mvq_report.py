@@ -33,7 +33,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--refine_iters", type=int, help="passes; by default each kind's own number"
     )
-    parser.add_argument("--seed", type=int, default=0, help="as in training")
+    parser.add_argument("--seed", type=int, help="by default that of each training")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--output_dir", required=True, help="for report.md, report.json and plots"
@@ -76,14 +76,16 @@ def main(args: argparse.Namespace) -> None:
     measured = []
     for file, folder in zip(files, folders, strict=True):
         quantizer = load_quantizer(file).to(args.device)
-        data = EmbeddingSet(folder, seed=args.seed)
+        config = (quantizer.metadata.get("training") or {}).get("config") or {}
+        seed = config.get("seed", 0) if args.seed is None else args.seed
+        data = EmbeddingSet(folder, seed=seed)
         _check_match(quantizer, data, file)
         try:
-            summary = evaluate(quantizer, data, args.seed, args.refine_iters)
+            summary = evaluate(quantizer, data, seed, args.refine_iters)
         except QuantizerError as error:
             raise QuantizerError(f"{file} on {folder}: {error}") from error
         summary.update(file=file, embeddings=folder)
-        if config := (quantizer.metadata.get("training") or {}).get("config"):
+        if config:
             summary["config"] = config
         measured.append((f"{quantizer.kind} {quantizer.identity}", summary))
         error = summary["held_out"]["relative_error"]

@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -96,8 +97,11 @@ def command(
             except OSError as error:
                 remedy = ""
                 if error.errno in FULL:
-                    remedy = "; make room for its outputs (and temporary files beside "
-                    remedy += "them), and run it again: what is finished is kept"
+                    remedy = (
+                        "; make room for its outputs (and for temporary files beside "
+                        f"them and in {tempfile.gettempdir()}, which TMPDIR changes), "
+                        "and run it again: what is finished is kept"
+                    )
                 message = f"ERROR ({program}): {error}{remedy}"
                 raise SystemExit(message) from error
 

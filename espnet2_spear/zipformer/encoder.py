@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -215,9 +216,9 @@ class Zipformer(nn.Module):
             causal=self.config.causal,
             chunk=chunk,
             left_chunks=left_chunks,
-            feature_mask=self._draw_feature_mask(x),
         )
-        return self._encode(x, lengths, frames, with_hidden)
+        masks = self._draw_feature_masks(x)
+        return self._encode(x, lengths, frames, with_hidden, masks)
 
     def streaming_forward(
         self,
@@ -254,11 +255,17 @@ class Zipformer(nn.Module):
         return self._encode(x, lengths, frames)
 
     def _encode(
-        self, x: Tensor, lengths: Tensor, frames: Frames, with_hidden: bool = True
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        frames: Frames,
+        with_hidden: bool = True,
+        masks: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         hidden_states: list[Tensor] = []
         for i, stack in enumerate(self.encoders):
-            x, states = stack(x, frames.child(str(i)))
+            mask = masks[i] if masks else None
+            x, states = stack(x, replace(frames.child(str(i)), feature_mask=mask))
             if with_hidden:
                 hidden_states.extend(states)
             del states
@@ -278,21 +285,25 @@ class Zipformer(nn.Module):
             left = _draw(config.train_left_context_frames)
         return chunk, _left_chunks(left, chunk)
 
-    def _draw_feature_mask(self, x: Tensor) -> Tensor | None:
-        """Return (B, 1, C) of 0 and 1 in training.
+    def _draw_feature_masks(self, x: Tensor) -> list[Tensor]:
+        """Return (B, 1, C) of 0 and 1 for each stack in training.
 
-        Channels from the unmasked dimension on are dropped per sequence by one draw,
-        their upper half by a second one as well.
+        Channels from a stack's unmasked dimension on are dropped per sequence by one
+        draw, their upper half by a second one as well; all stacks have the same draws.
         """
         if not self.training or self.count is None:
-            return None
-        dim, kept = self.config.encoder_dim[0], self.config.encoder_unmasked_dim[0]
+            return []
         keep = torch.rand(2, x.size(0), 1, 1, device=x.device) >= FEATURE_MASK_PROB
         first, second = keep[0].to(x.dtype), keep.all(dim=0).to(x.dtype)
-        middle = (dim - kept) // 2
-        parts = [(torch.ones_like(first), kept), (first, middle)]
-        parts += [(second, dim - kept - middle)]
-        return torch.cat([x.expand(-1, 1, width) for x, width in parts], dim=-1)
+        masks = []
+        sizes = self.config.encoder_dim, self.config.encoder_unmasked_dim
+        for dim, kept in zip(*sizes, strict=True):
+            middle = (dim - kept) // 2
+            parts = [(torch.ones_like(first), kept), (first, middle)]
+            parts += [(second, dim - kept - middle)]
+            parts = [part.expand(-1, 1, width) for part, width in parts]
+            masks.append(torch.cat(parts, dim=-1))
+        return masks
 
 
 def _padding(x: Tensor, lengths: Tensor) -> Tensor:

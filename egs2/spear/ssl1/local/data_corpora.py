@@ -66,6 +66,8 @@ def read_list(path: Path) -> list[dict[str, Any]]:
         with open_text(path) as file:
             content = yaml.safe_load(file.read())
         entries = content["corpora"]
+        if not entries or not all(isinstance(entry, dict) for entry in entries):
+            raise TypeError("it is empty, or has entries that are no mappings")
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise DataDirError(f"{path}: needs a list `corpora` ({error})") from None
     seen: set[str] = set()

@@ -31,7 +31,7 @@ def parse_folders(value: str) -> list[tuple[str, Path]]:
     folders = []
     for word in words:
         label, equals, folder = word.partition("=")
-        if not equals:
+        if not equals or Path(word).is_dir():
             label, folder = Path(word).resolve().name, word
         folders.append((safe_id(label), Path(folder)))
     return folders

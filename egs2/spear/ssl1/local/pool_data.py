@@ -42,7 +42,7 @@ def recording_seconds(path: str) -> float:
     """Return a recording's duration, or -1 if it cannot be read (stage 2 lists it)."""
     try:
         return audio_info(path).seconds
-    except AudioError:
+    except (AudioError, OSError):
         return -1.0
 
 
@@ -71,7 +71,8 @@ def cut(
     """Yield an utterance, or pieces of equal length if it is too long.
 
     Pieces are named as in Kaldi, by utterance, start and end in 1/100 s, and have no
-    transcript. Unreadable recordings stay whole, with Kaldi's -1 for the end.
+    transcript. Unreadable recordings, and segments that begin behind the end of theirs,
+    stay whole, with Kaldi's -1 for the end.
 
     Args:
         entry: the utterance.
@@ -82,7 +83,7 @@ def cut(
     """
     segment = entry.segment or Segment(entry.utt, 0.0, -1.0)
     start, end = segment.start, segment.end
-    if end < 0:
+    if end < 0 and seconds > start:
         end = seconds
     count = math.ceil((end - start) / max_seconds - 1e-6)
     if count <= 1 or end - start <= (whole or max_seconds):
