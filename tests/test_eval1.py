@@ -337,28 +337,34 @@ def test_bad_labels_of_frames(tmp_path: Path, label: str) -> None:
         tasks.spans(task, "u1", label)
 
 
-@pytest.mark.parametrize("rate", [50, 25, 12.5])
-def test_frames_of_any_rate_answer_every_20_ms(tmp_path: Path, rate: float) -> None:
-    """Classes of 0.4 s each, which features of every rate here can tell apart."""
+@pytest.mark.parametrize("rate, tail", [(50, 0), (25, 0), (12.5, 0), (50, 0.3)])
+def test_frames_of_any_rate_answer_every_20_ms(
+    tmp_path: Path, rate: float, tail: float
+) -> None:
+    """Classes of 0.4 s each, which features of every rate here can tell apart.
+
+    Clips may go on behind their last label.
+    """
     rng = np.random.default_rng(0)
     names = [f"u{i}" for i in range(40)]
     utts = {"train": names[:24], "dev": names[24:32], "test": names[32:]}
     order = {u: rng.permutation(3) for u in names}
-    count = round(1.2 * rate)
+    count = round((1.2 + tail) * rate)
     labels = {
         u: " ".join(f"c{k} {0.4 * (i + 1):.1f}" for i, k in enumerate(order[u]))
         for u in names
     }
     values = np.zeros((40 * count, 2, 3), np.float32)
     for row, u in enumerate(names):
-        middles = (np.arange(count) + 0.5) / rate
+        middles = (np.arange(round(1.2 * rate)) + 0.5) / rate
         classes = order[u][(middles / 0.4).astype(int)]
-        values[row * count : (row + 1) * count, 1] = np.eye(3)[classes]
+        values[row * count : row * count + len(classes), 1] = np.eye(3)[classes]
     values += 0.1 * rng.standard_normal(values.shape).astype(np.float32)
     rows = {u: slice(i * count, (i + 1) * count) for i, u in enumerate(names)}
     task = tasks.Task.read(task_file(tmp_path, head="frames", metric="fer"))
     clips = tasks.Clips(utts, labels, ["c0", "c1", "c2"])
-    score = heads.run_probe(task, clips, features.Features(values, rows), 0)
+    found = features.Features(values, rows, dict.fromkeys(names, 1.2 + tail))
+    score = heads.run_probe(task, clips, found, 0)
     assert score.test < 1 and np.argmax(score.layers) == 1
 
 

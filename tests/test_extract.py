@@ -281,6 +281,12 @@ def test_long_recordings_in_pieces(
         extract(student, tmp_path / "o", "--max_seconds", 10, path)
 
 
+def test_pieces_need_context(student: Path) -> None:
+    """The frames at the end of one come from what the next one begins with."""
+    with pytest.raises(ExtractError, match="which cannot be 0"):
+        Extractor(load_model(student), [0], 16.0, 0.0)
+
+
 def test_two_hours_in_pieces(tmp_path: Path, student: Path) -> None:
     """Every piece is short, and together they are the frames of the whole."""
     samples = 2 * 3600 * 16000

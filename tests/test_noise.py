@@ -173,6 +173,7 @@ def test_long_lists_are_not_kept_as_objects(scp: Path) -> None:
 def options(**changes) -> Namespace:
     conf = {"mixer_conf": {"preset": "token_mixing"}, "noise_scp": None}
     conf |= {"noise_conf": {}, "seed": 5, "domains": ["speech", "audio"]}
+    conf["multiple_iterator"] = False
     return Namespace(**conf | {"teachers": {"speech": {"num_codebooks": 2}}} | changes)
 
 
@@ -192,6 +193,9 @@ def test_the_task_wants_a_list_where_noise_is_mixed(scp: Path) -> None:
     args = options(noise_scp=str(scp), noise_conf={"clips": 2, "max_seconds": 1})
     collate = SpearTask.build_collate_fn(args, train=True)
     assert (collate.clips, collate.seed, len(collate.noise)) == (2, 5, 5)
+    with pytest.raises(ValueError, match="multiple_iterator: .* in every epoch"):
+        args = options(noise_scp=str(scp), multiple_iterator=True)
+        SpearTask.build_collate_fn(args, train=True)
     with pytest.raises(ValueError, match="noise_conf: .*clip"):
         SpearTask.build_collate_fn(
             options(noise_scp=str(scp), noise_conf={"clip": 2}), train=True

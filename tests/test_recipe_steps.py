@@ -213,7 +213,7 @@ def test_other_recordings_of_a_users_folder_are_noticed(
     folder, audio = tmp_path / "in", tmp_path / "in/audio"
     audio.mkdir(parents=True)
     if kaldi:
-        (folder / "wav.scp").write_text(f"u {audio}/1.wav\nv audio/2.wav\n")
+        (folder / "wav.scp").write_text(f"u {audio}/1.wav\n\nv\taudio/2.wav\n")
     (audio / "1.wav").write_text("abc")
     before = step.digest_of(folder, source=True)
     assert before == step.digest_of(folder, source=True)

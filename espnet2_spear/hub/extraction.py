@@ -86,7 +86,8 @@ class Extractor:
         context_seconds: what a piece sees beyond its ends, where there is any.
 
     Raises:
-        ExtractError: pieces without room for anything but context.
+        ExtractError: pieces without room for anything but context, or without any
+            context, whose last frames would be missing.
     """
 
     def __init__(
@@ -102,11 +103,11 @@ class Extractor:
         self.context = math.ceil(context_seconds / GRID_SECONDS) * grid
         self.longest = round(max_seconds * SAMPLE_RATE)
         self.step = (self.longest - 2 * self.context) // grid * grid
-        if self.step < grid:
+        if self.step < grid or self.context < grid:
             raise ExtractError(
                 f"--max_seconds {max_seconds:g} --context_seconds {context_seconds:g}: "
                 f"pieces need {GRID_SECONDS} s beside twice the context (rounded up to "
-                f"multiples of {GRID_SECONDS} s)"
+                f"multiples of {GRID_SECONDS} s), which cannot be 0"
             )
 
     def is_long(self, recording: Recording) -> bool:

@@ -167,6 +167,11 @@ class SpearTask(AbsTask):
                 "mixer_conf mixes noise in: give --noise_scp, a wav.scp of noise "
                 "recordings, or set noise_prob: 0 in mixer_conf.rules.<domain>"
             )
+        if args.multiple_iterator:
+            raise ValueError(
+                "multiple_iterator: its parts would get the same noise in every epoch; "
+                "leave it out, or mix no noise in"
+            )
         conf = {"max_seconds": 40.0, "clips": 8} | args.noise_conf
         noise = NoiseList(args.noise_scp, conf.pop("max_seconds"))
         try:

@@ -14,8 +14,10 @@ comes back to the steps before, and writes them again.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import logging
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ import torch
 from espnet2.train.reporter import Reporter, SubReporter, WeightedAverage
 from torch import nn
 
+from espnet2_spear.fileio.explain import some
 from espnet2_spear.train.average import FOLDER, RunningAverage
 from espnet2_spear.train.writing import save_whole
 from espnet2_spear.zipformer.regularizers import Whiten
@@ -57,7 +60,6 @@ class RunState:
         average: running average of the model.
         scaler: of float16 training, or None.
         accum_grad: batches per step.
-        schedule: names and options of optimizer and scheduler, as ESPnet has them.
         reporter: statistics of the epochs.
         rank: of this process.
         world_size: number of ranks.
@@ -77,7 +79,6 @@ class RunState:
     average: RunningAverage
     scaler: torch.amp.GradScaler | None = None
     accum_grad: int = 1
-    schedule: dict[str, Any] = field(default_factory=dict)
     reporter: Reporter = field(default_factory=Reporter)
     rank: int = 0
     world_size: int = 1
@@ -88,6 +89,17 @@ class RunState:
     skipped: int = 0
     any_valid: bool = False
     interrupted: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        # Of optimizer and scheduler before their first step: what their options say.
+        self._options: dict[str, Any] = {
+            f"{name}{number if number else ''}": value
+            for number, group in enumerate(self.optimizer.state_dict()["param_groups"])
+            for name, value in group.items()
+            if name != "params"
+        }
+        if self.scheduler is not None:
+            self._options |= copy.deepcopy(self.scheduler.state_dict())
 
     def begin_next_epoch(self) -> None:
         """Count batches and skipped steps anew."""
@@ -113,7 +125,7 @@ class RunState:
             "version": 1,
             **{name: getattr(self, name) for name in _COUNTERS},
             "accum_grad": self.accum_grad,
-            "schedule": self.schedule,
+            "options": self._options,
             "ranks": ranks,
             "average": self.average.state_dict(),
             "interrupted": statistics and statistics_state(statistics),
@@ -145,14 +157,18 @@ class RunState:
                 their state: other options would have no effect.
         """
         own = content["spear"]
-        for name, now in self.schedule.items():
-            if (then := own.get("schedule", {}).get(name, now)) != now:
-                raise ResumeError(
-                    f"{path}: was written with the {name} {then}, this run has {now}, "
-                    "which would have no effect. Give the former to go on; for others "
-                    "begin in another --output_dir with --init_param of the last "
-                    "Nepoch.pth"
-                )
+        before = own.get("options", {})
+        differ = [
+            f"{name} was {before[name]}, is {now}"
+            for name, now in self._options.items()
+            if name in before and not _alike(before[name], now)
+        ]
+        if differ:
+            raise ResumeError(
+                f"{path}: optimizer or scheduler have other options ({some(differ)}), "
+                "which would have no effect. Give the former to go on; for others "
+                "begin in another --output_dir with --init_param of the last Nepoch.pth"
+            )
         self.model.load_state_dict(content["model"])
         self.reporter.load_state_dict(content["reporter"])
         self.optimizer.load_state_dict(content["optimizers"][0])
@@ -179,6 +195,15 @@ class RunState:
             f"{path}: the training goes on after {self.position} batches of "
             f"epoch {self.epoch}"
         )
+
+
+def _alike(then: Any, now: Any) -> bool:
+    """Whether two options are the same, but for rounding and kinds of lists."""
+    if isinstance(now, list | tuple) and isinstance(then, list | tuple):
+        return len(then) == len(now) and all(map(_alike, then, now))
+    if isinstance(now, int | float) and isinstance(then, int | float):
+        return math.isclose(then, now, rel_tol=1e-4)
+    return then == now
 
 
 def prepare_folder(state: RunState, resume: bool) -> bool:

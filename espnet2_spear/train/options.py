@@ -8,7 +8,6 @@ import importlib.util
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from espnet2.schedulers.abs_scheduler import AbsBatchStepScheduler
@@ -34,10 +33,6 @@ _NO_EFFECT = {
 class SpearTrainerOptions(TrainerOptions):
     """ESPnet's options and those of :func:`add_trainer_arguments`."""
 
-    optim: str
-    optim_conf: dict[str, Any]
-    scheduler: str | None
-    scheduler_conf: dict[str, Any]
     amp_dtype: str
     save_interval: int
     average_period: int

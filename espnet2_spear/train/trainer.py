@@ -101,10 +101,6 @@ class SpearTrainer(Trainer):
             RunningAverage(options.average_period),
             options.grad_scaler(),
             options.accum_grad,
-            {
-                "optimizer": [options.optim, options.optim_conf],
-                "scheduler": [options.scheduler, options.scheduler_conf],
-            },
         )
         if distributed:
             state.rank = torch.distributed.get_rank()

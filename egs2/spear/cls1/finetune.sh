@@ -11,7 +11,8 @@ log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') (finetune.sh) $*"; }
 
 help_message="Usage: ./finetune.sh --setting SETTING --ckpt STUDENT.pth [options]
 
-Stages (what is finished is done again only if its inputs or options changed)
+Stages (what is finished is done again only if its inputs or options changed; a training
+whose inputs or options changed wants another --tag)
   1  clips, 16 kHz mono, by their corpus in ../ssl1/db.sh  -> dump/raw/<set>
   2  labels, list of classes                               -> dump/raw/<set>/labels
   3  training by espnet2_spear.bin.cls_train               -> exp/cls_<tag>

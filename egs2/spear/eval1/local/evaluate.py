@@ -281,7 +281,9 @@ def main(args: argparse.Namespace) -> None:
     args.seeds = [int(seed) for seed in args.seeds.split()]
     tasks = chosen_tasks(args)
     path = Path(args.student)
-    tag = args.tag or (path.name if path.is_dir() else path.parent.name)
+    # A student is called as its folder is, or by its whole id on the hub.
+    name = path.parent.name if path.is_file() else args.student.replace("/", "_")
+    tag = args.tag or (path.name if path.is_dir() else name)
     folders = Folders(
         args.datadir.resolve(),
         args.dumpdir.resolve(),

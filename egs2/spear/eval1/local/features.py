@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,12 @@ class Features:
     Attributes:
         values: (clips, layers, 2 channels), or all frames (frames, layers, channels).
         rows: utterance -> its rows.
+        seconds: utterance -> the audio that was embedded.
     """
 
     values: np.ndarray
     rows: dict[str, slice]
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def kept_features(
@@ -73,10 +75,12 @@ def kept_features(
         return found
     logging.info("%s: features of %d clips", cache, len(wavs))
     parts: dict[str, np.ndarray] = {}
+    seconds: dict[str, float] = {}
     with torch.inference_mode():
         for utts, speech, lengths in _batches(wavs, noise):
             layers, counts = system.embed(speech.to(device), lengths.to(device))
             frames = torch.stack(layers, dim=2)
+            seconds |= zip(utts, (lengths / RATE).tolist(), strict=True)
             for utt, clip, count in zip(utts, frames, counts.tolist(), strict=True):
                 part = clip[:count]
                 part = _pool(part) if head == "linear" else part.half()
@@ -93,10 +97,10 @@ def kept_features(
     values = np.concatenate([parts[utt] for utt in wavs])
     with atomic(array) as file:
         np.save(file, values)
-    facts |= {"bytes": array.stat().st_size, "rows": rows}
+    facts |= {"bytes": array.stat().st_size, "rows": rows, "seconds": seconds}
     with atomic(index, "w") as file:
         file.write(json.dumps(facts))
-    return Features(values, {utt: slice(*ends) for utt, ends in rows.items()})
+    return Features(values, {u: slice(*ends) for u, ends in rows.items()}, seconds)
 
 
 def _read(array: Path, index: Path, facts: Mapping[str, object]) -> Features | None:
@@ -112,7 +116,8 @@ def _read(array: Path, index: Path, facts: Mapping[str, object]) -> Features | N
             logging.info("%s: made again, other %s", array, ", ".join(changed))
             return None
         rows = {utt: slice(*ends) for utt, ends in found["rows"].items()}
-        return Features(np.load(array, mmap_mode="r", allow_pickle=False), rows)
+        values = np.load(array, mmap_mode="r", allow_pickle=False)
+        return Features(values, rows, found["seconds"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         logging.warning("%s: made again, it is damaged (%s)", array, error)
         return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from features import LONGEST, RATE, Features
+from features import Features
 from sklearn.metrics import average_precision_score
 from tasks import PARTS, Clips, Task, spans
 from torch import Tensor, nn
@@ -220,8 +220,9 @@ def _frames(task: Task, clips: Clips, features: Features, seed: int) -> Score:
     for utt in clips.all:
         labelled = spans(task, utt, clips.labels[utt])
         ends = torch.tensor([end for _, end in labelled])
-        seconds = min(ends[-1].item(), LONGEST / RATE)
-        middles = (torch.arange(int(seconds * FRAMES)) + 0.5) / FRAMES
+        seconds = features.seconds[utt]
+        asked = min(ends[-1].item(), seconds)  # labels may end before the clip
+        middles = (torch.arange(int(asked * FRAMES)) + 0.5) / FRAMES
         classes = torch.tensor([index[name] for name, _ in labelled])
         answers[utt] = classes[torch.searchsorted(ends, middles, right=True)]
         count = len(features.values[features.rows[utt]])

@@ -56,8 +56,8 @@ def digest_of(path: Path, source: bool = False) -> str:
             if (path / name).exists():
                 digest.update(f"{name} {digest_of(path / name)}\n".encode())
         for line in open(path / "wav.scp", "rb") if source else ():
-            _, _, value = os.fsdecode(line.strip()).partition(" ")
-            file, _ = split_ark(find_audio(value.strip(), path))
+            *_, value = os.fsdecode(line).strip().split(maxsplit=1) or [""]
+            file, _ = split_ark(find_audio(value, path))
             digest.update(f"{stamp_of(file)}\n".encode())
     elif path.is_dir():
         walked = set()
