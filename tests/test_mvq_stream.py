@@ -7,7 +7,7 @@ from teacher_files import WHISPER, whisper_tensors, write_ctranslate2
 from test_tokenize import write_data
 
 from espnet2_spear.bin import mvq_train
-from espnet2_spear.fileio.utterances import read_utterances
+from espnet2_spear.fileio.utterances import beside_wav_scp
 from espnet2_spear.mvq.embedding_set import EmbeddingError
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.training import MVQTrainingError
@@ -25,7 +25,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def utterances(tmp_path):
     folder = write_data(tmp_path / "data", [8000 + 731 * (i % 7) for i in range(12)])
-    return read_utterances(folder / "wav.scp", folder / "utt2num_samples")
+    return beside_wav_scp(folder / "wav.scp")
 
 
 @pytest.fixture
