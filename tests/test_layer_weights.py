@@ -8,8 +8,8 @@ import yaml
 from espnet2.main_funcs.pack_funcs import pack
 
 from espnet2_spear.bin import spear_layer_weights
-from espnet2_spear.bin.spear_layer_weights import WeightsError, main, read_layers
-from espnet2_spear.errors import CheckpointError
+from espnet2_spear.bin.spear_layer_weights import main, read_layers
+from espnet2_spear.errors import UserError
 from espnet2_spear.hub.load import Checkpoint
 from espnet2_spear.hub.tensors import read_settings
 
@@ -101,5 +101,5 @@ def test_models_without_weights(tmp_path: Path) -> None:
         ([tmp_path / "gone.zip"], "no such file"),
         (["a", "b", "c"], "name one packed model, or config.yaml and weights"),
     ):
-        with pytest.raises((WeightsError, CheckpointError), match=message):
+        with pytest.raises(UserError, match=message):
             main([str(word) for word in words])

@@ -10,7 +10,7 @@ import soundfile
 from data_dirs import write_dir
 
 from espnet2_spear.bin.spear_mix import TABLE, main
-from espnet2_spear.codes.facts import CodesMismatch
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.ark import CodesWriter
 from espnet2_spear.fileio.datadir import DataDirError, Entry
 
@@ -94,5 +94,5 @@ def test_bad_options(options: list[str], tmp_path: Path) -> None:
         main(options)
     (tmp_path / "data/segments").unlink()
     (tmp_path / "speech.json").unlink()
-    with pytest.raises(CodesMismatch, match="speech.json: missing or malformed"):
+    with pytest.raises(UserError, match="speech.json: missing or malformed"):
         main(options)

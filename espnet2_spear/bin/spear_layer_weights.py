@@ -20,10 +20,6 @@ from espnet2_spear.zipformer.config import ZipformerConfig
 KEY = "featurizer.weights"
 
 
-class WeightsError(UserError):
-    """A model without learned layer weights; names the file and the reason."""
-
-
 class Layer(NamedTuple):
     """One layer and its share in the features.
 
@@ -46,20 +42,20 @@ def read_layers(model: Checkpoint) -> tuple[list[Layer], bool]:
         weights alone say how much a layer counts.
 
     Raises:
-        WeightsError: another frontend, or a single layer.
+        UserError: another frontend, or a single layer.
     """
     config, name = model.settings, model.settings_file
     conf = config.get("frontend_conf") if isinstance(config, dict) else None
     if conf is None or config.get("frontend") != "spear":
-        raise WeightsError(f"{name}: is no configuration with frontend: spear")
+        raise UserError(f"{name}: is no configuration with frontend: spear")
     if conf.get("layer") is not None:
-        raise WeightsError(
+        raise UserError(
             f"{name}: frontend_conf.layer is {conf['layer']}: there are no "
             "weights, all features come from that layer"
         )
     found = [v for k, v in model.tensors.items() if k.endswith(f"frontend.{KEY}")]
     if len(found) != 1 or found[0].dim() != 1:
-        raise WeightsError(
+        raise UserError(
             f"{model.file}: holds {len(found)} tensors named *frontend.{KEY}, expected "
             "one; name the weights of the whole model (such as valid.acc.best.pth)"
         )
@@ -143,19 +139,19 @@ def main(args: argparse.Namespace) -> None:
     """Print and plot; see ``--help``.
 
     Raises:
-        WeightsError: a model without learned layer weights.
+        UserError: a model without learned layer weights.
         CheckpointError: a file that cannot be read.
     """
     *configs, file = args.model
     if len(configs) > 1:
-        raise WeightsError("name one packed model, or config.yaml and weights")
+        raise UserError("name one packed model, or config.yaml and weights")
     if configs:
         tensors, _ = read_tensors(file)
         model = Checkpoint(file, tensors, configs[0], read_settings(configs[0]))
     elif not file.exists():
         raise CheckpointError(f"{file}: no such file or folder")
     elif not is_packed(file):
-        raise WeightsError(f"{file}: is no packed model; name config.yaml and weights")
+        raise UserError(f"{file}: is no packed model; name config.yaml and weights")
     else:
         model = read_any_checkpoint(file)
     layers, normed = read_layers(model)

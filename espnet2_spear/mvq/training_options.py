@@ -9,10 +9,11 @@ from typing import NoReturn
 
 from espnet2.utils.types import str2bool
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.mvq.baselines import BaselineConfig, KMeansQuantizer
 from espnet2_spear.mvq.files import KINDS
 from espnet2_spear.mvq.quantizer import Quantizer
-from espnet2_spear.mvq.training import MVQTrainingConfig, MVQTrainingError
+from espnet2_spear.mvq.training import MVQTrainingConfig
 
 Config = MVQTrainingConfig | BaselineConfig
 
@@ -21,7 +22,7 @@ class _Words(argparse.ArgumentParser):
     """Raises what the command's own parser ends the process with."""
 
     def error(self, message: str) -> NoReturn:
-        raise MVQTrainingError(f"options of mvq_train: {message}")
+        raise UserError(f"options of mvq_train: {message}")
 
 
 def get_parser(
@@ -98,14 +99,14 @@ def quantizer_config(args: argparse.Namespace) -> Config:
     """Options of the chosen kind of quantizer.
 
     Raises:
-        MVQTrainingError: an option of another kind, or values out of range.
+        UserError: an option of another kind, or values out of range.
     """
     kind = MVQTrainingConfig if args.quantizer == Quantizer.kind else BaselineConfig
     own = {field.name for field in fields(kind)}
     other = {f.name for f in fields(MVQTrainingConfig) + fields(BaselineConfig)} - own
     given = [n for n in sorted(other - {"quantizer"}) if getattr(args, n) is not None]
     if given:
-        raise MVQTrainingError(
+        raise UserError(
             f"--{given[0]} is no option of --quantizer {args.quantizer}; leave it out"
         )
     values = {name: getattr(args, name) for name in own}
@@ -122,7 +123,7 @@ def parse_options(words: Sequence[str]) -> Config:
             without input and output.
 
     Raises:
-        MVQTrainingError: an unknown option, one of another kind, or values out of
+        UserError: an unknown option, one of another kind, or values out of
             range.
     """
     parser = get_parser(_Words)
