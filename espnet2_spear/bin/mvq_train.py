@@ -102,7 +102,7 @@ def _train(args: argparse.Namespace, config: Config) -> None:
             "training": summary,
         },
     )
-    report_dir = Path(args.report_dir or output.parent / "report")
+    report_dir = output.parent / "report"
     write_report(
         report_dir, {quantizer.kind: summary}, trainer.history if trainer else ()
     )

@@ -33,10 +33,7 @@ def get_parser(
         description="Train a quantizer on a teacher's embeddings.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", required=True, help="quantizer file to write")
-    parser.add_argument(
-        "--report_dir", help="by default the folder `report` beside the output"
-    )
+    parser.add_argument("--output", required=True, help="file; `report` lies beside it")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--num_threads", type=int, default=0, help="0 for torch's own choice"
