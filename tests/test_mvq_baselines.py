@@ -147,9 +147,9 @@ def test_options_are_read_before_anything_is_computed():
         ("--codebook_size 2000", "no option of --quantizer mvq"),
         ("--quantizer kmeans --num_codebooks 8", "one codebook, not 8"),
         ("--quantizer rvq --codebook_size 40000", "int16"),
-        ("--quantizer vq", "mvq_train: .*invalid choice: 'vq'"),
-        ("--iter_phase1 9", "mvq_train: unrecognized.*--iter_phase1"),
-        ("--lr much", "mvq_train: argument --lr: invalid"),
+        ("--quantizer vq", "quantizer: invalid choice: 'vq'"),
+        ("--iter_phase1 9", "unrecognized.*--iter_phase1"),
+        ("--lr much", "argument --lr: invalid"),
         ("--lr 0", "lr is 0.0"),
         ("--standardize maybe", "--standardize: invalid"),
         ("--num_codebooks 3", "num_codebooks is 3"),
@@ -157,7 +157,7 @@ def test_options_are_read_before_anything_is_computed():
     ],
 )
 def test_bad_words(words, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         parse_options(words.split())
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import NoReturn
 
 from espnet2.utils.types import str2bool
 
 from espnet2_spear.errors import UserError
+from espnet2_spear.fileio.explain import option_parser, read_options
 from espnet2_spear.mvq.baselines import BaselineConfig, KMeansQuantizer
 from espnet2_spear.mvq.files import KINDS
 from espnet2_spear.mvq.quantizer import Quantizer
@@ -18,21 +18,9 @@ from espnet2_spear.mvq.training import MVQTrainingConfig
 Config = MVQTrainingConfig | BaselineConfig
 
 
-class _Words(argparse.ArgumentParser):
-    """Raises what the command's own parser ends the process with."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"options of mvq_train: {message}")
-
-
-def get_parser(
-    kind: type[argparse.ArgumentParser] = argparse.ArgumentParser,
-) -> argparse.ArgumentParser:
+def get_parser() -> argparse.ArgumentParser:
     """Return the parser of mvq_train."""
-    parser = kind(
-        description="Train a quantizer on a teacher's embeddings.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = option_parser("Train a quantizer on a teacher's embeddings.")
     parser.add_argument("--output", required=True, help="file; `report` lies beside it")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument(
@@ -120,10 +108,7 @@ def parse_options(words: Sequence[str]) -> Config:
             without input and output.
 
     Raises:
-        UserError: an unknown option, one of another kind, or values out of
-            range.
+        ValueError: an unknown option, one of another kind, or values out of range.
     """
-    parser = get_parser(_Words)
-    return quantizer_config(
-        parser.parse_args(["--output", "", "--embeddings", "", *words])
-    )
+    unused = ["--output", "", "--embeddings", ""]
+    return quantizer_config(read_options(get_parser(), [*unused, *words]))
