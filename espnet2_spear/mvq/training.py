@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espnet2_spear.errors import UserError
+from espnet2_spear.fileio.atomic import save_whole
 from espnet2_spear.mvq.embedding_set import TrainingFrames
-from espnet2_spear.mvq.quantizer import Quantizer, save_whole
+from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.search import GramTables, refine
 
 PHASE_ONE_SIZE = 16

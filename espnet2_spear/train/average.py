@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.train.writing import save_whole
+from espnet2_spear.fileio.atomic import save_whole
 
 FOLDER = "running_average"
 

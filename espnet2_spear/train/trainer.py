@@ -32,6 +32,7 @@ from espnet2.train.reporter import SubReporter
 from espnet2.train.trainer import Trainer
 from torch.nn.parallel import DistributedDataParallel
 
+from espnet2_spear.fileio.atomic import CheckpointWriteError, point_link, save_whole
 from espnet2_spear.train.average import RunningAverage, save_epoch_average
 from espnet2_spear.train.batches import open_epoch, windows
 from espnet2_spear.train.checkpoint import (
@@ -50,7 +51,6 @@ from espnet2_spear.train.options import (
 )
 from espnet2_spear.train.progress import Progress, show_prediction
 from espnet2_spear.train.step import OptimizerStep
-from espnet2_spear.train.writing import CheckpointWriteError, point_link, save_whole
 
 
 class SpearTrainer(Trainer):
