@@ -31,7 +31,7 @@ from espnet2_spear.fileio.convert import (
 )
 from espnet2_spear.fileio.datadir import RAW, check, entries, entry_writer
 from espnet2_spear.fileio.explain import command, option_parser
-from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
+from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.shards import (
     WHOLE_JOB,
     JobShare,
@@ -181,10 +181,10 @@ def main(args: argparse.Namespace) -> None:
         done = sum(1 for _ in run(args.in_dir, options, args.nj, total, args.part))
         logging.info("%s: %d utterances in this part", args.out_dir, done)
         return
-    by_utterance = ExternalSorter[Result](lambda r: c_order(r.utt), args.out_dir)
-    with by_utterance as results:
+    with ExternalSorter[tuple[str, Result]](args.out_dir) as by_utterance:
         for result in run(args.in_dir, options, args.nj, total, WHOLE_JOB):
-            results.add(result)
+            by_utterance.add((result.utt, result))
+        results = (result for _, result in by_utterance)
         write_results(args.in_dir, results, args.out_dir, args.fs)
 
 
