@@ -15,7 +15,6 @@ nothing of ESPnet's is changed or replaced.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 from collections.abc import Sequence
@@ -56,19 +55,8 @@ from espnet2_spear.train.step import OptimizerStep
 class SpearTrainer(Trainer):
     """The door through which ESPnet's tasks come to :class:`Training`."""
 
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the options of this trainer."""
-        add_trainer_arguments(parser)
-
-    @classmethod
-    def build_options(cls, args: argparse.Namespace) -> SpearTrainerOptions:
-        """Collect the options.
-
-        Raises:
-            ValueError: an option that this trainer does not support.
-        """
-        return build_trainer_options(args)
+    add_arguments = staticmethod(add_trainer_arguments)
+    build_options = staticmethod(build_trainer_options)
 
     @classmethod
     def run(
