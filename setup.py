@@ -19,7 +19,7 @@ REQUIRES = [
     "sentencepiece",  # token lists of the recognizers
     "humanfriendly",  # sizes such as fs=16k in ESPnet's configurations
     "pyyaml",  # configurations of students and teachers
-    "omniio>=0.1.2",  # Kaldi arks of codes (MIT; kaldiio works too, see the extra)
+    "omniio>=0.1.2",  # Kaldi arks of codes
     "soundfile>=0.12",  # audio: wav, flac, ogg, mp3
     "av>=12",  # audio that libsndfile cannot read: g722, gsm, m4a
     "soxr",  # resampling to 16 kHz
@@ -38,8 +38,6 @@ EXTRAS = {
     "s3prl": ["espnet-s3prl"],
     # Cuts of lhotse and icefall as corpora, and the codes in them (HDF5).
     "lhotse": ["lhotse>=1.24", "h5py>=3"],
-    # Not MIT: its licence restricts use. ESPnet 202511 depends on it itself.
-    "kaldiio": ["kaldiio>=2.18"],
     # Curves of losses, accuracies and codebook usage.
     "plot": ["matplotlib>=3.7", "tensorboard>=2.14"],
     # spear-demo: a page in the browser, with pictures.
@@ -51,7 +49,8 @@ EXTRAS = {
     # The test suite and the linters; xdist: on all cores; torcheval, loralib and
     # lightning are what ESPnet's classification task, its LoRA adapters and ESPnet3
     # need; selenium: the browser; lhotse makes the cuts that its reader is tested on;
-    # accelerate and peft: device maps of exported students, and LoRA on them.
+    # accelerate and peft: device maps of exported students, and LoRA on them; kaldiio
+    # (not MIT) reads and writes arks as well, for comparison.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -66,6 +65,7 @@ EXTRAS = {
         "h5py>=3",
         "accelerate>=1.0",
         "peft>=0.14",
+        "kaldiio>=2.18",
     ],
 }
 

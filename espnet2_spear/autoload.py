@@ -35,10 +35,6 @@ except Exception as e:
 CONTENT = f"import sys; exec({_CODE!r})\n"
 
 
-class AutoloadError(UserError):
-    """The start-up file cannot be written or removed; the message says what to do."""
-
-
 def startup_file() -> Path:
     """Path of the start-up file of this Python, whether it exists or not."""
     return Path(sysconfig.get_path("purelib")) / FILE_NAME
@@ -62,14 +58,14 @@ def switch_on() -> None:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     find = [sys.executable, "-c", "import espnet2_spear"]
     if subprocess.run(find, cwd=path.anchor, env=env, capture_output=True).returncode:
-        raise AutoloadError(
+        raise UserError(
             "espnet2_spear is found only by this process's working folder or "
             "PYTHONPATH; install it first (in a checkout: pip install -e .)"
         )
     try:
         write_atomically(path, CONTENT.encode())
     except OSError as error:
-        raise AutoloadError(
+        raise UserError(
             f"{path} cannot be written ({error.strerror}): use an environment of your "
             "own (python -m venv), or `spear-python` in place of python"
         ) from error
@@ -81,7 +77,7 @@ def switch_off() -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise AutoloadError(
+        raise UserError(
             f"{path} cannot be removed ({error.strerror}): ask whoever owns it"
         ) from error
 

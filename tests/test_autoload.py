@@ -13,6 +13,7 @@ import pytest
 
 import espnet2_spear
 from espnet2_spear import autoload, doctor
+from espnet2_spear.errors import UserError
 
 ROOT = Path(espnet2_spear.__file__).resolve().parent.parent
 # What setuptools' own start-up file does; ESPnet imports distutils.
@@ -142,11 +143,11 @@ def test_what_cannot_be_written_is_said(monkeypatch, tmp_path: Path) -> None:
     missing = tmp_path / "file" / autoload.FILE_NAME
     missing.parent.touch()
     monkeypatch.setattr(autoload, "startup_file", lambda: missing)
-    with pytest.raises(autoload.AutoloadError, match="spear-python"):
+    with pytest.raises(UserError, match="spear-python"):
         autoload.main(["on"])
     missing.parent.unlink()
     missing.mkdir(parents=True)  # neither readable nor removable as a file
-    with pytest.raises(autoload.AutoloadError, match="cannot be removed"):
+    with pytest.raises(UserError, match="cannot be removed"):
         autoload.main(["off"])
     assert autoload.status() == "changed"
 

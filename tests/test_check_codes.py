@@ -7,7 +7,7 @@ import pytest
 from data_dirs import write_dir
 
 from espnet2_spear.bin import spear_check_codes
-from espnet2_spear.codes.facts import CodesMismatch
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
 from espnet2_spear.fileio.datadir import DataDirError, Entry
 
@@ -173,7 +173,7 @@ def test_two_teachers_and_shapes(check, codes, tmp_path):
     "missing, options, error, message",
     [
         (None, ["--domains", "video=speech"], SystemExit, "names .*video"),
-        ("json", [], CodesMismatch, r"speech\.json: missing.*tokenize"),
+        ("json", [], UserError, r"speech\.json: missing.*tokenize"),
         ("scp", [], DataDirError, "speech.scp: cannot be read"),
     ],
 )

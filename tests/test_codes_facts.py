@@ -6,8 +6,9 @@ import json
 import pytest
 import yaml
 
-from espnet2_spear.codes.facts import CodesMismatch, check_codes_facts
+from espnet2_spear.codes.facts import check_codes_facts
 from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.errors import UserError
 
 FACTS = {"num_codebooks": 4, "codebook_size": 256, "frame_rate": 50.0}
 
@@ -47,7 +48,7 @@ def test_other_quantizer_than_the_experiment(args, tmp_path):
     (tmp_path / "exp").mkdir()
     config = {"teachers": {"speech": {"num_codebooks": 4, "quantizer": "dd"}}}
     (tmp_path / "exp" / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(CodesMismatch, match="experiment so far.*used dd.*output_dir"):
+    with pytest.raises(UserError, match="experiment so far.*used dd.*output_dir"):
         check_codes_facts(args)
     args.resume = False
     check_codes_facts(args)
@@ -66,13 +67,13 @@ def test_other_quantizer_than_the_experiment(args, tmp_path):
 )
 def test_validation_of_another_quantizer_or_shape(args, tmp_path, facts, message):
     write(tmp_path, "valid", **facts)
-    with pytest.raises(CodesMismatch, match=message):
+    with pytest.raises(UserError, match=message):
         check_codes_facts(args)
 
 
 def test_other_quantizer_than_configured(args):
     args.teachers["speech"]["quantizer"] = "cc"
-    with pytest.raises(CodesMismatch, match=r"quantizer aa, but the config.*used cc"):
+    with pytest.raises(UserError, match=r"quantizer aa, but the config.*used cc"):
         check_codes_facts(args)
 
 
@@ -82,7 +83,7 @@ def test_codes_from_elsewhere(args, tmp_path):
     check_codes_facts(args)
     assert "quantizer" not in args.teachers["speech"]
     (tmp_path / "valid" / "speech.json").write_text("{")
-    with pytest.raises(CodesMismatch, match=r"speech\.json: malformed"):
+    with pytest.raises(UserError, match=r"speech\.json: malformed"):
         check_codes_facts(args)
 
 
@@ -95,5 +96,5 @@ def test_shape_is_taken_from_the_facts_unless_it_is_configured(args, tmp_path):
     codes = TeacherCodes.from_dict("speech", args.teachers["speech"])
     assert codes == TeacherCodes(4, 2000, 50.0, "aa")
     args.teachers["speech"] = configured
-    with pytest.raises(CodesMismatch, match="codebook_size 2000, but .* 256"):
+    with pytest.raises(UserError, match="codebook_size 2000, but .* 256"):
         check_codes_facts(args)

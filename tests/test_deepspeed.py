@@ -8,8 +8,9 @@ import torch
 from espnet2.tasks.abs_task import AbsTask
 from test_training_precision import build, make_batch
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.train.gradients import scale_loss_by_weight
-from espnet2_spear.train.options import DeepSpeedConfigError, check_deepspeed_config
+from espnet2_spear.train.options import check_deepspeed_config
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "deepspeed_zero2.json"
 
@@ -52,7 +53,7 @@ def test_configurations(tmp_path: Path) -> None:
         (tmp_path / "none.json", "none.json"),
         (None, "--deepspeed_config"),
     ]:
-        with pytest.raises(DeepSpeedConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             check_deepspeed_config(path)
 
 

@@ -18,10 +18,11 @@ from student_files import write_student
 
 from espnet2_spear import load_model
 from espnet2_spear.bin import spear_extract
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.ark import read_matrix
 from espnet2_spear.fileio.audio import read_audio, resample
 from espnet2_spear.fileio.datadir import DataDirError, read_table
-from espnet2_spear.hub.extraction import ExtractError, Extractor, parse_layers
+from espnet2_spear.hub.extraction import Extractor, parse_layers
 from espnet2_spear.hub.recordings import Recording
 
 
@@ -113,7 +114,7 @@ def test_float16_and_output_rate(tmp_path: Path, audio: Path) -> None:
     extract(model, tmp_path / "out", *words, audio / "b.wav")
     half, full = (read(tmp_path / "out", f"{x}.scp")["b"] for x in ("output", "layer2"))
     assert half.dtype == np.float16 and len(half) == (len(full) + 1) // 2
-    with pytest.raises(ExtractError, match="float32; use --format npy"):
+    with pytest.raises(UserError, match="float32; use --format npy"):
         extract(model, tmp_path / "o", "--dtype", "float16", audio / "b.wav")
 
 
@@ -146,7 +147,7 @@ def test_bad_files_are_listed(tmp_path: Path, student: Path, audio: Path) -> Non
         "pipe": "command",
     }
     assert f"{folder}/short.wav: 900 samples" in skipped["short"]
-    with pytest.raises(ExtractError, match="not one of 2 .*skipped.txt"):
+    with pytest.raises(UserError, match="not one of 2 .*skipped.txt"):
         extract(student, tmp_path / "o", folder / "nan.wav", folder / "text.wav")
     with pytest.raises(DataDirError, match="is called 'a', and so is"):
         extract(
@@ -183,9 +184,9 @@ def test_layers(student: Path) -> None:
     assert parse_layers("all", 3) == [0, 1, 2]
     assert parse_layers("last,output,0", 3) == [2, "output", 0]
     for text in ("3", "-4", "x", "", "1,,2"):
-        with pytest.raises(ExtractError, match="layers 0 to 2"):
+        with pytest.raises(UserError, match="layers 0 to 2"):
             parse_layers(text, 3)
-    with pytest.raises(ExtractError, match="twice"):
+    with pytest.raises(UserError, match="twice"):
         parse_layers("2,last", 3)
 
 
@@ -277,13 +278,13 @@ def test_long_recordings_in_pieces(
         similarity = torch.cosine_similarity(cut, whole, dim=1)
         shifted = torch.cosine_similarity(cut[1:], whole[:-1], dim=1)
         assert similarity.min() > 0.98 > shifted.min()
-    with pytest.raises(ExtractError, match="twice the context"):
+    with pytest.raises(UserError, match="twice the context"):
         extract(student, tmp_path / "o", "--max_seconds", 10, path)
 
 
 def test_pieces_need_context(student: Path) -> None:
     """The frames at the end of one come from what the next one begins with."""
-    with pytest.raises(ExtractError, match="which cannot be 0"):
+    with pytest.raises(UserError, match="which cannot be 0"):
         Extractor(load_model(student), [0], 16.0, 0.0)
 
 

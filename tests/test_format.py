@@ -138,7 +138,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_killed_run_continues_to_the_same_result(
     tmp_path: Path, messy: Utterances, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    format_dir(tmp_path, "--shard_utts", "2")
+    monkeypatch.setattr(spear_format, "SHARD_UTTERANCES", 2)
+    format_dir(tmp_path)
     complete = contents(tmp_path / "org")
     marks = list((tmp_path / "org/.shards").rglob("*.done"))
     assert len(marks) == 6
@@ -149,7 +150,7 @@ def test_a_killed_run_continues_to_the_same_result(
     Path(read_dir(tmp_path / "org")["good"].path).unlink()
     (tmp_path / "org/wav.scp").unlink()
     untouched = kept.stat().st_mtime_ns
-    format_dir(tmp_path, "--shard_utts", "2")
+    format_dir(tmp_path)
     assert contents(tmp_path / "org") == complete
     assert kept.stat().st_mtime_ns == untouched
 
@@ -157,11 +158,11 @@ def test_a_killed_run_continues_to_the_same_result(
 def test_an_array_of_jobs_makes_the_same(
     tmp_path: Path, messy: Utterances, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    format_dir(tmp_path, "--shard_utts", "2")
+    monkeypatch.setattr(spear_format, "SHARD_UTTERANCES", 2)
+    format_dir(tmp_path)
     complete = contents(tmp_path / "org")
     shutil.rmtree(tmp_path / "org")
     folders = ["--in_dir", str(tmp_path / "data"), "--out_dir", str(tmp_path / "org")]
-    folders += ["--shard_utts", "2"]
     for number in (1, 2, 3, 4):
         spear_format.main([*folders, "--part", f"{number}/4"])
         # Six shards, so two for the first and the second job.
@@ -170,7 +171,7 @@ def test_an_array_of_jobs_makes_the_same(
     assert not (tmp_path / "org/wav.scp").exists()
     with monkeypatch.context() as patch:
         patch.setattr(convert, "format_shard", None)  # nothing is left to convert
-        format_dir(tmp_path, "--shard_utts", "2")
+        format_dir(tmp_path)
     assert contents(tmp_path / "org") == complete
 
 
@@ -272,13 +273,17 @@ def test_what_fails_is_tried_once_more(
 
 @pytest.mark.parametrize("audio_format", ["flac.ark", "wav.ark"])
 def test_arks_hold_what_files_would(
-    tmp_path: Path, messy: Utterances, audio_format: str
+    tmp_path: Path,
+    messy: Utterances,
+    monkeypatch: pytest.MonkeyPatch,
+    audio_format: str,
 ) -> None:
     """As ESPnet's own readers take them; they are not written again."""
     files = format_dir(tmp_path)
     whole = {u: soundfile.read(e.path, dtype="int16")[0] for u, e in files.items()}
     shutil.rmtree(tmp_path / "org")
-    options = ["--audio_format", audio_format, "--shard_utts", "3"]
+    options = ["--audio_format", audio_format]
+    monkeypatch.setattr(spear_format, "SHARD_UTTERANCES", 3)
     format_dir(tmp_path, *options)
     data = read_dir(tmp_path / "org", "utt2domain", "text", "utt2num_samples")
     arks = list((tmp_path / "org").rglob("*.ark"))

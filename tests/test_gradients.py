@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from espnet2_spear.bin import spear_average
+from espnet2_spear.errors import UserError
 from espnet2_spear.train.average import (
-    AverageError,
     RunningAverage,
     average_between,
     average_file,
@@ -81,9 +81,9 @@ def test_running_average_between_two_epochs(tmp_path):
         )
         assert set(state) == set(model.state_dict()) and int(state["count"]) == 7
     assert not average_file(tmp_path, 1).exists()
-    with pytest.raises(AverageError, match=r"running average: \[2, 3, 4\]"):
+    with pytest.raises(UserError, match=r"running average: \[2, 3, 4\]"):
         average_between(tmp_path, 1, 4)
-    with pytest.raises(AverageError, match="before the last"):
+    with pytest.raises(UserError, match="before the last"):
         average_between(tmp_path, 4, 4)
     # A restored average goes on as the one it was saved from.
     other = RunningAverage(2)
@@ -105,5 +105,5 @@ def test_average_command(tmp_path):
     state = torch.load(tmp_path / "average_0_1.pth", weights_only=True)
     for name, value in model.state_dict().items():
         assert torch.equal(state[name], value)
-    with pytest.raises(AverageError, match=r"Epochs with a running average: \[1\]"):
+    with pytest.raises(UserError, match=r"Epochs with a running average: \[1\]"):
         spear_average.main([*command, "2"])

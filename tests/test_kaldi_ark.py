@@ -83,7 +83,7 @@ def as_features(folder: Path, utt: str) -> str:
 
 def as_audio(folder: Path, utt: str) -> str:
     ark = convert.Ark(folder / "c.ark")
-    spec = ark.write(utt, b"RIFF")
+    spec = ark.write(utt, np.zeros(1, np.int16), b"RIFF")
     ark.finish()
     return spec
 

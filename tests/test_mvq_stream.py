@@ -7,10 +7,9 @@ from teacher_files import WHISPER, whisper_tensors, write_ctranslate2
 from test_tokenize import write_data
 
 from espnet2_spear.bin import mvq_train
-from espnet2_spear.fileio.utterances import read_utterances
-from espnet2_spear.mvq.embedding_set import EmbeddingError
+from espnet2_spear.errors import UserError
+from espnet2_spear.fileio.utterances import beside_wav_scp
 from espnet2_spear.mvq.files import load_quantizer
-from espnet2_spear.mvq.training import MVQTrainingError
 from espnet2_spear.teachers import build_teacher, embeddings
 from espnet2_spear.teachers.embed import embed_batch
 from espnet2_spear.teachers.embeddings import TeacherFrames
@@ -25,7 +24,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def utterances(tmp_path):
     folder = write_data(tmp_path / "data", [8000 + 731 * (i % 7) for i in range(12)])
-    return read_utterances(folder / "wav.scp", folder / "utt2num_samples")
+    return beside_wav_scp(folder / "wav.scp")
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def test_bad_audio_is_left_out_and_listed(stream, utterances, caplog):
     assert list(data.failed) == [victim.utt] and f"skipped {victim.utt}" in caplog.text
     for utterance in data._blocks[1]:
         open(utterance.path, "wb").close()
-    with pytest.raises(EmbeddingError, match="wav.scp: none of"):
+    with pytest.raises(UserError, match="wav.scp: none of"):
         data._block(1)
 
 
@@ -96,7 +95,7 @@ def test_command(weights, utterances, tmp_path):
         f"--output {tmp_path}/q.pt --num_codebooks 2 --iters_phase1 5 "
         "--iters_phase2 5 --batch_frames 32"
     )
-    with pytest.raises(MVQTrainingError, match="needs --teacher_config"):
+    with pytest.raises(UserError, match="needs --teacher_config"):
         mvq_train.main(command.split())
     mvq_train.main([*command.split(), "--teacher_config", str(config)])
     quantizer = load_quantizer(tmp_path / "q.pt")

@@ -11,11 +11,12 @@ import torch
 from embedding_files import TEACHER, structured_vectors, write_embeddings
 
 from espnet2_spear.bin import mvq_train
-from espnet2_spear.mvq.embedding_set import EmbeddingError, EmbeddingSet
+from espnet2_spear.errors import UserError
+from espnet2_spear.mvq.embedding_set import EmbeddingSet
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.report import evaluate, write_report
-from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, MVQTrainingError
+from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig
 
 CONFIG = MVQTrainingConfig(
     num_codebooks=2, iters_phase1=30, iters_phase2=20, batch_frames=128, lr=0.02
@@ -135,21 +136,17 @@ def test_checkpoint_of_another_run(folder, tmp_path, arrays):
     checkpoint = tmp_path / "checkpoint"
     options = {"log_interval": 10, "save_seconds": 0.0}
     MVQTrainer(CONFIG, data, checkpoint, **options).train()
-    with pytest.raises(
-        MVQTrainingError, match="checkpoint: was made with config.*remove"
-    ):
+    with pytest.raises(UserError, match="checkpoint: was made with config.*remove"):
         MVQTrainer(replace(CONFIG, lr=0.1), data, checkpoint)
     other = EmbeddingSet(write_embeddings(tmp_path / "other", arrays[:1]))
-    with pytest.raises(MVQTrainingError, match="was made with embeddings"):
+    with pytest.raises(UserError, match="was made with embeddings"):
         MVQTrainer(CONFIG, other, checkpoint)
     for content in ({"weight": torch.zeros(3)}, [1, 2]):
         torch.save(content, checkpoint)
-        with pytest.raises(
-            MVQTrainingError, match="checkpoint: .*another program.*remove"
-        ):
+        with pytest.raises(UserError, match="checkpoint: .*another program.*remove"):
             MVQTrainer(CONFIG, data, checkpoint)
     checkpoint.write_bytes(b"nonsense")
-    with pytest.raises(MVQTrainingError, match="unreadable checkpoint.*remove"):
+    with pytest.raises(UserError, match="unreadable checkpoint.*remove"):
         MVQTrainer(CONFIG, data, checkpoint)
 
 
@@ -174,21 +171,21 @@ def test_learning_rate_schedule():
     ],
 )
 def test_bad_options(option):
-    with pytest.raises(MVQTrainingError, match=next(iter(option))):
+    with pytest.raises(UserError, match=next(iter(option))):
         replace(CONFIG, **option)
 
 
 def test_nan_in_embeddings(tmp_path, arrays):
     arrays[1][123, 4] = np.nan
     data = EmbeddingSet(write_embeddings(tmp_path / "emb", arrays))
-    with pytest.raises(EmbeddingError, match=r"e\.1\.npy: frame 123 holds NaN"):
+    with pytest.raises(UserError, match=r"e\.1\.npy: frame 123 holds NaN"):
         MVQTrainer(CONFIG, data, tmp_path / "c").train()
         data.held_out_frames()
 
 
 def test_constant_embeddings(tmp_path):
     folder = write_embeddings(tmp_path / "emb", [np.full((500, 8), 3.3, np.float32)])
-    with pytest.raises(EmbeddingError, match="emb: all frames are equal"):
+    with pytest.raises(UserError, match="emb: all frames are equal"):
         MVQTrainer(CONFIG, EmbeddingSet(folder), tmp_path / "c")
 
 
@@ -202,33 +199,33 @@ def test_constant_channel(tmp_path, arrays, caplog):
 
 def test_diverging_training(folder, tmp_path):
     config = replace(CONFIG, lr=1e6)
-    with pytest.raises(MVQTrainingError, match="the loss is .*lower --lr"):
+    with pytest.raises(UserError, match="the loss is .*lower --lr"):
         MVQTrainer(config, EmbeddingSet(folder), tmp_path / "c").train()
 
 
 def test_bad_embedding_files(tmp_path, arrays, folder):
-    with pytest.raises(EmbeddingError, match=r"none/embeddings\.json: missing"):
+    with pytest.raises(UserError, match=r"none/embeddings\.json: missing"):
         EmbeddingSet(tmp_path / "none")
     content = (folder / "e.0.npy").read_bytes()
     (folder / "e.0.npy").write_bytes(content[:-100])
-    with pytest.raises(EmbeddingError, match=r"e\.0\.npy: missing or truncated"):
+    with pytest.raises(UserError, match=r"e\.0\.npy: missing or truncated"):
         EmbeddingSet(folder)
     np.save(folder / "e.0.npy", arrays[0][:, :5])
-    with pytest.raises(EmbeddingError, match=r"e\.0\.npy: holds .*5\), but"):
+    with pytest.raises(UserError, match=r"e\.0\.npy: holds .*5\), but"):
         EmbeddingSet(folder)
     (folder / "e.0.npy").unlink()
-    with pytest.raises(EmbeddingError, match=r"e\.0\.npy: missing"):
+    with pytest.raises(UserError, match=r"e\.0\.npy: missing"):
         EmbeddingSet(folder)
     (folder / "embeddings.json").write_text('{"dim": 12}')
-    with pytest.raises(EmbeddingError, match="missing or malformed.*files"):
+    with pytest.raises(UserError, match="missing or malformed.*files"):
         EmbeddingSet(folder)
     named = write_embeddings(tmp_path / "named", arrays, teacher="whisper")
-    with pytest.raises(EmbeddingError, match="malformed.*teacher is no object"):
+    with pytest.raises(UserError, match="malformed.*teacher is no object"):
         EmbeddingSet(named)
-    with pytest.raises(EmbeddingError, match="seed is -1"):
+    with pytest.raises(UserError, match="seed is -1"):
         EmbeddingSet(named, seed=-1)
     tiny = write_embeddings(tmp_path / "tiny", [arrays[0][:1]])
-    with pytest.raises(EmbeddingError, match="1 frames are too few"):
+    with pytest.raises(UserError, match="1 frames are too few"):
         EmbeddingSet(tiny)
 
 

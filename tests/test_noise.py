@@ -11,7 +11,8 @@ import soundfile
 import torch
 from espnet2.iterators.sequence_iter_factory import SequenceIterFactory
 
-from espnet2_spear.data.noise import NoiseError, NoiseList, SpearCollateFn
+from espnet2_spear.data.noise import NoiseList, SpearCollateFn
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.train.batches import open_epoch
@@ -117,7 +118,7 @@ def test_bad_recordings_are_skipped_and_counted(
 def test_only_bad_recordings_are_fatal(scp: Path) -> None:
     for path in scp.parent.glob("*.wav"):
         path.unlink()
-    with pytest.raises(NoiseError, match=r"noise.scp.*no such file"):
+    with pytest.raises(UserError, match=r"noise.scp.*no such file"):
         SpearCollateFn(NoiseList(scp))(data("a"))
 
 
@@ -128,12 +129,12 @@ def test_a_list_that_goes_during_the_training(scp: Path) -> None:
     with pytest.raises(DataDirError, match="gone or was changed.*--resume true"):
         noise.draw(np.random.default_rng(0), 1)
     scp.unlink()
-    with pytest.raises(NoiseError, match="no such list"):  # a worker that starts
+    with pytest.raises(UserError, match="no such list"):  # a worker that starts
         pickle.loads(copy)
 
 
 def test_bad_lists_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(NoiseError, match=r"absent.scp: no such list.*data_musan"):
+    with pytest.raises(UserError, match=r"absent.scp: no such list.*data_musan"):
         NoiseList(tmp_path / "absent.scp")
     (tmp_path / "odd.scp").write_text("name\n")
     with pytest.raises(DataDirError, match="line 1"):
@@ -142,10 +143,10 @@ def test_bad_lists_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataDirError, match="'a' appears twice"):
         NoiseList(tmp_path / "twice.scp")
     (tmp_path / "empty.scp").write_text("")
-    with pytest.raises(NoiseError, match="no recordings"):
+    with pytest.raises(UserError, match="no recordings"):
         NoiseList(tmp_path / "empty.scp")
     (tmp_path / "pipe.scp").write_text("a sox x.wav - |\n")
-    with pytest.raises(NoiseError, match="'a' is a command"):
+    with pytest.raises(UserError, match="'a' is a command"):
         NoiseList(tmp_path / "pipe.scp")
 
 

@@ -10,7 +10,7 @@ import soundfile
 from data_dirs import write_dir
 
 from espnet2_spear.bin.spear_mix import TABLE, main
-from espnet2_spear.codes.facts import CodesMismatch
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.ark import CodesWriter
 from espnet2_spear.fileio.datadir import DataDirError, Entry
 
@@ -67,7 +67,6 @@ def test_mixtures_and_their_targets(options: list[str], tmp_path: Path) -> None:
         own, other = names[row["utterance"]], names[row["mixed_with"]]
         first = round(float(row["offset_s"]) * 50)
         assert (codes[:first] == own).all() and (codes[50 : first + 49] == other).all()
-        assert int(row["speech_tail_frames"]) == max(0, first - 1)
         assert set(codes[first:49].ravel()) <= {own, other}
         share = (codes[first:49] == other).mean()
         assert share == pytest.approx(float(row["speech_replaced"]), abs=1e-3)
@@ -75,8 +74,8 @@ def test_mixtures_and_their_targets(options: list[str], tmp_path: Path) -> None:
 
 def test_noise(options: list[str], tmp_path: Path) -> None:
     main(
-        [*options, "--preset", "noise", "--noise_scp", str(tmp_path / "noise.scp")]
-        + ["--mixer_conf", "{rules: {speech: {prob: 1.0}}}"]
+        [*options, "--noise_scp", str(tmp_path / "noise.scp")]
+        + ["--mixer_conf", "{preset: noise, rules: {speech: {prob: 1.0}}}"]
     )
     rows = table(tmp_path)
     assert len(rows) == 4 and {row["mixed_with"] for row in rows} == {"hum"}
@@ -94,5 +93,5 @@ def test_bad_options(options: list[str], tmp_path: Path) -> None:
         main(options)
     (tmp_path / "data/segments").unlink()
     (tmp_path / "speech.json").unlink()
-    with pytest.raises(CodesMismatch, match="speech.json: missing or malformed"):
+    with pytest.raises(UserError, match="speech.json: missing or malformed"):
         main(options)

@@ -18,8 +18,7 @@ from student_files import write_student
 
 from espnet2_spear import load_model
 from espnet2_spear.bin import spear_pack, spear_upload
-from espnet2_spear.errors import CheckpointError
-from espnet2_spear.hub.pack import PackError
+from espnet2_spear.errors import CheckpointError, UserError
 from espnet2_spear.hub.packed import FORMAT, STAMP
 
 
@@ -79,10 +78,10 @@ def test_through_the_model_zoo(
 
 
 def test_missing_files(tmp_path: Path, exp: Path) -> None:
-    with pytest.raises(PackError, match="gone.png: no such file"):
+    with pytest.raises(UserError, match="gone.png: no such file"):
         pack(exp, tmp_path / "m.zip", "--option", "gone.png")
     (exp / "valid.loss.best.pth").unlink()
-    with pytest.raises(PackError, match="best.pth: no such file; train first"):
+    with pytest.raises(UserError, match="best.pth: no such file; train first"):
         pack(exp, tmp_path / "m.zip")
     assert not (tmp_path / "m.zip").exists()
 

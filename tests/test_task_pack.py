@@ -11,6 +11,7 @@ from student_files import TOKENS, write_student
 
 from espnet2_spear import load_model
 from espnet2_spear.bin import spear_demo, task_pack
+from espnet2_spear.errors import UserError
 from espnet2_spear.hub.packed import describe, unpack_model
 from espnet2_spear.zipformer.config import ZipformerConfig
 
@@ -36,7 +37,7 @@ def test_checkpoint_gives_way_to_architecture(student, tmp_path):
     assert packed({"n_mels": 80}, "default") == {"n_mels": 80}
     gone = {"ckpt": str(tmp_path / "gone")}
     assert packed({**gone, "arch": "tiny"}) == {"arch": "tiny"}
-    with pytest.raises(task_pack.PackError, match="config.yaml.*gone is gone.*arch"):
+    with pytest.raises(UserError, match="config.yaml.*gone is gone.*arch"):
         packed(gone)
 
 
@@ -136,7 +137,7 @@ def test_what_cannot_be_packed(tmp_path, monkeypatch, change, words, message):
         yaml.safe_dump(config | change, file)
     cmd = ["--train_config", "exp/asr_x/train.yaml", "--outpath", "p.zip"]
     cmd += ["--model_file", "exp/asr_x/valid.acc.ave.pth"]
-    with pytest.raises(task_pack.PackError, match=message):
+    with pytest.raises(UserError, match=message):
         task_pack.main([*cmd, *words.split()])
     assert not list(tmp_path.glob("recipe/*p.*"))
 

@@ -29,12 +29,7 @@ from espnet2_spear.fileio import shards
 from espnet2_spear.fileio.ark import MatricesByName, read_matrix, read_scp
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.shards import split_into_shards
-from espnet2_spear.fileio.utterances import (
-    Utterance,
-    make_batches,
-    read_utterances,
-    select_domains,
-)
+from espnet2_spear.fileio.utterances import Utterance, beside_wav_scp, make_batches
 from espnet2_spear.mvq.baselines import KMeansQuantizer, ResidualQuantizer
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
@@ -324,10 +319,10 @@ def test_order_of_the_tables_does_not_matter(setup, data_dir, tmp_path):
 
 
 def test_a_table_of_utterances_and_its_parts(data_dir):
-    everyone = read_utterances(data_dir / "wav.scp", data_dir / "utt2num_samples")
+    everyone = beside_wav_scp(data_dir / "wav.scp")
     wav = str(data_dir / "utt08.wav")
     assert len(everyone) == 12 and everyone[8] == Utterance("utt08", wav, 8731)
-    audio = select_domains(everyone, data_dir / "utt2domain", ["audio"])
+    audio = beside_wav_scp(data_dir / "wav.scp", "audio")
     assert [u.utt for u in audio] == ["utt00", "utt03", "utt06", "utt09"]
     some = everyone.take(np.array([3, 4]))
     assert [u.utt for u in some] == ["utt03", "utt04"]
@@ -418,7 +413,7 @@ def test_lower_precision_is_compared_on_the_workers_device(
     conf = {"weights": setup["weights"], "layer": 2}
     options = TokenizeOptions("speech", WHISPER, conf, setup["quantizer"])
     options = replace(options, dtype="bfloat16")
-    everyone = read_utterances(data_dir / "wav.scp", data_dir / "utt2num_samples")
+    everyone = beside_wav_scp(data_dir / "wav.scp")
     run = TokenizeRun([options], tmp_path, shard_seconds=2.0, min_agreement=1.0)
     with pytest.raises(TeacherError, match="in bfloat16 on cuda:0 are those of"):
         run.run(everyone, [everyone], nj=2, devices=("cuda:0", "cuda:1"))
@@ -458,7 +453,7 @@ def test_utterances_lost_by_lower_precision_do_not_agree(setup, data_dir, monkey
     conf = {"weights": setup["weights"], "layer": 2}
     options = TokenizeOptions("speech", WHISPER, conf, setup["quantizer"])
     tokenizer = Tokenizer(replace(options, dtype="bfloat16"))
-    everyone = read_utterances(data_dir / "wav.scp", data_dir / "utt2num_samples")
+    everyone = beside_wav_scp(data_dir / "wav.scp")
     before = tokenizer.agreement(everyone[:2])
     forward = tokenizer.teacher.forward
 

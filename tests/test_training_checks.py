@@ -7,13 +7,10 @@ import pytest
 from espnet2.tasks.abs_task import AbsTask
 from student_files import TOKENS, write_student
 
+from espnet2_spear.fileio.explain import read_options
 from espnet2_spear.tasks.asr import ASRTask
 from espnet2_spear.tasks.spear import SpearTask
-from espnet2_spear.tasks.training_checks import (
-    check_model,
-    check_model_name,
-    read_options,
-)
+from espnet2_spear.tasks.training_checks import check_model, check_model_name
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ def test_other_rates_are_refused_or_resampled(caplog) -> None:
         ([np.ones(9), np.ones(0)], "waveform 1 is empty"),
         ([np.ones((2, 9))], r"waveform 0 has shape \(2, 9\)"),
         ([np.ones(9, dtype=np.int16)], "waveform 0 is torch.int16.*32768"),
-        ([np.ones(9), np.array([0.0, np.nan])], "waveform 1 holds.*NaN"),
-        ([np.ones(9), 3e3 * np.ones(9)], "waveform 1: samples from 3000 .*32768"),
+        ([np.ones(9), np.array([0.0, np.nan])], "utterances .1. .* hold.*NaN"),
+        ([np.ones(9), 3e3 * np.ones(9)], "utterance 1 .*: samples from 3000 .*32768"),
     ],
 )
 def test_bad_waveforms_are_named(items: list, message: str) -> None:

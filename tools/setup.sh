@@ -18,7 +18,7 @@ die() {
     exit 1
 }
 
-extras=teachers,s3prl,plot,kaldiio,demo,export,test
+extras=teachers,s3prl,plot,demo,export,test
 case ${1:-} in
 "") venv=.venv versions=(3.12 3.13 3.11 3.10) ;;
 espnet202511) venv=.venv-espnet202511 versions=(3.11 3.10) ;;

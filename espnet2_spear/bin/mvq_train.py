@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.utterances import beside_wav_scp
 from espnet2_spear.mvq.baselines import train_baseline
 from espnet2_spear.mvq.embedding_set import EmbeddingSet, TrainingFrames
 from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.report import evaluate, write_report
-from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig, MVQTrainingError
+from espnet2_spear.mvq.training import MVQTrainer, MVQTrainingConfig
 from espnet2_spear.mvq.training_options import Config, get_parser, quantizer_config
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.teachers.embeddings import TeacherFrames
@@ -25,13 +26,13 @@ from espnet2_spear.train.ranks import destroy_process_group_on_exit
 def _frames(args: argparse.Namespace) -> TrainingFrames:
     if args.embeddings:
         if args.teacher_config or args.domains:
-            raise MVQTrainingError(
+            raise UserError(
                 "--teacher_config and --domains go with --wav_scp; --embeddings hold "
                 "the teacher's output already"
             )
         return EmbeddingSet(args.embeddings, seed=args.seed)
     if not args.teacher_config:
-        raise MVQTrainingError("--wav_scp needs --teacher_config")
+        raise UserError("--wav_scp needs --teacher_config")
     utterances = beside_wav_scp(args.wav_scp, args.domains)
     teacher = build_teacher(*load_teacher_config(args.teacher_config))
     return TeacherFrames(
@@ -44,9 +45,9 @@ def _join_processes(args: argparse.Namespace) -> None:
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return
     if args.quantizer != Quantizer.kind:
-        raise MVQTrainingError(f"--quantizer {args.quantizer} trains in one process")
+        raise UserError(f"--quantizer {args.quantizer} trains in one process")
     if args.wav_scp:
-        raise MVQTrainingError(
+        raise UserError(
             "several processes would all compute all embeddings; store them first "
             "(spear_embed) and give --embeddings"
         )
@@ -101,7 +102,7 @@ def _train(args: argparse.Namespace, config: Config) -> None:
             "training": summary,
         },
     )
-    report_dir = Path(args.report_dir or output.parent / "report")
+    report_dir = output.parent / "report"
     write_report(
         report_dir, {quantizer.kind: summary}, trainer.history if trainer else ()
     )

@@ -12,9 +12,9 @@ import argparse
 import logging
 from pathlib import Path
 
+from espnet2_spear.fileio.atomic import save_whole
 from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.train.average import average_between
-from espnet2_spear.train.writing import save_whole
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.explain import add_batch_options, command, option_parser
 from espnet2_spear.hub.extraction import (
-    ExtractError,
     ExtractionRun,
     Extractor,
     parse_layers,
@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
     """Compute the features; see ``--help``.
 
     Raises:
-        ExtractError: options that do not fit, or not one recording could be used.
+        UserError: options that do not fit, or not one recording could be used.
         CheckpointError, DataDirError: a model or a table that cannot be read.
 
     Example:
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
             --layer all --out exp/features dump/raw/en_test/wav.scp
     """
     if args.format == "ark" and args.dtype != "float32":
-        raise ExtractError("--dtype float16: Kaldi arks hold float32; use --format npy")
+        raise UserError("--dtype float16: Kaldi arks hold float32; use --format npy")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     torch.set_flush_denormal(True)
@@ -124,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
             f"{args.out}/skipped.txt"
         )
     if not extraction.frames:
-        raise ExtractError(
+        raise UserError(
             f"not one of {len(skipped)} recordings could be used; the reasons are in "
             f"{args.out}/skipped.txt"
         )

@@ -31,7 +31,7 @@ from espnet2_spear.fileio.convert import (
 )
 from espnet2_spear.fileio.datadir import RAW, check, entries, entry_writer
 from espnet2_spear.fileio.explain import command, option_parser
-from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
+from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.shards import (
     WHOLE_JOB,
     JobShare,
@@ -59,7 +59,7 @@ def run(
         RuntimeError: a process was killed.
     """
     recordings = recordings_of(entries(in_dir))
-    shards = enumerate(shards_of(recordings, options.shard_utterances))
+    shards = enumerate(shards_of(recordings, SHARD_UTTERANCES))
     mine = (shard for number, shard in shards if part.has(number))
     finish = partial(finish_shard, options=options)
     progress, before = ProgressLog(total, "utterances"), 0
@@ -157,12 +157,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fs", type=int, default=16000, help="sampling rate in Hz")
     parser.add_argument("--nj", type=int, default=1, help="processes")
     parser.add_argument(
-        "--shard_utts",
-        type=int,
-        default=SHARD_UTTERANCES,
-        help="utterances that are converted at a time, and that an ark holds",
-    )
-    parser.add_argument(
         "--strict",
         action="store_true",
         help="skip recordings whose headers tell another length than is there",
@@ -180,19 +174,17 @@ def main(args: argparse.Namespace) -> None:
             --in_dir data/train --out_dir dump/raw/org/train --nj 4
     """
     total = check(args.in_dir)
-    options = Options(
-        str(args.out_dir), args.audio_format, args.fs, args.shard_utts, args.strict
-    )
+    options = Options(str(args.out_dir), args.audio_format, args.fs, args.strict)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     if args.part is not None:
         total //= args.part.count
         done = sum(1 for _ in run(args.in_dir, options, args.nj, total, args.part))
         logging.info("%s: %d utterances in this part", args.out_dir, done)
         return
-    by_utterance = ExternalSorter[Result](lambda r: c_order(r.utt), args.out_dir)
-    with by_utterance as results:
+    with ExternalSorter[tuple[str, Result]](args.out_dir) as by_utterance:
         for result in run(args.in_dir, options, args.nj, total, WHOLE_JOB):
-            results.add(result)
+            by_utterance.add((result.utt, result))
+        results = (result for _, result in by_utterance)
         write_results(args.in_dir, results, args.out_dir, args.fs)
 
 

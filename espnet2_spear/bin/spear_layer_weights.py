@@ -7,21 +7,15 @@ import argparse
 import logging
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from espnet2_spear.errors import CheckpointError, UserError
 from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.hub.infer import infer_config
 from espnet2_spear.hub.load import PARTS, Checkpoint, read_any_checkpoint
-from espnet2_spear.hub.packed import is_packed
-from espnet2_spear.hub.tensors import read_settings, read_tensors
 from espnet2_spear.zipformer.config import ZipformerConfig
 
 KEY = "featurizer.weights"
-
-
-class WeightsError(UserError):
-    """A model without learned layer weights; names the file and the reason."""
 
 
 class Layer(NamedTuple):
@@ -29,13 +23,13 @@ class Layer(NamedTuple):
 
     Attributes:
         weight: share, all of them add up to 1.
-        stack: of the Zipformer, from 0; None: unknown.
-        rate: frames per second at which it works; None: unknown.
+        stack: of the Zipformer, from 0.
+        rate: frames per second at which it works.
     """
 
     weight: float
-    stack: int | None = None
-    rate: float | None = None
+    stack: int
+    rate: float
 
 
 def read_layers(model: Checkpoint) -> tuple[list[Layer], bool]:
@@ -46,47 +40,39 @@ def read_layers(model: Checkpoint) -> tuple[list[Layer], bool]:
         weights alone say how much a layer counts.
 
     Raises:
-        WeightsError: another frontend, or a single layer.
+        UserError: another frontend, a single layer, or weights of another network.
     """
-    config, name = model.settings, model.settings_file
-    conf = config.get("frontend_conf") if isinstance(config, dict) else None
-    if conf is None or config.get("frontend") != "spear":
-        raise WeightsError(f"{name}: is no configuration with frontend: spear")
+    if "frontend" not in model.students:
+        raise UserError(
+            f"{model.settings_file or model.file}: is no configuration with frontend: "
+            "spear, nor has one beside it; name the weights of such a training"
+        )
+    conf = model.settings.get("frontend_conf") or {}
     if conf.get("layer") is not None:
-        raise WeightsError(
-            f"{name}: frontend_conf.layer is {conf['layer']}: there are no "
-            "weights, all features come from that layer"
+        raise UserError(
+            f"{model.settings_file}: frontend_conf.layer is {conf['layer']}: there are "
+            "no weights, all features come from that layer"
         )
-    found = [v for k, v in model.tensors.items() if k.endswith(f"frontend.{KEY}")]
-    if len(found) != 1 or found[0].dim() != 1:
-        raise WeightsError(
-            f"{model.file}: holds {len(found)} tensors named *frontend.{KEY}, expected "
-            "one; name the weights of the whole model (such as valid.acc.best.pth)"
-        )
-    weights = found[0].float().softmax(dim=0).tolist()
-    places = _places(conf.get("arch"), model)
-    if len(places) != len(weights):
-        places = [()] * len(weights)
-    layers = [Layer(w, *place) for w, place in zip(weights, places, strict=True)]
-    return layers, bool(conf.get("layer_norm", True))
-
-
-def _places(arch: Any, model: Checkpoint) -> list[tuple]:
-    """Stack and frame rate of every layer, if they are known."""
-    prefix = next(prefix for prefix, part in PARTS.items() if part == "frontend")
-    try:
-        if arch is not None:
-            config = ZipformerConfig.build(arch)
-        else:
-            student = {k.removeprefix(prefix): v for k, v in model.tensors.items()}
-            config = infer_config(student, model.file)
-    except CheckpointError:
-        return []
-    return [
+    config = model.students["frontend"]
+    if not isinstance(config, ZipformerConfig):  # the tensors tell its sizes
+        prefix = next(prefix for prefix, part in PARTS.items() if part == "frontend")
+        student = {k.removeprefix(prefix): v for k, v in model.tensors.items()}
+        config = infer_config(student, model.file)
+    places = [
         (stack, 50.0 / config.downsampling_factor[stack])
         for stack, count in enumerate(config.num_encoder_layers)
         for _ in range(count)
     ]
+    found = [v for k, v in model.tensors.items() if k.endswith(f"frontend.{KEY}")]
+    if [tuple(tensor.shape) for tensor in found] != [(len(places),)]:
+        raise CheckpointError(
+            f"{model.file}: holds {len(found)} tensors named *frontend.{KEY}, expected "
+            f"one, of {len(places)} layers; name the weights of the whole model (such "
+            "as valid.acc.best.pth)"
+        )
+    weights = found[0].float().softmax(dim=0).tolist()
+    layers = [Layer(w, *place) for w, place in zip(weights, places, strict=True)]
+    return layers, bool(conf.get("layer_norm", True))
 
 
 def table(layers: list[Layer]) -> str:
@@ -94,7 +80,7 @@ def table(layers: list[Layer]) -> str:
     highest = max(layer.weight for layer in layers)
     lines = ["layer  stack  Hz     weight"]
     for index, (weight, stack, rate) in enumerate(layers):
-        place = "-      -" if rate is None else f"{stack:<6} {rate:g}"
+        place = f"{stack:<6} {rate:g}"
         bar = "#" * round(40 * weight / highest)
         lines.append(f"{index:<6} {place:<13} {100 * weight:5.1f} %  {bar}")
     return "\n".join(lines)
@@ -108,13 +94,12 @@ def plot(layers: list[Layer], path: Path, title: str) -> None:
     axes = figure.subplots()
     for place, group in groupby(enumerate(layers), key=lambda item: item[1][1:]):
         numbers, own = zip(*group, strict=True)
-        label = None if place[1] is None else "stack {}, {:g} Hz".format(*place)
+        label = "stack {}, {:g} Hz".format(*place)
         axes.bar(numbers, [100 * layer.weight for layer in own], label=label)
     axes.axhline(100 / len(layers), color="black", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(layers)))
     axes.set(xlabel="layer", ylabel="weight, %", title=title)
-    if layers[0].rate is not None:
-        figure.legend(loc="outside right upper", fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
@@ -125,10 +110,7 @@ def get_parser() -> argparse.ArgumentParser:
         "Print and plot the layer weights that a model with frontend spear has learned"
     )
     parser.add_argument(
-        "model",
-        type=Path,
-        nargs="+",
-        help="config.yaml and weights (.pth) of a training; or a packed model",
+        "model", help="weights (.pth) with their config.yaml beside; or a packed model"
     )
     parser.add_argument(
         "--png",
@@ -143,21 +125,10 @@ def main(args: argparse.Namespace) -> None:
     """Print and plot; see ``--help``.
 
     Raises:
-        WeightsError: a model without learned layer weights.
+        UserError: a model without learned layer weights.
         CheckpointError: a file that cannot be read.
     """
-    *configs, file = args.model
-    if len(configs) > 1:
-        raise WeightsError("name one packed model, or config.yaml and weights")
-    if configs:
-        tensors, _ = read_tensors(file)
-        model = Checkpoint(file, tensors, configs[0], read_settings(configs[0]))
-    elif not file.exists():
-        raise CheckpointError(f"{file}: no such file or folder")
-    elif not is_packed(file):
-        raise WeightsError(f"{file}: is no packed model; name config.yaml and weights")
-    else:
-        model = read_any_checkpoint(file)
+    model = read_any_checkpoint(args.model)
     layers, normed = read_layers(model)
     print(table(layers))
     if not normed:
@@ -165,6 +136,7 @@ def main(args: argparse.Namespace) -> None:
             "layer_norm is false: layers differ in scale, so that weights alone do not "
             "say how much a layer counts"
         )
+    file = model.file
     png = args.png or (file if file.is_dir() else file.parent) / "layer_weights.png"
     try:
         plot(layers, png, file.name)

@@ -8,13 +8,12 @@ import csv
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
 import torch
-import yaml
 from espnet2.train.dataset import ESPnetDataset
+from espnet2.utils.nested_dict_action import NestedDictAction
 
 from espnet2_spear.bin.spear_check_codes import named
 from espnet2_spear.codes.facts import codes_shape
@@ -25,7 +24,7 @@ from espnet2_spear.fileio.ark import read_scp
 from espnet2_spear.fileio.datadir import DOMAINS, read_table
 from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.tables import DataDirError
-from espnet2_spear.spear.mixing import PRESETS, Mixer, MixerConfig, Mixture
+from espnet2_spear.spear.mixing import Mixer, MixerConfig, Mixture
 
 TABLE = "mixtures.tsv"
 LEVEL = 0.9  # loudest sample of a written file, at most
@@ -49,13 +48,10 @@ def get_parser() -> argparse.ArgumentParser:
         "--out_dir", type=Path, required=True, help=f"for wav files and {TABLE}"
     )
     parser.add_argument(
-        "--preset", default="token_mixing", choices=list(PRESETS), help="of mixer_conf"
-    )
-    parser.add_argument(
         "--mixer_conf",
-        type=_mapping,
-        default={},
-        help="YAML, added to the preset, such as '{rules: {speech: {prob: 1.0}}}'",
+        action=NestedDictAction,
+        default={"preset": "token_mixing"},
+        help="as of a training, added to the preset: '{rules: {speech: {prob: 1.0}}}'",
     )
     parser.add_argument("--noise_scp", help="wav.scp of noise recordings")
     parser.add_argument("--batch_size", type=int, default=16, help="utterances")
@@ -64,17 +60,10 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _mapping(text: str) -> dict[str, Any]:
-    value = yaml.safe_load(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a YAML mapping, found '{text}'")
-    return value
-
-
 def _share_of_source(
-    mixture: Mixture, row: int, name: str, hop: int, codes: torch.Tensor, samples: int
-) -> tuple[float, int]:
-    """Share of the source's codes in the overlap, and frames that only it has."""
+    mixture: Mixture, row: int, name: str, hop: int, codes: torch.Tensor
+) -> float:
+    """Share of the source's codes in the overlap."""
     plan = mixture.plan
     begin, length = int(plan.begin[row]) // hop, -(-int(plan.length[row]) // hop)
     shift = int(plan.source_begin[row]) // hop
@@ -86,9 +75,7 @@ def _share_of_source(
     old, new = own[begin:end], got[begin:end]
     # Where both have the same code nobody can tell.
     differs = (old != source[: end - begin]) & (source[: end - begin] >= 0)
-    share = (new != old)[differs].float().mean().item()
-    tail = int((got[samples // hop :, 0] >= 0).sum())
-    return share, tail
+    return (new != old)[differs].float().mean().item()
 
 
 def _describe(
@@ -115,13 +102,10 @@ def _describe(
             "replace_prob": f"{float(plan.replace_prob[i]):.3f}",
         }
         for name, hop in hops.items():
-            row[f"{name}_replaced"] = row[f"{name}_tail_frames"] = "-"
+            row[f"{name}_replaced"] = "-"
             if plan.mixes_targets[i]:
-                codes = batch[f"codes_{name}"]
-                samples = int(batch["speech_lengths"][i])
-                share, tail = _share_of_source(mixture, i, name, hop, codes, samples)
+                share = _share_of_source(mixture, i, name, hop, batch[f"codes_{name}"])
                 row[f"{name}_replaced"] = f"{share:.3f}"
-                row[f"{name}_tail_frames"] = str(tail)
         yield i, row
 
 
@@ -147,15 +131,14 @@ def main(args: argparse.Namespace) -> None:
         )
     utt2domain = read_table(args.data_dir / "utt2domain", "utterance domain")
     teachers = {name: codes_shape(scp) for name, scp in args.codes}
-    conf = {"preset": args.preset} | args.mixer_conf
     try:
-        config = MixerConfig.from_dict(conf, DOMAINS, list(teachers))
+        config = MixerConfig.from_dict(args.mixer_conf, DOMAINS, list(teachers))
         mixer = Mixer(config, DOMAINS, teachers)
     except ValueError as error:
         raise SystemExit(f"--mixer_conf: {error}") from None
     if config.needs_noise and not args.noise_scp:
         raise SystemExit(
-            f"preset '{args.preset}' mixes noise in: give --noise_scp, or "
+            f"--mixer_conf {args.mixer_conf} mixes noise in: give --noise_scp, or add "
             "--mixer_conf '{rules: {speech: {noise_prob: 0}}}'"
         )
     noise = NoiseList(args.noise_scp) if args.noise_scp else None

@@ -17,7 +17,7 @@ from espnet2_spear.codes.tokenizer import TokenizeOptions
 from espnet2_spear.fileio.datadir import DataDirError
 from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.shards import add_job_share_option
-from espnet2_spear.fileio.utterances import beside_wav_scp, select_domains
+from espnet2_spear.fileio.utterances import beside_wav_scp
 from espnet2_spear.teachers import load_teacher_config
 
 
@@ -132,11 +132,10 @@ def main(args: argparse.Namespace) -> None:
             f"{data_dir}: has segments; tokenize the formatted data (dump/raw, made by "
             "stage 2 of the recipe), where every utterance is a file"
         )
-    utterances = beside_wav_scp(data_dir / "wav.scp")
+    wav_scp = data_dir / "wav.scp"
+    utterances = beside_wav_scp(wav_scp)
     chosen = [
-        utterances
-        if names == "all"
-        else select_domains(utterances, data_dir / "utt2domain", names.split(","))
+        utterances if names == "all" else beside_wav_scp(wav_scp, names)
         for names in domains
     ]
     gpus = torch.cuda.device_count() if args.ngpu < 0 else args.ngpu

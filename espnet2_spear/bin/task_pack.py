@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from espnet2_spear.codes.targets import teacher_codes
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.hub.fetch import is_named
 from espnet2_spear.hub.load import load_model
-from espnet2_spear.hub.pack import REPO, Card, PackError, check_files, pack_model
+from espnet2_spear.hub.pack import REPO, Card, check_files, pack_model
 from espnet2_spear.hub.packed import FORMAT, named_files
 from espnet2_spear.hub.tensors import read_settings, read_tensors
 
@@ -108,7 +109,7 @@ def self_contained(config: dict[str, Any], source: Path) -> dict[str, Any]:
         source: the file it came from, for messages.
 
     Raises:
-        PackError: the checkpoint is gone and ``arch`` is not given either.
+        UserError: the checkpoint is gone and ``arch`` is not given either.
     """
     config = dict(config, init_param=[])
     conf = dict(config.get("frontend_conf") or {})
@@ -118,7 +119,7 @@ def self_contained(config: dict[str, Any], source: Path) -> dict[str, Any]:
     if is_named(ckpt):
         conf["arch"] = load_model(ckpt).config.to_dict()
     elif conf.get("arch") is None:
-        raise PackError(
+        raise UserError(
             f"{source}: frontend_conf.ckpt {ckpt} is gone, so that the student's "
             "architecture is unknown; put the checkpoint back, or add "
             "frontend_conf.arch, and run from the folder the model was trained in"
@@ -144,13 +145,13 @@ def check_weights(config: dict[str, Any], model_file: Path) -> None:
     """See that the model's state holds the student.
 
     Raises:
-        PackError: it does not (such as a file with adapters only).
+        UserError: it does not (such as a file with adapters only).
     """
     if config.get("frontend") != "spear":
         return
     state, _ = read_tensors(model_file)
     if not any(key.startswith("frontend.upstream.") for key in state):
-        raise PackError(
+        raise UserError(
             f"{model_file}: holds no weights of frontend.upstream; pack a file with "
             "the whole model (save_strategy: all)"
         )
@@ -241,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
     """Pack; run it where training ran: names in configurations are relative to it.
 
     Raises:
-        PackError: a file is missing, or the model needs a checkpoint that is gone.
+        UserError: a file is missing, or the model needs a checkpoint that is gone.
         CheckpointError: weights and configuration that do not belong together.
     """
     check_files(args.train_config, args.model_file, *args.option)
@@ -257,7 +258,7 @@ def run(args: argparse.Namespace) -> None:
     files = {f"{prefix}model_file": args.model_file}
     configs = {f"{prefix}train_config": (args.train_config, config)}
     if (args.lm_file is None) != (args.lm_train_config is None):
-        raise PackError("--lm_file, --lm_train_config: give both, or none")
+        raise UserError("--lm_file, --lm_train_config: give both, or none")
     if args.lm_file is not None:
         check_files(args.lm_train_config, args.lm_file)
         files["lm_file"] = args.lm_file
@@ -281,7 +282,7 @@ def _needed(config: dict[str, Any]) -> list[Path]:
     """Files that inference will read, which must be there."""
     for key, name in named_files(config).items():
         if not Path(name).is_file():
-            raise PackError(
+            raise UserError(
                 f"{name}: no such file, which the configuration names ({key}); run "
                 "this in the folder that the model was trained in"
             )

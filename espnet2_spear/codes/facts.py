@@ -18,10 +18,6 @@ PREFIX = "codes_"
 SHAPE = ("num_codebooks", "codebook_size", "frame_rate")
 
 
-class CodesMismatch(UserError):
-    """Codes of another quantizer, or of another shape, than the training expects."""
-
-
 def codes_facts(path: str | Path) -> dict[str, Any] | None:
     """Facts that tokenization wrote beside its codes; None for codes from elsewhere.
 
@@ -34,7 +30,7 @@ def codes_facts(path: str | Path) -> dict[str, Any] | None:
     except OSError:
         return None
     except ValueError as error:
-        raise CodesMismatch(
+        raise UserError(
             f"{file}: malformed ({error}); tokenize again (stage 5)"
         ) from error
     return facts if isinstance(facts, dict) else None
@@ -47,13 +43,13 @@ def codes_shape(path: str | Path) -> TeacherCodes:
         path: as for :func:`codes_facts`.
 
     Raises:
-        CodesMismatch: no facts, or none of the number of codebooks.
+        UserError: no facts, or none of the number of codebooks.
     """
     try:
         facts = codes_facts(path) or {}
         return TeacherCodes(**{key: facts[key] for key in SHAPE if key in facts})
     except TypeError as error:
-        raise CodesMismatch(
+        raise UserError(
             f"{Path(path).with_suffix('.json')}: missing or malformed ({error}); it is "
             f"written beside the codes: tokenize (stage 5)"
         ) from None
@@ -71,7 +67,7 @@ def check_codes_facts(args: argparse.Namespace) -> None:
         args: of the training; ``teachers`` is completed in place.
 
     Raises:
-        CodesMismatch: training and validation codes of different quantizers, a shape
+        UserError: training and validation codes of different quantizers, a shape
             that is not the configuration's, or another quantizer than the experiment
             began with.
     """
@@ -99,7 +95,7 @@ def check_codes_facts(args: argparse.Namespace) -> None:
             ("the experiment so far", begun.get(teacher, {}).get("quantizer")),
         ):
             if expected not in (None, identity):
-                raise CodesMismatch(
+                raise UserError(
                     f"{path}: codes of quantizer {identity}, but {origin} of teacher "
                     f"'{teacher}' used {expected}; tokenize all data with one "
                     "quantizer (stage 5), or train into another --output_dir"
@@ -115,7 +111,7 @@ def _check_shape(
             continue
         configured = conf.setdefault(key, facts[key])
         if facts[key] != configured:
-            raise CodesMismatch(
+            raise UserError(
                 f"{path}: codes with {key} {facts[key]}, but the configuration "
                 f"has teachers.{teacher}.{key} {configured}; correct the configuration "
                 f"(or give --teachers {teacher}.{key}={facts[key]}), or tokenize again"

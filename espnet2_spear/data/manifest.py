@@ -33,8 +33,8 @@ from espnet2_spear.fileio.datadir import parse_count
 from espnet2_spear.fileio.hashes import digest_of
 from espnet2_spear.fileio.tables import (
     DataDirError,
-    Differences,
     Lines,
+    difference_of,
     join,
     open_table,
     sorted_rows,
@@ -245,7 +245,6 @@ def _build(
     samples, groups = array("i"), array("q")
     places = {name: array("q") for name in files}
     corpus_of = {f"{name}-": number for number, name in enumerate(corpora, 1)}
-    differences = Differences()
     for utt, (length, kind, *found) in join(
         sorted_rows(lengths, "utterance samples"),
         sorted_rows(domain, "utterance domain"),
@@ -255,9 +254,7 @@ def _build(
             continue
         for path, row in zip((domain, *files.values()), (kind, *found), strict=True):
             if row is None:
-                differences.add(path, utt, missing=True)
-        if differences:
-            continue  # only to count them
+                raise difference_of(path, utt, missing=True)
         if kind[1] not in domains:
             raise DataDirError(
                 f"{domain}: utterance '{utt}' has domain '{kind[1]}', which is not one "
@@ -273,7 +270,6 @@ def _build(
         groups.append(corpus * len(domains) + domains.index(kind[1]))
         for row, starts in zip(found, places.values(), strict=True):
             starts.append(row[2])
-    differences.check()
     if not samples:
         raise DataDirError(f"{lengths}: is empty; run the stage that writes it")
     group, length = np.array(groups), np.array(samples)

@@ -21,10 +21,6 @@ from espnet2_spear.fileio.tables import Lines, sorted_rows
 NamedArrays = tuple[str, dict[str, np.ndarray]]
 
 
-class NoiseError(UserError):
-    """A noise list that cannot be used."""
-
-
 class NoiseList:
     """Recordings of a Kaldi ``wav.scp``, read when they are drawn.
 
@@ -41,7 +37,7 @@ class NoiseList:
 
     Raises:
         DataDirError: the list is malformed.
-        NoiseError: the list is missing or empty, or holds commands.
+        UserError: the list is missing or empty, or holds commands.
     """
 
     # Draws of one clip before the list is taken to be useless.
@@ -50,24 +46,24 @@ class NoiseList:
     def __init__(self, scp: str | os.PathLike[str], max_seconds: float = 40.0) -> None:
         self.scp = Path(scp)
         if not self.scp.is_file():
-            raise NoiseError(
+            raise UserError(
                 f"{self.scp}: no such list of noise recordings (lines 'name file'). "
                 "The recipe makes one of MUSAN: local/data_musan.py --root MUSAN "
                 f"--out_dir {self.scp.parent}; or set noise_prob: 0 in mixer_conf.rules"
             )
         if max_seconds <= 0:
-            raise NoiseError(f"max_seconds {max_seconds} of noise: must be above 0")
+            raise UserError(f"max_seconds {max_seconds} of noise: must be above 0")
         self.max_seconds = max_seconds
         self._lines, self._places = Lines(self.scp), array("q")
         for name, file, place in sorted_rows(self.scp, "name file"):
             self._places.append(place)
             if file.endswith("|"):
-                raise NoiseError(
+                raise UserError(
                     f"{self.scp}: '{name}' is a command; commands in data files are "
                     "not run: decode to files and give their paths"
                 )
         if not self._places:
-            raise NoiseError(f"{self.scp}: no recordings; list some, or mix no noise")
+            raise UserError(f"{self.scp}: no recordings; list some, or mix no noise")
         self.skipped: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[type[NoiseList], tuple[Path, float]]:
@@ -90,7 +86,7 @@ class NoiseList:
             (name, float32 samples at 16 kHz) each.
 
         Raises:
-            NoiseError: one after the other could not be read.
+            UserError: one after the other could not be read.
             DataDirError: the list was changed since it was opened.
         """
         return [self._draw_one(rng) for _ in range(count)]
@@ -109,7 +105,7 @@ class NoiseList:
                         f"this process): {error}"
                     )
         reason = next(reversed(self.skipped.values()))
-        raise NoiseError(
+        raise UserError(
             f"{self.scp}: {self.MAX_ATTEMPTS} recordings drawn one after the other "
             f"could not be read, one of them because: {reason}"
         )
@@ -155,7 +151,7 @@ class SpearCollateFn(CommonCollateFn):
         """Return the (name, samples) of the clips for a batch of these utterances.
 
         Raises:
-            NoiseError: no noise could be read.
+            UserError: no noise could be read.
         """
         if self.noise is None:
             return []
@@ -173,7 +169,7 @@ class SpearCollateFn(CommonCollateFn):
             also ``noise`` (clips, samples) and ``noise_lengths`` (clips,).
 
         Raises:
-            NoiseError: no noise could be read.
+            UserError: no noise could be read.
         """
         ids, batch = super().__call__(data)
         clips = [torch.from_numpy(clip) for _, clip in self.draw_noise(ids)]

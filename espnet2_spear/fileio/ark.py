@@ -1,4 +1,4 @@
-"""Codes in Kaldi ark/scp files; the only module that uses omniio or kaldiio.
+"""Codes in Kaldi ark/scp files; the only module that uses omniio.
 
 A matrix of codes (frames, codebooks) of codebooks of up to 256 entries is written as a
 Kaldi compressed matrix of one byte an element (compression method 6), which holds
@@ -17,22 +17,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from omniio import kaldi
 
 from espnet2_spear.constants import MISSING
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.atomic import TEXT, write_atomically
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.fileio.tables import Lines, rows
-
-try:
-    from omniio import kaldi
-except ImportError:  # ESPnet 202511 and older bring kaldiio instead
-    try:
-        import kaldiio as kaldi
-    except ImportError:
-        raise ImportError(
-            "Kaldi ark files need the package omniio (or kaldiio): pip install omniio"
-        ) from None
 
 SCP_COLUMNS = "utterance file:offset"
 _UNSIGNED_BYTE = 6  # Kaldi's kOneByteUnsignedInteger

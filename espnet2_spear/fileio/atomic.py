@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,3 +52,52 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 def write_json(path: str | os.PathLike[str], facts: Any) -> None:
     """Write facts as JSON; see :func:`atomic`."""
     write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; what was there before still is."""
+
+
+def save_whole(
+    content: Any, path: str | os.PathLike[str], keep_as: Path | None = None
+) -> None:
+    """Write a file by torch.save that replaces the old one when it is on the disk.
+
+    Args:
+        content: for torch.save.
+        path: of the file.
+        keep_as: name that the old file gets.
+
+    Raises:
+        CheckpointWriteError: the disk is full, or the folder is not writable.
+    """
+    import torch  # which those who read tables need not wait for
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with atomic(path) as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+            if keep_as is not None and path.exists():
+                os.replace(path, keep_as)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # lets the new name survive a power failure
+        os.close(folder)
+    # torch's writer turns errors of the file into RuntimeErrors.
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise CheckpointWriteError(
+            f"{path}: cannot be written ({error}); {free:.0f} MiB are free on that "
+            "disk. The previous file is as it was: make room and start again (a "
+            "training with --resume true)"
+        ) from error
+
+
+def point_link(path: Path, target: str) -> None:
+    """Point a symbolic link somewhere else without a moment in which it is absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, path)

@@ -18,13 +18,13 @@ import numpy as np
 import soxr
 
 from espnet2_spear.constants import MAX_PEAK
-from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.decode import (
     BLOCK,
+    AudioError,
     DecodedWindow,
-    DecodeError,
     Source,
     split_ark,
+    undecodable,
 )
 
 AUDIO_SUFFIXES = frozenset(
@@ -38,17 +38,6 @@ CANCELLED = 0.03  # power of the mean of channels, of theirs: they are in opposi
 MAX_SAID = 20  # notes of a process that are logged
 _said = 0
 SEGMENT_SLACK = 0.1  # seconds that a segment may reach past its recording
-# What helps, by the reason of an AudioError.
-REMEDIES = {
-    "unreadable": "restore it or remove its line from wav.scp",
-    "empty": "fetch it again or remove its line from wav.scp",
-    "bad_rate": "the header is damaged: convert the original again",
-    "not_finite": "convert the original again",
-    "no_channel": "correct the last column of segments",
-    "scale": "divide them (16-bit samples by 32768) and write the file again",
-    "length": "fetch or convert it again, or accept what is there (without --strict)",
-    "segment_past_end": "correct its line in segments, or restore a cut recording",
-}
 
 
 class Span(NamedTuple):
@@ -63,21 +52,6 @@ class Span(NamedTuple):
     start: float | None = None
     end: float | None = None
     channel: int | None = None
-
-
-class AudioError(UserError):
-    """An audio file cannot be used; the message names the file and the remedy.
-
-    Attributes:
-        reason: One word for lists of skipped utterances, such as those of REMEDIES.
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str], reason: str, detail: str, remedy: str = ""
-    ) -> None:
-        super().__init__(f"{path}: {detail}; {remedy or REMEDIES[reason]}")
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True)
@@ -158,8 +132,6 @@ def read_pieces(
                 samples = source.samples or window.length
                 info = _checked(path, source, samples, strict)
                 piece, note = _mono(path, data, span.channel)
-            except DecodeError as error:
-                yield _unreadable(path, error), info
             except AudioError as error:
                 yield error, info
             else:
@@ -208,17 +180,14 @@ def to_int16(samples: np.ndarray) -> tuple[np.ndarray, int]:
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Source]:
-    """Open a recording; what a decoder refuses is an AudioError."""
+    """Open a recording that is there."""
     file, _ = split_ark(path)
     if not file.is_file():
         raise AudioError(path, "unreadable", "no such file")
     if file.stat().st_size == 0:
         raise AudioError(path, "empty", "the file has 0 bytes")
-    try:
-        with Source(path) as source:
-            yield source
-    except DecodeError as error:
-        raise _unreadable(path, error) from error
+    with Source(path) as source:
+        yield source
 
 
 def _checked(
@@ -242,8 +211,7 @@ def _read(
     """Samples of a piece, (samples, channels).
 
     Raises:
-        AudioError: the piece is not inside the recording.
-        DecodeError: it cannot be decoded.
+        AudioError: the piece is not inside the recording, or cannot be decoded.
     """
     start, end, _ = span
     first = 0 if start is None else round(start * source.rate)
@@ -262,7 +230,7 @@ def _read(
         if data is None:
             data = source.read(first, min(stop, length))
     if not len(data):
-        raise DecodeError("no samples could be decoded")
+        raise undecodable(path, "no samples could be decoded")
     return data
 
 
@@ -341,8 +309,3 @@ def _say(path: str | os.PathLike[str], notes: tuple[str, ...]) -> None:
             logging.warning(f"{path}: {note.partition(' ')[2]}")
         if _said == MAX_SAID:
             logging.warning("further notes of this sort are not logged")
-
-
-def _unreadable(path: str | os.PathLike[str], error: DecodeError) -> AudioError:
-    detail = f"cannot be decoded as audio ({error})"
-    return AudioError(path, "unreadable", detail, error.remedy)

@@ -31,7 +31,7 @@ from espnet2_spear.fileio.hashes import digest_of
 from espnet2_spear.fileio.names import file_name, small_folder
 from espnet2_spear.fileio.shards import DoneMarks
 
-SHARD_UTTERANCES = 100
+SHARD_UTTERANCES = 100  # about: converted at a time, and in an ark
 AUDIO_FORMATS = ("flac", "wav", "flac.ark", "wav.ark")
 CLIPPED_SHARE = 0.01  # of samples: more are noted
 # Utterance, samples, audio file -> its value in wav.scp.
@@ -75,14 +75,12 @@ class Options:
         audio_format: ``flac`` or ``wav``, a file an utterance; ``flac.ark`` or
             ``wav.ark``, an ark a shard, as ESPnet's scripts have them.
         fs: sampling rate in Hz.
-        shard_utterances: about how many utterances are converted at a time.
         strict: whether a recording whose header is wrong is skipped.
     """
 
     out_dir: str
     audio_format: str
     fs: int
-    shard_utterances: int = SHARD_UTTERANCES
     strict: bool = False
 
     @property

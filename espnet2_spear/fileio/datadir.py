@@ -19,8 +19,8 @@ from espnet2_spear.fileio.audio import Span
 from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
 from espnet2_spear.fileio.tables import (
     DataDirError,
-    Differences,
     Lines,
+    difference_of,
     join,
     rows,
     sorted_rows,
@@ -130,18 +130,16 @@ def entries(
         utterances = sorted_rows(path / "segments", SEGMENTS)
     else:
         utterances = sorted_rows(path / "wav.scp", "utterance file")
-    differences, count = Differences(), 0
+    count = 0
     others = (tables.get(name, ()) for name in COLUMNS)
     for utt, (first, *found) in join(utterances, *others):
         count += 1
         for name, row in zip(COLUMNS, found, strict=True):
             if first is None:
                 if row is not None:
-                    differences.add(path / name, utt, missing=False)
+                    raise difference_of(path / name, utt, missing=False)
             elif row is None and name in complete:
-                differences.add(path / name, utt, missing=True)
-        if differences:
-            continue  # only to count them
+                raise difference_of(path / name, utt, missing=True)
         file, segment = first[1], None
         if find is not None:
             segment = _parse_segment(path, utt, first[1])
@@ -158,7 +156,6 @@ def entries(
         entry = Entry(utt, file, speaker, domain or "", segment, text, samples)
         _check_entry(path, entry)
         yield entry
-    differences.check()
     if not count:
         raise DataDirError(
             f"{path}: the data directory has no utterances; prepare it again (stage 1)"

@@ -19,6 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.containers import ByteRange, find_layout, wave_in_ark
 
 # Formats without a header, known by their name only (the rate comes from the codec).
@@ -41,20 +42,43 @@ _COMPARED = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF"}
 # made of samples in [-1, 1].
 _FLOAT_CODECS = ("pcm_f", "wavpack")
 _SOUNDFILE_ERRORS = (soundfile.SoundFileError, RuntimeError, TypeError)
+# What helps, by the reason of an AudioError.
+REMEDIES = {
+    "unreadable": "restore it or remove its line from wav.scp",
+    "empty": "fetch it again or remove its line from wav.scp",
+    "bad_rate": "the header is damaged: convert the original again",
+    "not_finite": "convert the original again",
+    "no_channel": "correct the last column of segments",
+    "scale": "divide them (16-bit samples by 32768) and write the file again",
+    "length": "fetch or convert it again, or accept what is there (without --strict)",
+    "segment_past_end": "correct its line in segments, or restore a cut recording",
+}
 
 
-class DecodeError(ValueError):
-    """A recording cannot be decoded.
+class AudioError(UserError):
+    """An audio file cannot be used; the message names the file and the remedy.
 
     Attributes:
-        remedy: what to do.
+        reason: One word for lists of skipped utterances, such as those of REMEDIES.
     """
 
-    def __init__(self, detail: str, remedy: str = "") -> None:
-        super().__init__(detail)
-        self.remedy = remedy or (
-            "fetch it again, convert it to wav or flac, or remove its line from wav.scp"
-        )
+    def __init__(
+        self, path: str | os.PathLike[str], reason: str, detail: str, remedy: str = ""
+    ) -> None:
+        super().__init__(f"{path}: {detail}; {remedy or REMEDIES[reason]}")
+        self.reason = reason
+        self.detail = detail
+
+
+def undecodable(
+    path: str | os.PathLike[str], detail: str, remedy: str = ""
+) -> AudioError:
+    """Error of a recording that no decoder takes."""
+    remedy = remedy or (
+        "fetch it again, convert it to wav or flac, or remove its line from wav.scp"
+    )
+    detail = f"cannot be decoded as audio ({detail})"
+    return AudioError(path, "unreadable", detail, remedy)
 
 
 def split_ark(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
@@ -82,14 +106,16 @@ def _entry_of_ark(path: Path, offset: int) -> tuple[int, int]:
             with ByteRange(path, offset) as rest:
                 size = wave_in_ark(rest)
             if size is None:
-                raise DecodeError(
+                raise undecodable(
+                    f"{path}:{offset}",
                     f"the WAV file at byte {offset} of this ark tells no length, and "
                     "others follow",
                     remedy="make the ark again of files whose headers tell it",
                 )
             if offset + size <= len(file):
                 return offset, offset + size
-    raise DecodeError(
+    raise undecodable(
+        f"{path}:{offset}",
         f"no audio begins at byte {offset} of this ark",
         remedy="make its table again: it is not of this ark, or the ark is cut off",
     )
@@ -109,10 +135,11 @@ class Source(AbstractContextManager):
         note: what is wrong with the file, though it can be read; else empty.
 
     Raises:
-        DecodeError: nothing can decode it.
+        AudioError: nothing can decode it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._asked = path
         self._path, offset = split_ark(path)
         start, end = (0, None) if offset is None else _entry_of_ark(self._path, offset)
         self._raw = None
@@ -179,8 +206,8 @@ class Source(AbstractContextManager):
         """Find rate and channels, and that there are samples."""
         try:
             if next(self.blocks(), None) is None:
-                raise DecodeError("no samples could be decoded")
-        except DecodeError:
+                raise undecodable(self._asked, "no samples could be decoded")
+        except AudioError:
             if self._said != 0:
                 raise
             self.samples = 0  # its header is right
@@ -195,7 +222,8 @@ class Source(AbstractContextManager):
             self._sound.seek(first)
             return self._sound.read(last - first, dtype="float32", always_2d=True)
         except _SOUNDFILE_ERRORS as error:
-            raise DecodeError(str(error) or type(error).__name__) from error
+            problem = str(error) or type(error).__name__
+            raise undecodable(self._asked, problem) from error
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Yield the recording from its beginning, float32 (samples, channels)."""
@@ -257,7 +285,7 @@ class Source(AbstractContextManager):
         try:
             with av.open(file, format=self._raw) as container:
                 if not container.streams.audio:
-                    raise DecodeError("it holds no audio")
+                    raise undecodable(self._asked, "it holds no audio")
                 stream = container.streams.audio[0]
                 if container.format.name in _TIMED and container.duration:
                     said = container.duration / av.time_base
@@ -289,12 +317,13 @@ class Source(AbstractContextManager):
                             yield rate, block
         except av.error.InvalidDataError as error:  # WavPack, ALAC: a packet is cut
             if not samples:
-                raise _explain(error, file) from error
+                raise _explain(self._asked, error, file) from error
             self._remember(f"it breaks off or is damaged at {samples / rate:.2f} s")
         except (av.error.FFmpegError, ValueError, IndexError) as error:
-            raise _explain(error, file) from error
+            raise _explain(self._asked, error, file) from error
         if bad > max(1, MAX_BAD_PACKETS * packets) or not samples:
-            raise _explain(f"{bad} of {packets} packets are damaged", file)
+            problem = f"{bad} of {packets} packets are damaged"
+            raise _explain(self._asked, problem, file)
         if bad:
             self._remember(f"{bad} of {packets} packets are damaged and left out")
         if said is not None and abs(samples / rate - said) > _TIME_SLACK:
@@ -360,9 +389,11 @@ class DecodedWindow:
             self._start += len(self._held.popleft())
 
 
-def _explain(error: Exception | str, file: str | ByteRange) -> DecodeError:
-    """The error of a file that PyAV cannot decode, with what helps against it."""
-    if isinstance(error, DecodeError):
+def _explain(
+    path: str | os.PathLike[str], error: Exception | str, file: str | ByteRange
+) -> AudioError:
+    """The error of a recording that PyAV cannot decode, with what helps against it."""
+    if isinstance(error, AudioError):
         return error
     remedy = ""
     if isinstance(error, (av.error.PatchWelcomeError, av.error.DecoderNotFoundError)):
@@ -372,4 +403,4 @@ def _explain(error: Exception | str, file: str | ByteRange) -> DecodeError:
         if opened.read_at(0, 7) == b"NIST_1A":  # shorten, of Fisher and Switchboard
             remedy = "SPHERE files in a coding such as shorten are decoded with "
             remedy += "sph2pipe (sph2pipe -f wav IN.sph OUT.wav): name the wav file"
-    return DecodeError(str(error), remedy)
+    return undecodable(path, str(error), remedy)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from espnet2_spear.errors import UserError
 
@@ -62,6 +62,22 @@ def add_batch_options(parser: argparse.ArgumentParser, batch_seconds: float) -> 
     parser.add_argument(
         "--num_threads", type=int, default=0, help="0 for torch's own choice"
     )
+
+
+def read_options(
+    parser: argparse.ArgumentParser, words: Sequence[str]
+) -> argparse.Namespace:
+    """Read the command line of what is run later.
+
+    Raises:
+        ValueError: options that it does not know, or impossible values.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    parser.error = refuse
+    return parser.parse_args(words)
 
 
 def command(

@@ -6,7 +6,7 @@ import heapq
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,26 +23,23 @@ def c_order(key: str) -> bytes:
 
 
 def by_first(row: Any) -> bytes:
-    """Sort rows by their first column, as in the C locale."""
+    """What rows are sorted by: their first column, as in the C locale."""
     return c_order(row[0])
 
 
 class ExternalSorter(AbstractContextManager, Generic[Row]):
-    """Rows that are added in any order and read in sorted order, as often as wanted.
+    """Rows, added in any order and read in that of their first column, again and again.
 
     At most ROWS of them are in memory, and _BLOCK of each of at most RUNS files a
     level. Equal keys keep the order in which they were added. Use it as a context, or
     close it, to remove its files.
 
     Args:
-        key: what rows are sorted by.
         folder: parent of the temporary folder; by default the system's.
     """
 
-    def __init__(
-        self, key: Callable[[Row], Any] = by_first, folder: Path | None = None
-    ) -> None:
-        self._key, self._parent = key, folder
+    def __init__(self, folder: Path | None = None) -> None:
+        self._parent = folder
         self._rows: list[Row] = []
         self._levels: list[list[Path]] = []
         self._folder: Path | None = None
@@ -57,17 +54,17 @@ class ExternalSorter(AbstractContextManager, Generic[Row]):
         self._rows.append(row)
         self._count += 1
         if len(self._rows) >= ROWS:
-            self._rows.sort(key=self._key)
+            self._rows.sort(key=by_first)
             self._keep(self._write(iter(self._rows)), 0)
             self._rows = []
 
     def __iter__(self) -> Iterator[Row]:
-        self._rows.sort(key=self._key)
+        self._rows.sort(key=by_first)
         # Older runs first, so that the merge keeps the order of equal keys.
         runs = [_read(path) for level in reversed(self._levels) for path in level]
         if not runs:
             return iter(self._rows)
-        return heapq.merge(*runs, self._rows, key=self._key)
+        return heapq.merge(*runs, self._rows, key=by_first)
 
     def _keep(self, run: Path, number: int) -> None:
         if number == len(self._levels):
@@ -75,7 +72,7 @@ class ExternalSorter(AbstractContextManager, Generic[Row]):
         level = self._levels[number]
         level.append(run)
         if len(level) == RUNS:
-            merged = self._write(heapq.merge(*map(_read, level), key=self._key))
+            merged = self._write(heapq.merge(*map(_read, level), key=by_first))
             for path in level:
                 path.unlink()
             level.clear()

@@ -147,30 +147,13 @@ def join(*tables: Iterable[Sequence[Any]]) -> Iterator[tuple[str, list[Any]]]:
         yield key, found
 
 
-class Differences:
-    """Keys that some tables have and others lack, counted while they are joined."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[Path, bool], tuple[int, str]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._found)
-
-    def add(self, path: Path, key: str, missing: bool) -> None:
-        """Note a key that a table lacks, or that only this table has."""
-        count, first = self._found.get((path, missing), (0, key))
-        self._found[path, missing] = (count + 1, first)
-
-    def check(self) -> None:
-        """Raise a DataDirError if there are any."""
-        for (path, missing), (count, first) in self._found.items():
-            what = "missing" if missing else "in no other file"
-            remedy = "add their lines, or remove them from the other files"
-            if not missing:
-                remedy = "remove their lines, or add them to the other files"
-            raise DataDirError(
-                f"{path}: {count} utterances are {what}, e.g. '{first}'; {remedy}"
-            )
+def difference_of(path: Path, key: str, missing: bool) -> DataDirError:
+    """Error of a key that a table lacks, or that no other table has."""
+    if missing:
+        text = "is missing; add what the table lacks, or remove it from the other files"
+    else:
+        text = "is in no other file; remove such lines, or add them to the other files"
+    return DataDirError(f"{path}: utterance '{key}' {text}")
 
 
 # --- Single lines ---------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,59 +52,6 @@ class UtteranceTable(Sequence[Utterance]):
         return UtteranceTable(self._lines, self.places[numbers], self.lengths[numbers])
 
 
-def read_utterances(wav_scp: str | Path, utt2num_samples: str | Path) -> UtteranceTable:
-    """Read a wav.scp of plain files and the lengths of its utterances.
-
-    Raises:
-        DataDirError: a missing or malformed file, a repeated utterance, an utterance
-            without a length.
-    """
-    places, samples = array("q"), array("i")
-    for utt, (file, count) in join(
-        sorted_rows(Path(wav_scp), "utterance file"),
-        sorted_rows(Path(utt2num_samples), "utterance samples"),
-    ):
-        if file is None:
-            continue
-        if count is None:
-            raise DataDirError(
-                f"{utt2num_samples}: has no number of samples for '{utt}' of "
-                f"{wav_scp}; run stages 2 and 3 of the recipe again"
-            )
-        places.append(file[2])
-        samples.append(parse_count(utt2num_samples, utt, count[1]))
-    return UtteranceTable(
-        Lines(wav_scp), np.array(places, np.int64), np.array(samples, np.int32)
-    )
-
-
-def select_domains(
-    utterances: UtteranceTable, utt2domain: str | Path, domains: Iterable[str]
-) -> UtteranceTable:
-    """Keep the utterances of some domains.
-
-    Raises:
-        DataDirError: a missing or malformed file, an utterance without a domain, or a
-            domain that none has.
-    """
-    path, wanted, present = Path(utt2domain), set(domains), set[str]()
-    names = ((utterance.utt,) for utterance in utterances)
-    kept = array("b")
-    for utt, (name, domain) in join(names, sorted_rows(path, "utterance domain")):
-        if name is None:
-            continue
-        if domain is None:
-            raise DataDirError(f"{path}: has no domain for '{utt}'; add its line")
-        present.add(domain[1])
-        kept.append(domain[1] in wanted)
-    if absent := wanted - present:
-        raise DataDirError(
-            f"{path}: no utterance of domain {', '.join(sorted(absent))}; "
-            f"it has: {', '.join(sorted(present))}"
-        )
-    return utterances.take(np.flatnonzero(kept))
-
-
 def beside_wav_scp(wav_scp: str | Path, domains: str | None = None) -> UtteranceTable:
     """List utterances by the tables of their data directory.
 
@@ -113,14 +60,46 @@ def beside_wav_scp(wav_scp: str | Path, domains: str | None = None) -> Utterance
         domains: keep only these, separated by commas; None: all.
 
     Raises:
-        DataDirError: see :func:`read_utterances` and :func:`select_domains`.
+        DataDirError: a missing or malformed file, a repeated utterance, one without a
+            length or a domain, or a domain that none has.
     """
-    folder = Path(wav_scp).parent
-    utterances = read_utterances(wav_scp, folder / "utt2num_samples")
-    if domains:
-        names = domains.split(",")
-        utterances = select_domains(utterances, folder / "utt2domain", names)
-    return utterances
+    wav_scp = Path(wav_scp)
+    utt2num_samples = wav_scp.with_name("utt2num_samples")
+    utt2domain = wav_scp.with_name("utt2domain")
+    tables = [
+        sorted_rows(wav_scp, "utterance file"),
+        sorted_rows(utt2num_samples, "utterance samples"),
+        () if domains is None else sorted_rows(utt2domain, "utterance domain"),
+    ]
+    wanted = set() if domains is None else set(domains.split(","))
+    present = set[str]()
+    places, samples = array("q"), array("i")
+    for utt, (file, count, domain) in join(*tables):
+        if file is None:
+            continue
+        if count is None:
+            raise DataDirError(
+                f"{utt2num_samples}: has no number of samples for '{utt}' of "
+                f"{wav_scp}; run stages 2 and 3 of the recipe again"
+            )
+        if wanted:
+            if domain is None:
+                raise DataDirError(
+                    f"{utt2domain}: has no domain for '{utt}'; add its line"
+                )
+            present.add(domain[1])
+            if domain[1] not in wanted:
+                continue
+        places.append(file[2])
+        samples.append(parse_count(utt2num_samples, utt, count[1]))
+    if absent := wanted - present:
+        raise DataDirError(
+            f"{utt2domain}: no utterance of domain {', '.join(sorted(absent))}; "
+            f"it has: {', '.join(sorted(present))}"
+        )
+    return UtteranceTable(
+        Lines(wav_scp), np.array(places, np.int64), np.array(samples, np.int32)
+    )
 
 
 class Batched:

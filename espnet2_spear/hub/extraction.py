@@ -42,10 +42,6 @@ GRID_SECONDS = 4
 LayerName = int | str
 
 
-class ExtractError(UserError):
-    """Features cannot be computed at all; the message says what to do."""
-
-
 def parse_layers(
     text: str, num_layers: int, option: str = "--layer"
 ) -> list[LayerName]:
@@ -54,7 +50,7 @@ def parse_layers(
     Layers count from 0, or from -1 downwards from the last one.
 
     Raises:
-        ExtractError: no such layer, or one given twice.
+        UserError: no such layer, or one given twice.
     """
     if text == "all":
         return list(range(num_layers))
@@ -66,13 +62,13 @@ def parse_layers(
             continue
         number = int(word) if word.removeprefix("-").isdecimal() else num_layers
         if not -num_layers <= number < num_layers:
-            raise ExtractError(
+            raise UserError(
                 f"{option} {text}: the model has layers 0 to {num_layers - 1}; give "
                 "such numbers with commas between, last, all or output"
             )
         layers.append(number % num_layers)
     if len(set(layers)) < len(layers):
-        raise ExtractError(f"{option} {text}: names a layer twice")
+        raise UserError(f"{option} {text}: names a layer twice")
     return layers
 
 
@@ -86,7 +82,7 @@ class Extractor:
         context_seconds: what a piece sees beyond its ends, where there is any.
 
     Raises:
-        ExtractError: pieces without room for anything but context, or without any
+        UserError: pieces without room for anything but context, or without any
             context, whose last frames would be missing.
     """
 
@@ -104,7 +100,7 @@ class Extractor:
         self.longest = round(max_seconds * SAMPLE_RATE)
         self.step = (self.longest - 2 * self.context) // grid * grid
         if self.step < grid or self.context < grid:
-            raise ExtractError(
+            raise UserError(
                 f"--max_seconds {max_seconds:g} --context_seconds {context_seconds:g}: "
                 f"pieces need {GRID_SECONDS} s beside twice the context (rounded up to "
                 f"multiples of {GRID_SECONDS} s), which cannot be 0"
@@ -139,7 +135,7 @@ class Extractor:
         """Encode a batch of 16 kHz recordings: of each, its layers (T, C) float32.
 
         Raises:
-            ExtractError: the device has too little memory.
+            UserError: the device has too little memory.
         """
         lengths = torch.tensor([len(x) for x in audio], device=self.device)
         tensors = [torch.from_numpy(x) for x in audio]
@@ -149,7 +145,7 @@ class Extractor:
             found = [self._layer(out, layer) for layer in self.layers]
             arrays = [(x.float().cpu().numpy(), n.tolist()) for x, n in found]
         except torch.cuda.OutOfMemoryError as error:
-            raise ExtractError(
+            raise UserError(
                 f"{self.device}: out of memory with {speech.numel() / SAMPLE_RATE:.0f} "
                 "s of audio; lower --batch_seconds and --max_seconds"
             ) from error
@@ -259,13 +255,13 @@ class ExtractionRun:
             the tables of the layers.
 
         Raises:
-            ExtractError: an utterance whose name is no file name (npy), or too little
+            UserError: an utterance whose name is no file name (npy), or too little
                 memory.
         """
         if self.format == "npy":
             for recording in recordings:
                 if "/" in recording.utt or recording.utt.startswith("."):
-                    raise ExtractError(
+                    raise UserError(
                         f"utterance '{recording.utt}' cannot be a file's name; use "
                         "--format ark"
                     )

@@ -40,11 +40,6 @@ def is_named(ckpt: str | Path) -> bool:
     return is_hub_id(ckpt) or Path(ckpt).exists()
 
 
-def local_path(name: str | Path) -> Path:
-    """Return where a checkpoint lies: a path itself, a hub id's after :func:`fetch`."""
-    return fetch(str(name)) if is_hub_id(name) else Path(name)
-
-
 def fetch(name: str) -> Path:
     """Return where a checkpoint on the hub lies, downloading what is missing.
 

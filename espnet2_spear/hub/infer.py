@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from espnet2_spear.errors import CheckpointError
+from espnet2_spear.fileio.explain import some
 from espnet2_spear.zipformer.config import NAMED_CONFIGS, ConfigError, ZipformerConfig
 
 # What to do about tensors that make no student.
@@ -20,7 +21,6 @@ UNSEEN = ("encoder_unmasked_dim",)
 HEAD_DIMS = ("query_head_dim", "pos_head_dim", "value_head_dim")
 # Beginnings of the names of a student's tensors.
 NETWORK = ("encoder_embed.", "encoder.", "mask_emb")
-MOST_TOLD = 5  # differences in a message
 # Options that distinguish variants of a named size.
 _VARIANT = ("output_downsampling_factor", "causal", "regularize")
 
@@ -177,8 +177,7 @@ def say_differences(differ: Mapping[str, tuple], *where: str) -> str:
         f"{key} {_plain(a)} {where[0]}, {_plain(b)} {where[1]}"
         for key, (a, b) in differ.items()
     ]
-    more = [f"{len(told) - MOST_TOLD} more fields"] if len(told) > MOST_TOLD else []
-    return "; ".join(told[:MOST_TOLD] + more)
+    return some(told, separator="; ")
 
 
 def _plain(value: Any) -> str:

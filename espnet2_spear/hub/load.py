@@ -22,7 +22,7 @@ from torch import Tensor
 
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.fileio.explain import some
-from espnet2_spear.hub.fetch import INDEX_SUFFIX, WEIGHT_SUFFIXES, local_path
+from espnet2_spear.hub.fetch import INDEX_SUFFIX, WEIGHT_SUFFIXES, fetch, is_hub_id
 from espnet2_spear.hub.infer import (
     HEAD_DIMS,
     NETWORK,
@@ -179,7 +179,7 @@ def read_any_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: nothing there, unreadable, or no way to choose.
     """
-    path = local_path(path)
+    path = fetch(str(path)) if is_hub_id(path) else Path(path)
     for fits, read in LAYOUTS.values():
         if fits(path):
             return read(path)

@@ -27,19 +27,15 @@ CARD = "README.md"  # the hub shows it at the top of a repository
 CONFIG = "config.yaml"  # the name that asr.sh --download_model looks for
 
 
-class PackError(UserError):
-    """A model that cannot be packed; names the file and the remedy."""
-
-
 def check_files(*paths: Path) -> None:
     """See that files are there before anything is written.
 
     Raises:
-        PackError: one is not.
+        UserError: one is not.
     """
     for path in paths:
         if not path.exists():
-            raise PackError(f"{path}: no such file; train first")
+            raise UserError(f"{path}: no such file; train first")
 
 
 def names_in_archive(folder: Path, files: Iterable[Path]) -> dict[Path, str]:
@@ -93,7 +89,7 @@ def pack_model(
         card: text of the model card.
 
     Raises:
-        PackError: a file is missing, or a suffix that is no archive's.
+        UserError: a file is missing, or a suffix that is no archive's.
     """
     import torch
     from espnet2 import __version__ as espnet_version
@@ -144,7 +140,7 @@ def pack_model(
                     archive.add(path, named(path))
         partial.replace(outpath)
     except ValueError as error:
-        raise PackError(f"{outpath}: {error}; name it xxx.zip or xxx.tgz") from None
+        raise UserError(f"{outpath}: {error}; name it xxx.zip or xxx.tgz") from None
     finally:
         partial.unlink(missing_ok=True)
 

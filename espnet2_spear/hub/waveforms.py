@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import MAX_RATE, MIN_RATE, resample
-from espnet2_spear.spear.checks import InputError, check_scale
+from espnet2_spear.spear.checks import InputError, check_samples
 
 OTHER_RATE = ("refuse", "resample")
 
@@ -66,12 +66,6 @@ def as_batch(
             )
         if len(item) == 0:
             raise InputError(f"waveform {i} is empty; leave it out")
-        if not bool(torch.isfinite(item).all()):
-            raise InputError(
-                f"waveform {i} holds samples that are NaN or infinite; leave it out or "
-                "repair the audio"
-            )
-        check_scale(item, f"waveform {i}")
     items = [item.float() for item in items]
     if sampling_rate != SAMPLE_RATE:
         logging.warning(
@@ -83,4 +77,6 @@ def as_batch(
             for w in items
         ]
     lengths = torch.tensor([len(item) for item in items], device=items[0].device)
-    return pad_sequence(items, batch_first=True), lengths
+    speech = pad_sequence(items, batch_first=True)
+    check_samples(speech, lengths)
+    return speech, lengths

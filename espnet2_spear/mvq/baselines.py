@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espnet2_spear.constants import MAX_CODEBOOK_SIZE
-from espnet2_spear.mvq.embedding_set import EmbeddingError, TrainingFrames
+from espnet2_spear.errors import UserError
+from espnet2_spear.mvq.embedding_set import TrainingFrames
 from espnet2_spear.mvq.quantizer import AbsQuantizer
-from espnet2_spear.mvq.training import MVQTrainingError, channel_statistics, check_seed
+from espnet2_spear.mvq.training import channel_statistics, check_seed
 
 CODE_DIM = 16  # of BEST-RQ, arXiv 2202.01855
 INIT_FRAMES = 16  # per centre, for k-means++
@@ -107,7 +108,7 @@ class BaselineConfig:
         seed: of the projections, the first centres and the order of frames.
 
     Raises:
-        MVQTrainingError: values out of range, or k-means with more than one codebook.
+        UserError: values out of range, or k-means with more than one codebook.
     """
 
     quantizer: str
@@ -121,16 +122,16 @@ class BaselineConfig:
     def __post_init__(self) -> None:
         for name in ("num_codebooks", "iters", "batch_frames"):
             if getattr(self, name) < 1:
-                raise MVQTrainingError(f"{name} is {getattr(self, name)}; at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}; at least 1")
         check_seed(self.seed)
         if self.quantizer == KMeansQuantizer.kind and self.num_codebooks != 1:
-            raise MVQTrainingError(
+            raise UserError(
                 f"k-means has one codebook, not {self.num_codebooks}: give "
                 "--num_codebooks 1 (recipe: --speech_codebooks 1 --audio_codebooks 1), "
                 "or use rvq"
             )
         if not 2 <= self.codebook_size <= MAX_CODEBOOK_SIZE:
-            raise MVQTrainingError(
+            raise UserError(
                 f"codebook_size is {self.codebook_size}; from 2 to "
                 f"{MAX_CODEBOOK_SIZE}, because codes are int16 in memory"
             )
@@ -147,11 +148,11 @@ def train_baseline(
         device: for the residuals and the codes; the clustering runs on the CPU.
 
     Raises:
-        EmbeddingError: constant embeddings, or fewer frames than centres.
+        UserError: constant embeddings, or fewer frames than centres.
     """
     mean, std = channel_statistics(data, config.seed)
     if data.num_train < config.codebook_size:
-        raise EmbeddingError(
+        raise UserError(
             f"{data.source}: {data.num_train} frames for {config.codebook_size} "
             "centres; embed more audio (recipe stage 4)"
         )

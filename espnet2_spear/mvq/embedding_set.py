@@ -20,10 +20,6 @@ MAX_HELD_OUT = 10000
 HELD_OUT_SHARE = 0.05
 
 
-class EmbeddingError(UserError):
-    """Embeddings on disk are missing, malformed or of no use for training."""
-
-
 class TrainingFrames(Protocol):
     """Interface of embeddings as training data: stored ones, or computed on demand.
 
@@ -70,12 +66,12 @@ class EmbeddingSet:
         num_train, num_held_out: frames in the two parts.
 
     Raises:
-        EmbeddingError: a missing or malformed file, named, or a negative seed.
+        UserError: a missing or malformed file, named, or a negative seed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], seed: int = 0) -> None:
         if seed < 0:
-            raise EmbeddingError(f"seed is {seed}; at least 0")
+            raise UserError(f"seed is {seed}; at least 0")
         self.folder, self.source = Path(folder), os.fspath(folder)
         self.index = _read_index(self.folder / INDEX)
         self.dim: int = self.index["dim"]
@@ -90,7 +86,7 @@ class EmbeddingSet:
         length = min(SEGMENT, max(1, total // 100))
         segments = np.arange(0, total, length)
         if len(segments) < 2:
-            raise EmbeddingError(
+            raise UserError(
                 f"{self.folder}: {total} frames are too few to train a quantizer; "
                 "embed more audio (recipe stage 4)"
             )
@@ -109,11 +105,11 @@ class EmbeddingSet:
         try:
             file = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise EmbeddingError(
+            raise UserError(
                 f"{path}: missing or truncated ({error}); {remedy}"
             ) from error
         if file.shape != (frames, self.dim) or file.dtype.kind != "f":
-            raise EmbeddingError(
+            raise UserError(
                 f"{path}: holds {file.dtype} {file.shape}, but {INDEX} says "
                 f"({frames}, {self.dim}); {remedy}"
             )
@@ -161,7 +157,7 @@ class EmbeddingSet:
             values = self._files[n][rows]
             finite = np.isfinite(values).all(axis=1)
             if not finite.all():
-                raise EmbeddingError(
+                raise UserError(
                     f"{self._paths[n]}: frame {rows[~finite][0]} holds NaN or "
                     "infinity; check the teacher and its audio, or store float32 if "
                     "the values overflow float16, and embed again (recipe stage 4)"
@@ -178,7 +174,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         if not isinstance(index.get("teacher"), dict | None):
             raise TypeError("teacher is no object")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EmbeddingError(
+        raise UserError(
             f"{path}: missing or malformed ({error!r}); write it with "
             "espnet2_spear.bin.spear_embed (recipe stage 4)"
         ) from error

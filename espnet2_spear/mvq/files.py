@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espnet2_spear.fileio.atomic import save_whole
 from espnet2_spear.mvq.baselines import (
     KMeansQuantizer,
     RandomProjectionQuantizer,
@@ -18,7 +19,6 @@ from espnet2_spear.mvq.quantizer import (
     AbsQuantizer,
     Quantizer,
     QuantizerError,
-    save_whole,
 )
 
 KINDS: dict[str, type[AbsQuantizer]] = {

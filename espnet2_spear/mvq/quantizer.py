@@ -13,7 +13,6 @@ sums of centres out, one file each.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.atomic import write_atomically
+from espnet2_spear.fileio.atomic import save_whole
 from espnet2_spear.mvq.search import GramTables, improve, refine
 from espnet2_spear.torch_private import version
 
@@ -262,18 +261,6 @@ class AbsQuantizer(nn.Module, ABC):
             "metadata": self.metadata,
         }
         save_whole(content, path)
-
-
-def save_whole(content: Any, path: str | os.PathLike[str]) -> None:
-    """Write a file by torch.save, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written, such as on a full disk.
-    """
-    # In memory first: torch turns errors of a file into RuntimeErrors.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
 
 
 SCALE_SPEED = 10.0  # makes the two scales learn ten times as fast

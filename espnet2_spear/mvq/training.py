@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.mvq.embedding_set import EmbeddingError, TrainingFrames
-from espnet2_spear.mvq.quantizer import Quantizer, save_whole
+from espnet2_spear.fileio.atomic import save_whole
+from espnet2_spear.mvq.embedding_set import TrainingFrames
+from espnet2_spear.mvq.quantizer import Quantizer
 from espnet2_spear.mvq.search import GramTables, refine
 
 PHASE_ONE_SIZE = 16
@@ -39,10 +40,6 @@ PHASE_ONE_SIZE = 16
 STEPS_PER_TABLES = 4
 LOGITS_ENTROPY_WEIGHT = 0.01
 STATS_FRAMES = 50_000  # of which mean and standard deviation are taken
-
-
-class MVQTrainingError(UserError):
-    """Training cannot start or go on."""
 
 
 class QuantizerLosses(NamedTuple):
@@ -146,13 +143,13 @@ def channel_statistics(data: TrainingFrames, seed: int) -> tuple[Tensor, Tensor]
         that is constant, which is logged.
 
     Raises:
-        EmbeddingError: all channels are constant.
+        UserError: all channels are constant.
     """
     frames = data.train_sample(STATS_FRAMES, seed).double()
     var, mean = torch.var_mean(frames, dim=0, correction=0)
     constant = var <= 1e-10 * (mean.square() + 1e-20)
     if constant.all():
-        raise EmbeddingError(
+        raise UserError(
             f"{data.source}: all frames are equal; the teacher does not see its "
             "audio, or the audio is silent"
         )
@@ -164,9 +161,9 @@ def channel_statistics(data: TrainingFrames, seed: int) -> tuple[Tensor, Tensor]
 
 
 def check_seed(seed: int) -> None:
-    """Raise MVQTrainingError for seeds that NumPy or scikit-learn would refuse."""
+    """Raise UserError for seeds that NumPy or scikit-learn would refuse."""
     if not 0 <= seed < 2**31:
-        raise MVQTrainingError(f"seed is {seed}; from 0 to {2**31 - 1}")
+        raise UserError(f"seed is {seed}; from 0 to {2**31 - 1}")
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ class MVQTrainingConfig:
         seed: of the initial values and the order of frames.
 
     Raises:
-        MVQTrainingError: values out of range.
+        UserError: values out of range.
     """
 
     num_codebooks: int = 16
@@ -198,12 +195,12 @@ class MVQTrainingConfig:
     def __post_init__(self) -> None:
         for name in ("iters_phase1", "iters_phase2", "batch_frames"):
             if getattr(self, name) < 1:
-                raise MVQTrainingError(f"{name} is {getattr(self, name)}; at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}; at least 1")
         if not (math.isfinite(self.lr) and self.lr > 0):
-            raise MVQTrainingError(f"lr is {self.lr}; a number above 0, such as 0.005")
+            raise UserError(f"lr is {self.lr}; a number above 0, such as 0.005")
         check_seed(self.seed)
         if self.num_codebooks not in (1, 2, 4, 8, 16, 32):
-            raise MVQTrainingError(
+            raise UserError(
                 f"num_codebooks is {self.num_codebooks}; choose 1, 2, 4, 8, 16 or 32"
             )
 
@@ -237,9 +234,9 @@ class MVQTrainer:
         history: (step, losses) every ``log_interval`` steps, for the report.
 
     Raises:
-        MVQTrainingError: a checkpoint of other options, other embeddings or another
+        UserError: a checkpoint of other options, other embeddings or another
             program.
-        EmbeddingError: constant embeddings.
+        UserError: constant embeddings.
     """
 
     def __init__(
@@ -262,7 +259,7 @@ class MVQTrainer:
         self.rank: int = dist.get_rank() if ranks else 0
         self.world_size: int = dist.get_world_size() if ranks else 1
         if config.batch_frames < self.world_size:
-            raise MVQTrainingError(
+            raise UserError(
                 f"batch_frames is {config.batch_frames} for {self.world_size} "
                 "processes; at least one frame for each is needed"
             )
@@ -287,7 +284,7 @@ class MVQTrainer:
         """Take the steps that are left.
 
         Raises:
-            MVQTrainingError: the loss is no longer finite.
+            UserError: the loss is no longer finite.
         """
         first = self.config.iters_phase1  # of phase 2
         while self.step < self.config.total_iters:
@@ -337,7 +334,7 @@ class MVQTrainer:
         # Losses too: all ranks must agree whether to stop.
         values = self._average_over_ranks(torch.stack(losses).detach()).tolist()
         if not np.isfinite(values).all():
-            raise MVQTrainingError(
+            raise UserError(
                 f"step {self.step}: the loss is {values}; lower --lr, or check the "
                 f"embeddings in {self.data.source}"
             )
@@ -393,13 +390,13 @@ class MVQTrainer:
             )
             found = {name: state[name] for name in self._facts()}
         except Exception as error:  # whatever the unpickler meets
-            raise MVQTrainingError(
+            raise UserError(
                 f"{self.checkpoint}: unreadable checkpoint, or another program's file "
                 f"({type(error).__name__}); {remedy}"
             ) from error
         for name, value in self._facts().items():
             if found[name] != value:
-                raise MVQTrainingError(
+                raise UserError(
                     f"{self.checkpoint}: was made with {name} {found[name]}, this run "
                     f"has {value}; use the same, or {remedy}"
                 )

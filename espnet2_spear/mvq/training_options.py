@@ -5,37 +5,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import NoReturn
 
 from espnet2.utils.types import str2bool
 
+from espnet2_spear.errors import UserError
+from espnet2_spear.fileio.explain import option_parser, read_options
 from espnet2_spear.mvq.baselines import BaselineConfig, KMeansQuantizer
 from espnet2_spear.mvq.files import KINDS
 from espnet2_spear.mvq.quantizer import Quantizer
-from espnet2_spear.mvq.training import MVQTrainingConfig, MVQTrainingError
+from espnet2_spear.mvq.training import MVQTrainingConfig
 
 Config = MVQTrainingConfig | BaselineConfig
 
 
-class _Words(argparse.ArgumentParser):
-    """Raises what the command's own parser ends the process with."""
-
-    def error(self, message: str) -> NoReturn:
-        raise MVQTrainingError(f"options of mvq_train: {message}")
-
-
-def get_parser(
-    kind: type[argparse.ArgumentParser] = argparse.ArgumentParser,
-) -> argparse.ArgumentParser:
+def get_parser() -> argparse.ArgumentParser:
     """Return the parser of mvq_train."""
-    parser = kind(
-        description="Train a quantizer on a teacher's embeddings.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--output", required=True, help="quantizer file to write")
-    parser.add_argument(
-        "--report_dir", help="by default the folder `report` beside the output"
-    )
+    parser = option_parser("Train a quantizer on a teacher's embeddings.")
+    parser.add_argument("--output", required=True, help="file; `report` lies beside it")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--num_threads", type=int, default=0, help="0 for torch's own choice"
@@ -98,14 +84,14 @@ def quantizer_config(args: argparse.Namespace) -> Config:
     """Options of the chosen kind of quantizer.
 
     Raises:
-        MVQTrainingError: an option of another kind, or values out of range.
+        UserError: an option of another kind, or values out of range.
     """
     kind = MVQTrainingConfig if args.quantizer == Quantizer.kind else BaselineConfig
     own = {field.name for field in fields(kind)}
     other = {f.name for f in fields(MVQTrainingConfig) + fields(BaselineConfig)} - own
     given = [n for n in sorted(other - {"quantizer"}) if getattr(args, n) is not None]
     if given:
-        raise MVQTrainingError(
+        raise UserError(
             f"--{given[0]} is no option of --quantizer {args.quantizer}; leave it out"
         )
     values = {name: getattr(args, name) for name in own}
@@ -122,10 +108,7 @@ def parse_options(words: Sequence[str]) -> Config:
             without input and output.
 
     Raises:
-        MVQTrainingError: an unknown option, one of another kind, or values out of
-            range.
+        ValueError: an unknown option, one of another kind, or values out of range.
     """
-    parser = get_parser(_Words)
-    return quantizer_config(
-        parser.parse_args(["--output", "", "--embeddings", "", *words])
-    )
+    unused = ["--output", "", "--embeddings", ""]
+    return quantizer_config(read_options(get_parser(), [*unused, *words]))

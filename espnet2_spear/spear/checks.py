@@ -100,32 +100,11 @@ def check_samples(speech: Tensor, lengths: Tensor) -> None:
             "leave them out or repair the audio"
         )
     for i, (low, high) in enumerate(extremes):
-        _check_extremes(low, high, f"utterance {i} of the batch")
-
-
-def check_scale(speech: Tensor, who: str) -> None:
-    """Refuse samples that are not in the scale of [-1, 1], by the rule for files.
-
-    Nothing is looked at while a graph is made. On a GPU the host waits once.
-
-    Args:
-        speech: of any shape.
-        who: for the message.
-
-    Raises:
-        InputError: a sample beyond +-8.
-    """
-    if have_values(speech) and speech.numel():
-        low, high = torch.stack(speech.detach().aminmax()).tolist()
-        _check_extremes(low, high, who)
-
-
-def _check_extremes(low: float, high: float, who: str) -> None:
-    if max(-low, high) > MAX_PEAK:
-        raise InputError(
-            f"{who}: samples from {low:.6g} to {high:.6g}, where float samples lie in "
-            "[-1, 1]: divide 16-bit samples by 32768"
-        )
+        if max(-low, high) > MAX_PEAK:
+            raise InputError(
+                f"utterance {i} of the batch: samples from {low:.6g} to {high:.6g}, "
+                "where float samples lie in [-1, 1]: divide 16-bit samples by 32768"
+            )
 
 
 def check_shortest(lengths: Sequence[int], least: int) -> None:

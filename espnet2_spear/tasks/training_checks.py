@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from espnet2.layers.create_adapter import create_adapter
@@ -17,22 +16,6 @@ from espnet2.tasks.abs_task import AbsTask, scheduler_classes
 from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
 
 from espnet2_spear.errors import UserError
-
-
-def read_options(
-    parser: argparse.ArgumentParser, words: Sequence[str]
-) -> argparse.Namespace:
-    """Read the command line of what is run later.
-
-    Raises:
-        ValueError: options that it does not know, or impossible values.
-    """
-
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(message)
-
-    parser.error = refuse
-    return parser.parse_args(words)
 
 
 def check_model_name(name: str, args: argparse.Namespace) -> None:

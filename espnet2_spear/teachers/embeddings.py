@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.shards import (
     Batches,
@@ -28,7 +29,6 @@ from espnet2_spear.mvq.embedding_set import (
     HELD_OUT_SHARE,
     INDEX,
     MAX_HELD_OUT,
-    EmbeddingError,
 )
 from espnet2_spear.teachers.base import Teacher, TeacherError
 from espnet2_spear.teachers.embed import embed_batch
@@ -184,7 +184,7 @@ class TeacherFrames:
         failed: utterance -> why it could not be embedded, as far as known.
 
     Raises:
-        EmbeddingError: fewer than two utterances.
+        UserError: fewer than two utterances.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class TeacherFrames:
         facts = {**teacher.describe(), **options}
         self._fingerprint = fingerprint(facts, utterances)
         if len(utterances) < 2:
-            raise EmbeddingError(
+            raise UserError(
                 f"{source}: {len(utterances)} utterances are too few to train a "
                 "quantizer on"
             )
@@ -278,7 +278,7 @@ class TeacherFrames:
                     logging.warning(f"skipped {utt}: {reason}")
                 self.failed[utt] = reason
         if not parts:
-            raise EmbeddingError(
+            raise UserError(
                 f"{self.source}: none of {len(utterances)} utterances of a block could "
                 "be embedded (reasons above)"
             )

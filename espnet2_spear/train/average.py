@@ -24,13 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.train.writing import save_whole
+from espnet2_spear.fileio.atomic import save_whole
 
 FOLDER = "running_average"
-
-
-class AverageError(UserError):
-    """Running averages that are not there or do not fit together."""
 
 
 class RunningAverage:
@@ -112,10 +108,10 @@ def average_between(folder: Path, first: int, last: int) -> dict[str, Tensor]:
         a complete state dict, its mean in float32.
 
     Raises:
-        AverageError: an average that was not kept, or no sample in between.
+        UserError: an average that was not kept, or no sample in between.
     """
     if not 0 <= first < last:
-        raise AverageError(
+        raise UserError(
             f"epochs {first} to {last}: the first must be 0 or more and before the last"
         )
     end = _read(folder, last)
@@ -124,7 +120,7 @@ def average_between(folder: Path, first: int, last: int) -> dict[str, Tensor]:
         start = _read(folder, first)
     count = end["count"] - start["count"]
     if count <= 0:
-        raise AverageError(
+        raise UserError(
             f"{folder}: no sample of the model was taken from epoch {first} to {last}; "
             "choose epochs further apart, or train with a smaller --average_period"
         )
@@ -142,14 +138,14 @@ def _read(folder: Path, epoch: int) -> dict[str, Any]:
             int(p.name.removesuffix("epoch.pth"))
             for p in (folder / FOLDER).glob("[0-9]*epoch.pth")
         )
-        raise AverageError(
+        raise UserError(
             f"{path}: not there. Epochs with a running average: {there or 'none'} "
             "(--keep_averages says how many are kept, --average_period 0 makes none)"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise AverageError(
+        raise UserError(
             f"{path}: cannot be read ({error}); choose another epoch"
         ) from error
     return {**content, "mean": {k: v.double() for k, v in content["mean"].items()}}

@@ -30,9 +30,9 @@ import torch
 from espnet2.train.reporter import Reporter, SubReporter, WeightedAverage
 from torch import nn
 
+from espnet2_spear.fileio.atomic import save_whole
 from espnet2_spear.fileio.explain import some
 from espnet2_spear.train.average import FOLDER, RunningAverage
-from espnet2_spear.train.writing import save_whole
 from espnet2_spear.zipformer.regularizers import Whiten
 from espnet2_spear.zipformer.schedule import BatchCountState
 

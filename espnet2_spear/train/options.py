@@ -170,10 +170,6 @@ def build_trainer_options(args: argparse.Namespace) -> SpearTrainerOptions:
     return options
 
 
-class DeepSpeedConfigError(UserError):
-    """A configuration that this task cannot train with; the message says why."""
-
-
 def check_deepspeed_config(path: str | Path | None) -> None:
     """Refuse configurations that would round the student's weights and the audio.
 
@@ -181,20 +177,20 @@ def check_deepspeed_config(path: str | Path | None) -> None:
     from this file and ignores its own options for them.
 
     Raises:
-        DeepSpeedConfigError: no file, no JSON, or weights in half precision.
+        UserError: no file, no JSON, or weights in half precision.
     """
     if path is None:
-        raise DeepSpeedConfigError(
+        raise UserError(
             "--use_deepspeed true needs --deepspeed_config, such as "
             "conf/deepspeed_zero2.json"
         )
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DeepSpeedConfigError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     found = [key for key in LOW_PRECISION if key in config]
     if found:
-        raise DeepSpeedConfigError(
+        raise UserError(
             f"{path}: '{found[0]}' lets ESPnet round weights and audio; for "
             'bfloat16 products with float32 weights use "torch_autocast": '
             '{"enabled": true, "dtype": "bfloat16"}'

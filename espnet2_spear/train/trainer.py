@@ -15,7 +15,6 @@ nothing of ESPnet's is changed or replaced.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from espnet2.train.reporter import SubReporter
 from espnet2.train.trainer import Trainer
 from torch.nn.parallel import DistributedDataParallel
 
+from espnet2_spear.fileio.atomic import CheckpointWriteError, point_link, save_whole
 from espnet2_spear.train.average import RunningAverage, save_epoch_average
 from espnet2_spear.train.batches import open_epoch, windows
 from espnet2_spear.train.checkpoint import (
@@ -50,25 +50,13 @@ from espnet2_spear.train.options import (
 )
 from espnet2_spear.train.progress import Progress, show_prediction
 from espnet2_spear.train.step import OptimizerStep
-from espnet2_spear.train.writing import CheckpointWriteError, point_link, save_whole
 
 
 class SpearTrainer(Trainer):
     """The door through which ESPnet's tasks come to :class:`Training`."""
 
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the options of this trainer."""
-        add_trainer_arguments(parser)
-
-    @classmethod
-    def build_options(cls, args: argparse.Namespace) -> SpearTrainerOptions:
-        """Collect the options.
-
-        Raises:
-            ValueError: an option that this trainer does not support.
-        """
-        return build_trainer_options(args)
+    add_arguments = staticmethod(add_trainer_arguments)
+    build_options = staticmethod(build_trainer_options)
 
     @classmethod
     def run(

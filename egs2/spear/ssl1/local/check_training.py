@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from espnet2_spear.errors import UserError
-from espnet2_spear.fileio.explain import command, option_parser
+from espnet2_spear.fileio.explain import command, option_parser, read_options
 
 TASKS = {  # class, and tokens in place of a list that is made in stage 2
     "asr": ("espnet2_spear.tasks.asr:ASRTask", ["<blank>", "<unk>", "a", "<sos/eos>"]),
@@ -40,11 +40,7 @@ def main(args: argparse.Namespace) -> None:
     """
     logging.disable(logging.WARNING)  # the training says it
     # Takes seconds: not before the options above are right.
-    from espnet2_spear.tasks.training_checks import (
-        check_model,
-        check_model_name,
-        read_options,
-    )
+    from espnet2_spear.tasks.training_checks import check_model, check_model_name
 
     name, tokens = TASKS[args.task]
     module, _, cls = name.partition(":")

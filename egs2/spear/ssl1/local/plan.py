@@ -234,7 +234,7 @@ def check_training_options(options: str, codebooks: int) -> None:
     try:
         found = parse_options(shlex.split(options)).num_codebooks
     except ValueError as error:
-        raise PlanError(f"--quantizer, --quantizer_args: {error}") from None
+        raise PlanError(f"--quantizer, --quantizer_args: mvq_train: {error}") from None
     if found != codebooks:
         raise PlanError(
             f"--quantizer_args: --num_codebooks {found}, but the training "

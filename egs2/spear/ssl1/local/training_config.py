@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from espnet2_spear.fileio.explain import read_options
 from espnet2_spear.fileio.tables import rows
 from espnet2_spear.spear.mixing import MixerConfig
 from espnet2_spear.spear.objective import DEFAULT_PRESET, resolve_loss_weights
@@ -208,7 +209,7 @@ def check_training(
         ValueError: options that it would refuse.
     """
     from espnet2_spear.tasks.spear import SpearTask
-    from espnet2_spear.tasks.training_checks import check_model_name, read_options
+    from espnet2_spear.tasks.training_checks import check_model_name
 
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump(config, file)
@@ -231,7 +232,6 @@ def check_packing(words: Sequence[str]) -> None:
         ValueError: options that it would refuse.
     """
     from espnet2_spear.bin.spear_pack import get_parser
-    from espnet2_spear.tasks.training_checks import read_options
 
     files = [f"--{name}=x" for name in ("train_config", "model_file", "outpath")]
     read_options(get_parser(), [*files, *words])
