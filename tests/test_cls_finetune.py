@@ -180,6 +180,8 @@ def test_labels_of_sets(tmp_path: Path) -> None:
     assert lines[0] == "high u30 u31" and lines[1].split()[-1] == "u31"
     prepare(tmp_path / "test", {"v": "high"})
     assert (tmp_path / "test/labels").read_text() == "v high\n"
+    for raw in (tmp_path / "train", tmp_path / "test"):  # cls.sh reads text
+        assert (raw / "text").read_text() == (raw / "labels").read_text()
     with pytest.raises(DataDirError, match="'w' has the label 'bell', which is not in"):
         prepare(tmp_path / "other", {"w": "low bell"})
     assert not (tmp_path / "other/labels").exists()
