@@ -97,16 +97,6 @@ def test_released_layout_matches_reference(golden_dir: Path, name: str) -> None:
         np.testing.assert_allclose(h, ref[f"hidden_{i:02d}"], atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "name, parameters",
-    [("base", 93_289_489), ("large", 326_951_472), ("xlarge", 596_973_362)],
-)
-def test_named_sizes(name: str, parameters: int) -> None:
-    with torch.device("meta"):
-        model = SpearEncoder(ZipformerConfig.from_name(name))
-    assert sum(p.numel() for p in model.parameters()) == parameters
-
-
 def test_fbank_matches_kaldi() -> None:
     """torchaudio's Kaldi fbank agrees where neither mirrors at the edges."""
     kaldi = pytest.importorskip("torchaudio.compliance.kaldi")
@@ -189,17 +179,6 @@ def test_content_of_padding_does_not_matter(small: SpearEncoder) -> None:
     with torch.no_grad():
         a, b = small(speech, lengths), small(other, lengths)
     torch.testing.assert_close(a.encoder_out, b.encoder_out)
-
-
-def test_gradients_reach_every_trainable_parameter() -> None:
-    torch.manual_seed(0)
-    model = SpearEncoder(ZipformerConfig.from_name("tiny"))
-    out = model(torch.randn(2, 8000), torch.tensor([8000, 6000]))
-    out.encoder_out.square().sum().backward()
-    without = [
-        n for n, p in model.named_parameters() if p.requires_grad and p.grad is None
-    ]
-    assert without == ["mask_emb"]  # used in masking only
 
 
 @pytest.mark.parametrize(
