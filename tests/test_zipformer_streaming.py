@@ -1,17 +1,14 @@
 """The causal network: reference outputs, what it sees, and streaming."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from test_zipformer import GOLDEN_CONFIG, fill_by_rule
 from test_zipformer_exact import NARROW, build
 
-from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.checks import InputError
 from espnet2_spear.spear.streaming import streaming_fbank
 from espnet2_spear.spear.student import SpearEncoder
@@ -47,24 +44,6 @@ def test_causal_encoder_matches_full_reference(golden_dir: Path) -> None:
     assert out.encoder_out_lens.tolist() == ref["out_lens"].tolist()
     for i, h in enumerate(out.hidden_states):
         np.testing.assert_allclose(h, ref[f"hidden{i}"], atol=1e-4)
-
-
-def test_causal_checkpoints_in_the_released_layout_load(tmp_path: Path) -> None:
-    model = build(CAUSAL)
-    state = {f"model.model.{k}": v for k, v in model.state_dict().items()}
-    save_file(state, tmp_path / "model.safetensors")
-    conf = {
-        k: ",".join(map(str, v)) if isinstance(v, list) else v
-        for k, v in CAUSAL.to_dict().items()
-    }
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "spear", **conf}))
-    loaded = load_model(tmp_path)
-    assert loaded.config == CAUSAL
-    x, lens = torch.randn(1, 70, 128), torch.tensor([70])
-    with torch.no_grad():
-        assert torch.equal(
-            loaded.encode(x, lens).encoder_out, model.encode(x, lens).encoder_out
-        )
 
 
 @pytest.mark.parametrize(
