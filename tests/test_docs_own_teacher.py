@@ -16,7 +16,6 @@ from espnet2_spear.bin.spear_embed import main as embed
 from espnet2_spear.bin.spear_tokenize import main as tokenize
 from espnet2_spear.fileio.ark import read_scp
 from espnet2_spear.teachers import (
-    TeacherError,
     build_teacher,
     load_teacher_config,
     read_teacher_yaml,
@@ -33,11 +32,9 @@ def block(language: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Class, configuration and weights, where the page says."""
+    """Class and configuration, where the page says, and a few data."""
     (tmp_path / "my_teacher.py").write_text(block("python"), encoding="utf-8")
     (tmp_path / "my_teacher.yaml").write_text(block("yaml"), encoding="utf-8")
-    torch.manual_seed(0)
-    torch.save(wav2vec2_base().state_dict(), tmp_path / "my_wav2vec2.pth")
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     tables = {"wav.scp": "", "utt2num_samples": "", "utt2domain": ""}
@@ -57,6 +54,8 @@ def test_class_is_at_most_30_lines() -> None:
 
 
 def test_teacher_of_the_page(folder: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(wav2vec2_base().state_dict(), "my_wav2vec2.pth")
     name, conf = load_teacher_config("my_teacher.yaml")
     teacher = build_teacher(name, conf)
     assert teacher.describe()["teacher"] == "my_teacher:MyTeacher"
@@ -100,17 +99,3 @@ def test_options_of_the_page_are_a_plan(
     assert (teacher.domains, teacher.quantizer_domains) == ("speech,audio", "speech")
     assert teacher.mvq_options.endswith("--iters_phase1 10000 --iters_phase2 10000")
     assert teacher.quantizer_dirs == ""  # those of the pre-training
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("no_module:MyTeacher", "put its folder into PYTHONPATH"),
-        ("my_teacher.py:Nobody", "has no attribute 'Nobody'"),
-        ("pathlib:Path", "is no subclass of"),
-    ],
-)
-def test_wrong_classes_are_refused(folder: Path, name: str, message: str) -> None:
-    Path("x.yaml").write_text(f"teacher: {name}\n")
-    with pytest.raises(TeacherError, match=message):
-        load_teacher_config("x.yaml")
