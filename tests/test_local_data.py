@@ -583,11 +583,17 @@ def run_sh(
 
 
 def test_stages_1_to_3_on_own_folders(tmp_path: Path) -> None:
-    for folder, count in (("my speech", 12), ("sounds", 6)):
+    for folder, count in (("sounds", 6), ("speech", 12)):
         (tmp_path / folder).mkdir()
         for i in range(count):
             soundfile.write(tmp_path / folder / f"{i}.wav", noise(0.7, i), 8000)
     (tmp_path / "sounds/bad.wav").write_text("no audio")
+    # Names that are not UTF-8, with spaces and quotes; a link is an option's value.
+    for path in (tmp_path / "speech").iterdir():
+        path.rename(path.with_name(os.fsdecode(b'\xff " ' + os.fsencode(path.name))))
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 'x' $y")
+    (tmp_path / "speech").rename(odd)
+    (tmp_path / "my speech").symlink_to(odd)
     options = ["--stop_stage", "3", "--nj", "1", "--valid_fraction", "0.2"]
     options += ["--speech_dirs", str(tmp_path / "my speech")]
     options += ["--audio_dirs", str(tmp_path / "sounds")]
