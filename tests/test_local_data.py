@@ -135,14 +135,6 @@ def test_asr_sets_share_no_text(tmp_path: Path, prompts: Path) -> None:
         asr_sets.split(tmp_path / "en", dev, test)
 
 
-def test_split_lists_of_the_repository() -> None:
-    dev = asr_sets.read_list(LOCAL / "split_en_dev.txt")
-    test = asr_sets.read_list(LOCAL / "split_en_test.txt")
-    assert len(dev) == 50 and len(test) == 80
-    assert len(set(dev) | set(test)) == 130
-    assert all(utt.startswith("en_allison-") for utt in dev + test)
-
-
 # --- Own folders ----------------------------------------------------------------------
 
 
