@@ -622,31 +622,6 @@ def test_local_jobs(tmp_path: Path) -> None:
     assert "log/a.2.log" in result.stderr
 
 
-def test_slurm_jobs_by_a_stand_in_of_sbatch(tmp_path: Path) -> None:
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text(
-        "#!/bin/bash\n"
-        f'printf "%s\\n" "$@" >"{tmp_path}/sbatch.args"\n'
-        "for SLURM_ARRAY_TASK_ID in 1 2; do\n"
-        '  export SLURM_ARRAY_TASK_ID; bash "${@: -1}" || exit 1\ndone\n'
-    )
-    sbatch.chmod(0o755)
-    result = subprocess.run(
-        [LOCAL / "slurm_job.sh", "--partition=p", "--gpu", "2", "--num_threads", "4"]
-        + ["JOB=1:2", tmp_path / "log/a.JOB.log", "echo", "a  b;JOB"],
-        cwd=RECIPE,
-        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    args = (tmp_path / "sbatch.args").read_text().splitlines()
-    assert {"--wait", "--partition=p", "--gres=gpu:2", "--array=1-2"} <= set(args)
-    assert "--cpus-per-task=4" in args
-    for job in "12":
-        assert (tmp_path / f"log/a.{job}.log").read_text().endswith(f"a  b;{job}\n")
-
-
 def test_archives_are_compared_with_published_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
