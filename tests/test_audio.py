@@ -331,13 +331,14 @@ def test_lengths_that_flac_headers_get_wrong(
     assert error.value.reason == "length"
 
 
-@pytest.mark.parametrize("code", range(256))
-def test_marks_within_flac_frames(tmp_path: Path, code: int) -> None:
+def test_marks_within_flac_frames(tmp_path: Path) -> None:
     """Samples can look like the mark of a frame, with any byte behind it."""
     path = tmp_path / "a.flac"
     soundfile.write(path, np.random.default_rng(0).uniform(-0.3, 0.3, 2000), 16000)
-    path.write_bytes(path.read_bytes() + bytes([255, 0xF8, code, *[255] * 13]))
-    assert audio_info(path).samples == 2000
+    content = path.read_bytes()
+    for code in range(256):
+        path.write_bytes(content + bytes([255, 0xF8, code, *[255] * 13]))
+        assert audio_info(path).samples == 2000, code
 
 
 @pytest.mark.parametrize(
