@@ -90,6 +90,7 @@ EXPECTED = {
     "cls": lambda found: found[2] in ("dog", "cat", "<blank>"),
     "aqa": lambda found: np.isfinite(found["mos"]).all(),
 }
+TAGS = {"spk": "speaker-recognition"}  # of a packed model's card
 TEXT = {"speech": "sound", "text": "text"}
 TOKENS = ("--token_list", "TOKENS", "--token_type", "char")
 WORDS = ("--token_list", "TOKENS", "--token_type", "word")
@@ -364,6 +365,8 @@ def test_trains_reloads_and_decodes(name: str, files: dict, tmp_path: Path) -> N
             shutil.rmtree(out)
             again = case.decode(*unpacked(packed), speech.astype(np.float32))
             assert repr(again) == repr(result)
+            (card,) = (tmp_path / "packed/unpacked").rglob("README.md")
+            assert f"- {TAGS.get(module, 'espnet')}\n" in card.read_text()
 
 
 def pack(task: str, exp: Path, folder: Path) -> Path:
