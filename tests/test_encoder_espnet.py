@@ -422,26 +422,6 @@ def test_penalties_know_the_scale_of_espnets_trainer(
         trained(*batch)
 
 
-@pytest.mark.parametrize("start", [0.0, 700.0])
-def test_schedules_of_loaded_weights_are_at_their_end(start: float) -> None:
-    regular = {"regularize": True, "regularize_start": start}
-    source = encoder(seed=3, arch=regular)
-    weights = {k: v for k, v in source.state_dict().items() if "schedule" not in k}
-    # As --init_param loads: the model's own state with the student's tensors in it.
-    loaded = encoder(seed=4, arch=regular)
-    loaded.load_state_dict(loaded.state_dict() | weights)
-    assert loaded.encoder.count.value == (start or SCHEDULES_END)
-    # A training of the model itself goes on where it was.
-    source.encoder.count.value = 12.0
-    resumed = encoder(seed=4, arch={"regularize": True})
-    resumed.load_state_dict(source.state_dict())
-    assert resumed.encoder.count.value == 12.0
-    # Nothing came.
-    same = encoder(seed=4, arch=regular)
-    same.load_state_dict(copy.deepcopy(same.state_dict()))
-    assert same.encoder.count.value == start
-
-
 def test_sizes_of_a_checkpoint(tmp_path: Path) -> None:
     """Which needs a place in the configuration that they are written to."""
     student, file = saved_student(tmp_path)
