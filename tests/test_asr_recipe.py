@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +12,13 @@ import soundfile
 from corpus_miniatures import librispeech
 from data_dirs import read_dir, write_dir
 from espnet2.train.dataset import ESPnetDataset
+from recipe_scripts import RECIPES, folders, run_script
 
 from espnet2_spear.bin import spear_format
 from espnet2_spear.fileio.datadir import Entry
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "egs2/spear/asr1"
-
-
-def run_sh(*options: str, **env: str) -> subprocess.CompletedProcess:
-    command = ["bash", str(RECIPE / "run.sh"), *options]
-    env = {**os.environ, **env}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
-
-
-def folders(tmp_path: Path) -> list[str]:
-    """Options that keep all outputs in the test's folder."""
-    return [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
+RECIPE = RECIPES / "asr1"
+run_sh = partial(run_script, "asr1/run.sh")
 
 
 def test_sets_from_a_corpus(tmp_path: Path) -> None:

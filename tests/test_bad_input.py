@@ -10,6 +10,7 @@ import pytest
 import soundfile
 from data_dirs import read_dir, write_dir
 from embedding_files import structured_vectors, write_embeddings
+from recipe_scripts import folders
 from test_local_data import data_folders, noise, pool_data, run_sh
 
 from espnet2_spear.bin import spear_format
@@ -19,15 +20,14 @@ from espnet2_spear.fileio.datadir import DataDirError, Entry
 def stages(tmp_path: Path, *options: str, stop: int = 3) -> tuple[int, str]:
     """Run the first stages; returns status and output."""
     command = ["--stop_stage", str(stop), "--nj", "1", "--valid_fraction", "0.2"]
-    command += [f"--{name}dir={tmp_path / name}" for name in ("data", "dump")]
-    result = run_sh(*command, *options, cwd=tmp_path)
+    result = run_sh(*command, *folders(tmp_path), *options, cwd=tmp_path)
     return result.returncode, result.stdout + result.stderr
 
 
-def stage_1(tmp_path: Path, folders: str) -> None:
+def stage_1(tmp_path: Path, speech: str) -> None:
     """What stage 1 does with folders of speech, in this process."""
     local = str(tmp_path / "data/local")
-    data_folders.main(["--speech_dirs", folders, "--out_dir", local])
+    data_folders.main(["--speech_dirs", speech, "--out_dir", local])
     sources = map(str, sorted((tmp_path / "data/local").iterdir()))
     pool_data.main(["--out_dir", str(tmp_path / "data"), "--", *sources])
 

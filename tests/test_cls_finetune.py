@@ -1,25 +1,25 @@
 """Fine-tuning on ESC-50 and AudioSet (egs2/spear/cls1/finetune.sh)."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import yaml
+from conftest import ROOT
 from data_dirs import write_dir
+from recipe_scripts import RECIPES, folders, run_script
 from student_files import write_student
 
 from espnet2_spear.fileio.datadir import DataDirError, Entry, write_table
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "egs2/spear/cls1"
-sys.path.insert(0, str(RECIPE / "local"))
+finetune = partial(run_script, "cls1/finetune.sh")
+sys.path.insert(0, str(RECIPES / "cls1/local"))
 import cls_score  # noqa: E402
 import cls_sets  # noqa: E402
 from asr_score import ScoreError  # noqa: E402
@@ -32,12 +32,6 @@ def tone(frequency: float, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     phase = 2 * np.pi * frequency * np.arange(16000) / 16000
     return 0.2 * np.sin(phase) + 0.02 * rng.standard_normal(16000)
-
-
-def finetune(*options: str, **env: str) -> subprocess.CompletedProcess:
-    command = ["bash", str(RECIPE / "finetune.sh"), *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 @pytest.fixture
@@ -57,12 +51,6 @@ def esc50(tmp_path: Path) -> Path:
             rows.append(f"{file},{fold},{i % 2},{name},False,{1000 + i},A")
     (root / "meta/esc50.csv").write_text("\n".join(rows) + "\n")
     return root
-
-
-def folders(tmp_path: Path) -> list[str]:
-    """Options that keep all outputs in the test's folder."""
-    names = ("datadir", "dumpdir", "expdir")
-    return [word for n in names for word in (f"--{n}", str(tmp_path / n.rstrip("dir")))]
 
 
 def test_esc50_is_learnt(tmp_path: Path, esc50: Path) -> None:

@@ -417,7 +417,7 @@ def test_stage_1_on_a_list(tmp_path: Path) -> None:
     options = ["--stop_stage", "1", "--nj", "1", "--datadir", str(tmp_path / "data")]
     options += ["--data_config", str(tmp_path / "list.yaml")]
     env = {"MUSAN": str(tmp_path / "m"), "LIBRISPEECH": str(tmp_path / "l")}
-    result = run_sh(*options, cwd=tmp_path, env=env)
+    result = run_sh(*options, cwd=tmp_path, **env)
     assert result.returncode == 0, result.stdout + result.stderr
     parts = [read_dir(tmp_path / "data" / name) for name in ("train", "valid")]
     utterances = sorted(utt for part in parts for utt in part)
@@ -430,9 +430,9 @@ def test_stage_1_on_a_list(tmp_path: Path) -> None:
     # Another folder of a corpus, the same list: not what was prepared before.
     shutil.copytree(tmp_path / "l", tmp_path / "other place")
     moved = env | {"LIBRISPEECH": str(tmp_path / "other place")}
-    result = run_sh(*options, "--dry_run", "true", cwd=tmp_path, env=moved)
+    result = run_sh(*options, "--dry_run", "true", cwd=tmp_path, **moved)
     assert f"would run: {tmp_path}/l is no longer read" in result.stdout
-    both = run_sh(*options, "--speech_dirs", "x", cwd=tmp_path, env=env)
+    both = run_sh(*options, "--speech_dirs", "x", cwd=tmp_path, **env)
     assert both.returncode == 1 and "exclude each other" in both.stderr
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -18,14 +19,16 @@ import numpy as np
 import pytest
 import soundfile
 from data_dirs import Utterances, read_dir, write_dir
+from recipe_scripts import RECIPES, run_script
 from test_audio import write_g722
 
 from espnet2_spear.bin import spear_format
 from espnet2_spear.fileio.audio import audio_info
 from espnet2_spear.fileio.datadir import DataDirError, Entry, Segment
 
-RECIPE = Path(__file__).resolve().parent.parent / "egs2/spear/ssl1"
+RECIPE = RECIPES / "ssl1"
 LOCAL = RECIPE / "local"
+run_sh = partial(run_script, "ssl1/run.sh")
 
 
 def load(name: str) -> ModuleType:
@@ -563,15 +566,6 @@ def test_fetch_without_apt_says_what_to_do(tmp_path: Path, deb: Path) -> None:
 
 
 # --- run.sh ---------------------------------------------------------------------------
-
-
-def run_sh(
-    *options: str, cwd: Path, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(
-        [RECIPE / "run.sh", *options], cwd=cwd, env=env, capture_output=True, text=True
-    )
 
 
 def test_stages_1_to_3_on_own_folders(tmp_path: Path) -> None:

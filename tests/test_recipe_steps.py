@@ -15,6 +15,7 @@ from pathlib import Path
 import corpus_miniatures
 import pytest
 import yaml
+from recipe_scripts import folders, run_script
 from test_local_data import LOCAL, RECIPE, load, run_sh
 
 from espnet2_spear.mvq.quantizer import Quantizer
@@ -686,15 +687,10 @@ def test_plan_writes_a_configuration(planned, tmp_path: Path, monkeypatch) -> No
 # --- run.sh ---------------------------------------------------------------------------
 
 
-def folders(tmp_path: Path) -> list[str]:
-    """Options that keep all outputs in the test's folder."""
-    return [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
-
-
 def dry_run(tmp_path: Path, *options: str, **env: str) -> str:
     """What run.sh lists."""
     words = ["--dry_run", "true", *folders(tmp_path), *options]
-    result = run_sh(*words, cwd=tmp_path, env=env)
+    result = run_sh(*words, cwd=tmp_path, **env)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -747,8 +743,8 @@ def test_dry_run_tells_what_there_is_to_do(tmp_path: Path) -> None:
         *("--data_config", str(tmp_path / "mix.yaml"), "--audio_format", "wav"),
         *("--strict", "true", *folders(tmp_path)),
         cwd=tmp_path,
-        env={k.upper(): str(v) for k, v in roots.items()}
-        | {"FREESOUND": str(tmp_path / "freesound")},
+        **{k.upper(): str(v) for k, v in roots.items()},
+        FREESOUND=str(tmp_path / "freesound"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "--fs 16000 --strict --nj 1" in result.stdout
@@ -943,12 +939,10 @@ def test_two_runs_at_once_are_refused(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    command: list[str | Path] = [RECIPE.parent / script, *options.split()]
-    for name in ("data", "dump", "exp"):
-        command += [f"--{name}dir", tmp_path / name]
+    words = [*options.split(), *folders(tmp_path)]
     try:
         holder.stdout.readline()  # it has the lock
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        result = run_script(script, *words, cwd=tmp_path)
     finally:
         holder.communicate(b"\n")
     assert result.returncode == 1
