@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import yaml
 from conftest import ROOT
-from data_dirs import write_dir
+from data_dirs import espnet_data, write_dir
 from recipe_scripts import RECIPES, folders, run_script
 from student_files import write_student
 
@@ -216,9 +216,11 @@ def test_audioset_mixes_and_draws_rare_classes_often(
     options += ["--init_param", f"{ckpt}:student:encoder"]
     for part, name in (("train", "train"), ("valid", "test")):
         raw = tmp_path / name
-        for what in ("wav.scp,speech,sound", "labels,label,text"):
-            options += [f"--{part}_data_path_and_name_and_type", f"{raw}/{what}"]
-        options += [f"--{part}_shape_file", f"{raw}/utt2num_samples"]
+        files = {
+            "speech": (raw / "wav.scp", "sound"),
+            "label": (raw / "labels", "text"),
+        }
+        options += espnet_data(files, raw / "utt2num_samples", [part])
     main(cmd=options)
     assert (tmp_path / "exp/2epoch.pth").exists()
     assert (tmp_path / "exp/valid.total_count.ave_2best.pth").exists()

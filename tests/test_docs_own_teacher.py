@@ -3,11 +3,10 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 import yaml
+from data_dirs import noise_dir
 from test_recipe_steps import plan
 from torchaudio.models import wav2vec2_base
 
@@ -36,16 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_teacher.py").write_text(block("python"), encoding="utf-8")
     (tmp_path / "my_teacher.yaml").write_text(block("yaml"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    tables = {"wav.scp": "", "utt2num_samples": "", "utt2domain": ""}
-    for utt, samples in (("u1", 8000), ("u2", 9000), ("u3", 12345)):
-        soundfile.write(f"{utt}.wav", 0.1 * rng.standard_normal(samples), 16000)
-        tables["wav.scp"] += f"{utt} {tmp_path / utt}.wav\n"
-        tables["utt2num_samples"] += f"{utt} {samples}\n"
-        tables["utt2domain"] += f"{utt} speech\n"
-    for name, text in tables.items():
-        Path(name).write_text(text)
-    return tmp_path
+    return noise_dir(tmp_path, {"u1": 8000, "u2": 9000, "u3": 12345}, domain="speech")
 
 
 def test_class_is_at_most_30_lines() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from data_dirs import noise_dir
 from teacher_files import WHISPER, whisper, write_whisper_yaml
 
 from espnet2_spear.bin import (
@@ -69,18 +70,9 @@ def data_dir(tmp_path):
 
 def write_data(folder, lengths):
     """Write noise of these lengths in samples as a data directory."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    tables = {"wav.scp": [], "utt2num_samples": [], "utt2domain": []}
-    for i, samples in enumerate(lengths):
-        utt, path = f"utt{i:02d}", folder / f"utt{i:02d}.wav"
-        soundfile.write(path, 0.1 * rng.standard_normal(samples), 16000)
-        tables["wav.scp"].append(f"{utt} {path}")
-        tables["utt2num_samples"].append(f"{utt} {samples}")
-        tables["utt2domain"].append(f"{utt} {'speech' if i % 3 else 'audio'}")
-    for name, lines in tables.items():
-        (folder / name).write_text("".join(line + "\n" for line in lines))
-    return folder
+    utts = {f"utt{i:02d}": samples for i, samples in enumerate(lengths)}
+    domain = {utt: "speech" if i % 3 else "audio" for i, utt in enumerate(utts)}
+    return noise_dir(folder, utts, domain=domain)
 
 
 def spoil(data_dir):

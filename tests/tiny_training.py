@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from data_dirs import espnet_data
 
 from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
 
@@ -110,12 +111,8 @@ def data_options(data: dict[str, str]) -> list[str]:
         cmd += ["--teachers", f"{name}.frame_rate={rate}"]
     kinds = {"speech": "sound", "domain": "text"}
     kinds |= {"codes_speech": "kaldi_ark", "codes_audio": "kaldi_ark"}
-    for split in ("train", "valid"):
-        for name, kind in kinds.items():
-            entry = f"{data[name]},{name},{kind}"
-            cmd += [f"--{split}_data_path_and_name_and_type", entry]
-        cmd += [f"--{split}_shape_file", data["shape"]]
-    return cmd
+    files = {name: (data[name], kind) for name, kind in kinds.items()}
+    return cmd + espnet_data(files, data["shape"])
 
 
 def with_other_audio(
