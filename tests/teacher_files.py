@@ -8,13 +8,14 @@ import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
-from espnet2_spear.teachers import teacher_class
+from espnet2_spear.teachers import Teacher, build_teacher, teacher_class
 
 # The teachers of the recipe, through the door of one's own teacher.
 _FOLDER = ROOT / "egs2/spear/ssl1/local/teachers"
@@ -121,6 +122,21 @@ def write_ctranslate2(
         out.append(array.tobytes())
     out.append(struct.pack("<I", 0))  # no aliases
     path.write_bytes(b"".join(out))
+    return path
+
+
+def whisper(weights: Path, **conf: Any) -> Teacher:
+    """Build a Whisper teacher."""
+    return build_teacher(WHISPER, {"weights": str(weights), **conf})
+
+
+def write_whisper_yaml(folder: Path, layer: int = 2) -> Path:
+    """Write a small Whisper, model.bin, and its configuration, which is returned."""
+    weights = write_ctranslate2(folder / "model.bin", whisper_tensors())
+    path = folder / "teacher.yaml"
+    path.write_text(
+        f"teacher: {WHISPER}\nteacher_conf: {{weights: {weights}, layer: {layer}}}\n"
+    )
     return path
 
 

@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from spawn_script import SPAWN
 
 import espnet2_spear
 from espnet2_spear import autoload, doctor
@@ -18,26 +19,6 @@ from espnet2_spear.errors import UserError
 ROOT = Path(espnet2_spear.__file__).resolve().parent.parent
 # What setuptools' own start-up file does; ESPnet imports distutils.
 SHIM = "import os; __import__('_distutils_hack').add_shim()"
-CHILDREN = """
-import multiprocessing
-import sys
-
-def child(connection):
-    try:
-        from espnet2.tasks.abs_task import optim_classes
-        connection.send("scaledadam" in optim_classes)
-    except Exception as error:
-        connection.send(repr(error))
-
-if __name__ == "__main__":
-    print("espnet2_spear" in sys.modules, "torch" in sys.modules)
-    context = multiprocessing.get_context("spawn")
-    parent, other = context.Pipe()
-    process = context.Process(target=child, args=(other,))
-    process.start()
-    print(parent.recv())
-    process.join()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +57,7 @@ def switch(python: str, action: str, code: int = 0, **env: str) -> str:
 @pytest.mark.second_env
 def test_on_and_off_in_plain_runs_and_children(python: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(CHILDREN, encoding="utf-8")
+    script.write_text(SPAWN, encoding="utf-8")
     knows = [python, "-c", "import sys; print('espnet2_spear' in sys.modules)"]
     assert switch(python, "status").startswith("off: ")
     assert run(knows) == "False"
@@ -90,7 +71,7 @@ def test_on_and_off_in_plain_runs_and_children(python: str, tmp_path: Path) -> N
         lines = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), SHIM]
         packages.write_text("\n".join(lines), encoding="utf-8")
         # The script does not mention the plugin; ESPnet 202511 prints things first.
-        lines = run([python, str(script)]).splitlines()
+        lines = run([python, str(script), "spawn", "espnet"]).splitlines()
         assert lines[0] == "True False" and lines[-1] == "True"
         # Its own switch still works, and so does ours without site-packages.
         assert run(knows, SPEAR_ESPNET_DISABLE="1") == "True"

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
 
 from espnet2_spear.bin.spear_train import get_parser
 from espnet2_spear.bin.spear_train import main as train
@@ -19,7 +18,6 @@ from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.teachers import load_teacher_config, read_teacher_yaml
 from espnet2_spear.train.average import disk_bytes
 from espnet2_spear.zipformer.config import NAMED_CONFIGS
-from espnet2_spear.zipformer.schedule import SCHEDULES_END
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 RECIPE_CONF = CONF.parent / "egs2/spear/ssl1/conf"
@@ -80,32 +78,6 @@ def test_builds_in_full_on_the_meta_device(path: Path) -> None:
     assert sum(len(g["params"]) for g in optimizer.param_groups) > 100
     if args.scheduler == "eden":
         Eden(optimizer, **args.scheduler_conf)
-
-
-def test_further_pre_training_does_not_skip_layers_as_at_first(tmp_path: Path) -> None:
-    """The schedules of weights that ``--init_param`` brings are over."""
-    conf = CONF / "train_spear_mini_speech_audio.yaml"
-    options = ["--config", str(conf), "--output_dir", "unused", "--student", "tiny"]
-    options += ["--student_conf", "regularize=true"]
-
-    def model(*more: str) -> torch.nn.Module:
-        return SpearTask.build_model(get_parser().parse_args([*options, *more]))
-
-    trained, ours, tuned = (
-        model(),
-        model(),
-        model("--student_conf", "regularize_start=7"),
-    )
-    file = tmp_path / "student.pth"
-    student = trained.student.state_dict()
-    torch.save({f"student.{k}": v for k, v in student.items()}, file)
-    for new, expected in ((ours, SCHEDULES_END), (tuned, 7.0)):
-        load_pretrained_model(f"{file}:student:student", new, False, "cpu")
-        assert new.student.encoder.count.value == expected
-    trained.student.encoder.count.value = 12.0
-    resumed = model()
-    resumed.load_state_dict(trained.state_dict())
-    assert resumed.student.encoder.count.value == 12.0
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=name)

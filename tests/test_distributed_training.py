@@ -25,7 +25,6 @@ COMMON = [
 # What depends on neither chance nor the utterances beside one.
 EXACT = ["--student_conf", "padding=exact", "--student_conf", "regularize=false"]
 EXACT += ["--masker_conf", "time_prob=0", "--masker_conf", "channel_prob=0"]
-RANDOM = ["--student_conf", "regularize=true"]
 SAMPLED = ["--iterator_type", "task", "--batch_type", "numel", "--batch_bins", "160000"]
 # Name -> number of processes and what differs from COMMON.
 RUNS = {
@@ -35,7 +34,6 @@ RUNS = {
     "four": (4, [*EXACT, "--student_conf", "activation_checkpointing=true"]),
     "summed_one": (1, [*EXACT, "--model_conf", "normalize=sum"]),
     "summed_two": (2, [*EXACT, "--model_conf", "normalize=sum"]),
-    "random_two": (2, RANDOM),
     "sampled_one": (1, [*EXACT, *SAMPLED, "--sampler_conf", "step_shards=2"]),
     "sampled_two": (2, [*EXACT, *SAMPLED]),
     "sharded_two": (2, [*EXACT, *SAMPLED, "--sampler_conf", "step_shards=2"]),
@@ -129,12 +127,3 @@ def test_says_what_steps_depend_on(folder: Path) -> None:
     assert "2 ranks times accum_grad=1" in line
     # What it tells to set gives the same curve, see above.
     assert "--sampler_conf step_shards=2 keeps" in line
-
-
-def test_random_training_stays_in_step(folder: Path) -> None:
-    """Masks, regularisers and their skipped parts differ from rank to rank."""
-    losses = curve(folder / "random_two")
-    assert all(np.isfinite(losses))
-    assert curve(folder / "random_two", "mask_ratio")[0] > 0.2
-    state = torch.load(folder / "random_two" / "4epoch.pth", weights_only=True)
-    assert state["schedule.batches"] > 0

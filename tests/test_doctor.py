@@ -89,10 +89,14 @@ def test_packed_model(tmp_path: Path) -> None:
 
 
 def test_files_that_a_packed_model_lacks(tmp_path: Path) -> None:
-    """An archive of stage 14 whose bpe.model was a link: named absolutely."""
+    """An archive of stage 14 whose bpe.model was a link: named absolutely.
+
+    That it exists here says nothing of elsewhere.
+    """
     student = write_student(tmp_path / "x").parent
     conf = {"frontend": "spear", "frontend_conf": {"ckpt": "exp/gone.pth"}}
-    conf |= {"bpemodel": "/data/bpe.model", "token_list": ["a"]}
+    conf |= {"bpemodel": str(tmp_path / "bpe.model"), "token_list": ["a"]}
+    (tmp_path / "bpe.model").touch()
     conf |= {"normalize_conf": {"stats_file": str(student / "stats.npz")}}
     (student / "stats.npz").touch()
     (student / "config.yaml").write_text(yaml.safe_dump(conf))
@@ -105,4 +109,5 @@ def test_files_that_a_packed_model_lacks(tmp_path: Path) -> None:
     found = "\n".join(report.problems)
     assert len(report.problems) == 2 and "task_pack" in found
     assert "exp/gone.pth (asr_train_config: frontend_conf.ckpt)" in found
-    assert "/data/bpe.model (asr_train_config: bpemodel)" in found
+    assert f"{tmp_path}/bpe.model (asr_train_config: bpemodel)" in found
+    assert f"opens only where {tmp_path}/bpe.model is" in found

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 import yaml
+from data_dirs import espnet_data, noise_dir
 from espnet2.asr.ctc import CTC
 from torch import nn
 
@@ -43,17 +44,8 @@ ATTENTION = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of two recordings, their transcripts and lengths, and a list of tokens."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    tables = {"wav.scp": {}, "text": {"u1": "ab", "u2": "b a"}, "shape": {}}
-    for utt, count in {"u1": RATE, "u2": RATE * 3 // 2}.items():
-        noise = 0.1 * rng.standard_normal(count)
-        soundfile.write(folder / f"{utt}.wav", noise.astype(np.float32), RATE)
-        tables["wav.scp"][utt] = folder / f"{utt}.wav"
-        tables["shape"][utt] = count
-    for name, table in tables.items():
-        lines = "".join(f"{utt} {value}\n" for utt, value in table.items())
-        (folder / name).write_text(lines)
+    lengths, text = {"u1": RATE, "u2": RATE * 3 // 2}, {"u1": "ab", "u2": "b a"}
+    folder = noise_dir(tmp_path_factory.mktemp("data"), lengths, text=text)
     (folder / "tokens.txt").write_text("\n".join(TOKENS) + "\n")
     return folder
 
@@ -66,10 +58,8 @@ def run(data: Path, out: Path, conf: dict, *options: str, main=None) -> dict:
     (out / "train.yaml").write_text(yaml.safe_dump({**BASE, **conf}))
     cmd = [*COMMON, "--config", str(out / "train.yaml"), "--output_dir", str(out)]
     cmd += ["--token_list", str(data / "tokens.txt"), *options]
-    for split in ("train", "valid"):
-        for file, kind in (("wav.scp", "speech,sound"), ("text", "text,text")):
-            cmd += [f"--{split}_data_path_and_name_and_type", f"{data / file},{kind}"]
-        cmd += [f"--{split}_shape_file", str(data / "shape")]
+    files = {"speech": (data / "wav.scp", "sound"), "text": (data / "text", "text")}
+    cmd += espnet_data(files, data / "utt2num_samples")
     (main or asr_train)(cmd=cmd)
     state = torch.load(out / "1epoch.pth", weights_only=True)
     assert all(v.isfinite().all() for v in state.values())
@@ -420,26 +410,6 @@ def test_penalties_know_the_scale_of_espnets_trainer(
     assert model.encoder.encoder.count.loss_scale == (1.0 if copied else 65536.0 / 2)
     with torch.no_grad():
         trained(*batch)
-
-
-@pytest.mark.parametrize("start", [0.0, 700.0])
-def test_schedules_of_loaded_weights_are_at_their_end(start: float) -> None:
-    regular = {"regularize": True, "regularize_start": start}
-    source = encoder(seed=3, arch=regular)
-    weights = {k: v for k, v in source.state_dict().items() if "schedule" not in k}
-    # As --init_param loads: the model's own state with the student's tensors in it.
-    loaded = encoder(seed=4, arch=regular)
-    loaded.load_state_dict(loaded.state_dict() | weights)
-    assert loaded.encoder.count.value == (start or SCHEDULES_END)
-    # A training of the model itself goes on where it was.
-    source.encoder.count.value = 12.0
-    resumed = encoder(seed=4, arch={"regularize": True})
-    resumed.load_state_dict(source.state_dict())
-    assert resumed.encoder.count.value == 12.0
-    # Nothing came.
-    same = encoder(seed=4, arch=regular)
-    same.load_state_dict(copy.deepcopy(same.state_dict()))
-    assert same.encoder.count.value == start
 
 
 def test_sizes_of_a_checkpoint(tmp_path: Path) -> None:

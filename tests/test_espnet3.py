@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from data_dirs import noise_dir
 from student_files import write_student
 
 from espnet2_spear.hub.load import load_model
@@ -23,17 +24,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
     """Two utterances, tokens, a student, and a small encoder."""
-    rng = np.random.default_rng(0)
+    lengths, text = {"u1": 16000, "u2": 19000}, {"u1": "ab", "u2": "b a"}
     for split in ("train", "valid"):
-        folder = tmp_path / "data" / split
-        folder.mkdir(parents=True)
-        wavs = {utt: folder / f"{utt}.wav" for utt in ("u1", "u2")}
-        for i, path in enumerate(wavs.values()):
-            noise = 0.1 * rng.standard_normal(16000 + 3000 * i)
-            soundfile.write(path, noise.astype(np.float32), 16000)
-        table = "".join(f"{utt} {path}\n" for utt, path in wavs.items())
-        (folder / "wav.scp").write_text(table, encoding="utf-8")
-        (folder / "text").write_text("u1 ab\nu2 b a\n", encoding="utf-8")
+        noise_dir(tmp_path / "data" / split, lengths, text=text)
     tokens = tmp_path / "tokens.txt"
     tokens.write_text("<blank>\n<unk>\n<space>\na\nb\n<sos/eos>\n", encoding="utf-8")
     return [

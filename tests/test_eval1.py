@@ -1,7 +1,6 @@
 """The benchmark of frozen features (egs2/spear/eval1): tasks, caches, probes, table."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,15 +9,15 @@ import pytest
 import soundfile
 import torch
 import yaml
-from conftest import ROOT
 from data_dirs import write_dir
+from recipe_scripts import RECIPES, folders, run_script
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from student_files import write_student
 
 from espnet2_spear.fileio.datadir import Entry, write_table
 
-EVAL = ROOT / "egs2/spear/eval1"
+EVAL = RECIPES / "eval1"
 sys.path.insert(0, str(EVAL / "local"))
 import evaluate  # noqa: E402
 import features  # noqa: E402
@@ -421,20 +420,12 @@ def test_a_task_of_ones_own(
     noisy.write_text(
         yaml.safe_dump({"like": "words", "title": "noisy", "noise": noise})
     )
-    command = [
-        *(EVAL / "run.sh", "--student", student, "--seeds", "0 1", "--nj", "1"),
-        *(
-            "--tasks",
-            f"{words} {spelled} {noisy} {tones}",
-            "--teachers",
-            "",
-            "--tag",
-            "t",
-        ),
-        *("--datadir", clips / "data", "--dumpdir", clips / "dump"),
-        *("--expdir", clips / "exp"),
+    options = [
+        *("--student", str(student), "--seeds", "0 1", "--nj", "1"),
+        *("--tasks", f"{words} {spelled} {noisy} {tones}", "--teachers", ""),
+        *("--tag", "t", *folders(clips)),
     ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_script("eval1/run.sh", *options)
     assert result.returncode == 0, result.stdout + result.stderr
     results = json.loads((clips / "exp/t/RESULTS.json").read_text())
     assert list(results) == ["log-mel", "student, random weights", "student"]
@@ -447,30 +438,26 @@ def test_a_task_of_ones_own(
     assert (clips / "exp/t/RESULTS.png").stat().st_size < 200_000
     monkeypatch.chdir(EVAL)
     with caplog.at_level("INFO"):
-        evaluate.main(list(map(str, command[1:])))
+        evaluate.main(options)
     assert "features of" not in caplog.text
     assert json.loads((clips / "exp/t/RESULTS.json").read_text()) == results
 
 
 def test_recipe_lists_what_it_would_do(tmp_path: Path) -> None:
     options = ["--dry_run", "true", "--student", "exp/my_student/x.pth"]
-    for name in ("data", "dump", "exp"):
-        options += [f"--{name}dir", tmp_path / name]
-    result = subprocess.run([EVAL / "run.sh", *options], capture_output=True, text=True)
+    result = run_script("eval1/run.sh", *options, *folders(tmp_path))
     assert result.returncode == 0, result.stderr
     for word in ("local/data_fotaq.py", "local/sounds.py", "local/mix_clips.py"):
         assert word in result.stdout
     assert "large" not in result.stdout and "hedgewars" not in result.stdout
     assert list(tmp_path.iterdir()) == []
-    result = subprocess.run([EVAL / "run.sh"], capture_output=True, text=True)
+    result = run_script("eval1/run.sh")
     assert result.returncode == 2 and "--student is needed" in result.stdout
 
 
 def test_errors_are_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = task_file(tmp_path, data={"name": "x", "dir": str(tmp_path / "nowhere")})
-    command = ["evaluate.py", "--tasks", str(path)]
-    for name in ("data", "dump", "exp"):
-        command += [f"--{name}dir", str(tmp_path / name)]
+    command = ["evaluate.py", "--tasks", str(path), *folders(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.chdir(EVAL)
     with pytest.raises(SystemExit, match="nowhere: no data directory .no wav.scp."):

@@ -2,14 +2,14 @@
 
 import copy
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
 from student_files import write_student
+from tiny_training import end, launch
+from torch.nn.parallel import DistributedDataParallel
 
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
@@ -246,43 +246,37 @@ def test_updates_that_mixed_precision_skips_do_not_count(ckpt: str, batch) -> No
         assert frontend.unfreezing.updates == updates
 
 
-DISTRIBUTED = """
-import sys, torch
-from torch.nn.parallel import DistributedDataParallel
-from espnet2_spear.asr.frontend.spear import SpearFrontend
-
-torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
-torch.manual_seed(rank)
-for options in ({"freeze_steps": 2}, {"freeze_steps": 2, "layer": 1, "mask": {}},
-                {"freeze": False, "layer": 0, "logmel": "project"}):
-    frontend = SpearFrontend(ckpt=sys.argv[1], **options)
-    model = DistributedDataParallel(frontend).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
-    before = [p.clone() for p in frontend.upstream.parameters()]
-    for step in range(4):
-        speech = torch.randn(2, 8000) * 0.1
-        feats, _ = model(speech, torch.tensor([8000, 7000]))
-        (feats.square() * torch.rand_like(feats)).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        same = all(map(torch.equal, before, frontend.upstream.parameters()))
-        assert same == (step < options.get("freeze_steps", 0)), (options, step)
-    for p in frontend.parameters():  # alike on all ranks
-        mean = p.detach().clone()
-        torch.distributed.all_reduce(mean)
-        torch.testing.assert_close(mean / 2, p.detach())
-print("done")
-"""
+def freeze_and_unfreeze(cmd: list[str]) -> None:
+    """Train some frontends on this rank."""
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(torch.distributed.get_rank())
+    for options in (
+        {"freeze_steps": 2},
+        {"freeze_steps": 2, "layer": 1, "mask": {}},
+        {"freeze": False, "layer": 0, "logmel": "project"},
+    ):
+        frontend = SpearFrontend(ckpt=cmd[0], **options)
+        model = DistributedDataParallel(frontend).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+        before = [p.clone() for p in frontend.upstream.parameters()]
+        for step in range(4):
+            speech = torch.randn(2, 8000) * 0.1
+            feats, _ = model(speech, torch.tensor([8000, 7000]))
+            (feats.square() * torch.rand_like(feats)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            same = all(map(torch.equal, before, frontend.upstream.parameters()))
+            assert same == (step < options.get("freeze_steps", 0)), (options, step)
+        for p in frontend.parameters():  # alike on all ranks
+            mean = p.detach().clone()
+            torch.distributed.all_reduce(mean)
+            torch.testing.assert_close(mean / 2, p.detach())
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_freeze_and_unfreeze_alike(ckpt: str, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(DISTRIBUTED, encoding="utf-8")
-    cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    cmd += ["--local_addr", "127.0.0.1", "--nproc_per_node", "2", str(script), ckpt]
-    done = subprocess.run(cmd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr
+    codes = end(launch([ckpt], tmp_path, main=freeze_and_unfreeze))
+    assert codes == [0, 0], (tmp_path / "log0").read_text()
 
 
 def test_masks_are_for_training(ckpt: str, batch) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints of every layout: found, checked, the student taken out; or refused."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from checkpoint_files import (
     write_parts,
 )
 from safetensors.torch import save_file
+from teacher_files import Malicious
 
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.bin.spear_export import main as spear_export
@@ -142,10 +142,6 @@ def test_configuration_and_tensors_contradict_each_other(tmp_path, state) -> Non
     "change, message",
     [
         ({"num_leads": 3}, r"config\.json: unknown keys \['num_leads'\]"),
-        ({"num_heads": "2,3"}, r"config\.json: every per-stack list"),
-        ({"encoder_dim": "32,32,x"}, r"config\.json: encoder_dim: expected numbers"),
-        ({"name": ["base"]}, r"config\.json: unknown size \['base'\]"),
-        ({"train_chunk_size": [16]}, r"config\.json: train_chunk_size does nothing"),
         ({"encoder_dim": [10**9] * 3}, r"has shape .*, expected \(1000000000"),
     ],
 )
@@ -160,18 +156,14 @@ class Foreign:
     """A class that a training script of somebody's may leave in a checkpoint."""
 
 
-class Evil:
-    def __reduce__(self):
-        return (os.system, ("touch executed",))
-
-
 def test_classes_that_need_code_are_refused(tmp_path, state, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(icefall(state, sampler=Foreign()), tmp_path / "epoch-1.pt")
     with pytest.raises(CheckpointError, match="Foreign.*not executed.*weights_only"):
         load_model(tmp_path)
-    torch.save(icefall(state, sampler=Evil()), tmp_path / "epoch-1.pt")
-    with pytest.raises(CheckpointError, match="system"):
+    evil = Malicious(tmp_path / "executed")
+    torch.save(icefall(state, sampler=evil), tmp_path / "epoch-1.pt")
+    with pytest.raises(CheckpointError, match="mkdir"):
         load_model(tmp_path)
     assert not (tmp_path / "executed").exists()
 

@@ -102,19 +102,6 @@ def test_random_projections_learn_nothing_but_the_centres(data):
     assert not torch.equal(other.projections, quantizer.projections)
 
 
-@pytest.mark.parametrize("kind, num", [("kmeans", 1), ("rvq", 3), ("random", 3)])
-def test_file_round_trip(data, tmp_path, kind, num):
-    config = replace(CONFIG, quantizer=kind, num_codebooks=num, iters=3)
-    quantizer = train_baseline(config, data)
-    quantizer.save(tmp_path / "q.pt", {"teacher": {"name": "made"}})
-    loaded = load_quantizer(tmp_path / "q.pt")
-    x = data.held_out_frames()
-    assert type(loaded) is type(quantizer)
-    assert torch.equal(loaded.encode(x), quantizer.encode(x))
-    assert loaded.identity == quantizer.identity
-    assert loaded.metadata == {"teacher": {"name": "made"}}
-
-
 @pytest.mark.parametrize("kind, size", [("kmeans", 300), ("rvq", 16), ("random", 16)])
 def test_command(data, tmp_path, kind, size):
     output = tmp_path / "exp" / "q.pt"

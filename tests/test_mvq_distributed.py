@@ -1,14 +1,9 @@
 """Training of a quantizer by two processes over gloo."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from embedding_files import structured_vectors, write_embeddings
+from tiny_training import end, launch
 
 from espnet2_spear.bin import mvq_train
 from espnet2_spear.errors import UserError
@@ -20,37 +15,6 @@ OPTIONS = (
 )
 
 
-def launch(command: str, ranks: int, cwd: Path) -> list[tuple[int, str]]:
-    """Run mvq_train in processes that find each other as torchrun has them do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        env = {
-            **os.environ,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(ranks),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "espnet2_spear.bin.mvq_train", *command.split()],
-                env=env,
-                cwd=cwd,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    results = []
-    for process in processes:
-        _, errors = process.communicate(timeout=600)  # a busy machine
-        results.append((process.returncode, errors))
-    return results
-
-
 @pytest.fixture
 def folder(tmp_path):
     return write_embeddings(tmp_path / "emb", [structured_vectors()])
@@ -58,10 +22,9 @@ def folder(tmp_path):
 
 def test_two_processes_train_what_one_does(folder, tmp_path):
     """The same batches, so nearly the same quantizer; the losses are no plain means."""
-    root = Path(__file__).resolve().parent.parent
     command = f"--embeddings {folder} --output {tmp_path}/two/q.pt {OPTIONS}"
-    for code, errors in launch(command, 2, root):
-        assert code == 0, errors
+    codes = end(launch(command.split(), tmp_path, main=mvq_train.main))
+    assert codes == [0, 0], (tmp_path / "log0").read_text()
     mvq_train.main(
         f"--embeddings {folder} --output {tmp_path}/one/q.pt {OPTIONS}".split()
     )
@@ -74,10 +37,10 @@ def test_two_processes_train_what_one_does(folder, tmp_path):
 
 
 def test_all_processes_stop_together(folder, tmp_path):
-    root = Path(__file__).resolve().parent.parent
     command = f"--embeddings {folder} --output {tmp_path}/q.pt {OPTIONS} --lr 1e6"
-    for code, errors in launch(command, 2, root):
-        assert code != 0 and "lower --lr" in errors
+    assert end(launch(command.split(), tmp_path, main=mvq_train.main)) == [1, 1]
+    for rank in range(2):
+        assert "lower --lr" in (tmp_path / f"log{rank}").read_text()
 
 
 def test_what_one_process_must_do(folder, tmp_path, monkeypatch):

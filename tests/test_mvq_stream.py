@@ -3,22 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from teacher_files import WHISPER, whisper_tensors, write_ctranslate2
+from teacher_files import whisper, write_whisper_yaml
 from test_tokenize import write_data
 
 from espnet2_spear.bin import mvq_train
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.utterances import beside_wav_scp
 from espnet2_spear.mvq.files import load_quantizer
-from espnet2_spear.teachers import build_teacher, embeddings
+from espnet2_spear.teachers import embeddings
 from espnet2_spear.teachers.embed import embed_batch
 from espnet2_spear.teachers.embeddings import TeacherFrames
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher") / "model.bin"
-    return write_ctranslate2(path, whisper_tensors())
+def config(tmp_path_factory):
+    """Of a small teacher, which lies beside it."""
+    return write_whisper_yaml(tmp_path_factory.mktemp("teacher"), layer=2)
 
 
 @pytest.fixture
@@ -28,12 +28,12 @@ def utterances(tmp_path):
 
 
 @pytest.fixture
-def stream(weights, utterances, monkeypatch):
+def stream(config, utterances, monkeypatch):
     monkeypatch.setattr(embeddings, "BLOCK_FRAMES", 100)
     monkeypatch.setattr(embeddings, "STEPS_PER_BLOCK", 5)
 
     def make(seed=0):
-        teacher = build_teacher(WHISPER, {"weights": str(weights), "layer": 2})
+        teacher = whisper(config.with_name("model.bin"), layer=2)
         return TeacherFrames(teacher, utterances, "wav.scp", seed)
 
     return make
@@ -85,11 +85,7 @@ def test_bad_audio_is_left_out_and_listed(stream, utterances, caplog):
         data._block(1)
 
 
-def test_command(weights, utterances, tmp_path):
-    config = tmp_path / "teacher.yaml"
-    config.write_text(
-        f"teacher: {WHISPER}\nteacher_conf: {{weights: {weights}, layer: 2}}\n"
-    )
+def test_command(config, utterances, tmp_path):
     command = (
         f"--wav_scp {tmp_path}/data/wav.scp --domains speech "
         f"--output {tmp_path}/q.pt --num_codebooks 2 --iters_phase1 5 "

@@ -70,6 +70,8 @@ def test_stopped_and_resumed(data, tmp_path, ranks: int = 3):
     for epoch in (1, 2):
         one, two = (tmp_path / name / f"{epoch}epoch.pth" for name in ("exp", "whole"))
         assert difference(one, two) == ""
+    stats = torch.load(tmp_path / "whole/checkpoint.pth", weights_only=True)
+    assert stats["reporter"]["stats"][1]["train"]["mask_ratio"] > 0.2
 
 
 def test_skipped_by_all_ranks(data, tmp_path):

@@ -1,27 +1,18 @@
 """Command lines of the recipes' scripts: their help, and options that are wrong."""
 
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from recipe_scripts import RECIPES, folders, run_script
 
-RECIPES = ROOT / "egs2/spear"
 SSL, CLS = "ssl1/run.sh", "cls1/finetune.sh"
 SCRIPTS = (SSL, "asr1/run.sh", CLS, "eval1/run.sh", "eval1/evidence.sh")
 
 
-def run(script: str, *options: str) -> subprocess.CompletedProcess:
-    command = ["bash", RECIPES / script, *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_option(script: str) -> None:
-    shown = run(script, "--help")
+    shown = run_script(script, "--help")
     assert shown.returncode == 0
     text = (RECIPES / script).read_text()
     begin, end = text.index("\nhelp_message="), text.index("\n. ../ssl1/local/recipe")
@@ -45,6 +36,5 @@ def test_help_names_every_option(script: str) -> None:
     ],
 )
 def test_wrong_options(tmp_path: Path, script: str, options: str, message: str) -> None:
-    folders = [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
-    done = run(script, *folders, *options.split())
+    done = run_script(script, *folders(tmp_path), *options.split())
     assert done.returncode != 0 and message in done.stdout + done.stderr

@@ -15,6 +15,7 @@ from pathlib import Path
 import corpus_miniatures
 import pytest
 import yaml
+from recipe_scripts import folders, run_script
 from test_local_data import LOCAL, RECIPE, load, run_sh
 
 from espnet2_spear.mvq.quantizer import Quantizer
@@ -686,15 +687,10 @@ def test_plan_writes_a_configuration(planned, tmp_path: Path, monkeypatch) -> No
 # --- run.sh ---------------------------------------------------------------------------
 
 
-def folders(tmp_path: Path) -> list[str]:
-    """Options that keep all outputs in the test's folder."""
-    return [f"--{name}dir={tmp_path / name}" for name in ("data", "dump", "exp")]
-
-
 def dry_run(tmp_path: Path, *options: str, **env: str) -> str:
     """What run.sh lists."""
     words = ["--dry_run", "true", *folders(tmp_path), *options]
-    result = run_sh(*words, cwd=tmp_path, env=env)
+    result = run_sh(*words, cwd=tmp_path, **env)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -747,8 +743,8 @@ def test_dry_run_tells_what_there_is_to_do(tmp_path: Path) -> None:
         *("--data_config", str(tmp_path / "mix.yaml"), "--audio_format", "wav"),
         *("--strict", "true", *folders(tmp_path)),
         cwd=tmp_path,
-        env={k.upper(): str(v) for k, v in roots.items()}
-        | {"FREESOUND": str(tmp_path / "freesound")},
+        **{k.upper(): str(v) for k, v in roots.items()},
+        FREESOUND=str(tmp_path / "freesound"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "--fs 16000 --strict --nj 1" in result.stdout
@@ -916,17 +912,6 @@ def test_stages_2_and_5_as_arrays_of_jobs(tmp_path: Path) -> None:
             assert runner[-3].endswith(".JOB.log")
 
 
-def test_processes_of_a_job_get_their_threads(tmp_path: Path) -> None:
-    """What runs in the end: step.py by run_job.sh, which sets the threads of a job."""
-    runner = f"{LOCAL / 'run_job.sh'} --num_threads 4 {tmp_path}/log"
-    command = [sys.executable, LOCAL / "step.py", "--mark", tmp_path / "mark.json"]
-    command += ["--output", tmp_path / "out", "--runner"]
-    command += [f"{runner} env OMP_NUM_THREADS=2", "--"]
-    command += ["sh", "-c", f"echo $OMP_NUM_THREADS >{tmp_path}/out"]
-    subprocess.run(command, check=True, cwd=RECIPE)
-    assert (tmp_path / "out").read_text() == "2\n"
-
-
 @pytest.mark.parametrize(
     ("script", "options", "folder"),
     [
@@ -954,12 +939,10 @@ def test_two_runs_at_once_are_refused(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    command: list[str | Path] = [RECIPE.parent / script, *options.split()]
-    for name in ("data", "dump", "exp"):
-        command += [f"--{name}dir", tmp_path / name]
+    words = [*options.split(), *folders(tmp_path)]
     try:
         holder.stdout.readline()  # it has the lock
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        result = run_script(script, *words, cwd=tmp_path)
     finally:
         holder.communicate(b"\n")
     assert result.returncode == 1
@@ -972,31 +955,50 @@ def test_more_machines_need_slurm(tmp_path: Path) -> None:
     assert result.returncode == 2 and "cmd_backend=slurm" in result.stderr
 
 
-def test_slurm_starts_the_command_on_every_node(tmp_path: Path) -> None:
-    for name, script in (
-        ("sbatch", f'printf "%s\\n" "$@" >{tmp_path}/args\nbash "${{@: -1}}"\n'),
-        ("srun", 'echo "srun $*"\n'),
-    ):
-        (tmp_path / name).write_text(
-            f"#!/bin/bash\nexport SLURM_ARRAY_TASK_ID=1\n{script}"
-        )
+SRUN = "srun --kill-on-bad-exit=1"
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "said"),
+    [
+        (
+            "--partition=p --gpu 2 --num_threads 4 JOB=1:2",
+            "--partition=p --gres=gpu:2 --cpus-per-task=4 --array=1-2",
+            {"1": "a  b;1\n", "2": "a  b;2\n"},
+        ),
+        (
+            "--gpu 8 --num_threads 64 --num_nodes 3",
+            "--nodes=3 --ntasks-per-node=1 --gres=gpu:8 --array=1-1",
+            # On every node.
+            {"1": f"{SRUN} --export=ALL --cpus-per-task=64 echo a  b;1\n"},
+        ),
+    ],
+)
+def test_slurm_jobs_by_stand_ins(
+    tmp_path: Path, options: str, arguments: str, said: dict[str, str]
+) -> None:
+    jobs = (
+        f'printf "%s\\n" "$@" >{tmp_path}/args\n'
+        f"for job in {' '.join(said)}; do\n"
+        '  SLURM_ARRAY_TASK_ID=${job} bash "${@: -1}" || exit 1\n'
+        "done\n"
+    )
+    for name, script in (("sbatch", jobs), ("srun", 'echo "srun $*"\n')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}")
         (tmp_path / name).chmod(0o755)
     result = subprocess.run(
-        [LOCAL / "slurm_job.sh", "--gpu", "8", "--num_threads", "64"]
-        + ["--num_nodes", "3"]
-        + [tmp_path / "train.log", "echo", "a b"],
+        [LOCAL / "slurm_job.sh", *options.split()]
+        + [tmp_path / "log/a.JOB.log", "echo", "a  b;JOB"],
         cwd=RECIPE,
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
     args = (tmp_path / "args").read_text().splitlines()
-    assert {"--nodes=3", "--ntasks-per-node=1", "--gres=gpu:8"} <= set(args)
-    log = (tmp_path / "train.log").read_text()
-    assert log.endswith(
-        "srun --kill-on-bad-exit=1 --export=ALL --cpus-per-task=64 echo a b\n"
-    )
+    assert {"--wait", *arguments.split()} <= set(args)
+    for job, end in said.items():
+        assert (tmp_path / f"log/a.{job}.log").read_text().endswith(end)
 
 
 def test_termination_reaches_the_command(tmp_path: Path) -> None:

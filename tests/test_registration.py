@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from spawn_script import SPAWN
 
 from espnet2_spear import registration
 
@@ -178,38 +179,19 @@ def test_what_cannot_be_registered_only_warns(
     assert found == registered and len(registration.problems) == 1
 
 
-BESIDE = """
-import multiprocessing
-import sys
-
-def child(queue):
-    queue.put("espnet2_spear" in sys.modules)
-
-if __name__ == "__main__":
-    import espnet2_spear
-
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=child, args=(queue,))
-    process.start()
-    process.join()
-    print(process.exitcode, queue.get() if process.exitcode == 0 else None)
-"""
-
-
 def test_plugin_beside_the_script_only(tmp_path: Path) -> None:
     """Not installed: children start with another sys.path than that of the script."""
     project = tmp_path / "project"
     project.mkdir()
-    (project / "script.py").write_text(BESIDE, encoding="utf-8")
+    (project / "script.py").write_text(SPAWN, encoding="utf-8")
     package = Path(registration.__file__).parent
     (project / "espnet2_spear").symlink_to(package, target_is_directory=True)
     # The Python under the virtual environment, which does not have the plugin.
     python = getattr(sys, "_base_executable", sys.executable)
-    done = subprocess.run(
-        [python, "-E", project / "script.py"], cwd=tmp_path, capture_output=True
-    )
-    assert done.stdout == b"0 True\n", done.stderr
+    command = [python, "-E", project / "script.py", "spawn", "import"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"True False\nTrue\n", done.stderr
 
 
 def test_registering_twice_is_silent() -> None:

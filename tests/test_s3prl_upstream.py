@@ -48,30 +48,12 @@ upstream = S3PRLUpstream("spear_local", path_or_url=sys.argv[1])
 feats, lengths = upstream(torch.randn(2, 32000), torch.tensor([32000, 20000]))
 assert len(feats) == upstream.num_layers and feats[0].shape[1] == 100
 assert lengths[0].tolist() == [100, 63], lengths
-# A downstream, on tones of two pitches in noise: layer weights and a linear classifier.
-torch.manual_seed(1)
-label = torch.arange(8) % 2
-time = torch.arange(16000) / 16000
-pitch = torch.tensor([300.0, 2000.0])[label] * torch.linspace(1, 1.2, 8)
-wavs = 0.2 * torch.sin(2 * torch.pi * pitch[:, None] * time)
-wavs = wavs + 0.02 * torch.randn(wavs.shape)
+# A downstream learns the weights of the layers.
 featurizer = Featurizer(upstream)
-head = torch.nn.Linear(featurizer.output_size, 2)
-optimizer = torch.optim.Adam([*featurizer.parameters(), *head.parameters()], lr=0.05)
-lens = torch.full((8,), 16000)
-with torch.no_grad():
-    feats, feats_lens = upstream(wavs, lens)
-losses = []
-for step in range(60):
-    mixed, _ = featurizer(feats, feats_lens)
-    logits = head(torch.nn.functional.layer_norm(mixed.mean(1), mixed.shape[2:]))
-    loss = torch.nn.functional.cross_entropy(logits, label)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.item())
-assert losses[-1] < 0.4 < 0.6 < losses[0], losses
-assert (logits.argmax(1) == label).all()
+mixed, mixed_lengths = featurizer(feats, lengths)
+assert mixed.shape == (2, 100, featurizer.output_size)
+assert mixed_lengths.tolist() == [100, 63]
+mixed.square().mean().backward()
 assert featurizer.weights.grad.abs().sum() > 0
 """
 

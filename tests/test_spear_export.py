@@ -72,7 +72,7 @@ def expected_by_us(folder: Path, batch: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """An experiment's checkpoint: other heads than published, exact padding."""
-    arch = {"name": "tiny", "causal": True, "padding": "exact"}
+    arch = {"name": "tiny", "causal": True, "padding": "exact", "chunk_size": 8}
     return write_student(tmp_path_factory.mktemp("tiny"), 3, arch).parent
 
 
@@ -171,9 +171,9 @@ def test_card_and_configuration(tiny: Path, published: Path, tmp_path: Path, cap
     assert "license" not in card and "released SPEAR checkpoints" not in card
     conf = json.loads((tmp_path / "t" / "config.json").read_text())
     assert conf["query_head_dim"] == 8 and conf["padding"] == "exact"
-    assert load_model(tmp_path / "t").config.architecture() == (
-        load_model(tiny).config.architecture()
-    )
+    exported, trained = load_model(tmp_path / "t").config, load_model(tiny).config
+    assert exported.architecture() == trained.architecture()
+    assert exported.chunk_size == 8
     with pytest.raises(CheckpointError, match="exists; choose another folder"):
         spear_export([str(tiny), "--out", str(tmp_path / "t")])
     spear_export([str(tiny), "--out", str(tmp_path / "t"), "--overwrite", "true"])

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from data_dirs import write_dir
+from data_dirs import noise_dir
 
 from espnet2_spear.bin.spear_mix import TABLE, main
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.ark import CodesWriter
-from espnet2_spear.fileio.datadir import DataDirError, Entry
+from espnet2_spear.fileio.datadir import DataDirError
 
 RATE = 16000
 
@@ -20,12 +20,8 @@ RATE = 16000
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
     """Four spoken utterances, their codes, and a noise."""
-    rng = np.random.default_rng(0)
     utts = [f"u{number:02b}" for number in range(4)]
-    for utt in utts:
-        soundfile.write(tmp_path / f"{utt}.flac", 0.1 * rng.standard_normal(RATE), RATE)
-    found = [Entry(utt, f"{tmp_path}/{utt}.flac", "s", "speech") for utt in utts]
-    write_dir(tmp_path / "data", found)
+    noise_dir(tmp_path / "data", dict.fromkeys(utts, RATE), domain="speech")
     with CodesWriter(tmp_path / "speech.ark", tmp_path / "speech.scp") as writer:
         for i, utt in enumerate(utts):
             writer.write(utt, np.full((49, 8), i))  # codes tell whose they are

@@ -165,15 +165,6 @@ TASKS = {
         "token_type": "char",
         "token_list": [*TOKENS[:-1], *string.ascii_uppercase, TOKENS[-1]],
     },
-    "spk": {
-        "encoder": "identity",
-        "pooling": "mean",
-        "projector": "ska_tdnn",
-        "projector_conf": {"output_size": 8},
-        "loss": "aamsoftmax",
-        "loss_conf": {"margin": 0.2, "scale": 30},
-        "spk_num": 3,
-    },
     "cls": {
         "encoder": "transformer",
         "encoder_conf": {**SMALL, "input_layer": "linear"},
@@ -247,6 +238,8 @@ def test_pack_unpack_decode(student, tmp_path, monkeypatch, zoo, inside):
     for after in models:
         torch.testing.assert_close(after.asr_model.encode(*batch)[0], expected)
     assert isinstance(models[0](SPEECH)[0][0], str)
+    # The student is taken out of it.
+    assert load_model(packed).config.padding == "exact"
     # The page in the browser opens it, too.
     transcribe = spear_demo.open_recognizer(packed, tmp_path / "page")
     assert isinstance(transcribe(SPEECH), str)
@@ -270,23 +263,6 @@ def test_pack_unpack_decode(student, tmp_path, monkeypatch, zoo, inside):
     monkeypatch.delitem(asr.frontend_choices.classes, "spear")
     with pytest.raises(ValueError, match="frontend must be one of"):
         Speech2Text(**unpacked, **decoding)
-
-
-def test_pack_speaker_embedder(student, tmp_path, monkeypatch, zoo):
-    from espnet2.bin.spk_inference import Speech2Embedding
-    from espnet2.tasks.spk import SpeakerTask
-
-    monkeypatch.chdir(tmp_path)
-    trained = Trained(SpeakerTask, "spk", student)
-    expected = Speech2Embedding(*trained.files)(SPEECH)
-    trained.pack("packed.tgz")
-    after = Speech2Embedding.from_pretrained("packed.tgz")
-    torch.testing.assert_close(after(SPEECH), expected)
-    unpack_model("packed.tgz", "ours")
-    (card,) = (tmp_path / "ours").rglob("README.md")
-    assert "- speaker-recognition" in card.read_text()
-    # The student is taken out of it.
-    assert load_model("packed.tgz").config.padding == "exact"
 
 
 def test_pack_classifier(student, tmp_path, monkeypatch, zoo):

@@ -22,6 +22,7 @@ import pytest
 import soundfile
 import torch
 import yaml
+from data_dirs import espnet_data, noise_dir
 from student_files import write_student
 
 import espnet2_spear  # noqa: F401  (registers)
@@ -30,7 +31,6 @@ from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.packed import FORMAT, unpack_model
 
 ENDS = ("train_config", "model_file")
-RATE = 16000
 SAMPLES = {"u1": 16000, "u2": 24000, "u3": 20000}
 COMMON = (
     "--ngpu 0 --num_workers 0 --seed 1 --use_tensorboard false --use_matplotlib false "
@@ -90,6 +90,7 @@ EXPECTED = {
     "cls": lambda found: found[2] in ("dog", "cat", "<blank>"),
     "aqa": lambda found: np.isfinite(found["mos"]).all(),
 }
+TAGS = {"spk": "speaker-recognition"}  # of a packed model's card
 TEXT = {"speech": "sound", "text": "text"}
 TOKENS = ("--token_list", "TOKENS", "--token_type", "char")
 WORDS = ("--token_list", "TOKENS", "--token_type", "word")
@@ -248,20 +249,15 @@ CASES = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Tables of three noisy utterances, with whatever a task wants to know of them."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
+    texts = {"u1": "ab", "u2": "b a", "u3": "a"}
+    folder = noise_dir(tmp_path_factory.mktemp("data"), SAMPLES, text=texts)
+    wavs = {utt: folder / f"{utt}.wav" for utt in SAMPLES}
 
     def table(name: str, values: dict[str, object]) -> str:
         lines = "".join(f"{key} {value}\n" for key, value in values.items())
         (folder / name).write_text(lines, encoding="utf-8")
         return str(folder / name)
 
-    wavs = {}
-    for utt, samples in SAMPLES.items():
-        wavs[utt] = folder / f"{utt}.wav"
-        noise = 0.1 * rng.standard_normal(samples)
-        soundfile.write(wavs[utt], noise.astype(np.float32), RATE)
-    texts = {"u1": "ab", "u2": "b a", "u3": "a"}
     speakers = {}  # as arrays, which ESPnet takes as well as rttm
     for utt, n in SAMPLES.items():
         speakers[utt] = folder / f"{utt}.npy"
@@ -275,9 +271,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (folder / "metrics").write_text("mos\n")
     trials = ("u1*u2", "u1*u3", "u2*u3")
     return {
-        "speech": table("wav.scp", wavs),
+        "speech": str(folder / "wav.scp"),
         "audio": table("audio.scp", wavs),
-        "text": table("text", texts),
+        "text": str(folder / "text"),
         "units": table(
             "units", {u: ("ab" * n)[: (n - 1040) // 320] for u, n in SAMPLES.items()}
         ),
@@ -290,7 +286,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "label": table("label", {"u1": "0", "u2": "1", "u3": "0"}),
         "label_words": table("label_words", {"u1": "dog", "u2": "cat", "u3": "dog"}),
         "metrics": table("metric.scp", dict.fromkeys(texts, '{"mos": 3.0}')),
-        "shape": table("shape", SAMPLES),
+        "shape": str(folder / "utt2num_samples"),
         "activity": table("activity", speakers),
         "TOKENS": str(folder / "tokens"),
         "CLASSES": str(folder / "classes"),
@@ -308,6 +304,7 @@ def data_options(case: Case, files: dict[str, str]) -> list[str]:
     options = []
     for split, names in (("train", case.data), ("valid", case.valid or case.data)):
         prefix = "trial_" if split == "valid" and case.valid else ""
+        found = {}
         for name, kind in names.items():
             key = "activity" if kind == "npy" else prefix + name
             if name == "text":
@@ -316,9 +313,8 @@ def data_options(case: Case, files: dict[str, str]) -> list[str]:
                 )
             if "CLASSES" in case.options and name == "label":
                 key = "label_words"
-            options += [f"--{split}_data_path_and_name_and_type"]
-            options += [f"{files[key]},{name},{kind}"]
-        options += [f"--{split}_shape_file", files[prefix + "shape"]]
+            found[name] = (files[key], kind)
+        options += espnet_data(found, files[prefix + "shape"], [split])
     return options
 
 
@@ -364,6 +360,8 @@ def test_trains_reloads_and_decodes(name: str, files: dict, tmp_path: Path) -> N
             shutil.rmtree(out)
             again = case.decode(*unpacked(packed), speech.astype(np.float32))
             assert repr(again) == repr(result)
+            (card,) = (tmp_path / "packed/unpacked").rglob("README.md")
+            assert f"- {TAGS.get(module, 'espnet')}\n" in card.read_text()
 
 
 def pack(task: str, exp: Path, folder: Path) -> Path:
@@ -448,10 +446,8 @@ def test_uasr_collects_features(
         encoding="utf-8",
     )
     options = ["--config", str(config), "--token_list", str(tokens)]
-    for split in ("train", "valid"):
-        for entry in (f"{files['speech']},speech,sound", f"{text},text,text_int"):
-            options += [f"--{split}_data_path_and_name_and_type", entry]
-        options += [f"--{split}_shape_file", files["shape"]]
+    found = {"speech": (files["speech"], "sound"), "text": (text, "text_int")}
+    options += espnet_data(found, files["shape"])
     options += ["--output_dir", str(tmp_path), "--collect_stats", "true"]
     UASRTask.main(cmd=options + ["--ngpu", "0", "--num_workers", "0"])
     scp = tmp_path / "train" / "collect_feats" / "feats.scp"

@@ -18,6 +18,7 @@ from teacher_files import (
     module_of,
     noise,
     unquantised,
+    whisper,
     whisper_tensors,
     write_ctranslate2,
     write_yamnet,
@@ -55,10 +56,6 @@ def files(tmp_path_factory, data_dir):
     )
 
 
-def whisper(path, **conf):
-    return build_teacher(WHISPER, {"weights": str(path), **conf})
-
-
 def yamnet(path, **conf):
     return build_teacher(YAMNET, {"weights": str(path), **conf})
 
@@ -69,7 +66,8 @@ def atst(path, **conf):
 
 
 # Teacher -> frames a second, lengths in samples of a batch, samples -> frames, samples
-# that are too few, and too many if there is a limit.
+# that are too few, and too many if there is a limit; a layer that it lacks and what is
+# said of it.
 COMMON = {
     whisper: (
         50.0,
@@ -77,12 +75,14 @@ COMMON = {
         {400: 1, 480: 2, 799: 2, 800: 3, 16000: 50, 32000: 100},
         399,
         32160,
+        (4, "layer must be from 1 to 3, not 4"),
     ),
     yamnet: (
         25.0,
         [64000, 640, 16000, 63999, 31000],
         {640: 1, 1279: 1, 1280: 2, 16000: 25},
         639,
+        None,
         None,
     ),
     # Among them lengths around its window of 10 s.
@@ -92,6 +92,7 @@ COMMON = {
         {640: 1, 1279: 1, 160640: 251},
         639,
         None,
+        (3, "layer must be -1 or from 1 to 2, not 3"),
     ),
 }
 
@@ -99,7 +100,7 @@ COMMON = {
 @pytest.mark.parametrize("build", COMMON)
 def test_common(files, build):
     teacher = build(getattr(files, build.__name__))
-    rate, batch, frames, short, long = COMMON[build]
+    rate, batch, frames, short, long, lacking = COMMON[build]
     assert (teacher.name, teacher.frame_rate) == (
         {"atst": "atst_frame"}.get(build.__name__, build.__name__),
         rate,
@@ -114,6 +115,9 @@ def test_common(files, build):
     if long:
         with pytest.raises(TeacherError, match="cut it with segments"):
             teacher(*noise(long))
+    if lacking:
+        with pytest.raises(TeacherError, match=lacking[1]):
+            build(getattr(files, build.__name__), layer=lacking[0])
 
 
 def reference_encoder(tensors):
@@ -423,15 +427,3 @@ def test_damaged_files(files, tmp_path):
         with pytest.raises(TeacherError, match=f"(?s){name}: .*{message}"):
             build(tmp_path / name)
     assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize(
-    ("build", "layer", "message"),
-    [
-        (whisper, 4, "layer must be from 1 to 3, not 4"),
-        (atst, 3, "layer must be -1 or from 1 to 2, not 3"),
-    ],
-)
-def test_layer_out_of_range(files, build, layer, message):
-    with pytest.raises(TeacherError, match=message):
-        build(getattr(files, build.__name__), layer=layer)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from teacher_files import WHISPER, whisper_tensors, write_ctranslate2
+from data_dirs import noise_dir
+from teacher_files import WHISPER, whisper, write_whisper_yaml
 
 from espnet2_spear.bin import (
     spear_check_codes,
@@ -33,7 +34,7 @@ from espnet2_spear.fileio.utterances import Utterance, beside_wav_scp, make_batc
 from espnet2_spear.mvq.baselines import KMeansQuantizer, ResidualQuantizer
 from espnet2_spear.mvq.files import load_quantizer
 from espnet2_spear.mvq.quantizer import Quantizer, QuantizerError
-from espnet2_spear.teachers import TeacherError, build_teacher
+from espnet2_spear.teachers import TeacherError
 from espnet2_spear.teachers import embed as teachers_embed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,12 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def setup(tmp_path_factory):
     """Write a small teacher, its configuration and a random quantizer for it."""
     folder = tmp_path_factory.mktemp("setup")
-    weights = write_ctranslate2(folder / "model.bin", whisper_tensors())
-    config = folder / "teacher.yaml"
-    config.write_text(
-        f"teacher: {WHISPER}\nteacher_conf: {{weights: {weights}, layer: 2}}\n"
-    )
-    teacher = build_teacher(WHISPER, {"weights": str(weights), "layer": 2})
+    config, weights = write_whisper_yaml(folder, layer=2), folder / "model.bin"
+    teacher = whisper(weights, layer=2)
     torch.manual_seed(0)
     quantizer = Quantizer(32, 256, 4)
     quantizer.save(folder / "quantizer.pt", {"teacher": teacher.describe()})
@@ -68,18 +65,9 @@ def data_dir(tmp_path):
 
 def write_data(folder, lengths):
     """Write noise of these lengths in samples as a data directory."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    tables = {"wav.scp": [], "utt2num_samples": [], "utt2domain": []}
-    for i, samples in enumerate(lengths):
-        utt, path = f"utt{i:02d}", folder / f"utt{i:02d}.wav"
-        soundfile.write(path, 0.1 * rng.standard_normal(samples), 16000)
-        tables["wav.scp"].append(f"{utt} {path}")
-        tables["utt2num_samples"].append(f"{utt} {samples}")
-        tables["utt2domain"].append(f"{utt} {'speech' if i % 3 else 'audio'}")
-    for name, lines in tables.items():
-        (folder / name).write_text("".join(line + "\n" for line in lines))
-    return folder
+    utts = {f"utt{i:02d}": samples for i, samples in enumerate(lengths)}
+    domain = {utt: "speech" if i % 3 else "audio" for i, utt in enumerate(utts)}
+    return noise_dir(folder, utts, domain=domain)
 
 
 def spoil(data_dir):
@@ -682,8 +670,7 @@ def test_frames_at_once_are_bounded(setup, data_dir, tmp_path, monkeypatch, capl
 def test_quantizer_of_another_teacher(setup, data_dir, tmp_path, caplog):
     out, path = tmp_path / "codes", tmp_path / "q.pt"
     other = {**setup, "quantizer": str(path)}
-    conf = {"weights": setup["weights"], "layer": 1}
-    made_for = {"teacher": build_teacher(WHISPER, conf).describe()}
+    made_for = {"teacher": whisper(setup["weights"], layer=1).describe()}
     for sizes, metadata, message in (
         ((32, 256, 4), made_for, "another teacher .layer 1 against 2.*stage 4"),
         ((16, 256, 4), made_for, "of 16 dimensions, teacher whisper gives 32"),

@@ -17,11 +17,12 @@ from espnet2_spear.zipformer.config import ZipformerConfig
 SAMPLES = (16000, 12000)
 
 
-def build(regularize: bool) -> SpearPretrainModel:
+def build(regularize: bool, causal: bool = False) -> SpearPretrainModel:
     torch.manual_seed(0)
     # With 16 channels oneDNN never ends to generate code for depthwise convolutions in
     # float16, on CPUs that have it (AVX512-FP16).
-    config = replace(ZipformerConfig.from_name("tiny"), regularize=regularize)
+    config = ZipformerConfig.from_name("tiny")
+    config = replace(config, regularize=regularize, causal=causal)
     return SpearPretrainModel(
         student=SpearEncoder(config),
         teachers={
@@ -62,10 +63,14 @@ def gradients(model: SpearPretrainModel, dtype: torch.dtype | None) -> torch.Ten
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("regularize", [False, True])
-def test_loss_and_gradients_are_close(dtype: torch.dtype, regularize: bool) -> None:
+@pytest.mark.parametrize(
+    ("regularize", "causal"), [(False, False), (True, False), (True, True)]
+)
+def test_loss_and_gradients_are_close(
+    dtype: torch.dtype, regularize: bool, causal: bool
+) -> None:
     """Stated bounds: 0.1 % of the loss, 5 % of the gradient (all of it as a vector)."""
-    model = build(regularize)
+    model = build(regularize, causal)
     loss, grad = gradients(model, None)
     other_loss, other_grad = gradients(model, dtype)
     assert loss.dtype == other_loss.dtype == grad.dtype == torch.float32

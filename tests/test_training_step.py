@@ -30,7 +30,9 @@ def test_every_module_can_be_imported() -> None:
 def test_pretraining_steps_and_resumes(tmp_path: Path, iterator: str) -> None:
     cmd = options(write_data(tmp_path / "data", 4), tmp_path / "exp")
     cmd += ["--iterator_type", iterator]
-    if iterator == "task":
+    if iterator == "sequence":
+        cmd += ["--student_conf", "causal=true", "--student_conf", "padding=exact"]
+    else:
         cmd += ["--batch_type", "numel", "--batch_bins", "80000"]
         cmd += ["--sampler_conf", "domain_weights.audio=2"]
         cmd += ["--sampler_conf", "mix_headroom_seconds=0.5"]
@@ -44,6 +46,11 @@ def test_pretraining_steps_and_resumes(tmp_path: Path, iterator: str) -> None:
         (manifest,) = (tmp_path / "exp/manifest").glob("*/manifest.json")
         assert "audio" in manifest.read_text(encoding="utf-8")
         assert not list((tmp_path / "exp").glob("skipped*"))
+    # The second training goes on where the schedules of the first ended.
+    first, second = (float(s["schedule.batches"]) for s in states)
+    assert 0 < first < second
+    if iterator == "sequence":  # equal batches
+        assert second == pytest.approx(2 * first)
     checkpoint = torch.load(tmp_path / "exp/checkpoint.pth", weights_only=True)
     for stats in checkpoint["reporter"]["stats"].values():
         assert "mixed_noise" in stats["train"]
@@ -52,6 +59,11 @@ def test_pretraining_steps_and_resumes(tmp_path: Path, iterator: str) -> None:
     model = espnet2_spear.load_model(tmp_path / "exp/2epoch.pth")
     out = model(torch.zeros(1, RATE), torch.tensor([RATE]))
     assert out.encoder_out.isfinite().all()
+    exact = iterator == "sequence"
+    assert model.config.regularize and model.config.causal == exact
+    assert model.config.padding == ("exact" if exact else "compatible")
+    names = {k.removeprefix("student.") for k in states[1] if k.startswith("student.")}
+    assert set(model.state_dict()) == names  # the count is not the student's
 
 
 @pytest.mark.parametrize(

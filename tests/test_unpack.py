@@ -1,7 +1,6 @@
 """Packed models from strangers: what is refused, and that nothing is left of it."""
 
 import io
-import os
 import pickle
 import stat
 import tarfile
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from teacher_files import Malicious
 
 from espnet2_spear import __version__, load_model
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
@@ -157,20 +157,10 @@ def test_corrupt_archives(tmp_path: Path, suffix: str) -> None:
             load_model(path)
 
 
-class Exploit:
-    """Makes a file when unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return (os.mkdir, (str(self.path),))
-
-
 def test_code_in_weights_is_not_executed(tmp_path: Path) -> None:
     buffer = io.BytesIO()
-    torch.save({"student.mask_emb": Exploit(tmp_path / "executed")}, buffer)
-    for content in (buffer.getvalue(), pickle.dumps(Exploit(tmp_path / "executed"))):
+    torch.save({"student.mask_emb": Malicious(tmp_path / "executed")}, buffer)
+    for content in (buffer.getvalue(), pickle.dumps(Malicious(tmp_path / "executed"))):
         members = student_members(**{"exp/x/m.pth": content})
         packed = write(tmp_path / "m.zip", members)
         for open_it in (load_model, lambda p: models.unpack_model(p, tmp_path / "o")):

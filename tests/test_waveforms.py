@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from espnet2_spear import as_batch
-from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
-from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.spear.checks import InputError
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
@@ -63,18 +61,3 @@ def test_bad_options() -> None:
         as_batch([np.ones(9)], 16)
     with pytest.raises(InputError, match="other_rate 'guess'"):
         as_batch([np.ones(9)], 16000, other_rate="guess")
-
-
-@pytest.mark.parametrize("kind", ["frontend", "encoder"])
-def test_integers_through_espnets_inference(kind: str) -> None:
-    """Speech2Text makes floats of them, in their scale."""
-    model = SpearFrontend(arch="tiny")
-    if kind == "encoder":
-        model = ZipformerEncoder(1, arch="tiny")
-    speech = torch.randint(-20000, 20000, (2, 8000), dtype=torch.int16).float()
-    lengths = torch.tensor([8000, 7000])
-    with pytest.raises(
-        InputError, match="utterance 0 .*: samples from -.*divide 16-bit"
-    ):
-        model.eval()(speech, lengths)
-    model(speech / 32768, lengths)

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,34 +46,33 @@ def small() -> SpearEncoder:
     return SpearEncoder(ZipformerConfig.from_name("tiny")).eval()
 
 
-def test_encoder_matches_reference(data_dir: Path) -> None:
-    ref = np.load(data_dir / "zipformer.npz")
-    model = SpearEncoder(GOLDEN_CONFIG).eval()
-    fill_by_rule(model)
-    x, x_lens = torch.tensor(ref["x"].astype(np.float32)), torch.tensor(ref["x_lens"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("folder", ["data_dir", "golden_dir"])
+def test_encoder_matches_reference(
+    request: pytest.FixtureRequest, folder: str, causal: bool
+) -> None:
+    """Some frames of arrays in the repository; all of those beside it."""
+    path = request.getfixturevalue(folder)
+    inputs = np.load(path / "zipformer.npz")
+    ref = np.load(path / "zipformer_causal.npz") if causal else inputs
+    model = SpearEncoder(replace(GOLDEN_CONFIG, causal=causal)).eval()
+    params = {k[2:]: torch.tensor(v) for k, v in ref.items() if k.startswith("P:")}
+    if folder == "data_dir":
+        fill_by_rule(model)
+    else:
+        missing, extra = model.load_state_dict(params, strict=False)
+        assert missing == ["mask_emb"] and not extra
+    x, x_lens = torch.tensor(inputs["x"]), torch.tensor(inputs["x_lens"])
     with torch.no_grad():
         embed = model.encoder_embed(x)
         out = model.encode(x, x_lens)
-    step = int(ref["step"])
-    np.testing.assert_allclose(embed[:, ::step], ref["embed"], atol=1e-4)
-    np.testing.assert_allclose(out.encoder_out[:, ::step], ref["out"], atol=1e-4)
     assert len(out.hidden_states) == 8
-    for i, h in enumerate(out.hidden_states):
-        np.testing.assert_allclose(h[:, ::step], ref[f"hidden{i}"], atol=1e-4)
-    assert out.encoder_out_lens.tolist() == ref["out_lens"].tolist()
-
-
-def test_encoder_matches_full_reference(golden_dir: Path) -> None:
-    ref = np.load(golden_dir / "zipformer.npz")
-    model = SpearEncoder(GOLDEN_CONFIG).eval()
-    params = {k[2:]: torch.tensor(v) for k, v in ref.items() if k.startswith("P:")}
-    missing, extra = model.load_state_dict(params, strict=False)
-    assert missing == ["mask_emb"] and not extra
-    with torch.no_grad():
-        out = model.encode(torch.tensor(ref["x"]), torch.tensor(ref["x_lens"]))
-    np.testing.assert_allclose(out.encoder_out, ref["out"], atol=1e-4)
-    for i, h in enumerate(out.hidden_states):
-        np.testing.assert_allclose(h, ref[f"hidden{i}"], atol=1e-4)
+    found = {f"hidden{i}": state for i, state in enumerate(out.hidden_states)}
+    found |= {"embed": embed, "out": out.encoder_out}
+    step = int(ref.get("step", 1))
+    for key, value in found.items():
+        np.testing.assert_allclose(value[:, ::step], ref[key], atol=1e-4, err_msg=key)
+    assert out.encoder_out_lens.tolist() == inputs["out_lens"].tolist()
 
 
 @pytest.mark.parametrize("name", ["hf_tiny", "hf_tiny_25hz"])
@@ -95,16 +95,6 @@ def test_released_layout_matches_reference(golden_dir: Path, name: str) -> None:
     )
     for i, h in enumerate(out.hidden_states):
         np.testing.assert_allclose(h, ref[f"hidden_{i:02d}"], atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "name, parameters",
-    [("base", 93_289_489), ("large", 326_951_472), ("xlarge", 596_973_362)],
-)
-def test_named_sizes(name: str, parameters: int) -> None:
-    with torch.device("meta"):
-        model = SpearEncoder(ZipformerConfig.from_name(name))
-    assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 def test_fbank_matches_kaldi() -> None:
@@ -189,17 +179,6 @@ def test_content_of_padding_does_not_matter(small: SpearEncoder) -> None:
     with torch.no_grad():
         a, b = small(speech, lengths), small(other, lengths)
     torch.testing.assert_close(a.encoder_out, b.encoder_out)
-
-
-def test_gradients_reach_every_trainable_parameter() -> None:
-    torch.manual_seed(0)
-    model = SpearEncoder(ZipformerConfig.from_name("tiny"))
-    out = model(torch.randn(2, 8000), torch.tensor([8000, 6000]))
-    out.encoder_out.square().sum().backward()
-    without = [
-        n for n, p in model.named_parameters() if p.requires_grad and p.grad is None
-    ]
-    assert without == ["mask_emb"]  # used in masking only
 
 
 @pytest.mark.parametrize(

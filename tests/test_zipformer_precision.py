@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_zipformer import GOLDEN_CONFIG
-from test_zipformer_exact import NARROW, build
+from test_zipformer_exact import build
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -40,16 +40,6 @@ def test_bfloat16_autocast_against_the_reference(causal: bool, data_dir: Path) -
     for got, expected in pairs:
         error = relative_error(got[:, ::step], torch.tensor(expected).float())
         assert 0 < error < bound
-
-
-def test_bfloat16_training_with_regularisers() -> None:
-    model = build(NARROW, regularize=True, causal=True).train()
-    for _ in range(4):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = model.encode(torch.randn(2, 90, 128), torch.tensor([90, 60]))
-        out.encoder_out.float().square().mean().backward()
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    assert grads and all(torch.isfinite(g).all() for g in grads)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -5,14 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
+from student_files import write_student
 from test_zipformer_exact import NARROW, build
 
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
+from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.spear.student import SpearEncoder
+from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.zipformer import cpu
 from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.schedule import SCHEDULES_END
 
 LENGTHS = torch.tensor([16000, 12000])
 
@@ -96,3 +101,37 @@ def test_a_student_without_regularisers_takes_one_with_them(tmp_path: Path) -> N
         assert torch.equal(value, source.state_dict()[name])
     tiny = ZipformerConfig.from_name("tiny")
     assert load_model(file).config.architecture() == tiny.architecture()
+
+
+def holder(place: str, start: float = 0.0) -> torch.nn.Module:
+    """A model with the student at a place, its schedules at the start."""
+    arch = {"name": "tiny", "regularize": True, "regularize_start": start}
+    if place == "encoder":
+        return torch.nn.ModuleDict({"encoder": ZipformerEncoder(1, arch=arch)})
+    if place == "frontend.upstream":
+        frontend = SpearFrontend(arch=arch, freeze=False)
+        return torch.nn.ModuleDict({"frontend": frontend})
+    conf = ROOT / "conf/train_spear_mini_speech_audio.yaml"
+    options = ["--config", str(conf), "--output_dir", "unused", "--student", "tiny"]
+    options += ["--student_conf", "regularize=true"]
+    options += ["--student_conf", f"regularize_start={start}"]
+    return SpearTask.build_model(SpearTask.get_parser().parse_args(options))
+
+
+@pytest.mark.parametrize("start", [0.0, 700.0])
+@pytest.mark.parametrize("place", ["encoder", "frontend.upstream", "student"])
+def test_schedules_of_loaded_weights_are_at_their_end(
+    tmp_path: Path, place: str, start: float
+) -> None:
+    """Or where the user wants them; a training of the model itself goes on."""
+    weights = f"{write_student(tmp_path)}:student:{place}"
+    loaded, resumed, same = holder(place, start), holder(place), holder(place, start)
+    load_pretrained_model(weights, loaded, False)
+    count = loaded.get_submodule(place).encoder.count
+    assert count.value == (start or SCHEDULES_END)
+    count.value = 12.0
+    resumed.load_state_dict(loaded.state_dict())
+    assert resumed.get_submodule(place).encoder.count.value == 12.0
+    # Nothing came.
+    same.load_state_dict(copy.deepcopy(same.state_dict()))
+    assert same.get_submodule(place).encoder.count.value == start

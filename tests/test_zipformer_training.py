@@ -9,9 +9,7 @@ import torch
 from espnet2.main_funcs.average_nbest_models import average_nbest_models
 from espnet2.train.reporter import Reporter
 from test_zipformer_exact import NARROW
-from tiny_training import options, train_twice, write_data
 
-from espnet2_spear.hub.load import load_model
 from espnet2_spear.optimizers.scaled_adam import ScaledAdam
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer import (
@@ -559,17 +557,3 @@ def test_no_schedule_changes_after_the_stated_end() -> None:
             scheduled.append(module.skip)
     last = [s[-1][0] for s in scheduled if isinstance(s, tuple)]
     assert len(last) > 50 and max(last) == SCHEDULES_END
-
-
-def test_a_resumed_training_goes_on_counting(tmp_path: Path) -> None:
-    """Through ESPnet's trainer, a causal network with everything switched on."""
-    more = ("--student_conf", "causal=true", "--student_conf", "padding=exact")
-    cmd = options(write_data(tmp_path / "data", 4), tmp_path / "exp", *more)
-    states = train_twice(cmd, tmp_path)
-    first, second = (float(s["schedule.batches"]) for s in states)
-    assert first > 0 and second == pytest.approx(2 * first)  # equal batches
-    student = load_model(tmp_path / "exp" / "2epoch.pth")
-    config = student.config
-    assert config.causal and config.regularize and config.padding == "exact"
-    names = {k.removeprefix("student.") for k in states[1] if k.startswith("student.")}
-    assert set(student.state_dict()) == names  # the count is not the student's

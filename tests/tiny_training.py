@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from data_dirs import espnet_data
 
 from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
 
@@ -110,12 +111,8 @@ def data_options(data: dict[str, str]) -> list[str]:
         cmd += ["--teachers", f"{name}.frame_rate={rate}"]
     kinds = {"speech": "sound", "domain": "text"}
     kinds |= {"codes_speech": "kaldi_ark", "codes_audio": "kaldi_ark"}
-    for split in ("train", "valid"):
-        for name, kind in kinds.items():
-            entry = f"{data[name]},{name},{kind}"
-            cmd += [f"--{split}_data_path_and_name_and_type", entry]
-        cmd += [f"--{split}_shape_file", data["shape"]]
-    return cmd
+    files = {name: (data[name], kind) for name, kind in kinds.items()}
+    return cmd + espnet_data(files, data["shape"])
 
 
 def with_other_audio(
@@ -143,21 +140,29 @@ def write_nan(data: dict[str, str], path: Path, utt: str) -> None:
     soundfile.write(path, nan, RATE, subtype="FLOAT")
 
 
+def spear_train(cmd: list[str]) -> None:
+    """Pre-train a student; imported when it is called."""
+    from espnet2_spear.bin.spear_train import main
+
+    main(cmd=cmd)
+
+
 def start(
     cmd: Sequence[str],
     log: Path,
     before: Callable[[], None] = lambda: None,
     env: dict[str, str] | None = None,
+    main: Callable[[list[str]], object] = spear_train,
 ) -> multiprocessing.Process:
     """Train in a forked process: it is real, and need not import everything again.
 
     Args:
-        cmd: for spear_train.
+        cmd: the command's words.
         log: gets standard output and error.
         before: runs first in the new process.
         env: added to the environment.
+        main: the command.
     """
-    from espnet2_spear.bin.spear_train import main
 
     def work() -> None:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -170,7 +175,7 @@ def start(
             __import__("logging").getLogger().removeHandler(handler)
         torch.set_num_threads(1)
         before()
-        main(cmd=list(cmd))
+        main(list(cmd))
 
     process = FORK.Process(target=work)
     process.start()
@@ -205,19 +210,22 @@ def launch(
     before: Callable[[int], Callable[[], None]] = lambda rank: lambda: None,
     ranks: int = 2,
     slurm: bool = False,
+    main: Callable[[list[str]], object] = spear_train,
 ) -> list[multiprocessing.Process]:
     """Start the ranks of one training (gloo).
 
     Args:
-        cmd: for spear_train.
+        cmd: the command's words.
         folder: gets ``log0``, ``log1``...
         before: rank -> what runs first in it.
         ranks: how many.
         slurm: whether they find each other as srun's tasks do on a node each, by a
             file, else by addresses in the environment.
+        main: the command; another than spear_train looks at the environment alone.
     """
-    cmd = [*cmd, "--dist_backend", "gloo"]
-    cmd += ["--multiprocessing_distributed", str(slurm).lower()]
+    if main is spear_train:
+        cmd = [*cmd, "--dist_backend", "gloo"]
+        cmd += ["--multiprocessing_distributed", str(slurm).lower()]
     if slurm:
         cmd += ["--dist_launcher", "slurm"]
         cmd += ["--dist_init_method", f"file://{folder}/dist_init"]
@@ -232,7 +240,8 @@ def launch(
     processes = []
     for rank in range(ranks):
         env = {k: str(v) for k, v in {**common, **dict.fromkeys(own, rank)}.items()}
-        processes.append(start(cmd, folder / f"log{rank}", before(rank), env))
+        log = folder / f"log{rank}"
+        processes.append(start(cmd, log, before(rank), env, main))
     return processes
 
 
