@@ -22,7 +22,7 @@ test: setup ## set up and run the tests on all cores
 demo: setup ## set up and run the main job on the embedded data (40 to 90 minutes on 2 cores)
 	bash egs2/spear/demo.sh
 
-demo-full: setup ## the same on all of the embedded data, without a limit of time
+demo-full: setup ## the same with three times the steps and longer quantizer training (hours)
 	bash egs2/spear/demo.sh --full true
 
 evidence: setup ## the paper's claims on small students: tables with spreads (a night)

@@ -36,8 +36,8 @@ when it is skipped, that is said. A training is never repeated: it wants another
   --asr_args \"...\"               further options of asr_train  []
   --asr_tag TAG                  name of the recognizer        [<config>_<token type>_s<seed>]
   --seed N                       seed of training              [0]
-  --ckpt PATH                    pre-trained student, for frontend: spear (anything that
-                                 load_model opens) or encoder: zipformer (a .pth file)
+  --ckpt PATH                    pre-trained student, for frontend: spear (a folder or
+                                 file that load_model opens) or encoder: zipformer (a .pth file)
   --token_type char|bpe          kind of tokens                [char]
   --nbpe N                       size of the bpe vocabulary    [100]
   --inference_config FILE        decoding configuration        [conf/decode_asr_ctc.yaml] (beam)

@@ -19,7 +19,7 @@ seed is one of quantizers and pre-training; the quantizers of seed 0 are the dem
   --only \"A B\"                only these files of evidence/, and what they are compared with
   --seeds \"0 1 2\"             to train; others than elsewhere, see --known
   --steps N                   of pre-training; 0: as the configuration has it [800]
-  --tasks \"A B\"               files of tasks/
+  --tasks \"A B\"               files of tasks/  [prompts speakers classes mixtures instruments]
   --probe_seeds \"0\"           of the probe
   --jobs N                    students at once, a thread each       [number of CPUs]
   --ssl_args \"...\"            more options of ../ssl1/run.sh, such as --data_config F
