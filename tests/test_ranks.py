@@ -19,7 +19,7 @@ from tiny_training import (
 )
 
 from espnet2_spear.tasks import spear
-from espnet2_spear.train import step
+from espnet2_spear.train import checkpoint, step
 from espnet2_spear.train.checkpoint import SKIPPED
 from espnet2_spear.train.interruption import EXIT_INTERRUPTED
 from espnet2_spear.train.ranks import EXIT_RANK_LOST
@@ -50,6 +50,11 @@ def test_stopped_and_resumed(data, tmp_path, ranks: int = 3):
 
     def stop_one(rank):
         def before():
+            def save_slowly(*args, **kwargs):
+                time.sleep(2)
+                whole(*args, **kwargs)
+                (tmp_path / "saved").touch()
+
             def update(self, *args):
                 if rank == 1 and self.state.steps == 1:
                     os.kill(os.getpid(), signal.SIGTERM)
@@ -57,10 +62,15 @@ def test_stopped_and_resumed(data, tmp_path, ranks: int = 3):
 
             plain = step.OptimizerStep._update
             step.OptimizerStep._update = update
+            whole, checkpoint.save_whole = checkpoint.save_whole, save_slowly
 
         return before
 
-    assert end(launch(cmd, tmp_path, stop_one, ranks)) == [EXIT_INTERRUPTED] * ranks
+    processes = launch(cmd, tmp_path, stop_one, ranks)
+    processes[1].join(300)
+    # The first that ends makes torch and srun end the others.
+    assert (tmp_path / "saved").exists()
+    assert end(processes) == [EXIT_INTERRUPTED] * ranks
     state = torch.load(tmp_path / "exp/checkpoint.pth", weights_only=True)["spear"]
     assert (state["epoch"], state["position"], state["steps"]) == (1, 3, 2)
     assert len(state["ranks"]) == ranks and state["ranks"][0] != state["ranks"][1]

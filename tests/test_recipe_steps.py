@@ -1001,6 +1001,29 @@ def test_slurm_jobs_by_stand_ins(
         assert (tmp_path / f"log/a.{job}.log").read_text().endswith(end)
 
 
+def test_a_run_that_is_ended_cancels_its_job(tmp_path: Path) -> None:
+    """Its lock ends with it: the next run would meet the job in its folder."""
+    job = 'trap "exit 1" USR1; echo "Submitted batch job 42"; echo $$ >pid\n'
+    job += "while :; do sleep 0.1; done\n"
+    for name, script in (
+        ("sbatch", job),
+        ("scancel", 'echo "$*" >id; kill -USR1 $(<pid)\n'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{script}")
+        (tmp_path / name).chmod(0o755)
+    process = subprocess.Popen(
+        [LOCAL / "slurm_job.sh", tmp_path / "a.log", "echo"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=120) == 143
+    assert (tmp_path / "id").read_text() == "42\n"
+
+
 def test_termination_reaches_the_command(tmp_path: Path) -> None:
     script = (
         f"trap 'echo got it >{tmp_path}/out; exit 9' TERM; echo up; sleep 60 & wait"

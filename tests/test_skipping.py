@@ -1,6 +1,8 @@
 """Batches from real files, some of them bad, by worker processes."""
 
+import errno
 import logging
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import soundfile
 from espnet2.train.collate_fn import CommonCollateFn
 
 from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.data import dataset
 from espnet2_spear.data.dataset import SILENCE, ManifestDataset, SpearPreprocessor
 from espnet2_spear.data.iter_factory import (
     FixedBatches,
@@ -24,6 +27,7 @@ from espnet2_spear.data.skipping import (
     TooManyBadUtterances,
 )
 from espnet2_spear.fileio.ark import CodesWriter, write_missing_codes
+from espnet2_spear.fileio.audio import read_audio
 
 RATE = 16000
 COUNT = 24
@@ -178,6 +182,20 @@ def test_bad_files_are_replaced_and_listed(folder: Path, workers: int) -> None:
     assert read(again.build_iter(1)) == batches
     assert (folder / "skipped.txt").read_text().splitlines() == listed
     assert again.skips.causes == one.skips.causes
+
+
+def test_a_server_that_does_not_answer_costs_an_utterance(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: str) -> tuple:
+        if "u-05" in path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return read_audio(path)
+
+    monkeypatch.setattr(dataset, "read_audio", read)
+    batches = list(factory(folder).build_iter(1))
+    assert batches and all("u-05" not in utts for utts, _ in batches)
+    assert "u-05 unreadable " in (folder / "skipped.txt").read_text()
 
 
 def test_a_batch_of_bad_files_becomes_silence(folder: Path) -> None:

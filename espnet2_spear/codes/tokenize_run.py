@@ -103,8 +103,9 @@ class TokenizeRun:
         marks = self._marks(tokenizers, chosen)
         share = part or WHOLE_JOB
         marks.clear_stale(share)
-        for options in self.teachers:
-            (self.folder / f"{options.name}.scp").unlink(missing_ok=True)
+        if part is None:
+            for options in self.teachers:
+                (self.folder / f"{options.name}.scp").unlink(missing_ok=True)
         of_any = np.concatenate([table.places for table in chosen])
         union = everyone.take(np.flatnonzero(np.isin(everyone.places, of_any)))
         shards = split_into_shards(

@@ -139,6 +139,8 @@ class ManifestDataset(Dataset):
             raise BadUtterance(utt, f"audio_{error.reason}", str(error)) from error
         except ArkError as error:
             raise BadUtterance(utt, "codes_unreadable", str(error)) from error
+        except OSError as error:  # such as of a server that does not answer
+            raise BadUtterance(utt, "unreadable", str(error)) from error
         try:
             return utt, self.preprocess(utt, data)
         except ValueError as error:

@@ -178,7 +178,8 @@ class RunState:
             self.scaler.load_state_dict(content["scaler"])
         for name in _COUNTERS:
             setattr(self, name, own[name])
-        self.average.load_state_dict(own["average"])
+        if self.rank == 0:  # the others do not average
+            self.average.load_state_dict(own["average"])
         self.interrupted = own["interrupted"]
         for what, then, now in (
             ("processes", len(own["ranks"]), self.world_size),

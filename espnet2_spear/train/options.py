@@ -119,7 +119,7 @@ def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rank_timeout",
         type=float,
-        default=40.0,
+        default=120.0,
         help="Seconds of silence after which a rank of a distributed training "
         "counts as dead, which ends the others; 0: leave it to the backend",
     )

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 EXIT_RANK_LOST = 76
+BEATS = 8  # of a rank, in the time after which its silence counts
 
 
 @contextlib.contextmanager
@@ -112,9 +112,9 @@ class RankMonitor(threading.Thread):
         while not dist.is_initialized():
             if self._end.wait(0.05):
                 return
-        rank, start = dist.get_rank(), time.monotonic()
+        rank = dist.get_rank()
         watched = range(1, dist.get_world_size()) if rank == 0 else [0]
-        heard = {r: (self._before.get(str(r)), start) for r in watched}
+        heard = {r: (self._before.get(str(r)), 0) for r in watched}
         own, begun = self._file(rank), False
         while not self._end.is_set():
             # What a file system refuses for a moment is done a moment later.
@@ -124,26 +124,29 @@ class RankMonitor(threading.Thread):
                     begun = True
                 own.touch()
                 self._listen(heard)
-            self._end.wait(self.timeout / 8)
+            self._end.wait(self.timeout / BEATS)
 
-    def _listen(self, heard: dict[int, tuple[_State, float]]) -> None:
+    def _listen(self, heard: dict[int, tuple[_State, int]]) -> None:
         """Look at the files of ranks.
 
+        Silence is counted in own beats: while the file system pauses, nobody can beat.
+
         Args:
-            heard: rank -> its last state and when that was new; ranks that are done
-                are taken out.
+            heard: rank -> its last state and own beats since that was new; ranks that
+                are done are taken out.
         """
-        for rank, (before, since) in list(heard.items()):
-            state, now = _look(self._file(rank)), time.monotonic()
+        for rank, (before, beats) in list(heard.items()):
+            state = _look(self._file(rank))
             if state == before:
-                if now - since > self.timeout:
-                    self._exit(f"rank {rank} has been silent for {now - since:.0f} s")
+                heard[rank] = (state, beats + 1)
+                if beats >= BEATS:
+                    self._exit(f"rank {rank} has been silent for {self.timeout:.0f} s")
             elif state is None:
                 del heard[rank]
             elif failure := state[1]:
                 self._exit(f"rank {rank} failed: {failure[:300]}")
             else:
-                heard[rank] = (state, now)
+                heard[rank] = (state, 0)
 
     def finish(self, failure: str) -> None:
         """Stop; tell the others that this rank is done, or why it failed."""

@@ -137,24 +137,21 @@ class Training:
             resume_from_folder(state)
         if state.world_size > 1:
             self.model = self._wrap_for_ranks()
-        observe = state.reporter.observe
         with self.stop.listen():
-            while state.epoch <= options.max_epoch:
-                logging.info(f"{state.epoch}/{options.max_epoch}epoch started")
-                set_all_random_seed(options.seed + state.epoch)
-                state.reporter.set_epoch(state.epoch)
-                with observe("train") as statistics:
-                    self.train_epoch(statistics)
-                with observe("valid") as statistics:
-                    self.validate(statistics)
-                if self.plot_data is not None and state.rank == 0:
-                    with observe("att_plot") as statistics:
-                        self.draw_predictions(statistics)
-                any_valid = state.any_valid
-                self._finish_epoch()
-                if not any_valid:
-                    logging.warning("no step of the epoch was valid: training ends")
-                    break
+            try:
+                self._train_epochs()
+            except Interrupted:
+                # The loader and its workers have ended: they would not wait for a
+                # large checkpoint.
+                self._save_within_epoch()
+                if state.world_size > 1:
+                    # Whoever starts ranks ends all of them soon after the first.
+                    torch.distributed.barrier()
+                logging.warning(
+                    "the training was asked to stop and ends; the same command with "
+                    "--resume true goes on"
+                )
+                raise
         if state.rank == 0:
             average_nbest_models(
                 output_dir=state.output_dir,
@@ -162,6 +159,26 @@ class Training:
                 best_model_criterion=options.best_model_criterion,
                 nbest=self._nbest(),
             )
+
+    def _train_epochs(self) -> None:
+        state, options = self.state, self.options
+        observe = state.reporter.observe
+        while state.epoch <= options.max_epoch:
+            logging.info(f"{state.epoch}/{options.max_epoch}epoch started")
+            set_all_random_seed(options.seed + state.epoch)
+            state.reporter.set_epoch(state.epoch)
+            with observe("train") as statistics:
+                self.train_epoch(statistics)
+            with observe("valid") as statistics:
+                self.validate(statistics)
+            if self.plot_data is not None and state.rank == 0:
+                with observe("att_plot") as statistics:
+                    self.draw_predictions(statistics)
+            any_valid = state.any_valid
+            self._finish_epoch()
+            if not any_valid:
+                logging.warning("no step of the epoch was valid: training ends")
+                break
 
     def train_epoch(self, statistics: SubReporter) -> None:
         """Train what is left of the epoch."""
@@ -235,11 +252,6 @@ class Training:
             torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MIN)
             count, stop = shared.tolist()
         if stop:
-            self._save_within_epoch()
-            logging.warning(
-                "the training was asked to stop and ends; the same command with "
-                "--resume true goes on"
-            )
             raise Interrupted
         return count
 

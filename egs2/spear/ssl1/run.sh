@@ -490,7 +490,7 @@ if wanted 7; then
     fi
     nodes=()
     if [ "${num_nodes}" -gt 1 ]; then
-        nodes=(--dist_launcher slurm --dist_init_method "file://$(realpath -m "${exp}")/.dist_init.$$")
+        nodes=(--dist_launcher slurm --dist_init_method "file://$(realpath -m "${exp}")/.dist_init.$$.$(date +%s)")
     fi
     # The processes of a machine, one a GPU, share its cores.
     ranks=$((ngpu > 1 ? ngpu : 1))

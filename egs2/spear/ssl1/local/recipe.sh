@@ -25,8 +25,13 @@ lock() {
     unlock
     mkdir -p "$1"
     exec {lock_fd}>>"$1/.lock"
-    if ! flock --nonblock "${lock_fd}"; then
+    local status=0
+    flock --nonblock --conflict-exit-code 99 "${lock_fd}" || status=$?
+    if [ "${status}" -eq 99 ]; then
         log "ERROR: another run works in $1 ($(tail -n 1 "$1/.lock")); wait for it, stop it, or choose other folders or another tag (see --help)"
+        exit 1
+    elif [ "${status}" -ne 0 ]; then
+        log "ERROR: $1 cannot be locked (see above); its file system has to be mounted with locks (Lustre: flock)"
         exit 1
     fi
     echo "$(hostname), process $$, since $(date)" >"$1/.lock"
@@ -58,7 +63,7 @@ launch_options() {
     launch=(--ngpu "${ngpu}" --multiprocessing_distributed true --resume true)
     if [ "${num_nodes}" -gt 1 ]; then
         launch+=(--dist_launcher slurm
-            --dist_init_method "file://$(realpath -m "$1")/.dist_init.$$")
+            --dist_init_method "file://$(realpath -m "$1")/.dist_init.$$.$(date +%s)")
     fi
 }
 

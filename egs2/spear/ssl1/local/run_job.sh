@@ -43,14 +43,17 @@ if [ $# -lt 2 ] || [[ $1 == -* ]]; then
 fi
 log=$1
 shift
+command=$1
 
 pids=()
 # A training that is told to stop writes a checkpoint first. A second signal does not wait.
 stop() {
-    local status=143 pid
+    local status=143 pid signal=TERM
+    # srun passes SIGUSR1 on to its tasks, and kills them when it gets SIGTERM.
+    [ "${command}" != srun ] || signal=USR1
     trap - TERM INT
     # Some may have ended by themselves.
-    if [ ${#pids[@]} -gt 0 ]; then kill "${pids[@]}" 2>/dev/null || true; fi
+    if [ ${#pids[@]} -gt 0 ]; then kill -s "${signal}" "${pids[@]}" 2>/dev/null || true; fi
     for pid in "${pids[@]}"; do wait "${pid}" || status=$?; done
     exit "${status}"
 }

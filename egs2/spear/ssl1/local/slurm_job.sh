@@ -63,8 +63,20 @@ script=${log//JOB/all}.sbatch
     printf ' %q' "${log}" "${launcher[@]}" "$@"
     echo
 } >"${script}"
-if ! sbatch "${sbatch_opts[@]}" --array="${array/:/-}" \
-    --output="${log//JOB/all}.slurm-%a" "${script}"; then
+submitted=${script%.sbatch}.submitted
+sbatch "${sbatch_opts[@]}" --array="${array/:/-}" \
+    --output="${log//JOB/all}.slurm-%a" "${script}" >"${submitted}" &
+sbatch=$!
+# The locks of folders end with run.sh: a job that goes on would meet the next one there.
+# It gets SIGTERM, and a training writes a checkpoint.
+cancel() {
+    trap - INT TERM HUP
+    scancel "$(grep -oE '[0-9]+' "${submitted}" | tail -n 1)" || true
+    wait "${sbatch}" || true # until the job has ended
+    exit 143
+}
+trap cancel INT TERM HUP
+if ! wait "${sbatch}"; then
     echo "$0: sbatch or a job failed; see ${log//JOB/'<job>'}" >&2
     exit 1
 fi
