@@ -102,8 +102,7 @@ class TokenizeRun:
         tokenizers = [Tokenizer(options) for options in self.teachers]
         marks = self._marks(tokenizers, chosen)
         share = part or WHOLE_JOB
-        marks.clear_stale(share)
-        if part is None:
+        if marks.clear_stale(share) or part is None:
             for options in self.teachers:
                 (self.folder / f"{options.name}.scp").unlink(missing_ok=True)
         of_any = np.concatenate([table.places for table in chosen])

@@ -177,8 +177,8 @@ class DoneMarks:
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard_stem(self.name, shard)}.done"
 
-    def clear_stale(self, part: JobShare = WHOLE_JOB) -> None:
-        """Remove the shards of runs with other inputs or options, and say so.
+    def clear_stale(self, part: JobShare = WHOLE_JOB) -> int:
+        """Remove the shards of runs with other inputs or options; return how many.
 
         Also those that lie where earlier versions put them.
 
@@ -201,6 +201,7 @@ class DoneMarks:
                 f"{self.folder}: removed {stale} shards made from other inputs or with "
                 "other options"
             )
+        return stale
 
     def read(self, shard: int) -> Any:
         """Return the record of a finished shard, None if it is yet to be done."""
