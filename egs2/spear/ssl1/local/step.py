@@ -55,10 +55,12 @@ def digest_of(path: Path, source: bool = False) -> str:
         for name in TABLES:
             if (path / name).exists():
                 digest.update(f"{name} {digest_of(path / name)}\n".encode())
-        for line in open(path / "wav.scp", "rb") if source else ():
-            *_, value = os.fsdecode(line).strip().split(maxsplit=1) or [""]
-            file, _ = split_ark(find_audio(value, path))
-            digest.update(f"{stamp_of(file)}\n".encode())
+        if source:
+            with open(path / "wav.scp", "rb") as table:
+                for line in table:
+                    *_, value = os.fsdecode(line).strip().split(maxsplit=1) or [""]
+                    file, _ = split_ark(find_audio(value, path))
+                    digest.update(f"{stamp_of(file)}\n".encode())
     elif path.is_dir():
         walked = set()
         for folder, folders, names in os.walk(path, followlinks=True):
