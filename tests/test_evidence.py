@@ -58,18 +58,22 @@ def test_options_are_those_of_the_recipe(
     ("only", "quick", "expected"),
     [
         (["lambda_1"], False, [["asymmetric", "lambda_1"]]),
-        (["rvq", "noise"], True, [["asymmetric", "rvq"], ["asymmetric", "noise"]]),
+        (
+            ["rvq", "noise"],
+            True,
+            [["asymmetric", "rvq"], *[["asymmetric", "noise"]] * 2],
+        ),
         (["nothing"], False, "--only nothing: in no table"),
     ],
 )
 def test_questions(only: list[str], quick: bool, expected: object) -> None:
     if isinstance(expected, str):
         with pytest.raises(tasks.TaskError, match=expected):
-            evidence.questions(only, quick)
+            evidence.questions(only, quick, ())
         return
-    found = evidence.questions(only, quick)
+    found = evidence.questions(only, quick, ())
     assert [[arm.name for arm in q.arms] for q in found] == expected
-    assert len(evidence.questions([], False)) == len(TABLES["tables"])
+    assert len(evidence.questions([], False, ())) == len(TABLES["tables"])
 
 
 def test_differences_are_paired_and_pooled() -> None:
@@ -119,6 +123,11 @@ def test_lists_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> None:
     commands = [line for line in lines if line.startswith("  ./run.sh")]
     assert ["--quantizer_tag s7" in c for c in commands] == [False, False, True, True]
     assert "--lr 0.01 --seed 7'" in commands[2] and "'--seed 7'" in commands[3]
+    # A student has the tasks of all questions that it answers.
+    words = ["--dry_run", "true", "--seeds", "0", "--tasks", "prompts"]
+    evidence.main([*words, "--only", "noise lambda_1"])
+    probes = [x for x in capsys.readouterr().out.splitlines() if "--systems" in x]
+    assert ["'prompts prompts_0db speakers_0db'" in x for x in probes] == [1, 0, 1]
 
 
 def test_known_scores_are_not_trained_again(
@@ -139,6 +148,10 @@ def test_known_scores_are_not_trained_again(
         scores.write(known)
         scores = score_table.ScoreTable(str(known), conditions)  # of another machine
         scores.add("kmeans", score(seed, 64.0 + seed))
+    for task in ("prompts_0db", "speakers_0db"):
+        scores.add("log-mel", {task: heads.Score(0, 0.0, 90.0, [])})
+        for arm, test in (("noise", 80.0), ("asymmetric", 81.0)):
+            scores.add(arm, {task: heads.Score(4, 0.0, test, [])})
     scores.write(known)
     words = ["--only", "kmeans", "--tasks", "prompts", "--known", str(known)]
     monkeypatch.setattr(
@@ -152,6 +165,13 @@ def test_known_scores_are_not_trained_again(
     title = evidence.Arm.read("kmeans").title
     assert f"| {title} | 65.0 ± 1.0 |" in shown
     assert f"| {title} | 3 | +4.0 ± 0.0 worse |" in shown
+    # A question with tasks of its own has those scores alone.
+    evidence.main([*words, "--only", "noise", "--seeds", ""])
+    shown = capsys.readouterr().out
+    assert "\n| log-mel | 90.0 | 90.0 | 1.0 | - | 1.0 |" in shown
+    noise = evidence.Arm.read("noise").title
+    assert f"\n| {noise} | 80.0 | 80.0 | 1.5 | - | 1.5 |" in shown
+    assert f"\n| {noise} | 1 | -1.0 | -1.0 |" in shown
     # What was read and nothing else is written beside the tables.
     assert (tmp_path / "exp/evidence/scores.tsv").read_text() == known.read_text()
     evidence.main([*words, "--seeds", "0 3", "--dry_run", "true"])

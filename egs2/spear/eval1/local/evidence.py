@@ -17,10 +17,9 @@ import math
 import shlex
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from heads import Score
@@ -92,14 +91,20 @@ class Arm:
 
 @dataclass(frozen=True)
 class Question:
-    """Arms that are compared with the first of them."""
+    """Arms that are compared with the first of them, by these tasks."""
 
     title: str
     arms: Sequence[Arm]
+    tasks: Sequence[str]
 
 
-def questions(only: Sequence[str], quick: bool) -> list[Question]:
+def questions(only: Sequence[str], quick: bool, tasks: Sequence[str]) -> list[Question]:
     """Read tables.yaml; of each question the arms that are wanted and its first.
+
+    Args:
+        only: arms that are wanted.
+        quick: those that tell most, unless ``only`` names some.
+        tasks: of the questions that have none of their own.
 
     Raises:
         TaskError: ``only`` names what is in no table.
@@ -119,7 +124,8 @@ def questions(only: Sequence[str], quick: bool) -> list[Question]:
         others = [name for name in others if not wanted or name in wanted]
         if others or first in only:
             arms = [Arm.read(name) for name in (first, *others)]
-            found.append(Question(entry["title"], arms))
+            own = entry.get("tasks", tasks)
+            found.append(Question(entry["title"], arms, tuple(own)))
     return found
 
 
@@ -144,9 +150,9 @@ def ssl1(
     return ["./run.sh", *words, *shlex.split(args.ssl_args)]
 
 
-def eval1(args: argparse.Namespace, **options: str | Path | int) -> list[str]:
+def eval1(tasks: Sequence[str], **options: str | Path | int) -> list[str]:
     """A call of eval1/run.sh."""
-    options = {"tasks": args.tasks, **options}
+    options = {"tasks": " ".join(tasks), **options}
     words = [str(w) for key, value in options.items() for w in (f"--{key}", value)]
     return [str(HERE / "run.sh"), *words]
 
@@ -156,7 +162,9 @@ def student_of(args: argparse.Namespace, arm: Arm, seed: int) -> Path:
     return SSL1 / "exp" / f"{args.tag}_{arm.name}_s{seed}"
 
 
-def student_job(args: argparse.Namespace, arm: Arm, seed: int) -> Job:
+def student_job(
+    args: argparse.Namespace, arm: Arm, seed: int, tasks: Sequence[str]
+) -> Job:
     """Pre-train a student and score its features."""
     exp = student_of(args, arm, seed)
     train_args = ["--seed", str(seed)]
@@ -167,7 +175,7 @@ def student_job(args: argparse.Namespace, arm: Arm, seed: int) -> Job:
         train_args += [f"--scheduler_conf warmup_steps_list={marks}"]
     more = {"tag": exp.name, "nj": "1", "train_args": " ".join(train_args)}
     score = eval1(
-        args,
+        tasks,
         student=exp / MODEL,
         stage=3,
         systems="student",
@@ -188,12 +196,16 @@ def call(command: Sequence[str]) -> None:
         raise TaskError(f"exit code {status} (see above): {shlex.join(command)}")
 
 
-def prepare(args: argparse.Namespace, students: Sequence[tuple[Arm, int]]) -> None:
+def prepare(
+    args: argparse.Namespace,
+    students: Sequence[tuple[Arm, int]],
+    tasks: Sequence[str],
+) -> None:
     """Make the data of both recipes, and the codes of all students."""
     every = Arm("all", "", {})
     call(ssl1(args, every, 0, (1, 3), {}))
     write_noise(SSL1 / "dump/raw/train", SSL1 / "data/noise")
-    call(eval1(args, stop_stage=2))
+    call(eval1(tasks, stop_stage=2))
     codes = {(arm.codes, seed): (arm, seed) for arm, seed in students}
     for arm, seed in codes.values():
         logging.info("codes of %s, seed %d", arm.name, seed)
@@ -224,12 +236,17 @@ def write_noise(raw: Path, noise: Path) -> None:
 # Tables
 
 
+def union(lists: Iterable[Sequence[str]]) -> list[str]:
+    """What is in any of them, each once, in the order of its first."""
+    return list(dict.fromkeys(name for names in lists for name in names))
+
+
 def controls_of(
-    args: argparse.Namespace, scores: ScoreTable
+    scores: ScoreTable, tasks: Sequence[str]
 ) -> dict[str, dict[str, list[Score]]]:
     """Name -> task -> scores of what is not trained here: log-mel, teachers."""
     arms = {path.stem for path in ARMS.glob("*.yaml")}
-    return scores.others(arms, args.tasks.split())
+    return scores.others(arms, tasks)
 
 
 def mean_score(scores: Sequence[Score], seed: int) -> Score:
@@ -241,10 +258,9 @@ def mean_score(scores: Sequence[Score], seed: int) -> Score:
 
 
 def results_of(
-    args: argparse.Namespace, scores: ScoreTable, arm: Arm
+    scores: ScoreTable, arm: Arm, names: Sequence[str]
 ) -> dict[str, list[Score]]:
     """Task -> a score for every seed that was trained, here or elsewhere."""
-    names = args.tasks.split()
     seeds = scores.seeds(arm.name, names)
     students = [scores.get(arm.name, seed, names) or {} for seed in seeds]
     return {name: [s[name] for s in students] for name in names}
@@ -295,12 +311,11 @@ def differences(tasks: Sequence[Task], results: Results) -> str:
 
 def report(
     args: argparse.Namespace,
-    tasks: Sequence[Task],
+    tasks: Mapping[str, Task],
     asked: Sequence[Question],
     scores: ScoreTable,
 ) -> None:
     """Write RESULTS.md, its pictures and scores.tsv."""
-    controls = controls_of(args, scores)
     out = HERE / "exp" / args.tag
     out.mkdir(parents=True, exist_ok=True)
     scores.write(out / "scores.tsv")
@@ -313,19 +328,23 @@ def report(
         "mean of those of a seed, and its standard error; 'equal' is what so many "
         "pairs cannot tell apart (95 %).",
         "## Controls",
-        table(tasks, controls),
     ]
+    for names in dict.fromkeys(question.tasks for question in asked):
+        if controls := controls_of(scores, names):
+            text.append(table([tasks[name] for name in names], controls))
     for number, question in enumerate(asked, 1):
         results: dict[str, Mapping[str, Sequence[Score]]] = {
-            arm.title: results_of(args, scores, arm) for arm in question.arms
+            arm.title: results_of(scores, arm, question.tasks) for arm in question.arms
         }
         results = {name: rows for name, rows in results.items() if any(rows.values())}
         if len(results) < min(2, len(question.arms)):
             continue  # nothing to compare yet
-        text += [f"## {question.title}", table(tasks, results)]
-        draw(tasks, {**controls, **results}, out / f"table{number}.png")
+        shown = [tasks[name] for name in question.tasks]
+        text += [f"## {question.title}", table(shown, results)]
+        controls = controls_of(scores, question.tasks)
+        draw(shown, {**controls, **results}, out / f"table{number}.png")
         if len(results) > 1:
-            text.append(differences(tasks, results))
+            text.append(differences(shown, results))
     (out / "RESULTS.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     print("\n\n".join(text[2:]))
 
@@ -349,11 +368,15 @@ def main(args: argparse.Namespace) -> None:
         TaskError: an arm or a task that there is not.
     """
     args.seeds = [int(seed) for seed in args.seeds.split()]
-    tasks: list[Any] = [
-        Task.read(HERE / "tasks" / f"{name}.yaml") for name in args.tasks.split()
-    ]
-    asked = questions(args.only.split(), args.quick == "true")
+    common = args.tasks.split()
+    asked = questions(args.only.split(), args.quick == "true", common)
     arms = list({arm.name: arm for q in asked for arm in q.arms}.values())
+    tasks_of = {
+        arm.name: union([common, *(q.tasks for q in asked if arm in q.arms)])
+        for arm in arms
+    }
+    every = union(tasks_of.values())
+    tasks = {name: Task.read(HERE / "tasks" / f"{name}.yaml") for name in every}
     conditions = {"steps": str(args.steps), "ssl_args": args.ssl_args.strip()}
     scores = ScoreTable(args.known, conditions)
     # Seed by seed, so that all questions have an answer early.
@@ -361,15 +384,15 @@ def main(args: argparse.Namespace) -> None:
         (arm, seed)
         for seed in args.seeds
         for arm in arms
-        if scores.get(arm.name, seed, args.tasks.split()) is None
+        if scores.get(arm.name, seed, common) is None
     ]
-    jobs = [student_job(args, arm, seed) for arm, seed in students]
+    jobs = [student_job(args, arm, seed, tasks_of[arm.name]) for arm, seed in students]
     if args.dry_run == "true":
         for job in jobs:
             print(f"{job.name}:", *map(shlex.join, job.commands), sep="\n  ")
         return
     if students:
-        prepare(args, students)
+        prepare(args, students, every)
         scores.compare({seed for _, seed in students}, SSL1 / "dump/codes/train")
     Lanes(args.jobs).run(jobs)
     exp = HERE / "exp"
@@ -378,11 +401,11 @@ def main(args: argparse.Namespace) -> None:
         found = read_scores(exp / student.name / RESULTS)["student"]
         means = {k: mean_score(v, seed) for k, v in found.items()}
         scores.add(arm.name, means, quantizers_of(student))
-    if students and not controls_of(args, scores):
+    if students and (new := [n for n in every if not controls_of(scores, [n])]):
         tag, student = f"{args.tag}_controls", student_of(args, *students[0]) / MODEL
         systems = "logmel random teachers"
         options = {"tag": tag, "seeds": args.probe_seeds, "nj": args.jobs}
-        call(eval1(args, student=student, stage=3, systems=systems, **options))
+        call(eval1(new, student=student, stage=3, systems=systems, **options))
         for name, found in read_scores(exp / tag / RESULTS).items():
             scores.add(name, {k: mean_score(v, 0) for k, v in found.items()})
     report(args, tasks, asked, scores)
