@@ -72,6 +72,7 @@ if [ "${train}" = true ]; then
             --config "conf/train_spear_${size}_speech_audio.yaml"
         run bash egs2/spear/ssl1/run.sh --student "${size}" --tag "gpu_${size}" \
             --teachers "speech=whisper_tiny_en audio=yamnet" --ngpu 1 --stop_stage 7 \
+            --quantizer_tag gpu \
             --config_override "mixer_conf={} noise_scp=null" --dry_run "${only_list}" \
             --train_args "--max_epoch 1 --num_iters_per_epoch 500 --use_amp true"
         tail -n 20 "egs2/spear/ssl1/exp/gpu_${size}/train.log" || true

@@ -257,8 +257,11 @@ def fisher(root: Path) -> Miniature:
         path.parent.mkdir(parents=True)
         lines = ["# fe_03_00001.sph", "# Transcribed by BBN/WordWave", ""]
         lines += ["0.50 1.25 A: hello [laughter] you", "1.10 2.00 B: (( eh ))"]
-        lines += ["1.40 2.60 B: hi"]
+        lines += ["1.40 2.60 B: hi", "1.40 2.60 B: hi"]  # as in fe_03_11587
         path.with_suffix(".txt").write_text("\n".join(lines))
+    again = root / "fe_03_p1_tran/data/trans/fe_03_00001.txt"  # copies have it twice
+    again.parent.mkdir(parents=True)
+    again.write_bytes((root / f"{names[0].replace('audio', 'trans')}.txt").read_bytes())
     disc = root / "fe_03_p1_sph1"  # a disc that is mounted elsewhere
     disc.symlink_to(disc.rename(root / ".disc"))
     utts = ["fisher-fe_03_00001-A-000050-000125", "fisher-fe_03_00001-B-000140-000260"]

@@ -115,7 +115,11 @@ def test_listing_of_all_stages(tmp_path: Path) -> None:
 
 def test_listing_with_a_student_yet_to_be_pretrained(tmp_path: Path) -> None:
     options = folders(tmp_path)
-    options += ["--asr_config", "conf/train_asr_spear_frozen.yaml", "--ngpu", "0"]
+    config = (RECIPES / "asr1/conf/train_asr_spear_frozen.yaml").read_text()
+    assert "\nfrontend: spear\n" in config
+    config = config.replace("\nfrontend: spear\n", '\nfrontend: "spear"  # ours\n')
+    (tmp_path / "own.yaml").write_text(config)
+    options += ["--asr_config", str(tmp_path / "own.yaml"), "--ngpu", "0"]
     options += ["--ckpt", str(tmp_path / "student.pth"), "--stage", "3"]
     done = run_sh("--dry_run", "true", *options)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -145,7 +149,7 @@ def test_another_training_wants_another_tag(tmp_path: Path) -> None:
     assert "(--max_epoch was 3, is 4); give another --asr_tag" in done.stderr
     write_dir(tmp_path / "dump/raw/en_train", [entry._replace(text="B")])
     done = run_sh(*options, "--asr_args", "--max_epoch 3", "--dry_run", "true")
-    assert f"{tmp_path}/dump/raw/en_train changed" in done.stderr
+    assert f"{tmp_path}/dump/raw/en_train changed" in done.stdout
     done = run_sh(*options, "--asr_args", "--max_epoch 4", "--asr_tag", "other")
     assert "ERROR (step.py)" not in done.stderr
 

@@ -71,6 +71,20 @@ def test_validation_of_another_quantizer_or_shape(args, tmp_path, facts, message
         check_codes_facts(args)
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "message"),
+    [
+        ("train", "codes_spech", r"--train_.*codes of \['spech'\], --teachers are"),
+        ("valid", "other", r"--valid_.*codes of \[\].*FILE,codes_TEACHER,TYPE"),
+    ],
+)
+def test_every_teacher_has_codes_and_no_other(args, part, name, message):
+    option = f"{part}_data_path_and_name_and_type"
+    setattr(args, option, [("a/speech.scp", name, "kaldi_ark")])
+    with pytest.raises(UserError, match=message):
+        check_codes_facts(args)
+
+
 def test_other_quantizer_than_configured(args):
     args.teachers["speech"]["quantizer"] = "cc"
     with pytest.raises(UserError, match=r"quantizer aa, but the config.*used cc"):

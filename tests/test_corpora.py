@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import corpus_miniatures
 import numpy as np
 import pytest
 import yaml
@@ -81,6 +82,21 @@ def test_miniature(tmp_path: Path, name: str) -> None:
     parts = [part for part in made if (name, part) not in SUBSETS]
     joined = known.prepare(tmp_path, parts)
     assert len(joined.entries) == sum(len(made[part][0]) for part in parts)
+
+
+def test_fisher_has_a_start_without_its_first_digit(tmp_path: Path) -> None:
+    path = tmp_path / "fe_03_11487.txt"
+    path.write_text("30.14 31.01 B: yes\n31.09 234.06 B: right\n")
+    starts = [start for start, *_ in modules["fisher"].turns(path)]
+    assert starts == [30.14, 231.09]
+
+
+def test_other_shards_of_yodas(tmp_path: Path) -> None:
+    corpus_miniatures.yodas(tmp_path)
+    (tmp_path / "data/en000").rename(tmp_path / "data/de101")
+    assert len(CORPORA["yodas"].prepare(tmp_path, ["de101"]).entries) == 2
+    with pytest.raises(DataDirError, match="no part 'de201'"):
+        CORPORA["yodas"].prepare(tmp_path, ["de201"])
 
 
 @pytest.mark.parametrize("name", list(MINIATURES))
@@ -161,7 +177,7 @@ def test_manifest_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "list.jsonl"
     path.write_bytes(b'{"audio_filepath": "a", "duration": 1, "text": "caf\xe9"}\n')
     with pytest.raises(DataDirError, match="list.jsonl: is not UTF-8"):
-        data_corpora.from_manifest(path, "a", "speech")
+        data_corpora.from_manifests(path, "a", "speech", None)
     path.write_bytes(b"corpora: [{folder: caf\xe9, name: a, domain: speech}]\n")
     with pytest.raises(DataDirError, match="list.jsonl: is not UTF-8"):
         data_corpora.read_list(path)
@@ -398,6 +414,16 @@ def test_manifest(tmp_path: Path) -> None:
     spans = sorted((entry.path, *entry.segment[1:3]) for entry in data)
     assert spans == [(a, 0.25, 0.75), (a, 1.0, 1.5), (b, 0.0, 2.0)]
     assert {entry.text for entry in data} == {"Yes.", None}
+    # In parts, somewhere else than the audio.
+    (tmp_path / "lists").mkdir()
+    for number, line in enumerate(lines):
+        (tmp_path / f"lists/{number}.jsonl").write_text(json.dumps(line) + "\n")
+    entry |= {"manifest": str(tmp_path / "lists"), "audio_root": str(tmp_path)}
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump({"corpora": [entry]}))
+    data_corpora.main(cmd)
+    assert [*read_dir(out / "granary", "utt2domain").values()] == [*data]
+    entry["manifest"] = str(path)
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump({"corpora": [entry]}))
     path.write_text(path.read_text() + '{"audio_filepath": "a/y.wav"}\n')
     with pytest.raises(DataDirError, match="en.jsonl, line 4: needs audio_filepath"):
         data_corpora.main(cmd)

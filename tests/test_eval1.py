@@ -118,6 +118,23 @@ def test_bad_tasks(tmp_path: Path, changes: dict, message: str) -> None:
         tasks.Task.read(task_file(tmp_path, **changes))
 
 
+def test_tasks_of_one_name(tmp_path: Path) -> None:
+    words = ["--tasks", f"speakers {tmp_path}/speakers.yaml"]
+    with pytest.raises(tasks.TaskError, match="two are called 'speakers'"):
+        evaluate.chosen_tasks(evaluate.get_parser().parse_args(words))
+
+
+def test_groups_and_texts_are_of_one_part(tmp_path: Path) -> None:
+    task = tasks.Task.read(EVAL / "tasks/prompts.yaml")
+    parts, groups = {"a": "train", "b": "test"}, {"a": "x", "b": "x"}
+    tasks._check_leaks(task, parts, {}, {"a": "one", "b": "two"})
+    for groups_of, texts in ((groups, ("one", "two")), ({}, ("one", "one"))):
+        with pytest.raises(tasks.TaskError, match="which must not share"):
+            tasks._check_leaks(
+                task, parts, groups_of, dict(zip("ab", texts, strict=True))
+            )
+
+
 def test_incomplete_tasks(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("title: a\n")
@@ -168,6 +185,7 @@ def test_parts_and_classes(clips: Path, tmp_path: Path) -> None:
             {"groups": {f"u{i:02d}": f"speaker{i % 10}" for i in range(45)}},
             "'speaker[0-9]' is in .* and .*, which must not share it",
         ),
+        ({"labels": {"u07": "A B"}}, "'u07' has several classes .*accuracy"),
         (
             {"splits": {f"u{i:02d}": "train" for i in range(45)}},
             "no clip is in part dev",
@@ -244,8 +262,17 @@ def test_clips_in_arks(clips: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(whole.values, parts.values)
     digests = [features._digest(wavs) for wavs in (arks, moved, swapped)]
     assert digests[0] == digests[1] != digests[2]
-    ((utts, _, _),) = features._batches(arks, None)
+    ((utts, _, _),) = features._batches(arks, None, None)
     assert utts == [shorter, longer]
+
+
+def test_texts_are_read_from_whole_clips(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.full(11 * 16000, 0.1), 16000)
+    wavs = {"a": str(tmp_path / "a.wav")}
+    for head, seconds in (("ctc", 11.0), ("frames", 10.0), ("linear", 10.0)):
+        system = systems.logmel("cpu")
+        found = features.kept_features(tmp_path / head, system, wavs, head)
+        assert found.seconds == {"a": seconds}
 
 
 def test_systems(student: Path) -> None:

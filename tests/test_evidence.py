@@ -35,8 +35,8 @@ def test_options_are_those_of_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "conf").symlink_to(SSL1 / "conf")
-    (tmp_path / "data/noise").mkdir(parents=True)
-    (tmp_path / "data/noise/wav.scp").write_text("a a.wav\n")
+    (tmp_path / "data/evidence_noise").mkdir(parents=True)
+    (tmp_path / "data/evidence_noise/wav.scp").write_text("a a.wav\n")
     monkeypatch.chdir(tmp_path)
     for name in NAMES:
         options = evidence.SHARED | dict(evidence.Arm.read(name).options)
@@ -130,12 +130,39 @@ def test_lists_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert ["'prompts prompts_0db speakers_0db'" in x for x in probes] == [1, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("ssl_args", "expected"),
+    [
+        (
+            "--config_override optim_conf.lr=0.02 --train_args=--use_amp\\ true",
+            ["'optim_conf.lr=0.02 loss_weights=disjoint'", "'--use_amp true --seed 1 "],
+        ),
+        ("--data_config F --quantizer_args ''", ["--data_config F", "'--seed 1'"]),
+        ("--tag mine", "--tag is set by evidence.sh"),
+        ("lr=1", "'lr=1': expected --NAME VALUE"),
+        ("--teachers audio=yamnet", "--teachers is what 'speech_alone' has, too"),
+    ],
+)
+def test_options_for_all_students(
+    ssl_args: str, expected: str | list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--dry_run", "true", "--seeds", "1", "--tasks", "prompts"]
+    words += ["--only", "disjoint speech_alone", "--ssl_args", ssl_args]
+    if isinstance(expected, str):
+        with pytest.raises(tasks.TaskError, match=re.escape(expected)):
+            evidence.main(words)
+        return
+    evidence.main(words)
+    shown = capsys.readouterr().out.split("disjoint, seed 1:")[1].splitlines()[1]
+    assert all(part in shown for part in expected), shown
+
+
 def test_known_scores_are_not_trained_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A table of two machines' students is that of one machine; nothing is run."""
     monkeypatch.setattr(evidence, "HERE", tmp_path)
-    conditions = {"steps": "800", "ssl_args": ""}
+    conditions = {"steps": "800", "ssl_args": "", "probe": evidence.PROBE}
     scores = score_table.ScoreTable("", conditions)
     known = tmp_path / "scores.tsv"
 

@@ -55,6 +55,10 @@ def extract(model: Path, out: Path, *words: object) -> None:
     spear_extract.main(["--model", str(model), "--out", str(out), *map(str, words)])
 
 
+def stop(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
 def read(out: Path, table: str = "feats.scp") -> dict[str, np.ndarray]:
     specs = read_table(out / table, "utterance matrix")
     return {
@@ -192,7 +196,7 @@ def test_layers(student: Path) -> None:
 
 @pytest.mark.parametrize("form", ["ark", "npy"])
 def test_finished_shards_are_kept_if_they_are_whole(
-    tmp_path: Path, student: Path, audio: Path, form: str, caplog
+    tmp_path: Path, student: Path, audio: Path, form: str, caplog, monkeypatch
 ) -> None:
     words = ("--shard_seconds", 1.5, "--batch_seconds", 1.5, "--format", form)
     words += (audio / "wav.scp",)
@@ -226,6 +230,11 @@ def test_finished_shards_are_kept_if_they_are_whole(
     other = write_student(tmp_path / "other", seed=2)
     extract(other, tmp_path, *words)
     assert not np.allclose(read(tmp_path)["utt-a"], first["utt-a"])
+    # While they are replaced, no table is there that would point into others.
+    monkeypatch.setattr(spear_extract.ExtractionRun, "_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        extract(student, tmp_path, *words)
+    assert not [*tmp_path.glob("*.scp"), *tmp_path.glob("utt2num*")]
 
 
 def test_killed_run_goes_on(tmp_path: Path, student: Path) -> None:

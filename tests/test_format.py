@@ -215,6 +215,16 @@ def test_nothing_left_is_an_error(tmp_path: Path, messy: Utterances) -> None:
         format_dir(tmp_path)
 
 
+def test_out_dir_is_another_folder(tmp_path: Path, messy: Utterances) -> None:
+    before = (tmp_path / "data/wav.scp").read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    words = ["--in_dir", str(tmp_path / "data"), "--out_dir", str(tmp_path / "link")]
+    for command in (spear_format, spear_filter):
+        with pytest.raises(DataDirError, match="link: is --in_dir, too"):
+            command.main(words)
+    assert (tmp_path / "data/wav.scp").read_bytes() == before
+
+
 def test_no_space_is_an_error_not_a_skip(
     tmp_path: Path, messy: Utterances, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -376,6 +376,18 @@ def test_own_precision_under_disabled_autocast(ckpt: str, batch, dtype) -> None:
     assert 1e-5 < error < 0.03
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_features_have_the_type_of_a_converted_model(ckpt: str, batch, dtype) -> None:
+    """As ``Speech2Text(dtype=...)`` converts a recognizer."""
+    for options in ({}, {"logmel": "project", "stack": 2}, {"layer": 1}):
+        frontend = SpearFrontend(ckpt=ckpt, **options).eval()
+        with torch.no_grad():
+            expected = frontend(*batch)[0]
+            feats = frontend.to(dtype)(batch[0].to(dtype), batch[1])[0]
+        assert feats.dtype == dtype
+        torch.testing.assert_close(feats.float(), expected, atol=0.05, rtol=0)
+
+
 def test_logmel_is_joined_frame_by_frame(ckpt: str, batch) -> None:
     plain = SpearFrontend(ckpt=ckpt)
     joined = SpearFrontend(ckpt=ckpt, logmel="concat")

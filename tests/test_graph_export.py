@@ -338,6 +338,14 @@ def test_recognizer_with_the_frontend(tmp_path: Path) -> None:
                 assert_equal(got, [model.ctc.log_softmax(out), lens])
 
 
+@pytest.mark.parametrize(("layer", "rate"), [("conv2d", 6.25), ("conv2d2", 12.5)])
+def test_frame_rate_behind_convolutions(tmp_path: Path, layer: str, rate: float):
+    conf = recognizer_on(write_student(tmp_path / "student", arch=LAYER))  # 25 Hz
+    conf["encoder_conf"]["input_layer"] = layer
+    path = write_recognizer(tmp_path / "exp", **conf)
+    assert ctc_recognizer(path, 4.0).facts["frame_rate"] == rate
+
+
 def refused(tmp_path: Path, *options: str, **changes) -> None:
     source = write_student(tmp_path / "s", arch=replace(TINY, **changes).to_dict())
     out = ["--out", str(tmp_path / "out"), "--format", "torchscript"]

@@ -83,6 +83,8 @@ def test_tensors_tell_the_layers_of_a_lost_checkpoint(tmp_path: Path) -> None:
     upstream = SpearEncoder(ZipformerConfig.from_name("tiny")).state_dict()
     state = {f"frontend.upstream.{k}": v for k, v in upstream.items()}
     state["frontend.featurizer.weights"] = WEIGHTS
+    # Nor do the blocks of the recognizer's own encoder count.
+    state |= {f"encoder.encoders.{i}.norm1.weight": torch.ones(4) for i in range(12)}
     layers, _ = read_layers(read(tmp_path, state, arch=None, ckpt="gone/x.pth"))
     assert [layer.stack for layer in layers] == [0, 1, 2]
 

@@ -141,7 +141,10 @@ def test_configuration_and_tensors_contradict_each_other(tmp_path, state) -> Non
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"num_leads": 3}, r"config\.json: unknown keys \['num_leads'\]"),
+        (
+            {"use_cache": False, "num_leads": 3},
+            r"config\.json: unknown keys \['num_leads'\]",
+        ),
         ({"encoder_dim": [10**9] * 3}, r"has shape .*, expected \(1000000000"),
     ],
 )

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -149,10 +150,12 @@ def test_folder_of_audio_files(tmp_path: Path) -> None:
         (folder / name).touch()
     data_folders.main(["--audio_dirs", str(folder), "--out_dir", str(tmp_path / "out")])
     data = read_dir(tmp_path / "out/my_sounds")
-    assert list(data) == [
-        "my_sounds-_",
+    # What an id does not tell is in a hash; no other file counts in it.
+    ids = [re.sub("-[0-9a-f]{8}$", "-HASH", utt) for utt in data]
+    assert ids == [
+        "my_sounds-_-HASH",
         "my_sounds-a_b-c_d",
-        "my_sounds-a_b-c_d_2",
+        "my_sounds-a_b-c_d-HASH",
         "my_sounds-e",
         "my_sounds-e_2",
     ]
@@ -433,6 +436,12 @@ def test_unreadable_recordings_are_left_to_the_format_stage(
     for name in ("speech-03", "speech-04"):
         segment = {**train, **valid}[name].segment
         assert (segment.start, segment.end) == (0.0, -1.0)
+    for path in (tmp_path / "wav").glob("audio-*.wav"):
+        path.write_bytes(b"")
+    with pytest.raises(
+        DataDirError, match=r"audio: 30 of 30 recordings cannot be read"
+    ):
+        pool(tmp_path, sources)
     # As is what begins behind the end of its recording, and goes to that end.
     behind = Entry("u", "r.wav", "s", "speech", Segment("r", 5.0, -1.0))
     assert [e.segment for e in pool_data.cut(behind, 3.0, 10.0)] == [behind.segment]

@@ -1,5 +1,6 @@
 """The index of lists: what a row is, whatever the lists' order, size and history."""
 
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -125,6 +126,17 @@ def test_processes_that_come_at_once_build_it_once(tmp_path: Path) -> None:
     ((_, count, total),) = results  # one and the same file
     assert (count, total) == (len(facts), sum(f[0] for f in facts.values()))
     assert [p.name for p in (tmp_path / "m").iterdir() if "building" in p.name] == []
+
+
+def test_a_disk_without_locks_is_named(tmp_path: Path, monkeypatch) -> None:
+    write_lists(tmp_path, 3)
+
+    def unknown(*args: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with pytest.raises(DataDirError, match="m/.lock: cannot be locked.*--manifest_dir"):
+        open_manifest(tmp_path / "m", sources(tmp_path), DOMAINS)
 
 
 def test_an_interrupted_build_leaves_nothing_that_counts(

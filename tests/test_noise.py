@@ -100,16 +100,24 @@ def test_noise_depends_on_seed_epoch_and_utterances_only(scp: Path) -> None:
 
 
 def test_bad_recordings_are_skipped_and_counted(
-    scp: Path, caplog: pytest.LogCaptureFixture
+    scp: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (scp.parent / "n1.wav").write_bytes(b"RIFF and nothing else")
     (scp.parent / "n4.wav").unlink()
+    read = NoiseList._read
+
+    def refuse(self: NoiseList, file: str, where: float) -> np.ndarray:
+        if file.endswith("n2.wav"):
+            raise PermissionError(13, "Permission denied", file)
+        return read(self, file, where)
+
+    monkeypatch.setattr(NoiseList, "_read", refuse)
     noise = NoiseList(scp)
     clips = noise.draw(np.random.default_rng(0), 50)
-    assert {name for name, _ in clips} == {"n0", "n2", "n3"}
-    assert set(noise.skipped) == {"n1", "n4"}
+    assert {name for name, _ in clips} == {"n0", "n3"}
+    assert set(noise.skipped) == {"n1", "n2", "n4"}
     assert "no such file" in noise.skipped["n4"]
-    assert len(caplog.records) == 2 and "2 so far" in caplog.text
+    assert len(caplog.records) == 3 and "3 so far" in caplog.text
     # It makes no difference whether they are known to be bad.
     again = noise.draw(np.random.default_rng(0), 50)
     assert [name for name, _ in again] == [name for name, _ in clips]

@@ -8,14 +8,16 @@ from recipe_scripts import RECIPES, folders, run_script
 
 SSL, CLS = "ssl1/run.sh", "cls1/finetune.sh"
 SCRIPTS = (SSL, "asr1/run.sh", CLS, "eval1/run.sh", "eval1/evidence.sh")
+STAGE_1 = "ssl1/local/data.sh"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, STAGE_1])
 def test_help_names_every_option(script: str) -> None:
     shown = run_script(script, "--help")
     assert shown.returncode == 0
     text = (RECIPES / script).read_text()
-    begin, end = text.index("\nhelp_message="), text.index("\n. ../ssl1/local/recipe")
+    door = "\n. local/parse" if script == STAGE_1 else "\n. ../ssl1/local/recipe"
+    begin, end = text.index("\nhelp_message="), text.index(door)
     _, *names = re.findall(r"^([a-z_]+)=", text[begin:end], re.MULTILINE)
     assert len(names) > 8
     for name in names:
@@ -26,6 +28,7 @@ def test_help_names_every_option(script: str) -> None:
     ("script", "options", "message"),
     [
         (SSL, "--no_such_option 1", "unknown option --no_such_option"),
+        (SSL, "--cmd_backend slurm", "unknown option --cmd_backend"),  # a variable
         (SSL, "--stage", "option --stage needs a value"),
         (SSL, "stray", "unexpected argument 'stray'"),
         (SSL, "--stage 2 --stop_stage 2 --datadir none", "run stage 1"),

@@ -91,6 +91,8 @@ def test_step_that_is_not_made_again(
     assert run(*refuse, command=("--n", "2")) == 1 and run.count() == 1
     error = capfd.readouterr().err
     assert "(--n was 1, is 2); give another --tag" in error and "out.txt" in error
+    assert run("--dry_run", "true", *refuse, command=("--n", "2")) == 0
+    assert "would be an error: " in capfd.readouterr().out and run.count() == 1
     # Nor is what an interrupted run left mixed with what another one makes.
     mark = ["--mark", str(tmp_path / "m.json"), *refuse]
     assert step.main([*mark, "--", "bash", "-c", "kill -KILL $$"]) == 137
@@ -289,6 +291,9 @@ def test_plan_takes_what_can_be_trained(
         ("sampler_conf.max_utts=0", "", "max_utts"),
         ("sampler_conf.domain_weights.music=1", "", "'music' is not one of --domains"),
         ("bad_data_conf.max_share=2", "", "max_share 2"),
+        ("sampler_conf.step_shards=8 accum_grad=3", "", "no multiple of 1 GPUs times"),
+        ("num_iters_per_epoch=100 accum_grad=3", "", "end within a step"),
+        ("batch_type=folded", "", "batch_type 'folded'"),
         ("optim_conf.rl=0.1", "", "rl"),
         ("scheduler_conf.hours=3", "", "hours"),
         ("teachers.speech.layer=99", "", "layer 99"),
@@ -370,6 +375,7 @@ def test_plan_of_the_default(planned, tmp_path: Path) -> None:
         "min_seconds": "0.5",
         "max_seconds": "30",
         "max_piece_seconds": "10",
+        "most_gpus": "1",  # 17 s a batch
     }
     speech, audio = teachers
     assert (speech.names, speech.domains, speech.quantizer_domains) == (
@@ -387,6 +393,23 @@ def test_plan_of_the_default(planned, tmp_path: Path) -> None:
         assert teacher.mvq_options == (
             f"--num_codebooks {codebooks} --iters_phase1 1000 --iters_phase2 1000"
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"student": "base"}, ""),  # its steps are cut into 8 shards, or so
+        ({"student": "base", "config_override": "sampler_conf={}"}, "100"),  # of 3200 s
+        ({"train_args": "--batch_bins 2720000"}, ""),
+        ({"max_piece_seconds": "0", "max_seconds": "0"}, ""),
+        ({"config_override": "batch_bins=1360000"}, "7"),
+        ({"config_override": "batch_bins=1360000 mixer_conf.preset=token_mixing"}, "6"),
+        ({"config_override": "batch_bins=1360000", "max_seconds": "5"}, "17"),
+        ({"config_override": "iterator_type=sequence"}, ""),
+    ],
+)
+def test_gpus_that_a_batch_feeds(planned, options: dict, most: str) -> None:
+    assert planned(**options)[1]["most_gpus"] == most
 
 
 @pytest.mark.parametrize(
@@ -804,9 +827,10 @@ def test_quantizers_are_not_made_again_in_their_place(tmp_path: Path) -> None:
     options = ["--stage", "4", "--stop_stage", "4"]
     words = [*options, "--dry_run", "true", *folders(tmp_path)]
     result = run_sh(*words, cwd=tmp_path)
-    assert result.returncode == 1 and "--max_frames was 9, is not" in result.stderr
+    assert "would be an error: " in result.stdout
+    assert "--max_frames was 9, is not" in result.stdout
     assert f"--quantizer_tag NAME to make another beside it, or remove {folder}" in (
-        result.stderr
+        result.stdout
     )
     out = dry_run(tmp_path, *options, "--quantizer_tag", "more")
     assert f"{folder}_more/mvq8/quantizer.pt" in out
@@ -867,6 +891,7 @@ def test_who_gets_which_cores_and_gpus(
     jobs: str,
 ) -> None:
     words = ["--stage", "4", "--stop_stage", "7", "--nj", nj, "--ngpu", ngpu]
+    words += ["--config_override", "batch_bins=2720000"]
     out = dry_run(tmp_path, *words, cmd_backend=backend, OMP_NUM_THREADS=set_before)
     of_quantizer, of_job, of_rank = threads.split()
     for module in ("spear_embed", "mvq_train"):

@@ -27,13 +27,16 @@ def test_hidden_states(ckpt):
     states = upstream(wavs)["hidden_states"]
     assert len(states) == upstream.student.num_layers
     alone = upstream(wavs[1:])["hidden_states"]
+    assert [len(states[0][0]), len(alone[0][0])] == [50, 29]  # for every 320 begun
     for state, expected in zip(states, alone, strict=True):
         torch.testing.assert_close(
             state[1, : expected.size(1)], expected[0], rtol=1e-4, atol=1e-4
         )
+        assert (state[1, 28:] == state[1, 28]).all()  # never what padding gives
 
     states = upstream([torch.zeros(100)])["hidden_states"]  # too short for a frame
     assert states[0].shape[:2] == (1, 1)
+    assert upstream([torch.zeros(800)])["hidden_states"][0].shape[:2] == (1, 3)
     with pytest.raises(InputError, match=r"waveforms \[1\] of 2 hold no sample"):
         upstream([torch.zeros(100), torch.zeros(0)])
 

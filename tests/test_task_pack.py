@@ -37,6 +37,9 @@ def test_checkpoint_gives_way_to_architecture(student, tmp_path):
     assert packed({"n_mels": 80}, "default") == {"n_mels": 80}
     gone = {"ckpt": str(tmp_path / "gone")}
     assert packed({**gone, "arch": "tiny"}) == {"arch": "tiny"}
+    # Options of the run go before those of the checkpoint, as in training.
+    exact = {"name": "tiny", "padding": "exact"}
+    assert packed({**conf, "arch": exact})["arch"] == exact
     with pytest.raises(UserError, match="config.yaml.*gone is gone.*arch"):
         packed(gone)
 
@@ -125,6 +128,11 @@ def test_everything_opens_elsewhere(tmp_path, monkeypatch, suffix):
         ({}, "--train_config c.yaml", "c.yaml: no such file; train"),
         (
             {},
+            "--lm_train_config exp/asr_x/lm.yaml --lm_file exp/lm_x/valid.loss.ave.pth",
+            "each in a folder of its own",
+        ),
+        (
+            {},
             "--model_file exp/lm_x/valid.loss.ave.pth",
             "ave.pth: holds no weights of frontend.upstream",
         ),
@@ -133,6 +141,7 @@ def test_everything_opens_elsewhere(tmp_path, monkeypatch, suffix):
 def test_what_cannot_be_packed(tmp_path, monkeypatch, change, words, message):
     config = write_recipe(tmp_path / "recipe", tmp_path / "data")
     monkeypatch.chdir(tmp_path / "recipe")
+    shutil.copy("exp/lm_x/config.yaml", "exp/asr_x/lm.yaml")
     with open("exp/asr_x/train.yaml", "w") as file:
         yaml.safe_dump(config | change, file)
     cmd = ["--train_config", "exp/asr_x/train.yaml", "--outpath", "p.zip"]

@@ -4,13 +4,28 @@ import argparse
 from pathlib import Path
 
 import pytest
+import torch
 from espnet2.tasks.abs_task import AbsTask
 from student_files import TOKENS, write_student
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.explain import read_options
 from espnet2_spear.tasks.asr import ASRTask
 from espnet2_spear.tasks.spear import SpearTask
-from espnet2_spear.tasks.training_checks import check_model, check_model_name
+from espnet2_spear.tasks.training_checks import (
+    _check_source,
+    check_model,
+    check_model_name,
+)
+
+
+def test_weights_of_which_espnet_would_take_none(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"encoder.x": torch.zeros(1)}, path)
+    _check_source(f"{path}:encoder:encoder", path)
+    _check_source(str(path), path)
+    with pytest.raises(UserError, match="no tensor of .* student.*spear_import"):
+        _check_source(f"{path}:student:encoder", path)
 
 
 @pytest.mark.parametrize(

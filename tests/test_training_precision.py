@@ -13,6 +13,7 @@ from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.model import SpearPretrainModel
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
+from espnet2_spear.zipformer.encoder import Downsample
 
 SAMPLES = (16000, 12000)
 
@@ -110,6 +111,13 @@ def test_what_stays_in_float32_does() -> None:
         assert seen.get(name, {torch.float32}) <= wide, name
     # Regularisers work on the gradients of whatever was computed; their statistics
     # are float32 (see test_zipformer_training.py for what they compute).
+
+
+def test_averages_of_frames_stay_in_float32() -> None:
+    frames, average = torch.randn(2, 9, 4), Downsample(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = average(frames)
+    torch.testing.assert_close(out, average(frames), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -172,6 +172,18 @@ def test_saved_again(folder: Path, extractor, batch, expected, tmp_path: Path) -
     assert again.sampling_rate == 16000
     with torch.no_grad():
         assert torch.equal(opened(tmp_path)(**batch).encoder_out, expected)
+    features = transformers.pipeline(
+        "feature-extraction", str(tmp_path), trust_remote_code=True
+    )
+    assert len(features(batch["audio"][0].numpy())[0]) == len(expected[0])
+
+
+def test_what_asks_for_a_gradient_gets_one(folder: Path, batch) -> None:
+    """DistributedDataParallel waits for all; and the constants have their values."""
+    model = opened(folder)
+    model.train()(**batch).encoder_out.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
 
 
 def test_lora_and_merged_weights_come_back(folder, batch, expected, tmp_path) -> None:

@@ -1,7 +1,9 @@
 """Packed models from strangers: what is refused, and that nothing is left of it."""
 
+import errno
 import io
 import pickle
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -53,7 +55,7 @@ def write(path: Path, members: dict[str, bytes]) -> Path:
             for name, content in members.items():
                 file.writestr(name, content)
         return path
-    with tarfile.open(path, "w:gz") as file:
+    with tarfile.open(path, "w:xz" if path.suffix == ".txz" else "w:gz") as file:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -143,7 +145,7 @@ def test_headers_that_lie(tmp_path: Path) -> None:
     refused(path, "'a' is in it twice")
 
 
-@pytest.mark.parametrize("suffix", [".zip", ".tgz"])
+@pytest.mark.parametrize("suffix", [".zip", ".tgz", ".txz"])
 def test_corrupt_archives(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"m{suffix}", student_members())
     content = path.read_bytes()
@@ -155,6 +157,18 @@ def test_corrupt_archives(tmp_path: Path, suffix: str) -> None:
         refused(path, "corrupt|is empty")
         with pytest.raises(CheckpointError, match=f"m{suffix}"):
             load_model(path)
+
+
+def test_a_full_disk_is_no_corrupt_archive(tmp_path: Path, monkeypatch) -> None:
+    path = write(tmp_path / "m.zip", student_members())
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match="No space left"):
+        models.unpack(path, tmp_path / "m")
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_code_in_weights_is_not_executed(tmp_path: Path) -> None:

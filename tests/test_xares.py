@@ -39,6 +39,9 @@ def test_encoder_of_a_language_model(
     features, kept = encoder(audio, mask)
     assert features.shape == (3, 96, encoder.output_dim)
     assert kept.sum(dim=1).tolist() == [96, 46, 1]
+    projector = torch.nn.Linear(encoder.output_dim, 4)
+    projector(features).sum().backward()
+    assert projector.weight.grad.abs().sum() > 0
     alone, of_all = encoder(audio[1:2, :16000])
     assert of_all.all() and alone.size(1) == 46
     torch.testing.assert_close(features[1:2, :46], alone, atol=1e-4, rtol=1e-4)

@@ -5,7 +5,7 @@ says. In front of an encoder that takes waveforms it standardises the waveform, 
 frontend it standardises features that are normalised already.
 
 With ``use_amp`` ESPnet's trainer multiplies the loss by 65 536 and more, whatever the
-precision. What a regulariser adds to gradients has to be multiplied as well [5.6].
+precision. What a regulariser adds to gradients has to be multiplied as well.
 
 Neither the encoder nor the frontend is told of either; their model is, so it is looked
 at while it is put together.

@@ -13,7 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from espnet2_spear.bin.spear_format import in_words
-from espnet2_spear.fileio.datadir import RAW, Entry, entries, entry_writer
+from espnet2_spear.fileio.datadir import (
+    RAW,
+    Entry,
+    check_other_folder,
+    entries,
+    entry_writer,
+)
 from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.tables import DataDirError, join, sorted_rows, table_writer
 
@@ -79,8 +85,9 @@ def main(args: argparse.Namespace) -> None:
             --in_dir dump/raw/org/train --out_dir dump/raw/train --max_seconds 30
 
     Raises:
-        DataDirError: no utterance is left.
+        DataDirError: no utterance is left, or the same folder twice.
     """
+    check_other_folder(args.in_dir, args.out_dir)
     reasons: Counter[str] = Counter()
     samples = 0
     with entry_writer(args.out_dir, RAW) as writer:

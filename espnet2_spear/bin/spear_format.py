@@ -29,7 +29,13 @@ from espnet2_spear.fileio.convert import (
     recordings_of,
     shards_of,
 )
-from espnet2_spear.fileio.datadir import RAW, check, entries, entry_writer
+from espnet2_spear.fileio.datadir import (
+    RAW,
+    check,
+    check_other_folder,
+    entries,
+    entry_writer,
+)
 from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.shards import (
@@ -172,7 +178,12 @@ def main(args: argparse.Namespace) -> None:
     Example:
         % python -m espnet2_spear.bin.spear_format \\
             --in_dir data/train --out_dir dump/raw/org/train --nj 4
+
+    Raises:
+        DataDirError: tables that do not fit together, the same folder twice, or not one
+            utterance that could be converted.
     """
+    check_other_folder(args.in_dir, args.out_dir)
     total = check(args.in_dir)
     options = Options(str(args.out_dir), args.audio_format, args.fs, args.strict)
     args.out_dir.mkdir(parents=True, exist_ok=True)

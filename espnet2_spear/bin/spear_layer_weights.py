@@ -56,7 +56,11 @@ def read_layers(model: Checkpoint) -> tuple[list[Layer], bool]:
     config = model.students["frontend"]
     if not isinstance(config, ZipformerConfig):  # the tensors tell its sizes
         prefix = next(prefix for prefix, part in PARTS.items() if part == "frontend")
-        student = {k.removeprefix(prefix): v for k, v in model.tensors.items()}
+        student = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in model.tensors.items()
+            if key.startswith(prefix)
+        }
         config = infer_config(student, model.file)
     places = [
         (stack, 50.0 / config.downsampling_factor[stack])

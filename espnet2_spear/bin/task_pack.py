@@ -101,8 +101,9 @@ espnet2_spear.bin.spear_extract --model PATH --out DIR wav.scp`."""
 def self_contained(config: dict[str, Any], source: Path) -> dict[str, Any]:
     """Return a configuration that builds the network without other files.
 
-    The SPEAR frontend's ``ckpt`` gives way to ``arch``, read from that checkpoint;
-    the weights are in the model's own state. ``init_param`` has done its work.
+    The SPEAR frontend's ``ckpt`` gives way to ``arch``, read from that checkpoint
+    unless it is there; the weights are in the model's own state. ``init_param`` has
+    done its work.
 
     Args:
         config: training configuration of an ESPnet2 task.
@@ -116,14 +117,14 @@ def self_contained(config: dict[str, Any], source: Path) -> dict[str, Any]:
     if config.get("frontend") != "spear" or conf.get("ckpt") is None:
         return config
     ckpt = conf.pop("ckpt")
-    if is_named(ckpt):
+    if conf.get("arch") is None:
+        if not is_named(ckpt):
+            raise UserError(
+                f"{source}: frontend_conf.ckpt {ckpt} is gone, so that the student's "
+                "architecture is unknown; put the checkpoint back, or add "
+                "frontend_conf.arch, and run from the folder the model was trained in"
+            )
         conf["arch"] = load_model(ckpt).config.to_dict()
-    elif conf.get("arch") is None:
-        raise UserError(
-            f"{source}: frontend_conf.ckpt {ckpt} is gone, so that the student's "
-            "architecture is unknown; put the checkpoint back, or add "
-            "frontend_conf.arch, and run from the folder the model was trained in"
-        )
     config["frontend_conf"] = conf
     return config
 

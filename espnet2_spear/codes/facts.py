@@ -58,6 +58,8 @@ def codes_shape(path: str | Path) -> TeacherCodes:
 def check_codes_facts(args: argparse.Namespace) -> None:
     """Compare all codes of a training with its teachers and with each other.
 
+    Codes of every teacher are needed in training and validation, and no others.
+
     The identity of each teacher's quantizer becomes a part of the configuration
     (``teachers.<name>.quantizer``), and so of config.yaml and of packed models. So does
     the shape of its codes where the configuration leaves it out, such as a
@@ -67,19 +69,29 @@ def check_codes_facts(args: argparse.Namespace) -> None:
         args: of the training; ``teachers`` is completed in place.
 
     Raises:
-        UserError: training and validation codes of different quantizers, a shape
-            that is not the configuration's, or another quantizer than the experiment
-            began with.
+        UserError: codes of a teacher that are missing or that no teacher has,
+            training and validation codes of different quantizers, a shape that is not
+            the configuration's, or another quantizer than the experiment began with.
     """
-    entries = [
-        *args.train_data_path_and_name_and_type,
-        *(args.valid_data_path_and_name_and_type or ()),
-    ]
+    codes = []
+    for part in ("train", "valid"):
+        option = f"{part}_data_path_and_name_and_type"
+        entries = getattr(args, option) or ()
+        found = [
+            (path, name.removeprefix(PREFIX))
+            for path, name, _ in entries
+            if name.startswith(PREFIX)
+        ]
+        names = {teacher for _, teacher in found}
+        if entries and names != set(args.teachers):
+            raise UserError(
+                f"--{option}: has codes of {sorted(names)}, --teachers are "
+                f"{sorted(args.teachers)}; give FILE,{PREFIX}TEACHER,TYPE for each of "
+                "these and for no other"
+            )
+        codes += found
     begun = _teachers_of_experiment(args)
-    for path, name, _ in entries:
-        teacher = name.removeprefix(PREFIX)
-        if teacher == name or teacher not in args.teachers:
-            continue
+    for path, teacher in codes:
         facts = codes_facts(path)
         if facts is None:
             # logging.info() would set the root logger up before ESPnet does.

@@ -19,6 +19,7 @@ from espnet2_spear.data.iter_factory import (
     RowBatches,
     SpearIterFactory,
     StepBatches,
+    check_parts,
 )
 from espnet2_spear.data.manifest import Lists, open_manifest
 from espnet2_spear.data.sampler import SamplerConfig, StepSampler, validation_batches
@@ -28,6 +29,7 @@ from espnet2_spear.fileio.ark import MatricesByName
 Config = TypeVar("Config")
 TYPES = {"speech": ("sound",), "domain": ("text",)}
 CODES_STORE = "codes_store"
+BATCH_TYPES = ("numel", "length")
 CODES_TYPES = ("kaldi_ark", CODES_STORE)
 
 
@@ -86,13 +88,8 @@ def build_iter_factory(
     Raises:
         DataDirError: lists that do not fit together, or data that does not fit the
             bounds.
-        ValueError: options that do not fit together.
+        ValueError: options that do not fit together or with the number of ranks.
     """
-    if iter_options.batch_type not in ("numel", "length") and mode != "plot_att":
-        raise ValueError(
-            f"batch_type '{iter_options.batch_type}': with iterator_type 'task', "
-            "batches are bounded by batch_bins: use 'numel'"
-        )
     world_size, rank = 1, 0
     if iter_options.distributed:
         world_size = torch.distributed.get_world_size()
@@ -177,8 +174,9 @@ def check_sampling_options(args: argparse.Namespace) -> None:
         ValueError: options that do not fit together, or of an iterator that has none.
     """
     if args.iterator_type in ("task", "none"):
-        _sampler_config(args)
+        config = _sampler_config(args)
         _config(SkipLimits, "bad_data_conf", args)
+        _check_batches(args, config)
         return
     for option in ("sampler_conf", "bad_data_conf", "manifest_dir"):
         if getattr(args, option):
@@ -186,6 +184,23 @@ def check_sampling_options(args: argparse.Namespace) -> None:
                 f"{option} has no effect with iterator_type '{args.iterator_type}'; "
                 "use iterator_type 'task'"
             )
+
+
+def _check_batches(args: argparse.Namespace, config: SamplerConfig) -> None:
+    if args.iterator_type != "task":
+        return
+    kinds = {"batch_type": args.batch_type}
+    if args.valid_iterator_type in (None, "task"):
+        kinds["valid_batch_type"] = args.valid_batch_type or args.batch_type
+    for option, value in kinds.items():
+        if value not in BATCH_TYPES:
+            raise ValueError(
+                f"{option} '{value}': with iterator_type 'task', batches are bounded "
+                "by batch_bins: use 'numel'"
+            )
+    whole = args.accum_grad  # what is not set yet will be a multiple of it
+    shards, batches = config.step_shards or whole, args.num_iters_per_epoch or whole
+    check_parts(shards, batches, whole)
 
 
 def _sampler_config(args: argparse.Namespace) -> SamplerConfig:

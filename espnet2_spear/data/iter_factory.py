@@ -46,17 +46,7 @@ class StepBatches:
         world_size: int = 1,
         rank: int = 0,
     ) -> None:
-        if sampler.shards % (world_size * accum_grad):
-            raise ValueError(
-                f"sampler_conf.step_shards={sampler.shards} is no multiple of "
-                f"{world_size} GPUs times accum_grad={accum_grad}; choose one that is "
-                "(other steps follow from it), or other numbers of those"
-            )
-        if num_iters % accum_grad:
-            raise ValueError(
-                f"num_iters_per_epoch={num_iters} is no multiple of "
-                f"accum_grad={accum_grad}; an epoch would end within a step"
-            )
+        check_parts(sampler.shards, num_iters, accum_grad, world_size)
         self.sampler, self.num_iters = sampler, num_iters
         self.accum_grad, self.world_size, self.rank = accum_grad, world_size, rank
 
@@ -78,6 +68,27 @@ class StepBatches:
                 part = 0
 
         return islice(endless(part), self.num_iters - start)
+
+
+def check_parts(
+    shards: int, num_iters: int, accum_grad: int, world_size: int = 1
+) -> None:
+    """See that steps and epochs can be cut into the batches of all ranks.
+
+    Raises:
+        ValueError: numbers that do not divide each other.
+    """
+    if shards % (world_size * accum_grad):
+        raise ValueError(
+            f"sampler_conf.step_shards={shards} is no multiple of {world_size} GPUs "
+            f"times accum_grad={accum_grad}; choose one that is (other steps follow "
+            "from it), or other numbers of those"
+        )
+    if num_iters % accum_grad:
+        raise ValueError(
+            f"num_iters_per_epoch={num_iters} is no multiple of "
+            f"accum_grad={accum_grad}; an epoch would end within a step"
+        )
 
 
 class FixedBatches:

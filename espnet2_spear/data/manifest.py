@@ -205,7 +205,13 @@ def open_manifest(
     if not (target / INDEX).exists():
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "a", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # lost when the process ends, however
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # lost when the process ends, however
+            except OSError as error:
+                raise DataDirError(
+                    f"{lock.name}: cannot be locked ({error}); mount the disk with "
+                    "locks, or name a --manifest_dir on another"
+                ) from error
             if not (target / INDEX).exists():
                 _build_at(target, lists, identity)
     return Manifest(target)

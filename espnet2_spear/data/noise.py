@@ -97,7 +97,7 @@ class NoiseList:
             where = rng.random()
             try:
                 return name, self._read(file, where)
-            except AudioError as error:
+            except (AudioError, OSError) as error:
                 if name not in self.skipped:
                     self.skipped[name] = str(error)
                     logging.warning(

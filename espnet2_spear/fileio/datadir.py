@@ -362,6 +362,16 @@ def write_entries(
         return writer.count
 
 
+def check_other_folder(in_dir: Path, out_dir: Path) -> None:
+    """Refuse to write a data directory over the one that it is made of.
+
+    Raises:
+        DataDirError: both are the same folder.
+    """
+    if in_dir.exists() and out_dir.exists() and in_dir.samefile(out_dir):
+        raise DataDirError(f"--out_dir {out_dir}: is --in_dir, too; name another")
+
+
 # --- In memory ------------------------------------------------------------------------
 
 

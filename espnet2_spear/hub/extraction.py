@@ -277,7 +277,10 @@ class ExtractionRun:
         shards = split_into_shards(batches, self.shard_seconds)
         run = fingerprint(self.describe(), recordings)
         marks = DoneMarks(self.folder, "feats", run)
-        marks.clear_stale()
+        if marks.clear_stale():  # tables of them would point into other features
+            tables_before = ("feats.scp", "output.scp", "layer*.scp", "utt2num_frames")
+            for path in [p for name in tables_before for p in self.folder.glob(name)]:
+                path.unlink()
         self.skipped = dict(skipped)
         tables: list[dict[str, str]] = [{} for _ in self.names]
         for record in marks.records(

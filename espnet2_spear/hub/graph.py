@@ -148,7 +148,10 @@ def write_graph(
         )
     suffix, write = WRITERS[form]
     names = [f"model{suffix}", *(["model.int8.onnx"] if int8 else [])]
-    there = [folder / name for name in names if (folder / name).exists()]
+    # Whatever is asked for now: files side by side are taken for the same weights.
+    known = [f"model{suffix}", *(["model.int8.onnx"] if form == "onnx" else [])]
+    known += [f"{name}.data" for name in known]
+    there = [folder / name for name in known if (folder / name).exists()]
     if there and not overwrite:
         raise UserError(
             f"{there[0]}: exists; choose another folder, or --overwrite true"
@@ -164,6 +167,8 @@ def write_graph(
         if int8:
             _warn_of_slow_int8()
             _quantize(*files, json.dumps(facts | {"quantized": "int8"}))
+        for file in there:
+            file.unlink()
         for file in [*Path(work).iterdir()]:
             file.replace(folder / file.name)
     return [folder / name for name in names]

@@ -107,9 +107,10 @@ def ctc_recognizer(path: str | Path, max_seconds: float = 60.0) -> Network:
     alone = model.frontend is None
     student = model.encoder if alone else model.frontend.upstream
     _, most = length_bounds(student, True, max_seconds)
-    _fix_positions(model.encoder, int(50 * max_seconds) + 1)
     module = CtcRecognizer(model).eval()
     least = _shortest(module, student.min_samples if alone else SHORTEST)
+    rate = _frame_rate(module)
+    _fix_positions(model.encoder, int(50 * max_seconds) + 1)
     example = torch.zeros(2, SAMPLE_RATE)
     with torch.no_grad():
         out, _ = module(example[:1], torch.tensor([SAMPLE_RATE]))
@@ -121,13 +122,22 @@ def ctc_recognizer(path: str | Path, max_seconds: float = 60.0) -> Network:
         student_facts(student)
         | {"kind": "ctc", "input": "audio", "dim": out.size(2)}
         | {"weights_sha256": sha256_of_tensors(model.state_dict())}
-        # Of 48 or 49 frames in a second of audio, or every second or fourth of them.
-        | {"frame_rate": 50 / round(50 / (out.size(1) + 1))}
+        | {"frame_rate": rate}
         | {"min_length": least, "max_length": most}
         | {"token_type": settings.get("token_type"), "blank": model.blank_id}
         | {"tokens": [*model.token_list]},
         single_frames=alone,
     )
+
+
+def _frame_rate(module: CtcRecognizer) -> float:
+    """Frames of a second of audio; those lost at its ends do not count."""
+    with torch.no_grad():
+        few, many = (
+            module(torch.zeros(1, n), torch.tensor([n]))[0].size(1)
+            for n in (SAMPLE_RATE, 9 * SAMPLE_RATE)
+        )
+    return 50 / round(50 * 8 / (many - few))  # a whole fraction of the student's
 
 
 def _shortest(module: CtcRecognizer, samples: int) -> int:

@@ -18,11 +18,12 @@ from espnet2_spear.hub.load import load_model as load_student
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.fbank import FRAME_SHIFT
 
-# A frame is made of 7 fbank frames, of which the fourth is its middle.
-HALF_FIELD = 3.5 * FRAME_SHIFT
 HOP = 2 * FRAME_SHIFT
+# Frame j is made of fbank frames 2j to 2j + 8. In a trained student it tells most of
+# 2j + 2 (benchmarks/README.md, frontend.py), the middle of which is taken for its time.
+MIDDLE = 2.5 * FRAME_SHIFT
 # Samples mirrored at both ends, so that frames reach to both.
-FRONT, BACK = HALF_FIELD - HOP / 2, 2 * HOP
+FRONT, BACK = MIDDLE - HOP / 2, 2 * HOP
 MAX_SAMPLES = 60 * SAMPLE_RATE  # of a batch that is computed at once
 
 
@@ -91,7 +92,7 @@ def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, T
     """
     embeddings = model(audio).mean(dim=0)
     number = torch.arange(embeddings.size(1), device=audio.device)
-    times = (number * HOP + HALF_FIELD - FRONT) * (1000 / SAMPLE_RATE)
+    times = (number * HOP + MIDDLE - FRONT) * (1000 / SAMPLE_RATE)
     return embeddings, times.expand(len(audio), -1)
 
 

@@ -67,6 +67,9 @@ _HF_ONLY = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype")
 _HF_ONLY += ("transformers_version", "_name_or_path", "_commit_hash", "return_dict")
 _HF_ONLY += ("custom_pipelines", "output_hidden_states", "output_attentions")
 _HF_ONLY += ("hidden_size", "num_hidden_layers")
+# Those that transformers' Trainer and its users leave there.
+_HF_ONLY += ("use_cache", "id2label", "label2id", "problem_type", "quantization_config")
+_HF_ONLY += ("chunk_size_feed_forward", "is_encoder_decoder", "tie_word_embeddings")
 
 
 class Checkpoint(NamedTuple):

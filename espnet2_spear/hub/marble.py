@@ -43,7 +43,12 @@ class SpearMarbleEncoder(nn.Module):
         if train_mode not in ("freeze", "full"):
             raise ConfigError(f"train_mode: freeze or full, not {train_mode!r}")
         self.frozen = train_mode == "freeze"
-        self.student = load_model(path).requires_grad_(not self.frozen)
+        self.student = load_model(path)
+        if self.frozen:
+            self.student.requires_grad_(False)
+        else:
+            self.student.train()  # Lightning leaves modes as they are
+            self.student.mask_emb.requires_grad_(False)  # nothing masks here
         self.NUM_FEATURES = int(self.student.output_size())
         self.NUM_LAYERS = self.student.num_layers
 

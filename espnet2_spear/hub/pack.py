@@ -89,7 +89,8 @@ def pack_model(
         card: text of the model card.
 
     Raises:
-        UserError: a file is missing, or a suffix that is no archive's.
+        UserError: a file is missing, two configurations in one folder, or a suffix
+            that is no archive's.
     """
     import torch
     from espnet2 import __version__ as espnet_version
@@ -98,6 +99,12 @@ def pack_model(
     check_files(*files.values(), *options)
     options = [f for path in options for f in _files_below(path)]
     sources = [config.with_name(CONFIG) for config, _ in configs.values()]
+    if len({source.resolve() for source in sources}) < len(sources):
+        found = ", ".join(str(config) for config, _ in configs.values())
+        raise UserError(
+            f"{found}: each is packed as {CONFIG} of its folder; keep each in a folder "
+            "of its own"
+        )
     names = names_in_archive(
         folder, [*files.values(), *sources, *options, folder / CARD, folder / STAMP]
     )

@@ -10,6 +10,8 @@ it is refused here and not executed later.
 
 from __future__ import annotations
 
+import errno
+import lzma
 import os
 import shutil
 import stat
@@ -25,6 +27,7 @@ import yaml
 
 from espnet2_spear import __version__
 from espnet2_spear.errors import CheckpointError
+from espnet2_spear.fileio.explain import FULL
 from espnet2_spear.hub.tensors import read_settings, read_tensors
 
 META = "meta.yaml"
@@ -36,7 +39,9 @@ ARCHIVE_SUFFIXES += (".txz", ".tar.xz")
 # 64 MiB only, because small files of text may be packed well.
 MAX_MEMBERS, MAX_BYTES = 10_000, 32 << 30
 MAX_RATIO, RATIO_BEYOND = 100, 64 << 20
-_ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError)
+_ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
+_ERRORS += (EOFError, OSError)
+_OF_DISK = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS)
 _ERRORS += (RuntimeError, NotImplementedError)  # encrypted, unknown compression
 
 
@@ -64,6 +69,7 @@ def unpack(archive: str | os.PathLike[str], folder: str | os.PathLike[str]) -> N
     Raises:
         CheckpointError: no such file, corrupt, a member that is no plain file or folder
             or that would leave ``folder``, or a limit exceeded. Nothing is left then.
+        OSError: a full or protected disk.
     """
     archive, folder = Path(archive), Path(folder)
     if not archive.is_file():
@@ -79,6 +85,8 @@ def unpack(archive: str | os.PathLike[str], folder: str | os.PathLike[str]) -> N
         work.chmod(0o755)
         work.replace(folder)
     except _ERRORS as error:
+        if isinstance(error, OSError) and error.errno in _OF_DISK:
+            raise
         raise CheckpointError(
             f"{archive}: is corrupt or no {archive.suffix} archive ({error}); fetch it "
             "again"

@@ -40,7 +40,8 @@ class UpstreamExpert(nn.Module):
 
         Returns:
             ``hidden_states``: one (B, T, C) per layer, 50 Hz. Lengths are not returned:
-            s3prl derives them from the samples and the rate.
+            s3prl derives them from the samples and the rate, a frame for every 320
+            begun. The student's last frame stands for the few that it has not.
 
         Raises:
             InputError: a waveform that is empty, longer than an hour, with NaN or
@@ -56,7 +57,16 @@ class UpstreamExpert(nn.Module):
         speech = self.student.pad_short(pad_sequence(wavs, batch_first=True))
         lengths = lengths.clamp(min=self.student.min_samples)
         self.student.look_at(speech, lengths)
-        return {"hidden_states": self.student(speech, lengths).hidden_states}
+        out = self.student(speech, lengths)
+        frames = -(-max(map(len, wavs)) // SAMPLES_PER_FRAME)
+        last = out.hidden_states_lens.to(speech.device)[:, None] - 1
+        index = torch.arange(frames, device=speech.device).clamp(max=last)[..., None]
+        return {
+            "hidden_states": [
+                state.gather(1, index.expand(-1, -1, state.size(2)))
+                for state in out.hidden_states
+            ]
+        }
 
 
 def spear_local(ckpt: str, *args: object, **kwargs: object) -> UpstreamExpert:

@@ -32,7 +32,7 @@ class SpearXaresLlmEncoder(xares.SpearXaresEncoder):
     def __init__(self, **kwargs: object) -> None:
         super().__init__()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: a projector learns from the features
     def forward(
         self, audio: Tensor, audio_attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

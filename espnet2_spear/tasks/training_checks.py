@@ -60,6 +60,23 @@ def one_kind_of_error() -> Iterator[None]:
         raise ValueError(f"{type(error).__name__}: {text}") from error
 
 
+def _check_source(word: str, path: Path) -> None:
+    """Refuse weights of which ESPnet would take none, and say nothing.
+
+    Raises:
+        UserError: no tensor of the file is called as ``word`` says.
+    """
+    _, source, *_ = f"{word}:".split(":")
+    state = torch.load(path, map_location="meta", weights_only=True)
+    if source and not any(
+        name.startswith(source) for name in state.get("module", state)
+    ):
+        raise UserError(
+            f"--init_param {word}: no tensor of {path} is called {source}*; python -m "
+            "espnet2_spear.bin.spear_import writes such a file of other layouts"
+        )
+
+
 def check_model(
     task: type[AbsTask], args: argparse.Namespace, files: bool = True
 ) -> None:
@@ -96,3 +113,4 @@ def check_model(
                 load_pretrained_model(word, model, args.ignore_init_mismatch, "meta")
         except ValueError as error:
             raise UserError(f"--init_param {word}: {error}") from error
+        _check_source(word, path)

@@ -15,7 +15,9 @@ from torch.multiprocessing import ProcessExitedException
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
 EXIT_INTERRUPTED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_WORKER_GRACE = 30  # seconds
+# Seconds that a loader's worker outlives a signal: longer than the training needs for
+# its step and its checkpoint, shorter than a worker should hang behind it.
+_WORKER_GRACE = 600
 
 
 class Interrupted(SystemExit):

@@ -10,7 +10,10 @@ import logging
 from pathlib import Path
 
 import torch
-from espnet2.schedulers.abs_scheduler import AbsBatchStepScheduler
+from espnet2.schedulers.abs_scheduler import (
+    AbsBatchStepScheduler,
+    AbsEpochStepScheduler,
+)
 from espnet2.tasks.abs_task import scheduler_classes
 from espnet2.train.trainer import TrainerOptions
 from espnet2.utils.build_dataclass import build_dataclass
@@ -106,8 +109,8 @@ def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep_averages",
         type=int,
         default=10,
-        help="Epochs whose running average is kept, for spear_average; each takes "
-        "4 bytes a parameter on the disk",
+        help="Epochs whose running average is kept, for spear_average, which needs "
+        "one more than it averages; each takes 4 bytes a parameter on the disk",
     )
     group.add_argument(
         "--max_skipped_steps",
@@ -138,7 +141,10 @@ def build_trainer_options(args: argparse.Namespace) -> SpearTrainerOptions:
                 f"--{name} {getattr(args, name)} is not supported in pre-training"
             )
     scheduler = scheduler_classes.get(args.scheduler)
-    if scheduler and not issubclass(scheduler, AbsBatchStepScheduler):
+    if scheduler and (
+        not issubclass(scheduler, AbsBatchStepScheduler)
+        or issubclass(scheduler, AbsEpochStepScheduler)
+    ):
         raise ValueError(
             f"--scheduler {args.scheduler} counts epochs; choose one that counts "
             "steps, such as eden"

@@ -72,10 +72,17 @@ class Fbank(nn.Module):
     def __init__(self, num_mel_bins: int = 128) -> None:
         super().__init__()
         self.num_mel_bins = num_mel_bins
+        self._set_constants(None)
+        # transformers builds networks without memory and then gives tensors that are in
+        # no checkpoint whatever the memory holds.
+        self._without_values = self.window.device.type == "meta"
+
+    def _set_constants(self, device: torch.device | None) -> None:
         window = torch.hann_window(FRAME_LENGTH, periodic=False, dtype=torch.float64)
-        self.register_buffer("window", window.pow(0.85).float(), persistent=False)
-        mel = mel_filterbank(num_mel_bins).repeat_interleave(2, dim=0)
-        self.register_buffer("mel", mel, persistent=False)
+        mel = mel_filterbank(self.num_mel_bins).repeat_interleave(2, dim=0)
+        window = window.pow(0.85).float().to(device)
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("mel", mel.to(device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fbank:
         """Move to a device; filters stay float32 where a whole model is converted."""
@@ -97,6 +104,9 @@ class Fbank(nn.Module):
             fbank (B, T, num_mel_bins) float32, log(1e-10) in the padding, and its
             lengths (B,), (samples + 80) // 160 each.
         """
+        if self._without_values:
+            self._set_constants(speech.device)
+            self._without_values = False
         n = lengths.to(speech.device)
         frames = num_frames(speech.size(1))
         with torch.autocast(speech.device.type, enabled=False):

@@ -129,9 +129,13 @@ task_args=(--use_preprocessor true --token_type "${token_type}"
     --token_list "${token_dir}/tokens.txt" --non_linguistic_symbols none
     --cleaner none --g2p none)
 student=() student_args=()
+
+# names <part> <class>: does the configuration say so?
+names() { grep -Eq "^$1: *[\"']?$2[\"']? *(#.*)?\$" "${asr_config}"; }
+
 if wanted 3; then
     stand_in=()
-    if grep -Eq '^frontend: *spear *$' "${asr_config}"; then
+    if names frontend spear; then
         if [ -z "${ckpt}" ] && ! grep -Eq '^ +ckpt: *[^ #]' "${asr_config}"; then
             log "ERROR: ${asr_config} has frontend: spear; name the student with --ckpt" >&2
             exit 1
@@ -146,7 +150,7 @@ if wanted 3; then
             student=("${ckpt}")
         fi
     fi
-    if grep -Eq '^encoder: *zipformer *$' "${asr_config}" && [ -n "${ckpt}" ]; then
+    if names encoder zipformer && [ -n "${ckpt}" ]; then
         if [ ! -f "${ckpt}" ] && [ "${dry_run}" = false ]; then
             log "ERROR: --ckpt ${ckpt}: must be the file of a student; a folder in another layout becomes one by python -m espnet2_spear.bin.spear_import" >&2
             exit 1
@@ -240,9 +244,12 @@ if wanted 3; then
     done
     args+=("${student_args[@]}")
     if [ -d "${ckpt}" ] && [ "${#student[@]}" -gt 0 ]; then
-        # What a folder of a student may be read from; not its logs.
+        # What a folder of a student may be read from; not its logs, nor what ../ssl1
+        # and a training that goes on write there besides.
         mapfile -t student < <(find "${ckpt}" -maxdepth 1 ! -type d \
-            -regex '.*\.\(yaml\|json\|pth\|pt\|bin\|safetensors\)' | sort)
+            -regex '.*\.\(yaml\|json\|pth\|pt\|bin\|safetensors\)' \
+            ! -name 'train.*' ! -name 'pack*' ! -name 'checkpoint*' ! -name '*epoch.pth' |
+            sort)
     fi
     for file in "${student[@]}"; do inputs+=(--input "${file}"); done
     count_gpus

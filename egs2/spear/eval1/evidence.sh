@@ -22,7 +22,8 @@ seed is one of quantizers and pre-training; the quantizers of seed 0 are the dem
   --tasks \"A B\"               files of tasks/  [prompts speakers classes mixtures instruments]
   --probe_seeds \"0\"           of the probe
   --jobs N                    students at once, a thread each       [number of CPUs]
-  --ssl_args \"...\"            more options of ../ssl1/run.sh, such as --data_config F
+  --ssl_args \"...\"            more options of ../ssl1/run.sh, such as --data_config F; words
+                              of --config_override and --train_args come before an idea's
   --known F.tsv               scores of students trained elsewhere, not trained again: a scores.tsv
                               that this command wrote beside RESULTS.md. Another machine may
                               make other quantizers: train whole seeds there, and others here

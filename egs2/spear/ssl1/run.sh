@@ -183,7 +183,7 @@ share_out() {
 show_end() { [ "${dry_run}" = true ] || tail -n 1 "$1"; }
 
 # plan <options of local/plan.py>: sets train_config, tag, heard (domains), seconds of
-# utterances that were not given, and arrays with an entry a teacher
+# utterances that were not given, most_gpus, and arrays with an entry a teacher
 plan() {
     local assignments
     assignments=$(python local/plan.py --student "${student}" \
@@ -199,13 +199,13 @@ plan() {
         --max_utts "${max_utts}" --audio_format "${audio_format}" \
         --teacher_dtype "${teacher_dtype}" --min_agreement "${min_agreement}" \
         --shard_seconds "${shard_seconds}" \
-        --expdir "${expdir}" --dumpdir "${dumpdir}" "$@")
+        "--train_args=${train_args}" --expdir "${expdir}" --dumpdir "${dumpdir}" "$@")
     eval "${assignments}"
 }
 given_config=${train_config}
 names=() yamls=() domains=() quantizer_domains=() weights=() mvq_options=()
 quantizer_dirs=() folders=() quantizers=() codes=()
-heard=
+heard='' most_gpus=''
 # Before hours are spent on data: do the options fit, are the teachers there?
 opts=(--begin)
 [ "${stage}" -gt 3 ] || opts+=(--new_data)
@@ -492,10 +492,20 @@ if wanted 7; then
     if [ "${num_nodes}" -gt 1 ]; then
         nodes=(--dist_launcher slurm --dist_init_method "file://$(realpath -m "${exp}")/.dist_init.$$.$(date +%s)")
     fi
+    train_gpus=${ngpu} # of this machine
+    if [ -n "${most_gpus}" ] && [ $((ngpu * num_nodes)) -gt "${most_gpus}" ]; then
+        # With whole utterances for each, and the same number on all machines.
+        train_gpus=$((most_gpus / num_nodes))
+        if [ "${train_gpus}" -eq 0 ]; then
+            log "ERROR: --num_nodes ${num_nodes}: a batch (batch_bins) holds only ${most_gpus} of the longest pieces; use fewer, or a larger batch by --config_override batch_bins=N"
+            exit 1
+        fi
+        log "uses ${train_gpus} of ${ngpu} GPUs: a batch (batch_bins) holds only ${most_gpus} of the longest pieces; --config_override batch_bins=N makes it larger"
+    fi
     # The processes of a machine, one a GPU, share its cores.
-    ranks=$((ngpu > 1 ? ngpu : 1))
+    ranks=$((train_gpus > 1 ? train_gpus : 1))
     threads=${user_threads:-$((nj > ranks ? nj / ranks : 1))}
-    runner="$(runner "${ngpu}" "${nj}" "${exp}/train.log" "--num_nodes ${num_nodes}")"
+    runner="$(runner "${train_gpus}" "${nj}" "${exp}/train.log" "--num_nodes ${num_nodes}")"
     # shellcheck disable=SC2086
     step --mark "${exp}/train.json" --input "${exp}/train.yaml" "${inputs[@]}" \
         --output "${exp}/${inference_model}" \
@@ -503,7 +513,7 @@ if wanted 7; then
         --runner "${runner} env OMP_NUM_THREADS=${threads}" \
         -- python -m espnet2_spear.bin.spear_train --config "${exp}/train.yaml" \
         --output_dir "${exp}" "${opts[@]}" ${train_args} \
-        + --ngpu "${ngpu}" --resume true --multiprocessing_distributed true "${nodes[@]}"
+        + --ngpu "${train_gpus}" --resume true --multiprocessing_distributed true "${nodes[@]}"
     if [ "${dry_run}" = false ] && [ -e "${exp}/train.log" ]; then
         # A training that had nothing left to do logs no results.
         { grep "results:" "${exp}/train.log" || true; } | tail -n 1 | cut -c 1-400
@@ -512,8 +522,13 @@ fi
 
 if wanted 8; then
     log "Stage 8: pack -> ${packed}"
-    options=()
-    [ ! -d "${exp}/images" ] || options+=("${exp}/images")
+    options=() inputs=()
+    if [ -d "${exp}/images" ]; then
+        options+=("${exp}/images") inputs+=(--input "${exp}/images")
+    fi
+    for word in ${pack_args}; do # such as the file of --results
+        [ ! -f "${word#*=}" ] || inputs+=(--input "${word#*=}")
+    done
     if [ "${dry_run}" = false ]; then
         if [ ! -e "${exp}/${inference_model}" ]; then
             log "ERROR: ${exp}/${inference_model} is missing; run stage 7 first"
@@ -524,7 +539,7 @@ if wanted 8; then
     fi
     # shellcheck disable=SC2086
     step --mark "${exp}/pack.json" --input "${exp}/config.yaml" \
-        --input "${exp}/${inference_model}" --output "${packed}" \
+        --input "${exp}/${inference_model}" "${inputs[@]}" --output "${packed}" \
         -- python -m espnet2_spear.bin.spear_pack --train_config "${exp}/config.yaml" \
         --model_file "${exp}/packed.pth" --outpath "${packed}" \
         --option "${options[@]}" ${pack_args}

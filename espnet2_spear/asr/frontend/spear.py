@@ -80,7 +80,8 @@ class SpearFrontend(AbsFrontend):
             in bounded memory; None: in one piece, at most an hour.
         context_seconds: what a piece sees on either side of it.
         amp_dtype: ``bfloat16`` or ``float16`` for the student's own autocast, whatever
-            surrounds it; None: as what surrounds it. The features are float32.
+            surrounds it; None: as what surrounds it. The features have the type of the
+            parameters, which is float32 unless the model was converted.
         logmel: ``concat`` or ``project``: join log-mel features, see LogMelFusion.
         spear_format: of a packed model, which ``task_pack`` writes here; a newer one
             than this version knows is refused.
@@ -223,7 +224,7 @@ class SpearFrontend(AbsFrontend):
             input_lengths: (B,) samples.
 
         Returns:
-            features (B, T, C) float32 and their lengths (B,).
+            features (B, T, C), of the parameters' type, and their lengths (B,).
 
         Raises:
             CheckpointError: no weights were ever loaded.
@@ -287,7 +288,8 @@ class SpearFrontend(AbsFrontend):
         features = self.featurizer(hidden_states)
         if self.logmel is not None:
             features = self.logmel(features, fbank)
-        return self.reduce(features.float())
+        # Features are of float32, unless the whole model is of another type.
+        return self.reduce(features.float()).to(self.upstream.mask_emb.dtype)
 
 
 def _check_rate(fs: int | str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -15,9 +16,10 @@ from espnet2_spear.spear.checks import InputError
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.zipformer.config import ZipformerConfig
 from espnet2_spear.zipformer.encoder import ZipformerStack
-from espnet2_spear.zipformer.fbank import Fbank
 
 from .configuration_spear import SpearConfig
+
+UNREAD = re.compile(r"layers\.\d+\.bypass_scale$")  # of a layer, not of its bypasses
 
 
 @dataclass
@@ -69,8 +71,25 @@ class SpearModel(PreTrainedModel):
         names = {f.name for f in fields(ZipformerConfig)}
         known = {k: v for k, v in config.to_dict().items() if k in names}
         self.model = SpearStudent(ZipformerConfig.from_dict(known))
-        self._fbank_is_ready = False
+        self._freeze_unused()
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As of every model; what nothing reads asks for no gradient afterwards."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_unused()
+        return loaded
+
+    def _freeze_unused(self) -> None:
+        """DistributedDataParallel would wait for their gradients."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("mask_emb") or UNREAD.search(name):
+                parameter.requires_grad_(False)
+
+    def _pipeline(self) -> None:
+        """Name the file of the pipeline: what is imported is saved and fetched, too."""
+        from .pipeline_spear import SpearFeaturePipeline  # noqa: F401
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep what the network's own constructor set."""
@@ -90,12 +109,6 @@ class SpearModel(PreTrainedModel):
     @property
     def student(self) -> SpearEncoder:
         """The network itself, with ``encode`` and ``streaming_forward``."""
-        if not self._fbank_is_ready:
-            # Built without memory at first, as transformers does, its constants are
-            # not in the checkpoint.
-            fbank = Fbank(self.model.model.config.num_mel_bins)
-            self.model.model.fbank = fbank.to(self.device)
-            self._fbank_is_ready = True
         return self.model.model
 
     def forward(

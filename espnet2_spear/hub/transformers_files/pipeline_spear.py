@@ -6,9 +6,10 @@ from transformers import FeatureExtractionPipeline
 class SpearFeaturePipeline(FeatureExtractionPipeline):
     """Takes waveforms instead of text; ``pipeline`` finds it by ``config.json``.
 
-    An input is a waveform (samples,) of floats in [-1, 1] at 16 kHz, or a dictionary
-    with ``array`` and ``sampling_rate``, as the audio columns of datasets are. The
-    result is the student's output (1, T', C), without the frames of padding.
+    An input is a waveform (samples,) of floats in [-1, 1] at 16 kHz, a dictionary with
+    ``array`` and ``sampling_rate``, or what the audio columns of datasets are: such
+    dictionaries, and decoders since version 4, whose channels are averaged. The result
+    is the student's output (1, T', C), without the frames of padding.
     """
 
     _load_feature_extractor = True
@@ -17,7 +18,10 @@ class SpearFeaturePipeline(FeatureExtractionPipeline):
     def preprocess(self, inputs, **kwargs):
         """Make a batch of one, and check its rate if it is told."""
         rate = None
-        if isinstance(inputs, dict):
+        if hasattr(inputs, "get_all_samples"):
+            samples = inputs.get_all_samples()
+            inputs, rate = samples.data.mean(dim=0).numpy(), samples.sample_rate
+        elif isinstance(inputs, dict):
             inputs, rate = inputs["array"], inputs["sampling_rate"]
         return self.feature_extractor(
             inputs, sampling_rate=rate, return_tensors="pt", **kwargs

@@ -15,6 +15,7 @@ import logging
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -265,6 +266,9 @@ def chosen_tasks(args: argparse.Namespace) -> list[Task]:
     if args.tasks:
         names = [Path(name) for name in args.tasks.split()]
         paths = [p if p.suffix else HERE / "tasks" / f"{p}.yaml" for p in names]
+        for name, count in Counter(path.stem for path in paths).items():
+            if count > 1:
+                raise TaskError(f"--tasks: two are called '{name}'; rename a file")
         return [Task.read(path) for path in paths]
     tasks = [Task.read(path) for path in sorted((HERE / "tasks").glob("*.yaml"))]
     chosen = [t for t in tasks if args.full == "true" or not t.data.large]

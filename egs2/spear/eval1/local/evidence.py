@@ -41,9 +41,14 @@ SHARED = {
     "quantizer_args": "--batch_frames 128 --lr 0.01",
     "quantizer_frames": "150000",
 }
+# Options of ssl1 that are this script's own, and those whose words add up.
+OWN = ("stage", "stop_stage", "tag", "quantizer_tag", "nj", "dry_run")
+OWN += ("datadir", "dumpdir", "expdir")
+JOINED = ("config_override", "train_args")
 EPOCHS, WARM_UP = 2, 300  # of the students; steps
 MODEL, RESULTS = "valid.loss.best.pth", "RESULTS.json"
 CONFIDENCE = 0.95
+PROBE = "2"  # of the scores; another number where the same features got others
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,35 @@ def questions(only: Sequence[str], quick: bool, tasks: Sequence[str]) -> list[Qu
 # Commands
 
 
+def read_ssl_args(text: str, arms: Sequence[Arm]) -> dict[str, str]:
+    """Options of ssl1 for all students.
+
+    Raises:
+        TaskError: malformed, an option of this script's own, or one that a student has
+            otherwise.
+    """
+    words, options = shlex.split(text), {}
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or not (equals or words):
+            raise TaskError(
+                f"--ssl_args: {word!r}: expected --NAME VALUE of ssl1/run.sh"
+            )
+        name = name.removeprefix("--").replace("-", "_")
+        options[name] = value if equals else words.pop(0)
+    if own := [key for key in OWN if key in options]:
+        raise TaskError(f"--ssl_args: --{own[0]} is set by evidence.sh")
+    for arm in arms:
+        for key in options.keys() & arm.options.keys() - {*JOINED}:
+            if options[key] != arm.options[key]:
+                raise TaskError(
+                    f"--ssl_args: --{key} is what '{arm.name}' has, too; leave it out "
+                    "by --only, or let evidence/ have a file for it"
+                )
+    return options
+
+
 def ssl1(
     args: argparse.Namespace,
     arm: Arm,
@@ -142,12 +176,17 @@ def ssl1(
 ) -> list[str]:
     """A call of ssl1/run.sh."""
     first, last = map(str, stages)
-    options = {**SHARED, **arm.options, **more, "stage": first, "stop_stage": last}
+    given = args.ssl_options
+    options = {**SHARED, **given, **arm.options, **more}
+    for key in JOINED:
+        words = [table[key] for table in (given, arm.options, more) if table.get(key)]
+        options |= {key: " ".join(words)} if words else {}
+    options |= {"stage": first, "stop_stage": last}
     if seed:  # the quantizers of seed 0 are those of the demo
         quantizer_args = f"{options['quantizer_args']} --seed {seed}".strip()
         options |= {"quantizer_tag": f"s{seed}", "quantizer_args": quantizer_args}
     words = [str(w) for key, value in options.items() for w in (f"--{key}", value)]
-    return ["./run.sh", *words, *shlex.split(args.ssl_args)]
+    return ["./run.sh", *words]
 
 
 def eval1(tasks: Sequence[str], **options: str | Path | int) -> list[str]:
@@ -204,7 +243,7 @@ def prepare(
     """Make the data of both recipes, and the codes of all students."""
     every = Arm("all", "", {})
     call(ssl1(args, every, 0, (1, 3), {}))
-    write_noise(SSL1 / "dump/raw/train", SSL1 / "data/noise")
+    write_noise(SSL1 / "dump/raw/train", SSL1 / "data/evidence_noise")
     call(eval1(tasks, stop_stage=2))
     codes = {(arm.codes, seed): (arm, seed) for arm, seed in students}
     for arm, seed in codes.values():
@@ -377,7 +416,9 @@ def main(args: argparse.Namespace) -> None:
     }
     every = union(tasks_of.values())
     tasks = {name: Task.read(HERE / "tasks" / f"{name}.yaml") for name in every}
+    args.ssl_options = read_ssl_args(args.ssl_args, arms)
     conditions = {"steps": str(args.steps), "ssl_args": args.ssl_args.strip()}
+    conditions["probe"] = PROBE
     scores = ScoreTable(args.known, conditions)
     # Seed by seed, so that all questions have an answer early.
     students = [

@@ -1,9 +1,9 @@
 """Features of clips, computed once for each system and set of clips, and kept on disk.
 
-Only the first 10 s of a clip are embedded; silence follows clips shorter than 0.5 s.
-Kept are, for the head `linear`, mean and
-standard deviation over time of every layer, (clips, layers, 2 channels) float32; and
-for the others all frames, (frames, layers, channels) float16.
+Only the first 10 s of a clip are embedded, but all of it where a text is read from it
+(head `ctc`); silence follows clips shorter than 0.5 s. Kept are, for the head `linear`,
+mean and standard deviation over time of every layer, (clips, layers, 2 channels)
+float32; and for the others all frames, (frames, layers, channels) float16.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def kept_features(
         "head": head,
         "clips": _digest(wavs),
         "noise": noise and [_digest(noise[0]), noise[1]],
+        "longest": None if head == "ctc" else LONGEST,
     }
     array, index = (cache.with_name(cache.name + end) for end in (".npy", ".json"))
     if (found := _read(array, index, facts)) is not None:
@@ -77,7 +78,7 @@ def kept_features(
     parts: dict[str, np.ndarray] = {}
     seconds: dict[str, float] = {}
     with torch.inference_mode():
-        for utts, speech, lengths in _batches(wavs, noise):
+        for utts, speech, lengths in _batches(wavs, noise, facts["longest"]):
             layers, counts = system.embed(speech.to(device), lengths.to(device))
             frames = torch.stack(layers, dim=2)
             seconds |= zip(utts, (lengths / RATE).tolist(), strict=True)
@@ -145,19 +146,21 @@ def _pool(layers: Tensor) -> Tensor:
 
 
 def _batches(
-    wavs: Mapping[str, str], noise: tuple[Mapping[str, str], float] | None
+    wavs: Mapping[str, str],
+    noise: tuple[Mapping[str, str], float] | None,
+    longest: int | None,
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
     """Names, waveforms (B, samples) and lengths (B,) of clips of similar lengths."""
     sources = [] if noise is None else [_samples(path) for path in noise[0].values()]
     utts: list[str] = []
     batch: list[Tensor] = []
     for utt in sorted(wavs, key=lambda utt: _size(wavs[utt])):
-        speech = _samples(wavs[utt])[:LONGEST]
+        speech = _samples(wavs[utt])[:longest]
         speech = F.pad(speech, (0, max(0, SHORTEST - len(speech))))
         if noise is not None:
             speech = add_noise(speech, sources, noise[1], utt)
-        longest = max(map(len, [speech, *batch]))
-        if batch and longest * (len(batch) + 1) > BATCH:
+        width = max(map(len, [speech, *batch]))
+        if batch and width * (len(batch) + 1) > BATCH:
             yield utts, *_padded(batch)
             utts, batch = [], []
         utts.append(utt)

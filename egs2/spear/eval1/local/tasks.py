@@ -189,7 +189,7 @@ def divide(task: Task, source: Path, present: Sequence[str], here: Path) -> Clip
 
     Raises:
         TaskError: a clip without label or part, a group or text in two parts, a class
-            without clips in some part.
+            without clips in some part, several classes where accuracy is asked for.
     """
     table = source / task.label
     labels = _table(task, table, "utterance label")
@@ -204,6 +204,14 @@ def divide(task: Task, source: Path, present: Sequence[str], here: Path) -> Clip
             raise TaskError(f"{task.path}: {table} has no label of '{utt}'; add it")
     part_of = _parts(task, source, present, groups, here)
     _check_leaks(task, part_of, groups, labels)
+    if task.head == "linear" and task.metric == "accuracy":
+        for utt in present:
+            if len(labels[utt].split()) != 1:
+                raise TaskError(
+                    f"{task.path}: {table}: '{utt}' has several classes "
+                    f"({labels[utt]}), of which accuracy knows nothing: write a class "
+                    "without spaces, or let the metric be map"
+                )
     utts = {p: [utt for utt in present if part_of[utt] == p] for p in PARTS}
     clips = Clips(utts, {utt: labels[utt] for utt in present})
     seen = {part: _symbols(task, clips, part) for part in PARTS}
@@ -306,11 +314,15 @@ def _check_leaks(
     labels: Mapping[str, str],
 ) -> None:
     """Raise TaskError if two parts share a group, or two of a text task a text."""
-    owner: dict[str, str] = {}
+    owner: dict[tuple[str, str], str] = {}
     for utt, part in part_of.items():
-        key = labels[utt] if task.label == "text" else groups.get(utt, utt)
-        if owner.setdefault(key, part) != part:
-            raise TaskError(
-                f"{task.path}: {task.split}: '{key}' is in {owner[key]} and {part} "
-                f"(such as '{utt}'), which must not share it"
-            )
+        keys = [("group", groups.get(utt, utt))]
+        if task.label == "text":
+            keys.append(("text", labels[utt]))
+        for key in keys:
+            if owner.setdefault(key, part) != part:
+                raise TaskError(
+                    f"{task.path}: {task.split}: the {key[0]} '{key[1]}' is in "
+                    f"{owner[key]} and {part} (such as '{utt}'), which must not share "
+                    "it"
+                )

@@ -4,6 +4,7 @@ import argparse
 import csv
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -128,6 +129,7 @@ class Corpus:
             and `read` counts them.
         incomplete: whether copies usually miss files (videos that were deleted); what
             is missing is then only reported, up to half of a part.
+        more_parts: pattern of names of further parts, of which nothing is known.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Corpus:
     hours: Mapping[str, float] = field(default_factory=dict)
     recordings: Mapping[str, int] = field(default_factory=dict)
     incomplete: bool = False
+    more_parts: str = ""
 
     @property
     def variable(self) -> str:
@@ -183,7 +186,7 @@ class Corpus:
         """
         found = Found()
         for part in parts or self.default_parts or self.parts:
-            if part not in self.parts:
+            if part not in self.parts and not re.fullmatch(self.more_parts, part):
                 known = ", ".join(self.parts)
                 raise DataDirError(f"{self.name} has no part '{part}'; it has: {known}")
             result = Found()
@@ -206,7 +209,7 @@ class Corpus:
         return found
 
     def _check(self, root: Path, part: str, found: Found, partial: bool) -> None:
-        count, published = len(found.entries), self.parts[part]
+        count, published = len(found.entries), self.parts.get(part)
         problem = ""
         if found.missing:
             names = ", ".join(found.examples)

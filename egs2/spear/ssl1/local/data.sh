@@ -6,7 +6,10 @@ set -euo pipefail
 
 log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') (data.sh) $*"; }
 
-help_message="Usage: local/data.sh [options], see run.sh --help"
+help_message="Usage: local/data.sh [options], as of run.sh, see there:
+  --data_config --speech_dirs --audio_dirs --downloads --datadir --speech_langs --audio_sets
+  --valid_fraction --max_valid_hours --max_piece_seconds --max_seconds --max_hours_speech
+  --max_hours_audio --max_utts --nj"
 data_config=
 speech_dirs=
 audio_dirs=

@@ -11,8 +11,10 @@ or, for any folder of audio files or Kaldi data directory,
       name: NAME           # begins the utterance ids
       domain: speech       # or audio
       weight: 1.0
-    - manifest: PATH       # a list in NeMo's form, such as Granary's: JSON lines with
-      ...                  # audio_filepath, duration, optionally offset and text
+    - manifest: PATH       # a list in NeMo's form, such as Granary's, or a folder of
+      audio_root: PATH     # them: JSON lines with audio_filepath, duration, optionally
+      ...                  # offset and text; relative paths start at audio_root, or
+                           # where the list is
     - cuts: PATH           # of lhotse: cuts.jsonl.gz, or a folder in the form Shar
       audio_root: PATH     # where relative paths in it start; default: here
       ...
@@ -49,10 +51,11 @@ from espnet2_spear.fileio.tables import DataDirError, open_text
 KEYS = {
     "corpus": {"corpus", "parts", "weight", "partial"},
     "folder": {"folder", "name", "domain", "weight"},
-    "manifest": {"manifest", "name", "domain", "weight"},
+    "manifest": {"manifest", "audio_root", "name", "domain", "weight"},
     "cuts": {"cuts", "audio_root", "name", "domain", "weight"},
 }
 WEIGHTS = "weights"
+MANIFEST = re.compile(r"\.jsonl?(\.gz)?$")
 NO_CORPUS = ("data_asterisk", "data_corpora", "data_folders", "data_lhotse")
 
 
@@ -126,8 +129,7 @@ def root_of(entry: dict[str, Any]) -> Path:
         root = os.environ.get(variable[1], "")
         value = root and root + value[variable.end() :]
     path = Path(value)
-    there = {"manifest": path.is_file, "cuts": path.exists, "folder": path.is_dir}
-    if not value or not there[kind]():
+    if not value or not (path.is_dir() if kind == "folder" else path.exists()):
         raise DataDirError(
             f"{entry['name']}: no {kind} '{value}'; set "
             f"{variable[1] + ' in db.sh' if variable else f'`{kind}` in the list'}"
@@ -150,18 +152,39 @@ def roots_of(path: Path) -> list[Path]:
     return [root for root in dict.fromkeys(found) if root.exists()]
 
 
-def from_manifest(path: Path, name: str, domain: str) -> ExternalSorter[Entry]:
-    """Read a manifest in NeMo's form; relative paths start where it is.
+def from_manifests(
+    path: Path, name: str, domain: str, audio_root: Path | None
+) -> ExternalSorter[Entry]:
+    """Read a manifest in NeMo's form, or all of a folder.
+
+    Args:
+        path: of the manifest or folder.
+        name: begins the ids.
+        domain: of all utterances.
+        audio_root: where relative paths start; None: where the manifest is.
 
     Raises:
-        DataDirError: a malformed line, which the message names, or no UTF-8.
+        DataDirError: no manifest, a malformed line, which is named, or no UTF-8.
     """
+    paths = [path]
+    if path.is_dir():
+        paths = sorted(p for p in path.iterdir() if MANIFEST.search(p.name))
+        if not paths:
+            raise DataDirError(f"{path}: no *.json, *.jsonl or *.jsonl.gz is in it")
     found: ExternalSorter[Entry] = ExternalSorter()
+    for one in paths:
+        _read_manifest(one, name, domain, audio_root or one.parent, found)
+    return found
+
+
+def _read_manifest(
+    path: Path, name: str, domain: str, root: Path, found: ExternalSorter[Entry]
+) -> None:
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 entry = json.loads(line)
-                audio = str(path.parent / entry["audio_filepath"])
+                audio = str(root / entry["audio_filepath"])
                 start = float(entry.get("offset", 0.0))
                 end = start + float(entry["duration"])
             except (ValueError, KeyError, TypeError) as error:
@@ -179,7 +202,6 @@ def from_manifest(path: Path, name: str, domain: str) -> ExternalSorter[Entry]:
             text = " ".join(str(entry.get("text") or "").split())
             segment = Segment(recording, start, end)
             found.add(Entry(utt, audio, recording, domain, segment, text or None))
-    return found
 
 
 def from_folder(entry: dict[str, Any], out_dir: Path) -> Iterable[Entry]:
@@ -189,7 +211,8 @@ def from_folder(entry: dict[str, Any], out_dir: Path) -> Iterable[Entry]:
         audio_root = Path(entry.get("audio_root", ""))
         return from_cuts(folder, entry["name"], entry["domain"], audio_root, out_dir)
     if "manifest" in entry:
-        return from_manifest(folder, entry["name"], entry["domain"])
+        root = Path(entry["audio_root"]) if "audio_root" in entry else None
+        return from_manifests(folder, entry["name"], entry["domain"], root)
     if (folder / "wav.scp").exists():
         found = from_kaldi_dir(folder, entry["domain"])
         return (prefixed(utterance, entry["name"]) for utterance in found)

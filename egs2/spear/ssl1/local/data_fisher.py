@@ -13,6 +13,8 @@ from espnet2_spear.fileio.folders import files_below
 LAST_OF_P1, LAST = 5850, 11699  # conversations: p1 has the first ones, p2 the others
 LINE = re.compile(r"([0-9.]+) ([0-9.]+) ([AB]):\s*(.*)")
 SUFFIXES = {".sph", ".wav", ".flac"}
+# A start that lacks a digit, as lhotse corrects it, too.
+CORRECTIONS = {("fe_03_11487", "31.09 234.06 B:"): "231.09 234.06 B:"}
 
 
 def turns(path: Path) -> Iterator[tuple[float, float, str, str]]:
@@ -24,7 +26,11 @@ def turns(path: Path) -> Iterator[tuple[float, float, str, str]]:
     for number, line in enumerate(list_lines(path), 1):
         if not line.strip() or line.startswith("#"):
             continue
-        match = LINE.fullmatch(line.strip())
+        text = line.strip()
+        for (stem, wrong), right in CORRECTIONS.items():
+            if path.stem == stem and text.startswith(wrong):
+                text = right + text.removeprefix(wrong)
+        match = LINE.fullmatch(text)
         if match is None:
             raise DataDirError(
                 f"{path}, line {number}: {line.strip()!r} is not 'start end A:'"
@@ -42,8 +48,10 @@ def read(root: Path, part: str, found: Found) -> None:
     # LDC's discs may be linked folders.
     found_files = [*files_below(root, lambda name: name.startswith("fe_03_"))]
     files = {p.stem: p for p in found_files if p.suffix in SUFFIXES}
-    transcripts = sorted(p for p in found_files if p.suffix == ".txt" and of_part(p))
-    for path in transcripts:
+    # Of copies that have them twice, one.
+    transcripts = {p.stem: p for p in found_files if p.suffix == ".txt" and of_part(p)}
+    for _, path in sorted(transcripts.items()):
+        seen = set()  # fe_03_11587 has a turn twice
         recording = f"fisher-{path.stem}"
         if path.stem not in files:
             found.miss(f"{path.stem}.sph")
@@ -53,6 +61,9 @@ def read(root: Path, part: str, found: Found) -> None:
             if "((" in text or end <= start:
                 continue
             utt = f"{recording}-{side}-{round(start * 100):06d}-{round(end * 100):06d}"
+            if utt in seen:
+                continue
+            seen.add(utt)
             segment = Segment(recording, start, end, channel="AB".index(side))
             words = " ".join(re.sub(r"\[[^]]*\]", " ", text).split())
             file, speaker = files[path.stem], f"{recording}-{side}"

@@ -19,7 +19,7 @@ from espnet2_spear.fileio.datadir import DOMAINS, Entry, check, entries, write_e
 from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.external_sorter import ExternalSorter
 from espnet2_spear.fileio.folders import audio_files, find_audio
-from espnet2_spear.fileio.hashes import name_hash
+from espnet2_spear.fileio.hashes import digest_of, name_hash
 from espnet2_spear.fileio.names import safe_id, short_id
 from espnet2_spear.fileio.tables import DataDirError
 
@@ -55,11 +55,13 @@ def from_audio_files(folder: Path, label: str, domain: str) -> ExternalSorter[En
 
     for file in audio_files(folder):
         relative = file.relative_to(folder).with_suffix("").as_posix()
+        stem = safe_id(relative)
+        if stem != relative.replace("/", "-"):  # as in any script but the Latin one
+            stem += f"-{digest_of(relative)[:8]}"
         # Ids also name files, whose names cannot be of any length.
-        name = short_id(f"{label}-{safe_id(relative)}")
+        name = short_id(f"{label}-{stem}")
         utt, number = name, 1
-        # a.wav beside a.flac, or "a b.wav" beside "a_b.wav"
-        while not is_new(utt):
+        while not is_new(utt):  # a.wav beside a.flac
             number += 1
             utt = f"{name}_{number}"
         found.add(Entry(utt, str(file.absolute()), utt, domain))

@@ -12,7 +12,7 @@ from typing import Any
 from espnet2_spear.fileio.cuts import read_cuts, utterance_id
 from espnet2_spear.fileio.datadir import Entry, Segment
 from espnet2_spear.fileio.external_sorter import ExternalSorter
-from espnet2_spear.fileio.names import short_id
+from espnet2_spear.fileio.names import short_id, small_folder
 from espnet2_spear.fileio.tables import DataDirError, table_writer
 
 CUSTOM = "custom"
@@ -41,7 +41,7 @@ def from_cuts(
     out_dir.mkdir(parents=True, exist_ok=True)
     for cut in read_cuts(path):
         utt = utterance_id(name, cut.id)
-        file, channel = audio_of(path, cut, audio_root, audio / utt)
+        file, channel = audio_of(path, cut, audio_root, audio / small_folder(utt) / utt)
         if file not in there and not Path(file).is_file():
             raise DataDirError(
                 f"{path}: cut '{cut.id}': its audio {file} is not there; if it moved, "

@@ -2,8 +2,8 @@
 """Prepare YODAS: utterances of videos, in shards of a language.
 
 A part is a shard, such as en000 (manual captions) or en100 (automatic ones), with its
-archives unpacked. Granary's selection of it comes as manifests: give those as
-`manifest` in the list of corpora (data_corpora.py).
+archives unpacked; of other languages any that is there. Granary's selection of it comes
+as manifests: give those as `manifest` in the list of corpora (data_corpora.py).
 """
 
 from pathlib import Path
@@ -25,11 +25,8 @@ def read(root: Path, part: str, found: Found) -> None:
 CORPUS = Corpus(
     name="yodas",
     read=read,
-    # English alone has shards 000 to 005 and 100 to 127; other languages 000 and 100.
-    parts=dict.fromkeys(
-        [f"en{n:03d}" for n in (*range(6), *range(100, 128))]
-        + [f"{lang}{n}" for lang in "de es fr it pt ru".split() for n in ("000", "100")]
-    ),
+    parts=dict.fromkeys(f"en{n:03d}" for n in (*range(6), *range(100, 128))),
+    more_parts=r"[a-z]{2,3}[01]\d\d",
     default_parts=("en000",),
     licence="CC BY 3.0",
     source="https://huggingface.co/datasets/espnet/yodas",

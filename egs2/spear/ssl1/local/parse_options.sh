@@ -1,7 +1,7 @@
 # Turn "--name value" and "--name=value" into shell variables; to be sourced.
 # The script that sources this sets a default for every option it has, and help_message.
-# An option that has no default is an error, and so is one without value; where the
-# default is true or false, the value must be one of them.
+# An option that help_message does not name is an error, and so is one without value;
+# where the default is true or false, the value must be one of them.
 # shellcheck shell=bash
 
 while [ $# -gt 0 ]; do
@@ -28,7 +28,8 @@ while [ $# -gt 0 ]; do
     esac
     _name=${_option#--}
     _name=${_name//-/_}
-    if ! [[ ${_name} =~ ^[a-z][a-z0-9_]*$ ]] || [ -z "${!_name+set}" ]; then
+    if ! [[ ${_name} =~ ^[a-z][a-z0-9_]*$ ]] || [ -z "${!_name+set}" ] ||
+        ! [[ ${help_message:?} =~ --${_name}([^a-z0-9_]|$) ]]; then
         echo "$0: unknown option ${_option} (see --help)" >&2
         exit 2
     fi

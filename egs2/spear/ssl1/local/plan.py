@@ -10,7 +10,8 @@ Runs with other teachers, quantizers or domains do not touch each other's files,
 these stand in the names of quantizers and codes.
 
 Prints assignments for bash: `train_config`, `tag`, `heard` (the domains of the loss),
-the options of SECONDS, and arrays with a value for each teacher.
+the options of SECONDS, `most_gpus` (among which a batch can be divided), and arrays
+with a value for each teacher.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import yaml
 from figures import figures
+from pool_data import longest_piece
 from training_config import (
     Config,
     PlanError,
@@ -34,6 +36,7 @@ from training_config import (
     check_training,
     choose_config,
     domains_of,
+    most_gpus,
     override,
     read_config,
     restrict,
@@ -47,7 +50,7 @@ QUANTIZERS = ("mvq", "kmeans", "rvq", "random")
 TEACHERS_OF_MINI = "speech=whisper_tiny_en audio=yamnet"
 TEACHERS_OF_PAPER = "speech=wavlm_large audio=dasheng_1.2b"
 STUDENTS_OF_PAPER = ("base", "large", "xlarge")
-# Options of stages 1 and 3: by default, and for the students of the paper [5.5].
+# Options of stages 1 and 3: by default, and for the students of the paper [5.4].
 SECONDS = {
     "min_seconds": ("0.5", "0.9"),
     "max_seconds": ("30", "32"),
@@ -324,7 +327,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_options(parser, student="", train_config="", teachers="", quantizer="mvq")
     add_options(parser, quantizer_data="", quantizer_args="", quantizer_tag="")
     add_options(parser, tokenize_domains="needed", config_override="", tag="")
-    add_options(parser, inference_model="valid.loss.best.pth")
+    add_options(parser, inference_model="valid.loss.best.pth", train_args="")
     parser.add_argument("--quantizer_iters", default="", type=number(int, 1))
     parser.add_argument("--quantizer_frames", default="", type=number(int, 0))
     for option, (small, large) in SECONDS.items():
@@ -410,7 +413,7 @@ def plan(args: argparse.Namespace) -> tuple[Config, dict[str, str], list[Teacher
                 for teacher in teachers
             },
         )
-    check_noise(config)
+    extension = check_noise(config)
     check_experiment(args.expdir / tag, config, [teacher.codes for teacher in teachers])
     if args.check_training is not None:
         model = args.expdir / tag / args.inference_model
@@ -430,6 +433,9 @@ def plan(args: argparse.Namespace) -> tuple[Config, dict[str, str], list[Teacher
     run = {"train_config": str(path), "tag": tag, "heard": ",".join(heard)}
     for option, values in SECONDS.items():
         run[option] = getattr(args, option) or values[paper]
+    piece, most = float(run["max_piece_seconds"]), float(run["max_seconds"])
+    longest = min(longest_piece(piece, most), most) + extension
+    run["most_gpus"] = str(most_gpus(config, args.train_args, longest) or "")
     return config, run, teachers
 
 

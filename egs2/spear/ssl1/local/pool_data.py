@@ -51,17 +51,37 @@ def seconds_of(source: Path, pool: ProcessPoolExecutor) -> Callable[[Entry], flo
 
     Returns:
         a function that tells the seconds of an utterance's recording.
+
+    Raises:
+        DataDirError: not one of them can be read.
     """
+    unreadable, total, example = 0, 0, ""
 
     def measured() -> Iterator[tuple[str, float]]:
+        nonlocal unreadable, total, example
         recordings = sorted_rows(source / "wav.scp", "recording file")
         # In parts: the pool takes all that it is given at once.
         while part := list(islice(recordings, MEASURED_AT_ONCE)):
             names, paths, _ = zip(*part, strict=True)
             found = pool.map(recording_seconds, paths, chunksize=50)
-            yield from zip(names, found, strict=True)
+            total += len(part)
+            for name, path, seconds in zip(names, paths, found, strict=True):
+                if seconds < 0:
+                    unreadable += 1
+                    example = example or path
+                yield name, seconds
 
     seconds = Lines.of(measured())
+    if unreadable:
+        why = ""
+        try:
+            audio_info(example)
+        except (AudioError, OSError) as error:
+            why = f", such as {example}: {error}"
+        told = f"{source}: {unreadable} of {total} recordings cannot be read{why}"
+        if unreadable == total:
+            raise DataDirError(f"{told}; correct paths or files, or leave it out")
+        logging.warning("%s; stage 2 will list them", told)
     return lambda entry: float(seconds.find(entry.recording))
 
 
@@ -233,6 +253,16 @@ def positive(text: str) -> float:
     return value
 
 
+def longest_piece(piece: float, longest: float) -> float:
+    """Seconds of the longest recording that is not cut.
+
+    Args:
+        piece: seconds of the pieces of longer ones.
+        longest: seconds that stage 3 lets through.
+    """
+    return max(piece, min(STAYS_WHOLE * piece, longest))
+
+
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -265,7 +295,7 @@ def main(args: argparse.Namespace) -> None:
     }
     held = HoldOut(args.valid_fraction, args.max_valid_hours)
     piece = args.max_piece_seconds
-    whole = max(piece, min(STAYS_WHOLE * piece, args.max_seconds))
+    whole = longest_piece(piece, args.max_seconds)
     with ExternalSorter[Entry](folder=args.out_dir) as pieces:
         with ProcessPoolExecutor(args.nj) as pool:
             for source in args.sources:

@@ -259,9 +259,7 @@ def run(command: list[str]) -> int:
     return 128 - status if status < 0 else status
 
 
-def show(
-    step: Step, runs: list[tuple[list[str], list[str]]], why: str, todo: bool
-) -> None:
+def show(step: Step, runs: list[tuple[list[str], list[str]]], verdict: str) -> None:
     """Print a step that is not run; runs are words before a command, and its own."""
     for runner, words in runs:
         print(f"  $ {shlex.join(words)}")
@@ -271,7 +269,7 @@ def show(
         print(f"      reads   {path}{'' if path.exists() else ' (not there yet)'}")
     for path in step.outputs:
         print(f"      writes  {path}")
-    print(f"      {'would run' if todo else 'would be skipped'}: {why}")
+    print(f"      would {verdict}")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -320,17 +318,19 @@ def main(cmd: list[str] | None = None) -> int:
     step = Step(args.mark, command, args.input, sources, args.output, args.adopt)
     todo, why = step.state()
     what = ", ".join(map(str, args.output)) or str(args.mark)
+    verdict = f"{'run' if todo else 'be skipped'}: {why}"
     if args.refuse is not None and (changes := step.changes()):
-        return refuse(
-            f"{what}: was made otherwise ({'; '.join(changes)}); {args.refuse}"
-        )
+        told = f"{what}: was made otherwise ({'; '.join(changes)}); {args.refuse}"
+        if args.dry_run == "false":
+            return refuse(told)
+        verdict = f"be an error: {told}"
     words = [*command, *uncounted]
     runs = [(shlex.split(args.runner), words)]
     if args.jobs > 1:
         part = ["--part", f"JOB/{args.jobs}"]
         runs.insert(0, (shlex.split(args.array_runner), [*words, *part]))
     if args.dry_run == "true":
-        show(step, runs, why, todo)
+        show(step, runs, verdict)
         return 0
     if not todo:
         same = ", with the same inputs and options: skipped" if step.before else ""

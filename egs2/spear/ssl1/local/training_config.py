@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.explain import read_options
 from espnet2_spear.fileio.tables import rows
 from espnet2_spear.spear.mixing import MixerConfig
@@ -76,7 +77,7 @@ def override(config: Config, value: str) -> None:
         and schedule.get("hours_per_batch")
     ):
         samples = config["batch_bins"] * config.get("accum_grad", 1)
-        schedule["hours_per_batch"] = round(samples / 16000 / 3600, 6)
+        schedule["hours_per_batch"] = round(samples / SAMPLE_RATE / 3600, 6)
         logging.info("scheduler_conf.hours_per_batch: %s", schedule["hours_per_batch"])
 
 
@@ -131,8 +132,11 @@ def check_data(config: Config, utt2domain: Path) -> set[str]:
     return present
 
 
-def check_noise(config: Config) -> None:
+def check_noise(config: Config) -> float:
     """Say in time that the training will need a list of noise recordings.
+
+    Returns:
+        seconds by which mixing may make an utterance longer.
 
     Raises:
         PlanError: rules of mixing that are none, or a list that none of them uses.
@@ -155,6 +159,24 @@ def check_noise(config: Config) -> None:
             "local/data_musan.py --root MUSAN --out_dir data/noise, or do without: "
             "--config_override 'mixer_conf={} noise_scp=null'"
         )
+    return mixing.max_extension if mixing else 0.0
+
+
+def most_gpus(config: Config, train_args: str, longest: float) -> int | None:
+    """GPUs among which a batch can be divided; None: other things decide.
+
+    Args:
+        config: of the training.
+        train_args: further words of its command line.
+        longest: seconds of an utterance, mixed, of which each has to hold one.
+    """
+    batches = ("iterator_type", "batch_bins", "sampler_conf")
+    steps = (config.get("sampler_conf") or {}).get("step_shards")
+    if config.get("iterator_type") != "task" or "batch_bins" not in config or steps:
+        return None
+    if any(f"--{option}" in train_args for option in batches) or longest <= 0:
+        return None
+    return max(1, int(config["batch_bins"] / (SAMPLE_RATE * longest)))
 
 
 def take_over(config: Config, facts_of: Mapping[str, list[Path]]) -> None:
