@@ -43,7 +43,7 @@ def test_times_lie_two_fbank_frames_before_the_middle_of_what_a_frame_sees(model
         change = (embed(audio) - base).norm(dim=-1)[0].detach()
         times = (torch.arange(len(change)) * hear.HOP + hear.MIDDLE) / 16
         errors.append(float((change * times).sum() / change.sum()) - at / 16)
-    assert abs(sum(errors) / len(errors) + 20.0) < 5.0  # ms
+    assert abs(sum(errors) / len(errors) + 20.0) < 10.0  # ms, half a frame
 
 
 def test_scenes(model):
@@ -67,7 +67,7 @@ def test_large_batches_are_divided(model, monkeypatch):
 
 def test_very_short_audio(model):
     embeddings, times = hear.get_timestamp_embeddings(torch.zeros(1, 100), model)
-    assert embeddings.shape[:2] == times.shape == (1, 4)
+    assert embeddings.shape[:2] == times.shape == (1, 3)
 
 
 def test_no_checkpoint(tmp_path):

@@ -13,7 +13,7 @@ STAGE_1 = "ssl1/local/data.sh"
 
 @pytest.mark.parametrize("script", [*SCRIPTS, STAGE_1])
 def test_help_names_every_option(script: str) -> None:
-    shown = run_script(script, "--help")
+    shown = run_script(script, "--help", cwd=RECIPES / "ssl1")
     assert shown.returncode == 0
     text = (RECIPES / script).read_text()
     door = "\n. local/parse" if script == STAGE_1 else "\n. ../ssl1/local/recipe"

@@ -80,7 +80,7 @@ def seconds_of(source: Path, pool: ProcessPoolExecutor) -> Callable[[Entry], flo
             why = f", such as {example}: {error}"
         told = f"{source}: {unreadable} of {total} recordings cannot be read{why}"
         if unreadable == total:
-            raise DataDirError(f"{told}; correct paths or files, or leave it out")
+            raise DataDirError(f"{told}; or leave {source.name} out")
         logging.warning("%s; stage 2 will list them", told)
     return lambda entry: float(seconds.find(entry.recording))
 
