@@ -35,7 +35,8 @@ General
                               In stages 5 and 7 the processes of a machine, one a GPU,
                               share so many threads; in stage 7 OMP_NUM_THREADS of the
                               environment goes before.
-  --ngpu N                    GPUs, on each machine                 [all visible]
+  --ngpu N                    GPUs, on each machine; stage 7 takes fewer if a batch holds too
+                              few of the longest pieces for them    [all visible]
   --num_nodes N               machines for training, by Slurm (see cmd.sh)   [1]
   --num_jobs N                jobs of an array in stages 2 and 5, each with --nj processes
                               or --ngpu GPUs; with Slurm on as many machines [1]
