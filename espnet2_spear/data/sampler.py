@@ -1,4 +1,4 @@
-"""Which utterances an optimizer step sees, by weight, for any number of GPUs.
+"""Sampler: the utterances of each optimizer step, by weight, for any number of GPUs.
 
 The utterances of step t are a function of the data, the options and t alone. Nothing is
 drawn in one process and sent to others, nothing is stored but counts, and a training

@@ -40,8 +40,9 @@ class UpstreamExpert(nn.Module):
 
         Returns:
             ``hidden_states``: one (B, T, C) per layer, 50 Hz. Lengths are not returned:
-            s3prl derives them from the samples and the rate, a frame for every 320
-            begun. The student's last frame stands for the few that it has not.
+            s3prl derives them from the samples and the rate, one frame for every 320
+            samples begun. These are a few more frames than the student makes, so its
+            last frame is repeated.
 
         Raises:
             InputError: a waveform that is empty, longer than an hour, with NaN or

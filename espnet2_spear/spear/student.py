@@ -36,7 +36,7 @@ ANCHOR = "encoder_embed.conv.0.weight"  # a tensor that every student has
 
 @dataclass
 class SpearOutput:
-    """What the student says of a batch.
+    """Outputs of the student for a batch.
 
     Attributes:
         encoder_out: (B, T', C), at ``config.frame_rate``.

@@ -90,8 +90,8 @@ Student and teachers (stages 4 to 7)
                               [dump/raw/train, in the teacher's domain]
   --quantizer_iters N         steps in each of the two phases, mvq only [as the teacher's YAML]
   --quantizer_args \"...\"      further options of mvq_train, such as \"--batch_frames 128\"
-  --quantizer_tag NAME        a name more for quantizers, their embeddings and codes; one
-                              that is there is not made in another way without it
+  --quantizer_tag NAME        added to the names of quantizers, their embeddings and codes;
+                              without it, one that exists is not made again in another way
   --teacher_dtype T           of the teachers' computation: float32, bfloat16 or float16;
                               the share of codes as in float32 is told   [float32]
   --min_agreement X           with a smaller share nothing is tokenized  [0.5]

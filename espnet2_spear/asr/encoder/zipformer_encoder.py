@@ -41,9 +41,9 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         padding: ``exact`` or ``compatible``, see ZipformerConfig; None: as in ``arch``.
         interctc_layer_idx: layers, counted from 1 over all stacks, whose outputs are
             returned for intermediate CTC (``model_conf: {interctc_weight: 0.3}``).
-        interctc_use_conditioning: feed what CTC says of these layers back into the
-            network, behind their stack (self-conditioned CTC); they must be the last
-            ones of stacks then.
+        interctc_use_conditioning: self-conditioned CTC: add the CTC posteriors of these
+            layers, mapped to the network's channels, to the output of their stack. Each
+            of the layers must then be the last one of a stack.
         freeze_steps: train the network only after so many updates; see FreezeSchedule.
         lr_scale: learning rate of the network relative to the rest of the model; with
             ``optim: scaledadam`` only.

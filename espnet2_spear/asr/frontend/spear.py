@@ -83,8 +83,8 @@ class SpearFrontend(AbsFrontend):
             surrounds it; None: as what surrounds it. The features have the type of the
             parameters, which is float32 unless the model was converted.
         logmel: ``concat`` or ``project``: join log-mel features, see LogMelFusion.
-        spear_format: of a packed model, which ``task_pack`` writes here; a newer one
-            than this version knows is refused.
+        spear_format: number of the format of a packed model, which ``task_pack`` writes
+            here; a number newer than this version knows is refused.
 
     Raises:
         ValueError: another sampling rate, a layer that does not exist, or another
