@@ -43,12 +43,14 @@ def test_gradients_are_the_mean_over_ranks() -> None:
 
 def test_configurations(tmp_path: Path) -> None:
     check_deepspeed_config(CONF)
-    rounded = tmp_path / "bf16.json"
-    rounded.write_text('{"bf16": {"enabled": true}}', encoding="utf-8")
+    rounded = []
+    for section in ("bf16", "fp16", "amp"):
+        rounded.append(tmp_path / f"{section}.json")
+        rounded[-1].write_text(f'{{"{section}": {{"enabled": true}}}}')
     broken = tmp_path / "broken.json"
     broken.write_text("{", encoding="utf-8")
     for path, message in [
-        (rounded, "torch_autocast"),
+        *((path, "torch_autocast") for path in rounded),
         (broken, "broken.json"),
         (tmp_path / "none.json", "none.json"),
         (None, "--deepspeed_config"),

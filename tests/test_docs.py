@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,27 @@ def references(page: Path) -> Iterator[tuple[str, str | None]]:
         path, _, inside = quoted.partition("::")
         if re.fullmatch(r"[\w./-]+\.(py|sh|yaml|md|txt)|[\w./-]+/", path):
             yield path, inside or None
+
+
+COMMANDS = sorted(
+    path.stem
+    for path in (ROOT / "espnet2_spear/bin").glob("*.py")
+    if hasattr(import_module(f"espnet2_spear.bin.{path.stem}"), "get_parser")
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_as_pages_show_them(command: str) -> None:
+    """Their help can be printed, and they have the options."""
+    parser = import_module(f"espnet2_spear.bin.{command}").get_parser()
+    assert "--help" in parser.format_help()
+    known = {*parser._option_string_actions, "--log_level"}
+    for page in PAGES:
+        blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
+        for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+            _, found, rest = line.partition(f"espnet2_spear.bin.{command} ")
+            shown = {w.split("=")[0] for w in rest.split() if w.startswith("--")}
+            assert not found or shown <= known, f"{page}: {line}"
 
 
 @pytest.mark.parametrize("page", TOUR, ids=name)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from espnet2.layers.utterance_mvn import UtteranceMVN
 from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
 from student_files import recognizer_on, write_recognizer, write_student
@@ -34,6 +35,23 @@ def test_weighted_sum_starts_as_the_mean_and_learns(ckpt: Path, batch) -> None:
     torch.testing.assert_close(feats, torch.stack(hidden).mean(0))
     feats.square().sum().backward()
     assert frontend.featurizer.weights.grad.abs().max() > 0
+    # By default of layers that are normalised.
+    normed = torch.stack([F.layer_norm(h, h.shape[-1:]) for h in hidden])
+    torch.testing.assert_close(SpearFrontend(ckpt=str(ckpt))(*batch)[0], normed.mean(0))
+    layers, _ = load_model(ckpt).normalized_layers(*batch)
+    torch.testing.assert_close(layers, normed)
+
+
+def test_pooled_frames_are_means(ckpt: Path, batch) -> None:
+    plain, lengths = SpearFrontend(ckpt=str(ckpt))(*batch)
+    pooled, pooled_lengths = SpearFrontend(ckpt=str(ckpt), pool=2)(*batch)
+    assert pooled_lengths.tolist() == (lengths // 2).tolist()
+    frames = pooled.size(1)
+    means = (plain[:, 0::2][:, :frames] + plain[:, 1::2][:, :frames]) / 2
+    torch.testing.assert_close(pooled, means)
+    both, _ = SpearFrontend(ckpt=str(ckpt), pool=2, stack=2)(*batch)
+    expected = torch.cat([pooled[:, 0:-1:2], pooled[:, 1::2]], dim=-1)
+    torch.testing.assert_close(both, expected[:, : both.size(1)])
 
 
 def test_stacked_frames_are_neighbours(ckpt: Path, batch) -> None:

@@ -8,6 +8,7 @@ import sys
 import wave
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,18 @@ from conftest import ROOT
 from student_files import TOKENS, recognizer_on, write_recognizer, write_student
 from test_zipformer import fill_by_rule
 
+from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.bin.spear_export import describe, get_parser
 from espnet2_spear.bin.spear_export import main as spear_export
 from espnet2_spear.errors import UserError
 from espnet2_spear.hub import graph
 from espnet2_spear.hub.graph import WRITERS, Network, write_graph
-from espnet2_spear.hub.graph_ctc import CtcRecognizer, ctc_recognizer, open_recognizer
+from espnet2_spear.hub.graph_ctc import (
+    CtcRecognizer,
+    ctc_recognizer,
+    open_recognizer,
+    refuse_what_no_graph_has,
+)
 from espnet2_spear.hub.graph_student import offline_student, streaming_student
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.hub.teacher import sha256_of_tensors
@@ -410,6 +417,27 @@ def test_recognizers_that_cannot_be_a_graph(tmp_path: Path) -> None:
     path = write_recognizer(tmp_path / "b", **conf)
     with pytest.raises(UserError, match="frontend_conf.amp_dtype: bfloat16 cannot be"):
         ctc_recognizer(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"normalize": "global_mvn"}, "normalize: global_mvn"),
+        ({"postencoder": "hugging_face"}, "postencoder: hugging_face"),
+        ({"frontend_conf": {"chunk_seconds": 30}}, "frontend_conf.chunk_seconds: 30"),
+        (
+            {"encoder_conf": {"interctc_use_conditioning": True}},
+            "encoder_conf.interctc_use_conditioning: True",
+        ),
+        ({}, "ctc: none"),
+    ],
+)
+def test_parts_that_no_graph_has(settings: dict, message: str) -> None:
+    """They would be left out of it without a word."""
+    model = SimpleNamespace(frontend=SpearFrontend(arch="tiny"), encoder=None)
+    model.ctc = object() if settings else None
+    with pytest.raises(UserError, match=f"{message}.* cannot be in the graph"):
+        refuse_what_no_graph_has("exp", model, settings)
 
 
 def test_a_network_that_cannot_be_a_graph_is_named() -> None:

@@ -61,8 +61,16 @@ def test_scenes(model):
 def test_large_batches_are_divided(model, monkeypatch):
     audio = torch.rand(5, 16000) * 2 - 1
     whole = hear.get_scene_embeddings(audio, model)
-    monkeypatch.setattr(hear, "MAX_SAMPLES", 33000)
+    sizes, layers = [], model.student.normalized_layers
+
+    def count(x):
+        sizes.append(len(x))
+        return layers(x)
+
+    monkeypatch.setattr(model.student, "normalized_layers", count)
+    monkeypatch.setattr(hear, "MAX_SAMPLES", 40000)
     torch.testing.assert_close(hear.get_scene_embeddings(audio, model), whole)
+    assert sizes == [2, 2, 1]
 
 
 def test_very_short_audio(model):

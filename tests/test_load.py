@@ -72,6 +72,12 @@ def test_published_sizes_are_recognised(size: str, rate: int, causal: bool) -> N
     assert len(compact(found)) == 2 + (rate == 2) + causal
 
 
+def test_safetensors_go_before_pickles(tmp_path: Path, state: State) -> None:
+    write(tmp_path, "safetensors", state)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no pickle")
+    assert set(load_model(tmp_path).state_dict()) == set(state)
+
+
 def test_other_heads_must_be_told(tmp_path: Path) -> None:
     config = replace(SMALL, pos_head_dim=3, value_head_dim=7)
     state = SpearEncoder(config).state_dict()

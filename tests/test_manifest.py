@@ -80,7 +80,9 @@ def test_it_is_made_again_only_if_a_list_changed(tmp_path: Path) -> None:
     again = open_manifest(tmp_path / "m", sources(tmp_path), DOMAINS)
     assert again.folder == first.folder
     assert (again.folder / INDEX).stat().st_mtime_ns == stamp
-    assert open_manifest(tmp_path / "m", sources(tmp_path), DOMAINS, ["a"]) is not None
+    other = open_manifest(tmp_path / "m", sources(tmp_path), DOMAINS, ["a"])
+    assert other.folder != first.folder
+    assert {group.corpus for group in other.groups} == {"", "a"}
     facts = write_lists(tmp_path, seed=1)  # the same sizes, other lengths
     os.utime(tmp_path / "lengths", ns=(1, 1))
     changed = open_manifest(tmp_path / "m", sources(tmp_path), DOMAINS)

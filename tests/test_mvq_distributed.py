@@ -1,5 +1,7 @@
 """Training of a quantizer by two processes over gloo."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from embedding_files import structured_vectors, write_embeddings
@@ -7,7 +9,9 @@ from tiny_training import end, launch
 
 from espnet2_spear.bin import mvq_train
 from espnet2_spear.errors import UserError
+from espnet2_spear.mvq import training
 from espnet2_spear.mvq.files import load_quantizer
+from espnet2_spear.mvq.quantizer import Quantizer
 
 OPTIONS = (
     "--num_codebooks 2 --iters_phase1 30 --iters_phase2 20 --batch_frames 128 "
@@ -22,9 +26,25 @@ def folder(tmp_path):
 
 def test_two_processes_train_what_one_does(folder, tmp_path):
     """The same batches, so nearly the same quantizer; the losses are no plain means."""
+
+    def keep(rank: int) -> Callable[[], None]:
+        def before() -> None:
+            train = training.MVQTrainer.train
+
+            def and_save(self: training.MVQTrainer) -> Quantizer:
+                quantizer = train(self)
+                torch.save([*quantizer.parameters()], tmp_path / f"rank{rank}.pt")
+                return quantizer
+
+            training.MVQTrainer.train = and_save
+
+        return before
+
     command = f"--embeddings {folder} --output {tmp_path}/two/q.pt {OPTIONS}"
-    codes = end(launch(command.split(), tmp_path, main=mvq_train.main))
+    codes = end(launch(command.split(), tmp_path, keep, main=mvq_train.main))
     assert codes == [0, 0], (tmp_path / "log0").read_text()
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert all(map(torch.equal, *ranks))  # they shared their gradients
     mvq_train.main(
         f"--embeddings {folder} --output {tmp_path}/one/q.pt {OPTIONS}".split()
     )
@@ -37,8 +57,23 @@ def test_two_processes_train_what_one_does(folder, tmp_path):
 
 
 def test_all_processes_stop_together(folder, tmp_path):
-    command = f"--embeddings {folder} --output {tmp_path}/q.pt {OPTIONS} --lr 1e6"
-    assert end(launch(command.split(), tmp_path, main=mvq_train.main)) == [1, 1]
+    """Where the loss of one of them is not finite."""
+
+    def spoil(rank: int) -> Callable[[], None]:
+        def before() -> None:
+            losses = training.quantizer_losses
+
+            def infinite(*args: object) -> training.QuantizerLosses:
+                found = losses(*args)
+                return found._replace(reconstruction=found.reconstruction * torch.inf)
+
+            if rank == 1:
+                training.quantizer_losses = infinite
+
+        return before
+
+    command = f"--embeddings {folder} --output {tmp_path}/q.pt {OPTIONS}"
+    assert end(launch(command.split(), tmp_path, spoil, main=mvq_train.main)) == [1, 1]
     for rank in range(2):
         assert "lower --lr" in (tmp_path / f"log{rank}").read_text()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from student_files import write_student
+from student_files import write_packed, write_student
 
 from espnet2_spear import load_model
 from espnet2_spear.bin import spear_pack, spear_upload
@@ -178,6 +178,9 @@ def test_upload_refuses(tmp_path: Path, exp: Path, capsys) -> None:
     assert "must be user/name" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="run stage 8"):
         spear_upload.main(["--packed", "gone.zip", "--repo_id", "a/b"])
+    plain = write_packed(tmp_path / "plain.zip", exp)
+    with pytest.raises(CheckpointError, match="has no model card"):
+        spear_upload.main(["--packed", str(plain), "--repo_id", "a/b"])
     (tmp_path / "bad.zip").write_bytes(packed.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="bad.zip: .*cut off"):
         spear_upload.main(["--packed", str(tmp_path / "bad.zip"), "--repo_id", "a/b"])

@@ -148,7 +148,15 @@ REFUSED |= {"no_forward_run": "true", "scheduler": "reducelronplateau"}
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [*REFUSED.items(), ("scheduler", "warmupreducelronplateau")],
+    [
+        *REFUSED.items(),
+        ("scheduler", "warmupreducelronplateau"),
+        ("nbest_averaging_interval", "1"),
+        ("wandb_model_log_interval", "5"),
+        ("create_graph_in_tensorboard", "true"),
+        ("use_adapter", "true"),
+        ("sharded_ddp", "true"),
+    ],
 )
 def test_options_without_effect_are_refused(name, value):
     cmd = ["--output_dir", "exp", f"--{name}", value]
