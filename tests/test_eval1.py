@@ -292,6 +292,34 @@ def test_systems(student: Path) -> None:
     assert trained.identity == again.identity != random.identity
 
 
+class TwoSeconds:
+    """A teacher that takes so much; a frame is the mean of its samples."""
+
+    max_samples = 32000
+
+    def to(self, device: str) -> "TwoSeconds":
+        return self
+
+    def describe(self) -> dict[str, str]:
+        return {}
+
+    def __call__(self, speech: torch.Tensor, lengths: torch.Tensor) -> tuple:
+        assert speech.size(1) <= self.max_samples
+        return speech.unfold(1, 320, 320).mean(-1, keepdim=True), lengths // 320
+
+
+def test_teachers_get_long_clips_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systems, "load_teacher_config", lambda path: (path,))
+    monkeypatch.setattr(systems, "build_teacher", lambda path: TwoSeconds())
+    teacher = systems.teacher("x", "x.yaml", "cpu")
+    for size in (32000, 32320, 70001):
+        speech = torch.randn(1, size)
+        (found,), counts = teacher.embed(speech, torch.tensor([size]))
+        expected = speech.unfold(1, 320, 320).mean(-1, keepdim=True)
+        torch.testing.assert_close(found, expected)
+        assert counts.tolist() == [size // 320]
+
+
 def test_noise_has_its_ratio_and_depends_on_the_clip() -> None:
     torch.manual_seed(0)
     speech, sources = torch.randn(4000), [torch.randn(700), torch.randn(900) * 5]

@@ -75,7 +75,7 @@ def test_large_batches_are_divided(model, monkeypatch):
 
 def test_very_short_audio(model):
     embeddings, times = hear.get_timestamp_embeddings(torch.zeros(1, 100), model)
-    assert embeddings.shape[:2] == times.shape == (1, 3)
+    assert embeddings.shape[:2] == times.shape == (1, 4)
 
 
 def test_no_checkpoint(tmp_path):

@@ -402,6 +402,7 @@ def test_plan_of_the_default(planned, tmp_path: Path) -> None:
         ({"student": "base", "config_override": "sampler_conf={}"}, "100"),  # of 3200 s
         ({"train_args": "--batch_bins 2720000"}, ""),
         ({"max_piece_seconds": "0", "max_seconds": "0"}, ""),
+        ({"max_piece_seconds": "inf", "max_seconds": "inf"}, ""),
         ({"config_override": "batch_bins=1360000"}, "7"),
         ({"config_override": "batch_bins=1360000 mixer_conf.preset=token_mixing"}, "6"),
         ({"config_override": "batch_bins=1360000", "max_seconds": "5"}, "17"),

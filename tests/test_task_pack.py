@@ -2,6 +2,7 @@
 
 import shutil
 import string
+from dataclasses import replace
 
 import pytest
 import soundfile
@@ -39,7 +40,9 @@ def test_checkpoint_gives_way_to_architecture(student, tmp_path):
     assert packed({**gone, "arch": "tiny"}) == {"arch": "tiny"}
     # Options of the run go before those of the checkpoint, as in training.
     exact = {"name": "tiny", "padding": "exact"}
-    assert packed({**conf, "arch": exact})["arch"] == exact
+    for arch in (exact, {**exact, "name": str(student)}):
+        found = ZipformerConfig.build(packed({**conf, "arch": arch})["arch"])
+        assert found == replace(ZipformerConfig.from_name("tiny"), padding="exact")
     with pytest.raises(UserError, match="config.yaml.*gone is gone.*arch"):
         packed(gone)
 

@@ -24,7 +24,7 @@ def test_weights_of_which_espnet_would_take_none(tmp_path: Path) -> None:
     torch.save({"encoder.x": torch.zeros(1)}, path)
     _check_source(f"{path}:encoder:encoder", path)
     _check_source(str(path), path)
-    with pytest.raises(UserError, match="no tensor of .* student.*spear_import"):
+    with pytest.raises(UserError, match="no tensor of it .* student.*spear_import"):
         _check_source(f"{path}:student:encoder", path)
 
 

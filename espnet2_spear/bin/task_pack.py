@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from espnet2_spear.asr.pretrained import read_architecture
 from espnet2_spear.codes.targets import teacher_codes
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.explain import command, option_parser
@@ -125,6 +126,8 @@ def self_contained(config: dict[str, Any], source: Path) -> dict[str, Any]:
                 "frontend_conf.arch, and run from the folder the model was trained in"
             )
         conf["arch"] = load_model(ckpt).config.to_dict()
+    elif isinstance(conf["arch"], dict):  # it may name a file, too
+        conf["arch"] = read_architecture(dict(conf["arch"])).to_dict()
     config["frontend_conf"] = conf
     return config
 

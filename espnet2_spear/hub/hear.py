@@ -23,7 +23,7 @@ HOP = 2 * FRAME_SHIFT
 # 2j + 2 (benchmarks/README.md, frontend.py), the middle of which is taken for its time.
 MIDDLE = 2.5 * FRAME_SHIFT
 # Samples mirrored at both ends, so that frames reach to both.
-FRONT, BACK = MIDDLE - HOP / 2, 2 * HOP
+FRONT, BACK = MIDDLE - HOP / 2, 2 * HOP + FRAME_SHIFT
 MAX_SAMPLES = 60 * SAMPLE_RATE  # of a batch that is computed at once
 
 

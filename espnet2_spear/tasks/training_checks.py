@@ -72,7 +72,7 @@ def _check_source(word: str, path: Path) -> None:
         name.startswith(source) for name in state.get("module", state)
     ):
         raise UserError(
-            f"--init_param {word}: no tensor of {path} is called {source}*; python -m "
+            f"no tensor of it is called {source}*; python -m "
             "espnet2_spear.bin.spear_import writes such a file of other layouts"
         )
 
@@ -111,6 +111,6 @@ def check_model(
         try:
             with one_kind_of_error():
                 load_pretrained_model(word, model, args.ignore_init_mismatch, "meta")
+                _check_source(word, path)
         except ValueError as error:
             raise UserError(f"--init_param {word}: {error}") from error
-        _check_source(word, path)

@@ -217,6 +217,10 @@ fi
 if wanted 8 && [ -n "${pack_args}" ]; then opts+=("--check_packing=${pack_args}"); fi
 [ "${dry_run}" = false ] || opts+=(--dry_run)
 plan "${opts[@]}"
+if wanted 7 && [ -n "${most_gpus}" ] && [ "${num_nodes}" -gt "${most_gpus}" ]; then
+    log "ERROR: --num_nodes ${num_nodes}: a batch (batch_bins) holds only ${most_gpus} of the longest pieces; use fewer, or a larger batch by --config_override batch_bins=N"
+    exit 1
+fi
 # Of the embedded data what a teacher is trained on.
 [[ ,${heard}, != *,speech,* ]] || speech_langs=${speech_langs:-en es fr it ru}
 [[ ,${heard}, != *,audio,* ]] || audio_sets=${audio_sets:-ufoai sonicpi moh}
@@ -497,10 +501,6 @@ if wanted 7; then
     if [ -n "${most_gpus}" ] && [ $((ngpu * num_nodes)) -gt "${most_gpus}" ]; then
         # With whole utterances for each, and the same number on all machines.
         train_gpus=$((most_gpus / num_nodes))
-        if [ "${train_gpus}" -eq 0 ]; then
-            log "ERROR: --num_nodes ${num_nodes}: a batch (batch_bins) holds only ${most_gpus} of the longest pieces; use fewer, or a larger batch by --config_override batch_bins=N"
-            exit 1
-        fi
         log "uses ${train_gpus} of ${ngpu} GPUs: a batch (batch_bins) holds only ${most_gpus} of the longest pieces; --config_override batch_bins=N makes it larger"
     fi
     # The processes of a machine, one a GPU, share its cores.

@@ -382,7 +382,7 @@ def report(
         text += [f"## {question.title}", table(shown, results)]
         controls = controls_of(scores, question.tasks)
         draw(shown, {**controls, **results}, out / f"table{number}.png")
-        if len(results) > 1:
+        if len(results) > 1 and question.arms[0].title in results:
             text.append(differences(shown, results))
     (out / "RESULTS.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     print("\n\n".join(text[2:]))
@@ -442,13 +442,14 @@ def main(args: argparse.Namespace) -> None:
         found = read_scores(exp / student.name / RESULTS)["student"]
         means = {k: mean_score(v, seed) for k, v in found.items()}
         scores.add(arm.name, means, quantizers_of(student))
-    if students and (new := [n for n in every if not controls_of(scores, [n])]):
+    missing = [name for name in every if not controls_of(scores, [name])]
+    if students and missing:
         tag, student = f"{args.tag}_controls", student_of(args, *students[0]) / MODEL
         systems = "logmel random teachers"
         options = {"tag": tag, "seeds": args.probe_seeds, "nj": args.jobs}
-        call(eval1(new, student=student, stage=3, systems=systems, **options))
+        call(eval1(every, student=student, stage=3, systems=systems, **options))
         for name, found in read_scores(exp / tag / RESULTS).items():
-            scores.add(name, {k: mean_score(v, 0) for k, v in found.items()})
+            scores.add(name, {k: mean_score(found[k], 0) for k in missing})
     report(args, tasks, asked, scores)
 
 

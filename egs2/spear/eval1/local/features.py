@@ -110,7 +110,11 @@ def _read(array: Path, index: Path, facts: Mapping[str, object]) -> Features | N
         return None
     try:
         found = json.loads(index.read_text(encoding="utf-8"))
-        changed = [name for name, value in facts.items() if found.get(name) != value]
+        changed = [
+            name
+            for name, value in facts.items()
+            if name not in found or found[name] != value
+        ]
         if not array.exists() or array.stat().st_size != found["bytes"]:
             changed.append("file")
         if changed:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from espnet2_spear import load_model
+from espnet2_spear.constants import SAMPLES_PER_FRAME
 from espnet2_spear.spear.student import SpearEncoder
 from espnet2_spear.teachers import build_teacher, load_teacher_config
 from espnet2_spear.zipformer.fbank import Fbank
@@ -74,7 +75,15 @@ def teacher(name: str, path: str, device: str) -> System:
     identity = repr(sorted(model.describe().items()))
 
     def embed(speech: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
-        embeddings, lengths = model(speech, lengths)
-        return [embeddings], lengths
+        pieces = -(-speech.size(1) // (model.max_samples or speech.size(1)))
+        if pieces == 1:
+            embeddings, lengths = model(speech, lengths)
+            return [embeddings], lengths
+        # Longer than the teacher takes, and so alone in its batch: parts of one length.
+        frames = -(-speech.size(1) // (pieces * SAMPLES_PER_FRAME))
+        parts = speech[:, : int(lengths)].split(frames * SAMPLES_PER_FRAME, dim=1)
+        found = [model(x, torch.tensor([x.size(1)], device=x.device)) for x in parts]
+        embeddings, counts = zip(*found, strict=True)
+        return [torch.cat(embeddings, dim=1)], sum(counts)
 
     return System(f"teacher_{name}", f"teacher {name}", identity, embed)

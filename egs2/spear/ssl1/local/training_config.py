@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -174,7 +175,9 @@ def most_gpus(config: Config, train_args: str, longest: float) -> int | None:
     steps = (config.get("sampler_conf") or {}).get("step_shards")
     if config.get("iterator_type") != "task" or "batch_bins" not in config or steps:
         return None
-    if any(f"--{option}" in train_args for option in batches) or longest <= 0:
+    if any(f"--{option}" in train_args for option in batches):
+        return None
+    if not 0 < longest < math.inf:
         return None
     return max(1, int(config["batch_bins"] / (SAMPLE_RATE * longest)))
 
