@@ -41,7 +41,7 @@ class Report:
 
 
 def requirements() -> list[tuple[Requirement, str]]:
-    """What the plugin needs, and which extra needs it ("": all).
+    """Requirements of the plugin, and the extra that needs each ("": all).
 
     Empty if the plugin was not installed.
     """

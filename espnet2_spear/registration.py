@@ -1,4 +1,4 @@
-"""What the plugin puts into ESPnet's modules, right after these are imported.
+"""Put the plugin's classes into ESPnet's modules, right after these are imported.
 
 ESPnet has no plugin discovery: its choices are dictionaries of its task modules, which
 must be extended before a parser or model is built. So a finder in front of
@@ -77,7 +77,7 @@ def _entries(module: ModuleType, variable: str) -> dict | None:
 
 
 def registered(module: ModuleType) -> tuple[list[str], list[str]]:
-    """What a task module has of ours, and what it lacks: "encoder zipformer"."""
+    """Our classes that a task module has, and those it lacks: "encoder zipformer"."""
     there, lacking = [], []
     for variable in TARGETS[module.__name__]:
         known = _entries(module, variable) or {}

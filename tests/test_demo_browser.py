@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from test_look import noise, write_pretrained
+from test_inspection import noise, write_pretrained
 
 pytest.importorskip("gradio")
 pytest.importorskip("matplotlib")

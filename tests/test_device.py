@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from espnet2_spear.asr.encoder.zipformer_encoder import ZipformerEncoder
 from espnet2_spear.asr.frontend.spear import SpearFrontend
 from espnet2_spear.codes.targets import TeacherCodes
+from espnet2_spear.spear import checks
 from espnet2_spear.spear.masking import SpanMasker
 from espnet2_spear.spear.mixing import Mixer, MixerConfig
 from espnet2_spear.spear.model import SpearPretrainModel
@@ -164,8 +165,22 @@ def test_both_ways_find_a_look_at_a_value(
     ],
 )
 def test_frontend_and_encoder(
-    gpu: None, make: Callable[[], nn.Module], training: bool, amp: bool
+    gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], nn.Module],
+    training: bool,
+    amp: bool,
 ) -> None:
+    """Nothing is looked at but, outside training, the waveforms at the door: once."""
+    looks = []
+
+    def look_at(self, speech: Tensor, lengths: Tensor) -> None:
+        if not self.training:
+            looks.append(speech.shape)
+
+    monkeypatch.setattr(SpearEncoder, "look_at", look_at)
+    # Fake tensors pass for real ones: a check that waited for their values would raise.
+    monkeypatch.setattr(checks, "have_values", lambda *tensors: True)
     with torch.device("meta"):
         module = make()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -174,6 +189,8 @@ def test_frontend_and_encoder(
         lengths = torch.zeros(4, dtype=torch.long, device="cuda:0")
         with torch.autocast("cuda", torch.bfloat16, enabled=amp):
             out = module(speech, lengths)
+    is_door = isinstance(module, SpearFrontend | ZipformerEncoder)
+    assert len(looks) == (is_door and not training)
     first = out[0] if isinstance(out, tuple) else out.encoder_out
     first = first[0] if isinstance(first, tuple) else first
     assert first.device.type == "cuda"

@@ -35,16 +35,23 @@ NUMBER = r"[1-9]\.[1-9]"
 CITED = re.compile(rf"\[({NUMBER}(?:(?:, | to ){NUMBER})*)(?: of [\w./]+)?\](?!\()")
 
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
 def prose(path: Path) -> str:
-    """What a person wrote to be read: a page without its code, or comments."""
+    """What a person wrote to be read: a page without its code; comments, docstrings."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
-    return "\n".join(re.findall(r"#.*", text))
+    found = re.findall(r"#.*", text)
+    if path.suffix == ".py":
+        nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, DOCUMENTED)]
+        found += [ast.get_docstring(node) or "" for node in nodes]
+    return "\n".join(found)
 
 
 def cited(path: Path) -> set[str]:

@@ -330,6 +330,16 @@ def test_noise_has_its_ratio_and_depends_on_the_clip() -> None:
     assert 10 * ratio.log10().item() == pytest.approx(10.0, abs=1e-3)
 
 
+def test_noise_of_the_test_is_in_no_other_part() -> None:
+    files = {f"n{i}": f"n{i}.wav" for i in range(12)}
+    found = features.Noise(files, 0.0, {}).recordings()
+    assert sorted(sum(found.values(), [])) == sorted(files.values())
+    assert [len(found[part]) for part in ("train", "dev", "test")] == [8, 2, 2]
+    few = dict(list(files.items())[:4])
+    with pytest.raises(tasks.TaskError, match="4 recordings; at least 5"):
+        features.Noise(few, 0.0, {}).recordings()
+
+
 # --- Probes ---------------------------------------------------------------------------
 
 

@@ -15,8 +15,10 @@ EVAL, SSL1 = ROOT / "egs2/spear/eval1", ROOT / "egs2/spear/ssl1"
 for folder in (EVAL, SSL1):
     sys.path.insert(0, str(folder / "local"))
 import demo_table  # noqa: E402
+import differences  # noqa: E402
 import evidence  # noqa: E402
 import heads  # noqa: E402
+import lanes  # noqa: E402
 import plan  # noqa: E402
 import score_table  # noqa: E402
 import tasks  # noqa: E402
@@ -86,27 +88,33 @@ def test_differences_are_paired_and_pooled() -> None:
         "a": row(50, 60, 70),
         "b": row(45, 56, 65),  # -5, -4, -5: variance 1/3
         "c": row(55, 66, 75),  # 5, 6, 5: the same
-        "d": row(51, 58, 71),  # 1, -2, 1: variance 3
+        "d": row(51, 58, 74),  # 1, -2, 4
     }
-    # Pooled over b, c and d: 11/9; of a mean of three: 0.64; t of 6 degrees: 2.45.
-    assert evidence.differences([task], results).splitlines()[2:] == [
-        "| b | 3 | -4.7 ± 0.6 better |",
-        "| c | 3 | +5.3 ± 0.6 worse |",
-        "| d | 3 | +0.0 ± 0.6 equal |",
+    # Without the means of rows and seeds, squares sum to 17.2, with 6 degrees of
+    # freedom: variance 2.86. A difference of two means of three then has the error
+    # sqrt(2 * 2.86 / 3) = 1.38; t of 6 degrees: 2.45.
+    assert differences.differences([task], results).splitlines()[2:] == [
+        "| b | 3 | -4.7 ± 1.4 better |",
+        "| c | 3 | +5.3 ± 1.4 worse |",
+        "| d | 3 | +1.0 ± 1.4 equal |",
     ]
-    # Only seeds that both have are pairs. Pooled: (2 * 1/3 + 1 * 9/2) / 3 = 1.72.
+    two = {name: results[name] for name in "ab"}  # then it is the paired t-test
+    assert differences.differences([task], two).endswith(
+        "| b | 3 | -4.7 ± 0.3 better |"
+    )
+    # Only seeds that both have are pairs.
     other = {
         "prompts": [heads.Score(i, 0, v, []) for i, v in ((2, 71), (1, 58), (7, 9))]
     }
     alone = {"prompts": [heads.Score(7, 0, 1, [])]}
     results = {"a": results["a"], "b": results["b"], "d": other, "e": alone}
-    assert evidence.differences([task], results).splitlines()[2:] == [
-        "| b | 3 | -4.7 ± 0.8 better |",
-        "| d | 2 | -0.5 ± 0.9 equal |",
+    assert differences.differences([task], results).splitlines()[2:] == [
+        "| b | 3 | -4.7 ± 1.0 better |",
+        "| d | 2 | -0.6 ± 1.2 equal |",
         "| e | 0 | - |",
     ]
     one = {name: {"prompts": results[name]["prompts"][:1]} for name in "ab"}
-    assert evidence.differences([task], one).endswith("\n| b | 1 | -5.0 |")
+    assert differences.differences([task], one).endswith("\n| b | 1 | -5.0 |")
 
 
 def test_lists_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,22 +171,23 @@ def test_known_scores_are_not_trained_again(
     """A table of two machines' students is that of one machine; nothing is run."""
     monkeypatch.setattr(evidence, "HERE", tmp_path)
     conditions = {"steps": "800", "ssl_args": "", "probe": evidence.PROBE}
+    conditions["probe_seeds"] = "0"
     scores = score_table.ScoreTable("", conditions)
     known = tmp_path / "scores.tsv"
 
     def score(seed: int, test: float) -> dict[str, heads.Score]:
         return {"prompts": heads.Score(seed, test + 1, test, [])}
 
-    scores.add("log-mel", score(0, 70.0))
+    scores.add("log-mel", score(0, 70.0), "abc")
     for seed in range(3):
-        scores.add("asymmetric", score(seed, 60.0 + seed))
+        scores.add("asymmetric", score(seed, 60.0 + seed), "abc")
         scores.write(known)
         scores = score_table.ScoreTable(str(known), conditions)  # of another machine
-        scores.add("kmeans", score(seed, 64.0 + seed))
+        scores.add("kmeans", score(seed, 64.0 + seed), "abc")
     for task in ("prompts_0db", "speakers_0db"):
-        scores.add("log-mel", {task: heads.Score(0, 0.0, 90.0, [])})
+        scores.add("log-mel", {task: heads.Score(0, 0.0, 90.0, [])}, "abc")
         for arm, test in (("noise", 80.0), ("asymmetric", 81.0)):
-            scores.add(arm, {task: heads.Score(4, 0.0, test, [])})
+            scores.add(arm, {task: heads.Score(4, 0.0, test, [])}, "abc")
     scores.write(known)
     words = ["--only", "kmeans", "--tasks", "prompts", "--known", str(known)]
     monkeypatch.setattr(
@@ -217,7 +226,7 @@ def test_known_students_of_other_quantizers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     scores = score_table.ScoreTable("", {})
     score = {"prompts": heads.Score(3, 1.0, 2.0, [])}
-    scores.add("asymmetric", score, evidence.quantizers_of(tmp_path))
+    scores.add("asymmetric", score, "abc", evidence.quantizers_of(tmp_path))
     scores.compare({3}, tmp_path)  # no such codes here
     facts = tmp_path / "w_mvq8.json"
     facts.write_text('{"quantizer_id": "e5b7cd59"}')
@@ -228,6 +237,57 @@ def test_known_students_of_other_quantizers_are_refused(tmp_path: Path) -> None:
         tasks.TaskError, match="w_mvq8 of the quantizer e5b7cd59, .*000"
     ):
         scores.compare({3}, tmp_path)
+
+
+def test_what_is_finished_has_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One student fails; the scores of the other are written all the same."""
+    monkeypatch.setattr(evidence, "HERE", tmp_path)
+    monkeypatch.setattr(evidence, "SSL1", tmp_path)
+    monkeypatch.setattr(evidence, "prepare", lambda *_: None)
+    monkeypatch.setattr(
+        tasks.Task,
+        "read",
+        lambda path, read=tasks.Task.read: read(EVAL / "tasks" / path.name),
+    )
+    results = {"student": {"prompts": [vars(heads.Score(0, 60.0, 61.0, []))]}}
+    config = {"train_data_path_and_name_and_type": [], "teachers": {}}
+
+    def job(args, arm, seed, names) -> lanes.Job:
+        student = evidence.student_of(args, arm, seed)
+        (tmp_path / "exp" / student.name).mkdir(parents=True)
+        scores = tmp_path / "exp" / student.name / "RESULTS.json"
+        scores.write_text(json.dumps(results))
+        (student / "config.yaml").write_text(yaml.safe_dump(config))
+        command = ["true" if arm.name == "asymmetric" else "false"]
+        return lanes.Job(arm.name, [command], student / "log", tmp_path)
+
+    monkeypatch.setattr(evidence, "student_job", job)
+    words = ["--only", "kmeans", "--seeds", "0", "--tasks", "prompts", "--jobs", "2"]
+    with pytest.raises(SystemExit, match="1 of 2 failed: kmeans"):
+        evidence.main(words)
+    table = (tmp_path / "exp/evidence/scores.tsv").read_text().splitlines()
+    assert [line.split("\t")[:5] for line in table[1:]] == [
+        ["asymmetric", "0", "prompts", "60.00", "61.00"]
+    ]
+
+
+def test_lanes_take_gpus_in_turn(tmp_path: Path) -> None:
+    command = ["bash", "-c", "sleep 0.2; echo GPU=${CUDA_VISIBLE_DEVICES}"]
+    jobs = [lanes.Job(f"{i}", [command], tmp_path / f"{i}", tmp_path) for i in range(4)]
+    run = lanes.Lanes(3, ["5", "GPU-b"])
+    run.run(jobs)
+    assert sorted(job.name for job in run.finished) == ["0", "1", "2", "3"]
+    gpus = [(tmp_path / f"{i}").read_text().split("GPU=")[-1].strip() for i in range(3)]
+    assert sorted(gpus) == ["5", "5", "GPU-b"]
+
+
+def test_controls_are_the_teachers_of_the_students() -> None:
+    found = evidence.teachers_of("speech=wavlm_large audio=mine/own.yaml")
+    assert found == (
+        f"wavlm_large={SSL1}/conf/teachers/wavlm_large.yaml own={SSL1}/mine/own.yaml"
+    )
 
 
 @pytest.mark.parametrize(

@@ -458,7 +458,9 @@ def test_all_domains_are_tokenized_once(planned) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"config_override": "max_epoch=9 masker_conf.time_prob=0.3"}, None),
+        ({"config_override": "max_epoch=99 masker_conf.time_prob=0.3"}, None),
+        ({"config_override": "masker_conf.time_prob=0.3"}, "begun with masker_conf"),
+        ({"config_override": "batch_bins=160000"}, "begun with batch_bins"),
         ({"config_override": "loss_weights=joint"}, "begun with loss_weights"),
         ({"student": "tiny"}, "begun with student mini, not tiny"),
         ({"config_override": "teachers.audio.num_codebooks=2"}, "begun with teachers"),

@@ -47,11 +47,15 @@ def imports(file: Path, modules: dict[str, Path]) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        elif isinstance(node, ast.ImportFrom):
+            module = str(node.module)
+            if node.level:  # relative to the file's folder, or to one above
+                folder = file.parents[node.level - 1].relative_to(ROOT)
+                module = ".".join(filter(None, [*folder.parts, node.module]))
             # `from package.room import file` names a file, or what a file defines.
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                found.add(whole if whole in modules else str(node.module))
+                whole = f"{module}.{alias.name}"
+                found.add(whole if whole in modules else module)
     return found & set(modules)
 
 

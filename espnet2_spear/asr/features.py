@@ -127,6 +127,6 @@ class FrameReducer(nn.Module):
 
 def first_frames(x: Tensor, frames: int) -> Tensor:
     """x (B, T, C) without what lies behind so many frames, of which it has enough."""
-    if torch.compiler.is_compiling():  # a graph is that of any length
+    if torch.compiler.is_compiling():  # a graph must hold for any length
         return x.index_select(1, torch.arange(frames, device=x.device))
     return x[:, :frames]

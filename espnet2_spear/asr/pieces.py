@@ -18,7 +18,7 @@ _TAIL = 1360 - SAMPLES_PER_FRAME
 
 @dataclass(frozen=True)
 class Chunks:
-    """How long audio is cut, in frames (50 Hz).
+    """Sizes of the pieces of long audio, in frames (50 Hz).
 
     Attributes:
         size: frames that are kept of every piece.

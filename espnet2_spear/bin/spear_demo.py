@@ -140,7 +140,7 @@ def open_classifier(
 
 @dataclass
 class Page:
-    """What happens when a recording is given.
+    """Callbacks of the page: a recording in, texts and pictures out.
 
     Attributes:
         model: the student.

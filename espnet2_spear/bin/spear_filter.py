@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from espnet2_spear.bin.spear_format import in_words
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.datadir import (
     RAW,
     Entry,
@@ -64,7 +65,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = option_parser(__doc__)
     parser.add_argument("--in_dir", type=Path, required=True, help="of spear_format")
     parser.add_argument("--out_dir", type=Path, required=True, help="data directory")
-    parser.add_argument("--fs", type=int, default=16000, help="sampling rate in Hz")
+    parser.add_argument("--fs", type=int, default=SAMPLE_RATE, help="sampling rate, Hz")
     parser.add_argument("--min_seconds", type=float, default=0.5)
     parser.add_argument("--max_seconds", type=float, default=30.0)
     parser.add_argument(

@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.convert import (
     AUDIO_FORMATS,
     SHARD_UTTERANCES,
@@ -160,7 +161,7 @@ def get_parser() -> argparse.ArgumentParser:
         default="flac",
         help="one file an utterance, or (.ark) one Kaldi ark a shard",
     )
-    parser.add_argument("--fs", type=int, default=16000, help="sampling rate in Hz")
+    parser.add_argument("--fs", type=int, default=SAMPLE_RATE, help="sampling rate, Hz")
     parser.add_argument("--nj", type=int, default=1, help="processes")
     parser.add_argument(
         "--strict",

@@ -24,7 +24,7 @@ from espnet2_spear.hub.tensors import read_settings, read_tensors
 
 
 class Kind(NamedTuple):
-    """How a task's models are called.
+    """Names of a task's models and options.
 
     Attributes:
         prefix: of the arguments ``train_config`` and ``model_file`` of its inference.
@@ -162,7 +162,7 @@ def check_weights(config: dict[str, Any], model_file: Path) -> None:
 
 
 def task_card(task: str, config: dict[str, Any]) -> dict[str, str]:
-    """What the card of a task's model says; ``config`` is the one that is packed."""
+    """Text of the card of a task's model; ``config`` is the one that is packed."""
     kind = TASKS[task]
     module, inference = kind.inference.split(".")
     ctc_only = task == "asr" and config.get("decoder") is None
@@ -182,7 +182,7 @@ def task_card(task: str, config: dict[str, Any]) -> dict[str, str]:
 
 
 def student_card(model_file: Path, config: dict[str, Any]) -> dict[str, str]:
-    """What the card of a student says.
+    """Text of the card of a student.
 
     Raises:
         CheckpointError: weights and configuration that do not belong together.

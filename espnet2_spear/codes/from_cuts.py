@@ -27,7 +27,7 @@ REMEDY = "name the cuts that the data directory was made from"
 
 
 def utterances_of_cuts(lengths: Path) -> Lines:
-    """What is made of every cut: itself, or the pieces of it.
+    """Utterances that are made of every cut: itself, or the pieces of it.
 
     Args:
         lengths: ``utt2num_samples`` of the data directory.

@@ -163,7 +163,7 @@ class TokenizeRun:
         return DoneMarks(self.folder, f"{name}/codes", digest_of(prints))
 
     def _stems(self, shard: int) -> list[str]:
-        """Of each teacher's files."""
+        """Stems of the files of each teacher."""
         return [self._stem(t.name, shard) for t in self.teachers]
 
     def _stem(self, teacher: str, shard: int) -> str:
@@ -326,5 +326,5 @@ def _follow_parent() -> None:
 
 
 def work(shard: Shard) -> tuple[int, list[dict[str, Any]]]:
-    """As :func:`tokenize_shard`, with the tokenizers of this worker process."""
+    """Call :func:`tokenize_shard` with the tokenizers of this worker process."""
     return tokenize_shard(_tokenizers, shard)

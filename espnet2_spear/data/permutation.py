@@ -29,7 +29,7 @@ def hash64(*parts: np.ndarray | int) -> np.ndarray:
 
 
 def permuted(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Where a keyed random permutation of 0..size-1 takes ``index``, elementwise.
+    """Apply a keyed random permutation of 0..size-1 to ``index``, elementwise.
 
     A balanced Feistel network permutes the next power of four; results that are not
     below ``size`` are permuted again until they are (Black and Rogaway 2002), which

@@ -69,7 +69,7 @@ class SamplerConfig:
             raise ValueError("sampler_conf.mix_headroom_seconds is negative")
 
     def weight(self, group: Group) -> float:
-        """How often a group's utterances are seen, relative to weight 1."""
+        """Frequency of a group's utterances, relative to weight 1."""
         domain = self.domain_weights.get(group.domain, 1.0)
         if group.corpus == OTHERS:
             return domain

@@ -102,7 +102,7 @@ class SkipLog:
 
     @property
     def causes(self) -> Counter[str]:
-        """How many different utterances failed by which cause."""
+        """Count the different utterances that failed by each cause."""
         return Counter(self._known.values())
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import soxr
 
-from espnet2_spear.constants import MAX_PEAK
+from espnet2_spear.constants import MAX_PEAK, SAMPLE_RATE
 from espnet2_spear.fileio.decode import (
     BLOCK,
     AudioError,
@@ -160,7 +160,9 @@ def read_audio(
     return piece, info.rate
 
 
-def resample(samples: np.ndarray, rate: int, target_rate: int = 16000) -> np.ndarray:
+def resample(
+    samples: np.ndarray, rate: int, target_rate: int = SAMPLE_RATE
+) -> np.ndarray:
     """Resample (samples,) float32 with soxr in high quality, if rates (Hz) differ."""
     if rate == target_rate:
         return samples

@@ -1,4 +1,4 @@
-"""What the container of a recording promises, compared with the bytes that are there.
+"""Compare the length that a recording's container promises with the bytes there.
 
 Decoders believe headers. Recorders that were killed, pipes and radio streams leave
 headers that are wrong: a size that was never filled in, a size a few bytes off, the
@@ -28,7 +28,7 @@ Links = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """How to read a file.
+    """Layout of a file, by which it can be read.
 
     Attributes:
         links: byte ranges (start, end) of recordings that follow one another.

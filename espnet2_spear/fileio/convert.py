@@ -48,7 +48,7 @@ class AudioSource:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of an utterance; ``reason`` is set where it was skipped.
+    """Outcome for an utterance; ``reason`` is set where it was skipped.
 
     ``peak_db`` is the largest deviation from the mean in dB of full scale, ``notes``
     what is wrong with the recording though it was read.
@@ -68,7 +68,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Options:
-    """How to write.
+    """Options of writing.
 
     Attributes:
         out_dir: folder.

@@ -61,13 +61,13 @@ class Segment(NamedTuple):
         return Span(self.start, None if self.end < 0 else self.end, self.channel)
 
     def line(self) -> str:
-        """What ``segments`` holds behind the utterance's id."""
+        """The columns of ``segments`` behind the utterance's id."""
         channel = "" if self.channel is None else f" {self.channel}"
         return f"{self.recording} {self.start:.6f} {self.end:.6f}{channel}"
 
 
 class Entry(NamedTuple):
-    """What a data directory says of one utterance.
+    """One utterance of a data directory.
 
     Attributes:
         utt: its id.

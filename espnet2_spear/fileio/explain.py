@@ -1,4 +1,4 @@
-"""How a command begins and ends: options, logging, errors told in one line."""
+"""Frame of a command: options, logging, errors told in one line."""
 
 from __future__ import annotations
 

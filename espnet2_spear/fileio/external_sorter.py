@@ -18,12 +18,12 @@ _BLOCK = 100  # rows pickled at a time
 
 
 def c_order(key: str) -> bytes:
-    """What keys are compared by in the C locale: their bytes."""
+    """Sort key of the C locale: the bytes."""
     return key.encode("utf-8", "surrogateescape")
 
 
 def by_first(row: Any) -> bytes:
-    """What rows are sorted by: their first column, as in the C locale."""
+    """Sort key of rows: their first column, as in the C locale."""
     return c_order(row[0])
 
 

@@ -1,4 +1,4 @@
-"""Where recordings are: audio files below a folder, and those that tables name."""
+"""Find recordings: audio files below a folder, and those that tables name."""
 
 from __future__ import annotations
 

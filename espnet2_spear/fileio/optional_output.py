@@ -1,4 +1,4 @@
-"""What a run writes beside its results, and goes on without if it cannot."""
+"""Output beside the results: if it cannot be written, the run goes on without."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def is_sorted(path: Path) -> bool:
 
 
 def sorted_rows(path: Path, columns: str, empty_values: bool = False) -> Iterator[Row]:
-    """As :func:`rows`, in the order of the C locale.
+    """Yield what :func:`rows` does, in the order of the C locale.
 
     Raises:
         DataDirError: missing file, malformed line, repeated key.

@@ -15,7 +15,7 @@ import yaml
 import espnet2_spear
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import CheckpointError
-from espnet2_spear.fileio.atomic import atomic
+from espnet2_spear.fileio.atomic import atomic, save_whole
 from espnet2_spear.fileio.explain import some
 from espnet2_spear.hub.infer import compact, named_size
 from espnet2_spear.spear.student import SpearEncoder
@@ -142,8 +142,7 @@ def save_student(
     """
     weights, config_file = folder / "student.pth", folder / "config.yaml"
     check_student(model, source, (weights, config_file), overwrite)
-    with atomic(weights) as file:
-        torch.save({f"{OURS}.{k}": v for k, v in model.state_dict().items()}, file)
+    save_whole({f"{OURS}.{k}": v for k, v in model.state_dict().items()}, weights)
     conf = {
         "student": named_size(model.config) or "base",
         "student_conf": model.config.to_dict(),

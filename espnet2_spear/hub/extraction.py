@@ -221,14 +221,14 @@ class ExtractionRun:
 
     @property
     def names(self) -> list[str]:
-        """What the layers' tables are called."""
+        """Names of the layers' tables."""
         names = [
             f"layer{x}" if isinstance(x, int) else x for x in self.extractor.layers
         ]
         return names if len(names) > 1 else ["feats"]
 
     def describe(self) -> dict[str, Any]:
-        """What the features depend on besides the recordings."""
+        """Everything but the recordings that the features depend on."""
         extractor = self.extractor
         return {
             "weights": sha256_of_tensors(extractor.model.state_dict()),

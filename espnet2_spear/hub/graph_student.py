@@ -39,7 +39,7 @@ def output_names(layers: Sequence[int]) -> list[str]:
 
 
 def student_facts(student: SpearEncoder) -> dict[str, Any]:
-    """What a graph's file says of its student."""
+    """Facts of the student for the file of a graph."""
     config = student.config
     return {
         "made_by": f"espnet2-spear {__version__}",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # pictures need matplotlib, nothing else here does
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a student makes of one recording.
+    """Everything that a student computes from one recording.
 
     Attributes:
         fbank: (T, num_mel_bins), 100 Hz.
@@ -210,7 +210,7 @@ def fbank_picture(fbank: Tensor) -> Figure:
 
 
 def similarity_picture(values: Tensor, kind: str) -> Figure:
-    """How alike layers are, (L, L), with the numbers in it."""
+    """Picture of the similarity of layers, (L, L), with the numbers in it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 4.5), layout="constrained")

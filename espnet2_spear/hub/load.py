@@ -73,7 +73,7 @@ _HF_ONLY += ("chunk_size_feed_forward", "is_encoder_decoder", "tie_word_embeddin
 
 
 class Checkpoint(NamedTuple):
-    """What was read.
+    """A checkpoint that was read.
 
     Attributes:
         file: that holds the tensors.

@@ -18,7 +18,7 @@ from espnet2_spear.zipformer.fbank import FRAME_SHIFT
 
 
 class SpearMarbleEncoder(nn.Module):
-    """What MARBLE asks of an encoder.
+    """Encoder with the interface that MARBLE expects.
 
     Attributes:
         SAMPLING_RATE: 16000 Hz, to be the task's ``sample_rate`` as well.
@@ -53,7 +53,7 @@ class SpearMarbleEncoder(nn.Module):
         self.NUM_LAYERS = self.student.num_layers
 
     def train(self, mode: bool = True) -> SpearMarbleEncoder:
-        """As of every module; a frozen student stays in eval mode."""
+        """Set the mode; a frozen student stays in eval mode."""
         super().train(mode)
         if self.frozen:
             self.student.eval()

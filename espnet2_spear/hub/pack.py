@@ -203,7 +203,7 @@ CITATION = """### Citation
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says.
+    """Contents of a card.
 
     Attributes:
         title: heading.

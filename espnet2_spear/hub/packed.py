@@ -160,7 +160,7 @@ def _members(
 
 
 class Packed(NamedTuple):
-    """What an unpacked model says of itself.
+    """Description of an unpacked model.
 
     Attributes:
         configs: argument of ESPnet's inference class -> configuration.
@@ -357,7 +357,7 @@ def named_files(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def describe(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """What a packed model, or the folder of an unpacked one, is.
+    """Describe a packed model, or the folder of an unpacked one.
 
     Returns:
         facts, and the files that its configurations name but it does not hold: name ->

@@ -99,7 +99,7 @@ def find_recordings(
 def read_ahead(
     function: Callable[[X], Y], items: Iterable[X], workers: int
 ) -> Iterator[Y]:
-    """As ``map``, computed by threads some items ahead; in order, bounded in memory."""
+    """``map`` by threads, some items ahead; in order, bounded in memory."""
     queue: deque[Future[Y]] = deque()
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for item in items:

@@ -16,7 +16,7 @@ from espnet2_spear.spear.checks import InputError
 
 
 class UpstreamExpert(nn.Module):
-    """What s3prl wants of an upstream: waveforms in, hidden states out.
+    """Upstream with the interface of s3prl: waveforms in, hidden states out.
 
     Args:
         ckpt: whatever ``espnet2_spear.load_model`` opens.

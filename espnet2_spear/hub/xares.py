@@ -24,7 +24,7 @@ MODEL = "SPEAR_MODEL"
 
 
 class SpearXaresEncoder(nn.Module):
-    """What XARES asks of an encoder.
+    """Encoder with the interface that XARES expects.
 
     Attributes:
         sampling_rate: 16000 Hz.

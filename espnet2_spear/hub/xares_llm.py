@@ -15,7 +15,7 @@ from espnet2_spear.hub import xares
 
 
 class SpearXaresLlmEncoder(xares.SpearXaresEncoder):
-    """What XARES-LLM asks of an encoder; audio is at 16 kHz.
+    """Encoder with the interface that XARES-LLM expects; audio is at 16 kHz.
 
     Attributes:
         output_dim: channels of the student.

@@ -74,6 +74,8 @@ class RandomProjectionQuantizer(AbsQuantizer):
     """
 
     kind = "random"
+    projections: Tensor
+    codebooks: Tensor
 
     def __init__(
         self, dim: int, codebook_size: int, num_codebooks: int, seed: int = 0

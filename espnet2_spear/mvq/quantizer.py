@@ -16,7 +16,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -27,6 +27,9 @@ from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.atomic import save_whole
 from espnet2_spear.mvq.search import GramTables, improve, refine
 from espnet2_spear.torch_private import version
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORMAT = "espnet2_spear.mvq.Quantizer"
 
@@ -61,6 +64,9 @@ class AbsQuantizer(nn.Module, ABC):
     kind: ClassVar[str]
     default_refine_iters: ClassVar[int] = 0
     joint_search: ClassVar[bool] = True
+    id_buf: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, dim: int, codebook_size: int, num_codebooks: int) -> None:
         super().__init__()
@@ -107,7 +113,7 @@ class AbsQuantizer(nn.Module, ABC):
         """Centres (N, K, D) as they are summed, for standardised vectors."""
         return self.centers * self.center_scale()
 
-    def train(self, mode: bool = True) -> AbsQuantizer:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode, as of any module; the tables of the search are made anew."""
         self._tables = None
         return super().train(mode)
@@ -220,7 +226,7 @@ class AbsQuantizer(nn.Module, ABC):
         return self.sum_centers(codes) * self.std + self.mean
 
     def sum_centers(self, codes: Tensor) -> Tensor:
-        """As :meth:`decode`, but standardised."""
+        """Sums of centres, standardised: :meth:`decode` undoes that."""
         first = torch.arange(self.num_codebooks, device=codes.device)
         rows = codes + first * self.codebook_size
         total = F.embedding_bag(

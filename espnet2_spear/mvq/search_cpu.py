@@ -66,7 +66,7 @@ def run_passes(
 
 
 class Work(NamedTuple):
-    """What one thread works with; all but the tables is written before it is read.
+    """Memory of one thread; all but the tables is written before it is read.
 
     The candidates of groups of codebooks are those of one level and of the next.
 

@@ -144,7 +144,7 @@ def check_features(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
 
 
 def check_fbank(fbank: Tensor, lengths: Tensor, num_mel_bins: int) -> None:
-    """As :func:`check_features`, of whole utterances.
+    """Refuse what :func:`check_features` does, and lengths of no whole utterance.
 
     Raises:
         InputError: in addition, fewer than the 9 frames that one output frame needs,

@@ -236,7 +236,7 @@ class MixerConfig:
 
 @dataclass
 class MixPlan:
-    """What is mixed into each of B utterances; (B,) tensors on the batch's device.
+    """Sources mixed into each of B utterances; (B,) tensors on the batch's device.
 
     Attributes:
         mixed: bool, whether anything is.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ class PredictedTokens:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the student got of an utterance and what it made of it.
+    """Input of the student for an utterance, and its predictions.
 
     Attributes:
         fbank: (T, mels) at 100 frames a second, with the masks.
@@ -181,11 +182,12 @@ class SpearPretrainModel(AbsESPnetModel):
             ]
             for name in self.teachers
         }
-        table = [
+        weights = [
             [rows.get(domain, {}).get(name, 0.0) for name in self.teachers]
             for domain in self.domains
         ]
-        table = torch.tensor(table, device="cpu")  # whatever device models are built on
+        # On the CPU, whatever device models are built on.
+        table = torch.tensor(weights, device="cpu")
         self.register_buffer("loss_weights", table, persistent=False)
         self._check_layers()
         self.heads = nn.ModuleDict(
@@ -373,7 +375,8 @@ class SpearPretrainModel(AbsESPnetModel):
         for index, (name, teacher) in enumerate(self.teachers.items()):
             frames = self.frames_of(out, teacher.layer, mask)
             targets = frames.targets(teacher, kwargs[f"codes_{name}"])
-            best = self.heads[name].logits(frames.hidden).argmax(-1)
+            head = cast("CodebookHead", self.heads[name])
+            best = head.logits(frames.hidden).argmax(-1)
             # Frames of the teacher that a frame of the student predicts.
             ratio = targets.size(-1) // teacher.num_codebooks
             for utt, found in enumerate(tokens):

@@ -175,7 +175,7 @@ class CodebookHead(nn.Linear):
         super().__init__(dim, num_codebooks * codebook_size)
         self.codebook_size = codebook_size
 
-    def forward(
+    def forward(  # type: ignore[override]  # it takes the targets, too
         self, hidden: Tensor, targets: Tensor, frame_weight: Tensor
     ) -> CodebookLoss:
         """Loss of frames (M, D); see :func:`codebook_loss`.
@@ -381,8 +381,8 @@ def code_statistics(
     counts += [part.sum(dim=1) for part in known.tensor_split(GROUPS, dim=1)]
     # Not a matrix product: those may round their factors (TF32).
     weight = member.float()[:, :, None]
-    totals, counts = (
+    numerators, denominators = (
         (weight * torch.stack(values, dim=1)[:, None]).sum(dim=0)
         for values in (totals, counts)
     )
-    return names, totals, counts
+    return names, numerators, denominators

@@ -40,7 +40,7 @@ from espnet2_spear.zipformer.frames import Past
 
 @dataclass(frozen=True)
 class FbankState:
-    """What later frames need of the samples so far.
+    """Samples so far that later frames need.
 
     Attributes:
         samples: (B, n) the last samples, from ``start`` on.
@@ -146,6 +146,11 @@ class StreamState:
     encoded: int = 0
     finished: bool = False
 
+    def received(self) -> Tensor:
+        """``fbank_lens`` of a stream that has begun."""
+        assert self.fbank_lens is not None
+        return self.fbank_lens
+
 
 def continue_stream(
     state: StreamState, fbank: Tensor, fbank_lens: Tensor, last: bool
@@ -203,7 +208,7 @@ def embed_piece(
     if fbank.size(1) >= MIN_FRAMES:
         new = embed.convolve(fbank)
         if exact:
-            new = silence(new, embed.output_lengths(state.fbank_lens), state.convolved)
+            new = silence(new, embed.output_lengths(state.received()), state.convolved)
         if not parts:  # zeros before the first frame
             parts = [torch.zeros_like(new[:, :, :1]).repeat(1, 1, CONVNEXT_REACH, 1)]
         parts.append(new)
@@ -212,13 +217,13 @@ def embed_piece(
     tensors["fbank"] = fbank
     if state.finished:  # zeros behind the last one
         parts.append(torch.zeros_like(parts[0][:, :, :CONVNEXT_REACH]))
-    x = torch.cat(parts, dim=2) if parts else None
-    complete = 0 if x is None else x.size(2) - 2 * CONVNEXT_REACH
-    if x is not None:
-        tensors["convolved"] = x[:, :, max(0, complete) :]
-    if complete <= 0:
-        return fbank.new_zeros(fbank.size(0), 0, embed.out.out_features)
-    return embed.project(embed.convnext.inner(x))
+    nothing = fbank.new_zeros(fbank.size(0), 0, embed.out.out_features)
+    if not parts:
+        return nothing
+    x = torch.cat(parts, dim=2)
+    complete = x.size(2) - 2 * CONVNEXT_REACH
+    tensors["convolved"] = x[:, :, max(0, complete) :]
+    return embed.project(embed.convnext.inner(x)) if complete > 0 else nothing
 
 
 def encode_chunks(

@@ -25,7 +25,7 @@ from espnet2_spear.zipformer.config import ConfigError, ZipformerConfig
 from espnet2_spear.zipformer.conv_embed import MIN_FRAMES, ConvEmbed
 from espnet2_spear.zipformer.cpu import use_cpu_versions
 from espnet2_spear.zipformer.encoder import Zipformer
-from espnet2_spear.zipformer.fbank import FRAME_SHIFT, Fbank, num_frames
+from espnet2_spear.zipformer.fbank import FRAME_SHIFT, Fbank, Samples, num_frames
 from espnet2_spear.zipformer.schedule import SCHEDULES_END, BatchCountState
 
 use_cpu_versions()
@@ -91,11 +91,11 @@ class SpearEncoder(nn.Module):
         """Fewest samples (16 kHz) that give one output frame."""
         return MIN_SAMPLES
 
-    def hidden_lengths(self, samples: Tensor | int) -> Tensor | int:
+    def hidden_lengths(self, samples: Samples) -> Samples:
         """Frames of the hidden states (50 Hz) for so many samples."""
         return self.encoder_embed.output_lengths(num_frames(samples))
 
-    def output_lengths(self, samples: Tensor | int) -> Tensor | int:
+    def output_lengths(self, samples: Samples) -> Samples:
         """Exact frames of ``encoder_out`` for so many samples (16 kHz)."""
         factor = self.config.output_downsampling_factor
         return (self.hidden_lengths(samples) + factor - 1) // factor
@@ -322,7 +322,7 @@ class SpearEncoder(nn.Module):
         new = continue_stream(state, fbank, fbank_lens, last)
         exact = self.config.padding == "exact"
         x = embed_piece(self.encoder_embed, fbank, new, exact)
-        x_lens = self.encoder_embed.output_lengths(new.fbank_lens)
+        x_lens = self.encoder_embed.output_lengths(new.received())
         outputs = encode_chunks(self.encoder, x, x_lens, new)
         out, out_lens, hidden_states, hidden_lens = outputs
         return SpearOutput(out, out_lens, hidden_states, hidden_lens), new

@@ -229,13 +229,13 @@ class SpearTask(AbsTask):
         args: argparse.Namespace | None = None,
         cmd: Sequence[str] | None = None,
     ) -> None:
-        """As of every task; signals reach the ranks that it starts."""
+        """Run the task; signals reach the ranks that it starts."""
         with forward_signals_to_ranks():
             super().main(args=args, cmd=cmd)
 
     @classmethod
     def main_worker(cls, args: argparse.Namespace) -> None:
-        """As of every task, after a check that the codes are those of the teachers."""
+        """Train as every task does, after a check that the codes are the teachers'."""
         check_sampling_options(args)
         check_codes_facts(args)
         if args.use_deepspeed and args.distributed:

@@ -1,4 +1,4 @@
-"""What a training would refuse, found out before data are made for it."""
+"""Find what a training would refuse before data are made for it."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def save_epoch_average(
 
 
 def average_file(folder: Path, epoch: int) -> Path:
-    """Where the running average at the end of an epoch is."""
+    """Path of the running average at the end of an epoch."""
     return folder / FOLDER / f"{epoch}epoch.pth"
 
 

@@ -330,7 +330,7 @@ def _remember(model: nn.Module, memory: dict[str, float]) -> None:
 
 
 def statistics_state(reporter: SubReporter) -> dict[str, Any]:
-    """What an epoch's reporter has collected, all of it weighted, as tensors."""
+    """Statistics that an epoch's reporter has collected, weighted, as tensors."""
     return {
         "count": reporter.count,
         "total_count": reporter.total_count,

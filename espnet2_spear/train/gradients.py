@@ -19,7 +19,7 @@ Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
 class BatchResult(NamedTuple):
-    """What a batch gave: scalars on the device, or, after :func:`fetch`, numbers.
+    """Results of a batch: scalars on the device, or, after :func:`fetch`, numbers.
 
     Attributes:
         stats: of the model, their mean over ranks.
@@ -154,7 +154,7 @@ def _over_ranks(
     """
 
     def stack(values: Iterable[Tensor | float]) -> Tensor:
-        """As float64 (K,) on the device of the loss."""
+        """The values as float64 (K,) on the device of the loss."""
         tensors = [torch.as_tensor(x, device=loss.device) for x in values]
         return torch.stack([x.double().reshape(()) for x in tensors])
 

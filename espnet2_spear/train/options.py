@@ -44,7 +44,7 @@ class SpearTrainerOptions(TrainerOptions):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return torch.device("cuda" if self.ngpu > 0 else "cpu")
 
     @property

@@ -1,4 +1,4 @@
-"""How a training is doing: a line from time to time, curves, and what it predicts."""
+"""Progress of a training: lines of the log, curves, and predictions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAINT = 0.15  # opacity of a wrong prediction
 
 
 class Progress:
-    """Where people look at a training: log, pictures, TensorBoard and wandb.
+    """Everything that shows a training: log, pictures, TensorBoard and wandb.
 
     Args:
         options: of the trainer.

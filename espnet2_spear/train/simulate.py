@@ -26,7 +26,7 @@ from espnet2_spear.zipformer.cpu import use_cpu_versions
 
 
 class StepCosts(NamedTuple):
-    """What a step takes; memory in bytes.
+    """Costs of a step; memory in bytes.
 
     Attributes:
         weights: parameters and buffers.

@@ -37,7 +37,7 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class StepFigures:
-    """What a step was, over all ranks.
+    """Figures of a step, over all ranks.
 
     Attributes:
         batches: accumulated (per rank).

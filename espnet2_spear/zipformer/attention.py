@@ -7,6 +7,7 @@ and by the non-linear attention.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,8 @@ class AttentionWeights(nn.Module):
             q, p, r = q + 0.0 * self.linear_pos.weight.sum(), None, None
         else:
             r = self.linear_pos(frames.pos).unflatten(1, (h, pd)).permute(1, 2, 0)
-        inputs = Inputs(q, k, p, r, frames.key_padding, frames.seen)
+        key_padding = cast(Tensor, frames.key_padding)  # the encoder has set it
+        inputs = Inputs(q, k, p, r, key_padding, frames.seen)
         penalty = 0.0
         if count is not None and chance(SCORE_PROB):
             penalty = SCORE_PENALTY * count.loss_scale

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet2_spear.zipformer.fbank import Samples
 from espnet2_spear.zipformer.fusion import replaceable
 from espnet2_spear.zipformer.regularizers import (
     SharedDropout,
@@ -49,7 +52,7 @@ class ConvNeXt(nn.Module):
         self.pointwise_conv2 = nn.Conv2d(3 * channels, channels, kernel_size=1)
         with torch.no_grad():
             self.pointwise_conv2.weight.mul_(0.01)
-            self.pointwise_conv2.bias.uniform_(-0.001, 0.001)
+            self.pointwise_conv2.get_parameter("bias").uniform_(-0.001, 0.001)
         self.balance_hidden = balancer(
             count,
             min_positive=0.3,
@@ -158,7 +161,7 @@ class ConvEmbed(nn.Module):
         self.dropout = SharedDropout(count)
 
     @staticmethod
-    def output_lengths(lengths: Tensor | int) -> Tensor | int:
+    def output_lengths(lengths: Samples) -> Samples:
         """Frames (50 Hz) for so many fbank frames (100 Hz)."""
         return (lengths - 7) // 2
 
@@ -175,7 +178,7 @@ class ConvEmbed(nn.Module):
         """
         out_lens = None if lengths is None else self.output_lengths(lengths)
         frames = self.output_lengths(x.size(1))
-        # A graph is that of any length.
+        # A graph must hold for any length.
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             together = BLOCK_FRAMES.get(x.device.type, BLOCK_FRAMES["other"])
             size = max(MIN_BLOCK, together // x.size(0))
@@ -206,7 +209,7 @@ class ConvEmbed(nn.Module):
 
     def convolve(self, x: Tensor) -> Tensor:
         """Map fbank (B, T, num_mel_bins) to (B, C, (T - 7) // 2, F)."""
-        first, second, third = self.conv.values()
+        first, second, third = cast("list[nn.Conv2d]", self.conv.values())
         # Channels last: three times as fast on a CPU, forward and backward, where
         # few channels make the default layout's convolutions slow.
         x = conv2d(first, x[:, None].to(memory_format=torch.channels_last))

@@ -301,8 +301,8 @@ class _Pointwise(torch.autograd.Function):
         grad = grad.contiguous()
         terms = None
         if ctx.limits is not None:
-            hidden = (matmul_t(part, weight1, bias1) for part in x.split(ROWS))
-            terms = balance_terms(*_var_mean(hidden), ctx.limits)
+            parts = (matmul_t(part, weight1, bias1) for part in x.split(ROWS))
+            terms = balance_terms(*_var_mean(parts), ctx.limits)
         gx = torch.empty_like(x)
         gw1, gw2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
         gb1 = torch.zeros_like(bias1)
@@ -366,7 +366,8 @@ def cpu_depthwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
     image = x.unsqueeze(3 - axis).permute(0, 3, 1, 2)
     # Its gradient then lies in memory as it does, which DDP asks for.
     weight = conv.weight.squeeze(1)[:, None].unsqueeze(4 - axis)
-    padding = (conv.padding[0], 0) if axis == 1 else (0, conv.padding[0])
+    around = int(conv.padding[0])
+    padding = (around, 0) if axis == 1 else (0, around)
     y = F.conv2d(image, weight, conv.bias, padding=padding, groups=conv.groups)
     return y.permute(0, 2, 3, 1).squeeze(3 - axis)
 
@@ -446,7 +447,7 @@ class _Head:
         return scores.add_(relative_to_absolute(by_offset, scores.size(1)))
 
     def masks(self, rows: slice, keys: slice) -> list[Tensor]:
-        """What is masked of a block."""
+        """Masks of a block."""
         masks = [] if self.padding is None else [self.padding[keys]]
         if self.seen is not None:
             key = torch.arange(keys.start, keys.stop)
@@ -484,7 +485,7 @@ class _ApplyInBlocks(torch.autograd.Function):
     """Weighted sums; the backward pass computes the weights again."""
 
     @staticmethod
-    def forward(ctx, v: Tensor, penalty: float, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx, v: Tensor, penalty: float, *inputs: Any) -> Tensor:
         ctx.save_for_backward(v, *inputs)
         ctx.penalty = penalty
         given = Inputs(*inputs)
@@ -507,7 +508,7 @@ class _ApplyInBlocks(torch.autograd.Function):
         gp, gr = (None if x is None else torch.zeros_like(x) for x in inputs[2:4])
         for b, h, head in _heads(inputs):
             g, values = grad[b, h].contiguous(), v[b, h].contiguous()
-            found = _head_backward(head, g, values, ctx.penalty)
+            found: tuple[Any, ...] = _head_backward(head, g, values, ctx.penalty)
             gv[b, h], gq[b, h], gk[b, h], of_p, of_r = found
             if gp is not None and gr is not None:
                 gp[b, h] = of_p

@@ -58,7 +58,7 @@ class Downsample(nn.Module):
         b, t, c = x.shape
         groups = (t + self.factor - 1) // self.factor
         missing = groups * self.factor - t
-        if torch.compiler.is_compiling():  # a graph is that of any length
+        if torch.compiler.is_compiling():  # a graph must hold for any length
             index = torch.arange(groups * self.factor, device=x.device)
             x = x.index_select(1, index.clamp(max=t - 1))
         elif missing:
@@ -156,7 +156,7 @@ class DownsampledStack(nn.Module):
         return self.out_combiner(x, up), hidden_states
 
     def _upsample(self, low: Tensor, like: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # a graph is that of any length
+        if torch.compiler.is_compiling():  # a graph must hold for any length
             index = torch.arange(like.size(1), device=low.device)
             return low.index_select(1, index // self.factor)
         return low.repeat_interleave(self.factor, dim=1)[:, : like.size(1)]
@@ -302,8 +302,8 @@ class Zipformer(nn.Module):
             middle = (dim - kept) // 2
             parts = [(torch.ones_like(first), kept), (first, middle)]
             parts += [(second, dim - kept - middle)]
-            parts = [part.expand(-1, 1, width) for part, width in parts]
-            masks.append(torch.cat(parts, dim=-1))
+            wide = [part.expand(-1, 1, width) for part, width in parts]
+            masks.append(torch.cat(wide, dim=-1))
         return masks
 
 

@@ -1,4 +1,4 @@
-"""What shapes the Zipformer's training: balancers, whitening, dropout of channels.
+"""Regularisers of the Zipformer: balancers, whitening, dropout of channels.
 
 The "activation constraints" of the Zipformer (arXiv 2310.11230, appendix A.3) with the
 values of the published training code, as the public package zipformer 0.1.3 has them.
@@ -43,7 +43,7 @@ def sequence_mask(x: Tensor, drop: float) -> Tensor:
 
 
 class Limits(NamedTuple):
-    """What a channel is balanced to: ranges of mean / std and of RMS.
+    """Ranges that a channel is balanced to: of mean / std and of RMS.
 
     Attributes:
         low_mean, high_mean, low_rms, high_rms: the ranges.
@@ -84,7 +84,7 @@ def balance_terms(
 def balance_gradient(
     grad: Tensor, x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor
 ) -> Tensor:
-    """What moves the channels of x into their limits, to be added to grad.
+    """Gradient that moves the channels of x into their limits, to be added to grad.
 
     The incoming gradient's magnitude says how large a term an element bears.
     """
@@ -177,7 +177,7 @@ class Balancer(nn.Module):
 
 
 def whitening_metric(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How far from white the covariance of channels is.
+    """Distance of the channels' covariance from a white one.
 
     Args:
         x: (..., C).
@@ -396,7 +396,7 @@ class SharedDropout(nn.Module):
         return x if keep is None else x * keep
 
     def draw(self, x: Tensor) -> Tensor | None:
-        """What x (B, T, C) is to be multiplied by, (B, 1, C); None: nothing drops."""
+        """Draw factors (B, 1, C) of x (B, T, C); None: nothing drops."""
         if self.count is None or not self.training:
             return None
         rate = self.count.at(DROPOUT)

@@ -126,7 +126,7 @@ class BiasNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., num_channels)."""
-        log_scale = self.log_scale
+        log_scale: Tensor = self.log_scale
         if self.training and self.count is not None:
             log_scale = limit_parameter(log_scale, -LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)
         return _bias_norm(x, self.bias, log_scale)
@@ -155,7 +155,7 @@ class Bypass(nn.Module):
 
     def forward(self, original: Tensor, x: Tensor) -> Tensor:
         """Combine two (B, ..., num_channels) tensors."""
-        scale = self.bypass_scale
+        scale: Tensor = self.bypass_scale
         if self.training and self.count is not None:
             scale = limit_parameter(scale, self.count.at(BYPASS_MIN), 1.0)
             skip = self.count.at(self.skip)

@@ -38,7 +38,7 @@ def relative_to_absolute(scores: Tensor, keys: int) -> Tensor:
         (..., Q, keys) view, last axis = key.
     """
     queries, offsets = scores.shape[-2:]
-    if torch.compiler.is_compiling():  # a graph is that of any length
+    if torch.compiler.is_compiling():  # a graph must hold for any length
         query = torch.arange(queries, device=scores.device)[:, None]
         key = torch.arange(keys, device=scores.device)
         index = query * (offsets - 1) + queries - 1 + key
@@ -52,7 +52,7 @@ def relative_to_absolute(scores: Tensor, keys: int) -> Tensor:
 
 
 class Inputs(NamedTuple):
-    """What attention weights are computed from.
+    """Inputs of attention weights.
 
     Attributes:
         q: (B, H, T, d) queries.
@@ -91,7 +91,7 @@ class Inputs(NamedTuple):
         return torch.baddbmm(by_key, q, k).view(b, h, n, s)
 
     def masks(self, start: int, end: int) -> list[Tensor]:
-        """What is masked of these queries' scores."""
+        """Masks of these queries' scores."""
         masks = [self.padding[:, None, None, :]]
         if self.seen is not None:
             key = torch.arange(self.k.size(2), device=self.seen.device)
@@ -150,7 +150,7 @@ def in_blocks(q: Tensor, k: Tensor) -> bool:
     The memory of an utterance decides: of a batch, whoever chose its size did.
     """
     if torch.compiler.is_compiling():
-        return False  # a graph is that of any length
+        return False  # a graph must hold for any length
     return q.size(1) * q.size(2) * k.size(2) > MAX_WEIGHTS
 
 

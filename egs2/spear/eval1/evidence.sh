@@ -21,7 +21,8 @@ seed is one of quantizers and pre-training; the quantizers of seed 0 are the dem
   --steps N                   of pre-training; 0: as the configuration has it [800]
   --tasks \"A B\"               files of tasks/  [prompts speakers classes mixtures instruments]
   --probe_seeds \"0\"           of the probe
-  --jobs N                    students at once, a thread each       [number of CPUs]
+  --jobs N                    students at once, on a GPU or a thread each [number of GPUs;
+                              of CPUs if there are none]
   --ssl_args \"...\"            more options of ../ssl1/run.sh, such as --data_config F; words
                               of --config_override and --train_args come before an idea's
   --known F.tsv               scores of students trained elsewhere, not trained again: a scores.tsv
@@ -36,13 +37,16 @@ seeds="0 1 2"
 steps=800
 tasks="prompts speakers classes mixtures instruments"
 probe_seeds=0
-jobs=$(env -u OMP_NUM_THREADS nproc)
+jobs=
+ngpu=
 ssl_args=
 known=
 tag=evidence
 dry_run=false
 
 . ../ssl1/local/recipe.sh
+count_gpus
+: "${jobs:=$((ngpu > 0 ? ngpu : $(env -u OMP_NUM_THREADS nproc)))}"
 lock "exp/${tag}"
 python local/evidence.py --quick "${quick}" --only "${only}" --seeds "${seeds}" \
     --steps "${steps}" --tasks "${tasks}" --probe_seeds "${probe_seeds}" \

@@ -14,8 +14,8 @@ from espnet2.asr.specaug.specaug import SpecAug
 from torch import Tensor, nn
 
 from espnet2_spear.asr.freezing import FreezeSchedule
+from espnet2_spear.asr.model_hooks import watch_models
 from espnet2_spear.asr.pretrained import check_loaded, read_architecture
-from espnet2_spear.asr.surroundings import watch_models
 from espnet2_spear.hub.packed import check_format
 from espnet2_spear.optimizers.lr_scale import check_lr_scale, scale_lr
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
@@ -183,7 +183,7 @@ class ZipformerEncoder(SpearEncoder, AbsEncoder):
         if self.training:
             check_lr_scale(self.encoder_embed, "encoder zipformer")
             if not self.frozen and not self.encoder.training:
-                self.train()  # as of now
+                self.train()  # the steps of freezing are over
         no_grad = torch.no_grad() if self.frozen else nullcontext()
         with_hidden = return_all_hs or bool(self.interctc_layer_idx)
         with self._conditioned(ctc), no_grad:

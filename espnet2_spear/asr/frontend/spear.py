@@ -14,13 +14,13 @@ from torch import Tensor
 
 from espnet2_spear.asr.features import Featurizer, FrameReducer, LogMelFusion
 from espnet2_spear.asr.freezing import FreezeSchedule
+from espnet2_spear.asr.model_hooks import watch_models
 from espnet2_spear.asr.pieces import Chunks, in_chunks
 from espnet2_spear.asr.pretrained import (
     build_student,
     check_loaded,
     keep_layers,
 )
-from espnet2_spear.asr.surroundings import watch_models
 from espnet2_spear.constants import SAMPLE_RATE, SAMPLES_PER_FRAME
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.fetch import is_named

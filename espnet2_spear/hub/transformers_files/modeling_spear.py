@@ -24,7 +24,7 @@ UNREAD = re.compile(r"layers\.\d+\.bypass_scale$")  # of a layer, not of its byp
 
 @dataclass
 class SpearModelOutput(ModelOutput):
-    """What the student says of a batch.
+    """Outputs of the student for a batch.
 
     Attributes:
         encoder_out: (B, T', C), 50 Hz or 25 Hz.
@@ -76,7 +76,7 @@ class SpearModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As of every model; what nothing reads asks for no gradient afterwards."""
+        """Load a model; what nothing reads asks for no gradient afterwards."""
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_unused()
         return loaded

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import asr_table
-from lanes import Job, Lanes
+from lanes import Job, Lanes, visible_gpus
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def main() -> None:
     """Run all, then print the table."""
     args = get_parser().parse_args()
     # All seeds of a system before the next would leave slow ones to the end.
-    Lanes(args.jobs).run(
+    Lanes(args.jobs, visible_gpus()).run(
         [job(args, s, seed) for seed in args.seeds for s in reversed(args.systems)]
     )
     folders = [

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import heads
 import torch
-from features import Features, kept_features
+from features import Features, Noise, kept_features
 from heads import Score, run_probe
 from systems import System, logmel, student, teacher
 from table import draw, environment, table
@@ -198,7 +198,9 @@ def evaluate(
             noise, suffix = None, f"{task.data.name}.{task.head}"
             if task.noise is not None:
                 table_ = folders.raw(task.noise.data) / "wav.scp"
-                noise = (read_table(table_, "utterance file"), task.noise.snr)
+                files = read_table(table_, "utterance file")
+                parts = {utt: part for part, utts in clips.utts.items() for utt in utts}
+                noise = Noise(files, task.noise.snr, parts)
                 suffix += f".{task.noise.data.name}{task.noise.snr:g}dB"
             found = kept_features(
                 cache / suffix, system, wavs, task.head, noise, args.device

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import shlex
 import statistics
 import subprocess
@@ -22,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from differences import differences
 from heads import Score
-from lanes import Job, Lanes
-from scipy.stats import t as student_t
+from lanes import Job, Lanes, visible_gpus
 from score_table import ScoreTable
-from table import Results, draw, environment, read_scores, table
-from tasks import LOWER_IS_BETTER, Task, TaskError
+from table import commit, draw, environment, read_scores, table
+from tasks import Task, TaskError
 
 from espnet2_spear.fileio.datadir import read_table, write_table
 from espnet2_spear.fileio.explain import add_options, command
@@ -46,8 +45,7 @@ OWN = ("stage", "stop_stage", "tag", "quantizer_tag", "nj", "dry_run")
 OWN += ("datadir", "dumpdir", "expdir")
 JOINED = ("config_override", "train_args")
 EPOCHS, WARM_UP = 2, 300  # of the students; steps
-MODEL, RESULTS = "valid.loss.best.pth", "RESULTS.json"
-CONFIDENCE = 0.95
+MODEL, RESULTS, COMMIT = "valid.loss.best.pth", "RESULTS.json", "commit.txt"
 PROBE = "2"  # of the scores; another number where the same features got others
 
 
@@ -220,6 +218,7 @@ def student_job(
         systems="student",
         seeds=args.probe_seeds,
         nj=1,
+        device="cuda" if args.gpus else "cpu",
     )
     commands = [ssl1(args, arm, seed, (7, 7), more), score]
     return Job(f"{arm.name}, seed {seed}", commands, exp / "evidence.log", SSL1)
@@ -249,6 +248,13 @@ def prepare(
     for arm, seed in codes.values():
         logging.info("codes of %s, seed %d", arm.name, seed)
         call(ssl1(args, arm, seed, (4, 6), {}))
+
+
+def note_commit(student: Path) -> None:
+    """Write which code is about to train a student, unless it has begun."""
+    if not ((student / COMMIT).exists() and (student / "train.json").exists()):
+        student.mkdir(parents=True, exist_ok=True)
+        (student / COMMIT).write_text(commit() + "\n", encoding="utf-8")
 
 
 def quantizers_of(student: Path) -> str:
@@ -296,6 +302,45 @@ def mean_score(scores: Sequence[Score], seed: int) -> Score:
     return Score(seed, dev, test, [])
 
 
+def add_student(student: Path, arm: Arm, seed: int, scores: ScoreTable) -> None:
+    """Take over the scores of a student that was trained here."""
+    found = read_scores(HERE / "exp" / student.name / RESULTS)["student"]
+    means = {name: mean_score(some, seed) for name, some in found.items()}
+    trained_by = (student / COMMIT).read_text(encoding="utf-8").strip()
+    scores.add(arm.name, means, trained_by, quantizers_of(student))
+
+
+def add_controls(
+    args: argparse.Namespace, tasks: Sequence[str], student: Path, scores: ScoreTable
+) -> None:
+    """Score log-mel, random weights and the teachers by tasks without such scores."""
+    missing = [name for name in tasks if not controls_of(scores, [name])]
+    if not missing:
+        return
+    tag = f"{args.tag}_controls"
+    options = {
+        "tag": tag,
+        "systems": "logmel random teachers",
+        "seeds": args.probe_seeds,
+        "nj": args.jobs,
+        "device": "cuda" if args.gpus else "cpu",
+    }
+    if "teachers" in args.ssl_options:
+        options["teachers"] = teachers_of(args.ssl_options["teachers"])
+    call(eval1(tasks, student=student / MODEL, stage=3, **options))
+    for name, found in read_scores(HERE / "exp" / tag / RESULTS).items():
+        means = {task: mean_score(found[task], 0) for task in missing}
+        scores.add(name, means, commit())
+
+
+def teachers_of(value: str) -> str:
+    """--teachers of eval1 for those of ssl1: by the names of their files."""
+    files = [word.partition("=")[2] for word in shlex.split(value)]
+    stems = SSL1 / "conf/teachers"
+    paths = [SSL1 / f if "/" in f else stems / f"{f}.yaml" for f in files]
+    return " ".join(f"{path.stem}={path}" for path in paths)
+
+
 def results_of(
     scores: ScoreTable, arm: Arm, names: Sequence[str]
 ) -> dict[str, list[Score]]:
@@ -303,49 +348,6 @@ def results_of(
     seeds = scores.seeds(arm.name, names)
     students = [scores.get(arm.name, seed, names) or {} for seed in seeds]
     return {name: [s[name] for s in students] for name in names}
-
-
-def differences(tasks: Sequence[Task], results: Results) -> str:
-    """Markdown: paired differences to the first row, and what they tell.
-
-    Students of the same seed are a pair. The standard error of a mean over n pairs
-    comes from the variance of the differences around their means, pooled over the rows:
-    a spread of three pairs alone would be too uncertain. A difference counts if zero is
-    outside of its interval of 95 % by Student's t, for one comparison at a time.
-    """
-    (base, first), *others = results.items()
-    lines = [
-        f"| minus {base} | pairs | {' | '.join(t.title for t in tasks)} |",
-        "|---|--:|" + "--:|" * len(tasks),
-    ]
-    cells: dict[str, list[str]] = {name: [] for name, _ in others}
-    for task in tasks:
-        of_first = {score.seed: score.test for score in first[task.name]}
-        pairs = {
-            name: [
-                score.test - of_first[score.seed]
-                for score in rows[task.name]
-                if score.seed in of_first
-            ]
-            for name, rows in others
-        }
-        spread = [(len(d) - 1, statistics.variance(d)) for d in pairs.values() if d[1:]]
-        freedom = sum(n for n, _ in spread)
-        pooled = sum(n * variance for n, variance in spread) / max(freedom, 1)
-        better = -1 if task.metric in LOWER_IS_BETTER else 1
-        for name, values in pairs.items():
-            if not cells[name]:
-                cells[name].append(str(len(values)))
-            mean = statistics.fmean(values or [math.nan])
-            if not values or not freedom:  # one pair has no spread
-                cells[name].append(f"{mean:+.1f}" if values else "-")
-                continue
-            error, verdict = math.sqrt(pooled / len(values)), "equal"
-            if abs(mean) > error * student_t.ppf((1 + CONFIDENCE) / 2, freedom):
-                verdict = "better" if mean * better > 0 else "worse"
-            cells[name].append(f"{mean:+.1f} ± {error:.1f} {verdict}")
-    lines += [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
-    return "\n".join(lines)
 
 
 def report(
@@ -364,8 +366,8 @@ def report(
         environment(),
         f"Students of {steps}; seeds of the probe: {args.probe_seeds}. Mean and "
         "standard deviation over seeds of quantizers and pre-training. Differences: "
-        "mean of those of a seed, and its standard error; 'equal' is what so many "
-        "pairs cannot tell apart (95 %).",
+        "score = student + seed, by least squares; 'equal' is what so many pairs "
+        "cannot tell apart (95 %).",
         "## Controls",
     ]
     for names in dict.fromkeys(question.tasks for question in asked):
@@ -418,14 +420,15 @@ def main(args: argparse.Namespace) -> None:
     tasks = {name: Task.read(HERE / "tasks" / f"{name}.yaml") for name in every}
     args.ssl_options = read_ssl_args(args.ssl_args, arms)
     conditions = {"steps": str(args.steps), "ssl_args": args.ssl_args.strip()}
-    conditions["probe"] = PROBE
+    conditions |= {"probe": PROBE, "probe_seeds": args.probe_seeds}
+    args.gpus = visible_gpus()
     scores = ScoreTable(args.known, conditions)
     # Seed by seed, so that all questions have an answer early.
     students = [
         (arm, seed)
         for seed in args.seeds
         for arm in arms
-        if scores.get(arm.name, seed, common) is None
+        if scores.get(arm.name, seed, tasks_of[arm.name]) is None
     ]
     jobs = [student_job(args, arm, seed, tasks_of[arm.name]) for arm, seed in students]
     if args.dry_run == "true":
@@ -435,22 +438,18 @@ def main(args: argparse.Namespace) -> None:
     if students:
         prepare(args, students, every)
         scores.compare({seed for _, seed in students}, SSL1 / "dump/codes/train")
-    Lanes(args.jobs).run(jobs)
-    exp = HERE / "exp"
     for arm, seed in students:
-        student = student_of(args, arm, seed)
-        found = read_scores(exp / student.name / RESULTS)["student"]
-        means = {k: mean_score(v, seed) for k, v in found.items()}
-        scores.add(arm.name, means, quantizers_of(student))
-    missing = [name for name in every if not controls_of(scores, [name])]
-    if students and missing:
-        tag, student = f"{args.tag}_controls", student_of(args, *students[0]) / MODEL
-        systems = "logmel random teachers"
-        options = {"tag": tag, "seeds": args.probe_seeds, "nj": args.jobs}
-        call(eval1(every, student=student, stage=3, systems=systems, **options))
-        for name, found in read_scores(exp / tag / RESULTS).items():
-            scores.add(name, {k: mean_score(found[k], 0) for k in missing})
-    report(args, tasks, asked, scores)
+        note_commit(student_of(args, arm, seed))
+    lanes = Lanes(args.jobs, args.gpus)
+    try:
+        lanes.run(jobs)
+        if students:
+            add_controls(args, every, student_of(args, *students[0]), scores)
+    finally:  # what is finished has a table, whatever became of the rest
+        for (arm, seed), job in zip(students, jobs, strict=True):
+            if job in lanes.finished:
+                add_student(student_of(args, arm, seed), arm, seed, scores)
+        report(args, tasks, asked, scores)
 
 
 if __name__ == "__main__":

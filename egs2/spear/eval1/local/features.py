@@ -46,12 +46,37 @@ class Features:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Noise:
+    """Noise that is added to clips; a recording serves one part alone.
+
+    So a probe that was trained in noise is tested in noise that it has never heard.
+
+    Attributes:
+        files: recording -> file, five or more.
+        snr: dB, of mean squares.
+        parts: utterance -> its part (train, dev, test).
+    """
+
+    files: Mapping[str, str]
+    snr: float
+    parts: Mapping[str, str]
+
+    def recordings(self) -> dict[str, list[str]]:
+        """Part -> files: of five neighbours the fourth is of dev, the fifth of test."""
+        files = list(self.files.values())
+        if len(files) < 5:
+            raise TaskError(f"noise: {len(files)} recordings; at least 5 are needed")
+        rest = [file for i, file in enumerate(files) if i % 5 < 3]
+        return {"train": rest, "dev": files[3::5], "test": files[4::5]}
+
+
 def kept_features(
     cache: Path,
     system: System,
     wavs: Mapping[str, str],
     head: str,
-    noise: tuple[Mapping[str, str], float] | None = None,
+    noise: Noise | None = None,
     device: str = "cpu",
 ) -> Features:
     """Read features from the cache, or compute and keep them.
@@ -61,14 +86,14 @@ def kept_features(
         system: what computes them.
         wavs: utterance -> file at 16 kHz, or entry of an ark (``file.ark:offset``).
         head: what they are for.
-        noise: files of noise, and the SNR (dB) it is added at.
+        noise: that is added.
         device: to compute on.
     """
     facts = {
         "system": system.identity,
         "head": head,
         "clips": _digest(wavs),
-        "noise": noise and [_digest(noise[0]), noise[1]],
+        "noise": noise and [_digest(noise.files), noise.snr, dict(noise.parts)],
         "longest": None if head == "ctc" else LONGEST,
     }
     array, index = (cache.with_name(cache.name + end) for end in (".npy", ".json"))
@@ -132,6 +157,11 @@ def _digest(wavs: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
     for utt, path in wavs.items():
         file, offset = split_ark(path)
+        if not file.exists():
+            raise TaskError(
+                f"{file}: is gone; remove its folder, and stage 2 of run.sh makes it "
+                "again"
+            )
         facts = f"{utt} {file.name}:{offset} {file.stat().st_size}\n"
         digest.update(facts.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
@@ -151,18 +181,19 @@ def _pool(layers: Tensor) -> Tensor:
 
 def _batches(
     wavs: Mapping[str, str],
-    noise: tuple[Mapping[str, str], float] | None,
+    noise: Noise | None,
     longest: int | None,
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
     """Names, waveforms (B, samples) and lengths (B,) of clips of similar lengths."""
-    sources = [] if noise is None else [_samples(path) for path in noise[0].values()]
+    recordings = {} if noise is None else noise.recordings()
+    sources = {part: [_samples(f) for f in files] for part, files in recordings.items()}
     utts: list[str] = []
     batch: list[Tensor] = []
     for utt in sorted(wavs, key=lambda utt: _size(wavs[utt])):
         speech = _samples(wavs[utt])[:longest]
         speech = F.pad(speech, (0, max(0, SHORTEST - len(speech))))
         if noise is not None:
-            speech = add_noise(speech, sources, noise[1], utt)
+            speech = add_noise(speech, sources[noise.parts[utt]], noise.snr, utt)
         width = max(map(len, [speech, *batch]))
         if batch and width * (len(batch) + 1) > BATCH:
             yield utts, *_padded(batch)

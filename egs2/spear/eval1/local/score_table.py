@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from heads import Score
-from table import commit
 from tasks import TaskError
 
 
@@ -105,10 +104,19 @@ class ScoreTable:
                 found[name] = {task: [score] for task, score in scores.items()}
         return found
 
-    def add(self, arm: str, scores: Mapping[str, Score], quantizers: str = "") -> None:
-        """Take over the scores of a student of this run."""
+    def add(
+        self, arm: str, scores: Mapping[str, Score], commit: str, quantizers: str = ""
+    ) -> None:
+        """Take over the scores of a student of this run.
+
+        Args:
+            arm: its name; or that of what is not trained here.
+            scores: task -> score.
+            commit: of the code that trained it.
+            quantizers: as ``quantizers_of`` says it.
+        """
         for task, s in scores.items():
-            values = (arm, s.seed, task, f"{s.dev:.2f}", f"{s.test:.2f}", commit())
+            values = (arm, s.seed, task, f"{s.dev:.2f}", f"{s.test:.2f}", commit)
             values += (quantizers,)
             self._rows[arm, s.seed, task] = {
                 **dict(zip(self.COLUMNS, map(str, values), strict=True)),

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,17 @@ class Lanes:
 
     Args:
         count: of jobs at once.
+        gpus: names for CUDA_VISIBLE_DEVICES, which jobs take in turn; none: jobs see
+            what this process sees.
+
+    Attributes:
+        finished: jobs that ended well.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, gpus: Sequence[str] = ()) -> None:
         self.count = count
+        self.finished: list[Job] = []
+        self._free_gpus = [gpus[i % len(gpus)] for i in range(count if gpus else 0)]
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
 
@@ -52,15 +60,20 @@ class Lanes:
         """
         signal.signal(signal.SIGTERM, _exit_once)
         start, failed = time.monotonic(), []
+        recent: deque[float] = deque(maxlen=2 * self.count)  # what was done before
         with ThreadPoolExecutor(self.count) as pool:
             try:
                 waiting = {pool.submit(self._run, job): job for job in jobs}
                 for done, future in enumerate(as_completed(waiting), 1):
-                    job, error = waiting[future], future.result()
+                    job, (error, minutes) = waiting[future], future.result()
                     passed = (time.monotonic() - start) / 60
-                    rest = passed / done * (len(jobs) - done)
+                    recent.append(minutes)
+                    mean = sum(recent) / len(recent)
+                    rest = mean * (len(jobs) - done) / min(self.count, len(jobs))
                     if error:
                         failed.append(job.name)
+                    else:
+                        self.finished.append(job)
                     print(
                         f"{job.name}: {error or 'done'} ({done} of {len(jobs)} in "
                         f"{passed:.1f} minutes, about {rest:.0f} minutes left)",
@@ -72,8 +85,18 @@ class Lanes:
         if failed:
             sys.exit(f"{len(failed)} of {len(jobs)} failed: {', '.join(failed)}")
 
-    def _run(self, job: Job) -> str:
-        """Run a job; what went wrong, or nothing."""
+    def _run(self, job: Job) -> tuple[str, float]:
+        """Run a job; returns what went wrong, or nothing, and the minutes it took."""
+        start = time.monotonic()
+        environment, gpus = dict(os.environ), self._free_gpus[-1:]
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self._free_gpus.pop()
+        error = self._run_commands(job, environment)
+        self._free_gpus += gpus
+        return error, (time.monotonic() - start) / 60
+
+    def _run_commands(self, job: Job, environment: Mapping[str, str]) -> str:
+        """Run its commands; returns what went wrong, or nothing."""
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("a", encoding="utf-8") as stream:
             for command in job.commands:
@@ -84,6 +107,7 @@ class Lanes:
                 process = subprocess.Popen(
                     command,
                     cwd=job.folder,
+                    env=environment,
                     stdout=stream,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
@@ -103,6 +127,15 @@ class Lanes:
         for process in list(self._running):
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.killpg(process.pid, signal.SIGTERM)
+
+
+def visible_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES may call the GPUs that this process sees."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
 
 
 def _exit_once(number: int, _: object) -> None:

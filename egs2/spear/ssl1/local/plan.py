@@ -59,6 +59,9 @@ SECONDS = {
 CODEBOOK_SIZE = "256"  # is not in the names
 # What is learned: an experiment that began with others is not continued with these.
 LEARNED = ("student", "student_conf", "teachers", "loss_weights")
+# How: it may go on with others of these, but not if it has nothing left to train.
+CHANGEABLE = ("masker_conf", "mixer_conf", "model_conf", "sampler_conf", "batch_bins")
+CHANGEABLE += ("noise_scp",)
 
 
 @dataclass
@@ -265,7 +268,8 @@ def check_experiment(exp: Path, config: Config, codes: Collection[str]) -> None:
         codes: names of its codes.
 
     Raises:
-        PlanError: another student, loss or codes.
+        PlanError: another student, loss or codes; or, of a finished training, other
+            masks, mixing or batches.
     """
     try:
         mark = json.loads((exp / "train.json").read_text(encoding="utf-8"))
@@ -273,7 +277,9 @@ def check_experiment(exp: Path, config: Config, codes: Collection[str]) -> None:
     except (OSError, ValueError):
         return  # it has not begun
     remedy = f"give another --tag, or remove {exp} to train it anew"
-    for key in LEARNED:
+    longer = config.get("max_epoch", 0) > begun.get("max_epoch", 0)
+    keys = LEARNED if longer or mark.get("pending") else (*LEARNED, *CHANGEABLE)
+    for key in keys:
         before, now = begun.get(key), config.get(key)
         if key == "teachers":  # the rest is completed by what the codes say
             before, now = (

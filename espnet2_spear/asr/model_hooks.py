@@ -1,4 +1,4 @@
-"""What ESPnet puts around a student: normalizers of features, and a loss scale.
+"""Hooks on the model around a student: its normalizer, and the scale of its loss.
 
 ``asr.sh`` sets ``normalize: global_mvn`` unless told otherwise, whatever the YAML file
 says. In front of an encoder that takes waveforms it standardises the waveform, behind a
@@ -93,7 +93,7 @@ def _count_of(part: nn.Module | None) -> BatchCount | None:
     return getattr(getattr(part, "schedule", None), "count", None)
 
 
-@functools.cache  # once
+@functools.cache  # a process registers the hooks once
 def watch_models() -> None:
     """Look at every model that is put together from now on."""
     register_module_module_registration_hook(check_normalizer)
