@@ -170,9 +170,8 @@ def test_known_scores_are_not_trained_again(
 ) -> None:
     """A table of two machines' students is that of one machine; nothing is run."""
     monkeypatch.setattr(evidence, "HERE", tmp_path)
-    conditions = {"steps": "800", "ssl_args": "", "probe": evidence.PROBE}
-    conditions["probe_seeds"] = "0"
-    scores = score_table.ScoreTable("", conditions)
+    conditions = {"steps": "800", "ssl_args": "", "probe_seeds": "0"}
+    scores = score_table.ScoreTable("", conditions, evidence.PROBE)
     known = tmp_path / "scores.tsv"
 
     def score(seed: int, test: float) -> dict[str, heads.Score]:
@@ -182,7 +181,8 @@ def test_known_scores_are_not_trained_again(
     for seed in range(3):
         scores.add("asymmetric", score(seed, 60.0 + seed), "abc")
         scores.write(known)
-        scores = score_table.ScoreTable(str(known), conditions)  # of another machine
+        # of another machine
+        scores = score_table.ScoreTable(str(known), conditions, evidence.PROBE)
         scores.add("kmeans", score(seed, 64.0 + seed), "abc")
     for task in ("prompts_0db", "speakers_0db"):
         scores.add("log-mel", {task: heads.Score(0, 0.0, 90.0, [])}, "abc")
@@ -224,7 +224,7 @@ def test_known_students_of_other_quantizers_are_refused(tmp_path: Path) -> None:
         "teachers": {"speech": {"quantizer": "e5b7cd59"}},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    scores = score_table.ScoreTable("", {})
+    scores = score_table.ScoreTable("", {}, "2")
     score = {"prompts": heads.Score(3, 1.0, 2.0, [])}
     scores.add("asymmetric", score, "abc", evidence.quantizers_of(tmp_path))
     scores.compare({3}, tmp_path)  # no such codes here
@@ -236,6 +236,14 @@ def test_known_students_of_other_quantizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         tasks.TaskError, match="w_mvq8 of the quantizer e5b7cd59, .*000"
     ):
+        scores.compare({3}, tmp_path)
+    # Nor are those of another probe joined with new ones of the same seed.
+    facts.write_text('{"quantizer_id": "e5b7cd59"}')
+    scores.write(tmp_path / "scores.tsv")
+    scores = score_table.ScoreTable(str(tmp_path / "scores.tsv"), {}, "3")
+    assert scores.seeds_of_other_probes() == [3]
+    scores.compare({4}, tmp_path)
+    with pytest.raises(tasks.TaskError, match="seed 3 was scored by probe 2, .*be 3"):
         scores.compare({3}, tmp_path)
 
 
@@ -256,7 +264,7 @@ def test_what_is_finished_has_a_table(
 
     def job(args, arm, seed, names) -> lanes.Job:
         student = evidence.student_of(args, arm, seed)
-        (tmp_path / "exp" / student.name).mkdir(parents=True)
+        (tmp_path / "exp" / student.name).mkdir(parents=True, exist_ok=True)
         scores = tmp_path / "exp" / student.name / "RESULTS.json"
         scores.write_text(json.dumps(results))
         (student / "config.yaml").write_text(yaml.safe_dump(config))
@@ -268,19 +276,39 @@ def test_what_is_finished_has_a_table(
     with pytest.raises(SystemExit, match="1 of 2 failed: kmeans"):
         evidence.main(words)
     table = (tmp_path / "exp/evidence/scores.tsv").read_text().splitlines()
-    assert [line.split("\t")[:5] for line in table[1:]] == [
-        ["asymmetric", "0", "prompts", "60.00", "61.00"]
+    assert [line.split("\t")[:6] for line in table[1:]] == [
+        ["asymmetric", "0", "prompts", "60.00", "61.00", evidence.commit()]
     ]
+    # A second run that is stopped at once keeps what the first one found.
+    monkeypatch.setattr(lanes.Lanes, "run", lambda *_: sys.exit(143))
+    with pytest.raises(SystemExit):
+        evidence.main(words)
+    assert (tmp_path / "exp/evidence/scores.tsv").read_text().splitlines() == table
+    # A student is not taken for one of other options.
+    student = tmp_path / "exp/evidence_asymmetric_s0"
+    (student / "train.json").touch()
+    evidence.note_origin(student, lanes.Job("", [["true"]], student))
+    with pytest.raises(tasks.TaskError, match="was begun by true, not by false; give"):
+        evidence.note_origin(student, lanes.Job("", [["false"]], student))
+    (student / "evidence.json").unlink()
+    with pytest.raises(tasks.TaskError, match="was not trained by evidence.sh"):
+        evidence.note_origin(student, lanes.Job("", [["true"]], student))
 
 
-def test_lanes_take_gpus_in_turn(tmp_path: Path) -> None:
-    command = ["bash", "-c", "sleep 0.2; echo GPU=${CUDA_VISIBLE_DEVICES}"]
-    jobs = [lanes.Job(f"{i}", [command], tmp_path / f"{i}", tmp_path) for i in range(4)]
-    run = lanes.Lanes(3, ["5", "GPU-b"])
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(3, {"5", "GPU-b"}), (2, {"5", "GPU-b"}), (1, {"5,GPU-b"})],
+)
+def test_jobs_share_the_gpus_out(
+    tmp_path: Path, count: int, expected: set[str]
+) -> None:
+    command = ["bash", "-c", "sleep 0.1; echo GPU=${CUDA_VISIBLE_DEVICES}"]
+    jobs = [lanes.Job(f"{i}", [command], tmp_path / f"{i}", tmp_path) for i in range(7)]
+    run = lanes.Lanes(count, ["5", "GPU-b"])
     run.run(jobs)
-    assert sorted(job.name for job in run.finished) == ["0", "1", "2", "3"]
-    gpus = [(tmp_path / f"{i}").read_text().split("GPU=")[-1].strip() for i in range(3)]
-    assert sorted(gpus) == ["5", "5", "GPU-b"]
+    assert sorted(job.name for job in run.finished) == list("0123456")
+    gpus = [(tmp_path / f"{i}").read_text().split("GPU=")[-1].strip() for i in range(7)]
+    assert set(gpus) == expected
 
 
 def test_controls_are_the_teachers_of_the_students() -> None:
@@ -297,8 +325,8 @@ def test_controls_are_the_teachers_of_the_students() -> None:
         ("arm\tseed\nasymmetric\t0\n", [], "expected a scores.tsv"),
         ("arm\tseed\ttask\tdev\ttest\tcommit\na\tx\tb\t1\t2\tc\n", [], "expected a s"),
         (
-            "arm\tseed\ttask\tdev\ttest\tcommit\tquantizers\tsteps\tssl_args\n"
-            "a\t0\tb\t1\t2\tc\t\t800\t\n",
+            "arm\tseed\ttask\tdev\ttest\tcommit\tquantizers\tprobe\tsteps\n"
+            "a\t0\tb\t1\t2\tc\t\t2\t800\n",
             ["--steps", "40"],
             "students with steps ['800']; this run has '40'",
         ),

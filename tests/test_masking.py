@@ -29,7 +29,7 @@ def mean_run(mask: torch.Tensor) -> float:
     ],
     ids=["speech and audio", "speech"],
 )
-def test_mask_ratios_are_those_of_the_paper(masker, frames, run, bins) -> None:
+def test_mask_ratios_are_those_of_the_scripts(masker, frames, run, bins) -> None:
     fbank, mask = masked(masker)
     assert mask.float().mean().item() == pytest.approx(frames, abs=0.01)
     # 13.4 and 14.7 frames in 10 s; 13.1 and 14.7 in 2 s (and by the loops below).

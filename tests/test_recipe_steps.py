@@ -459,8 +459,17 @@ def test_all_domains_are_tokenized_once(planned) -> None:
     ("options", "message"),
     [
         ({"config_override": "max_epoch=99 masker_conf.time_prob=0.3"}, None),
+        (
+            {
+                "config_override": "masker_conf.time_prob=0.3",
+                "check_training": "--max_epoch 99",
+            },
+            None,
+        ),
+        ({"config_override": "masker_conf.time_prob=0.3", "pending": True}, None),
         ({"config_override": "masker_conf.time_prob=0.3"}, "begun with masker_conf"),
-        ({"config_override": "batch_bins=160000"}, "begun with batch_bins"),
+        ({"config_override": "optim_conf.lr=0.5"}, "begun with optim_conf"),
+        ({"config_override": "batch_bins=160000", "check_training": None}, None),
         ({"config_override": "loss_weights=joint"}, "begun with loss_weights"),
         ({"student": "tiny"}, "begun with student mini, not tiny"),
         ({"config_override": "teachers.audio.num_codebooks=2"}, "begun with teachers"),
@@ -476,8 +485,12 @@ def test_an_experiment_goes_on_as_it_was_begun(
     exp.mkdir(parents=True)
     (exp / "train.yaml").write_text(yaml.safe_dump(config))
     inputs = {f"dump/codes/train/{teacher.codes}.scp": {} for teacher in teachers}
-    (exp / "train.json").write_text(json.dumps({"inputs": inputs}))
+    mark = {"inputs": inputs, "pending": options.pop("pending", False)}
+    (exp / "train.json").write_text(json.dumps(mark))
+    options = {"check_training": "", **options}
     options = {"tag": run["tag"], "train_config": MINI, **options}
+    if options["check_training"] is None:  # training is not wanted
+        del options["check_training"]
     if message is None:
         planned(**options)
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from espnet2_spear.constants import MAX_CODEBOOK_SIZE, MISSING, SAMPLE_RATE
 
-# Rows by which codes may fall short of their audio: a teacher's receptive field.
+# Rows by which codes and audio may differ in length: a teacher's receptive field.
 MAX_MISSING_ROWS = 5
 
 

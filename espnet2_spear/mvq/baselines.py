@@ -107,7 +107,7 @@ class BaselineConfig:
         standardize: as of MVQ.
         iters: batches that the centres of a codebook are updated with.
         batch_frames: frames in such a batch.
-        seed: of the projections, the first centres and the order of frames.
+        seed: of the projections, the first centres and the draws of frames.
 
     Raises:
         UserError: values out of range, or k-means with more than one codebook.

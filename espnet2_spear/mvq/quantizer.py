@@ -50,7 +50,7 @@ class AbsQuantizer(nn.Module, ABC):
         kind: name of the class in files and options.
         default_refine_iters: passes of the search unless asked otherwise; 0 if the
             class has no search that could be repeated.
-        joint_search: whether codes are chosen with all codebooks in view.
+        joint_search: whether the codebooks are searched jointly.
         centers: (N, K, D).
         mean, std: (D,) standardisation applied before quantization and undone in
             :meth:`decode`; 0 and 1 unless set.

@@ -348,7 +348,7 @@ def _drop_unused(centers: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
     return kept.scatter_(2, place, centers)[..., :width].contiguous(), members
 
 
-# Share of the explained energy by which the error must fall: what lies below may be
+# Least decrease of the error, as a share of the explained energy: smaller ones may be
 # rounding.
 MARGIN = 1e-6
 

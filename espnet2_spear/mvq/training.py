@@ -178,7 +178,7 @@ class MVQTrainingConfig:
         iters_phase2: steps with codebooks of 256 centres.
         batch_frames: frames per step.
         lr: of Adam in phase 1; half of it in phase 2; halved every quarter of a phase.
-        seed: of the initial values and the order of frames.
+        seed: of the initial values and the draws of frames.
 
     Raises:
         UserError: values out of range.

@@ -79,7 +79,7 @@ class ScaledAdam(torch.optim.Optimizer):
 
     A tensor that starts as zeros has no size that steps could be relative to: from
     ``param_min_rms`` it would need thousands of steps at the rates of fine-tuning (a
-    factor of e every 1 / lr steps). The weights of a frontend's layers, LoRA's B and
+    factor of e every 1 / lr steps). LoRA's B, the projection of ``logmel: project`` and
     biases begin so. Such a tensor is treated as one of RMS ``zero_rms`` until it is
     larger, as LAMB (arXiv 1904.00962) bounds the norm that it multiplies steps by.
 
@@ -96,8 +96,8 @@ class ScaledAdam(torch.optim.Optimizer):
             not scaled down any more.
         zero_rms: the same for tensors that are all zeros before their first step;
             ``param_min_rms`` there is what the reference does.
-        param_max_rms: the scale step never lets a tensor grow beyond.
-        scalar_max: largest magnitude of a one-element parameter.
+        param_max_rms: largest RMS to which the scale step may raise a tensor.
+        scalar_max: a one-element parameter is held within this before its update.
         size_update_period: steps between two scale updates.
     """
 

@@ -83,7 +83,7 @@ class Eden(LRScheduler, AbsBatchStepScheduler):
         super().__init__(optimizer, last_epoch)
 
     def count_audio(self, seconds: float) -> None:
-        """Say how much audio all ranks heard for the step that is about to be counted.
+        """Add the seconds of audio of the coming step, over all ranks.
 
         It is the same number on every rank, or their learning rates would part. Does
         nothing where ``hours_per_batch`` is a number.

@@ -1,14 +1,14 @@
 """Masks of pre-training: spans of time and of mel channels of the fbank.
 
-The masked prediction of arXiv 2510.25955 [5.1] hides spans of the 100 Hz fbank
-(not of the embedding, as HuBERT does), in this order:
+The masked prediction of arXiv 2510.25955, as the authors' scripts compute it [5.1],
+hides spans of the 100 Hz fbank (not of the embedding, as HuBERT does), in this order:
 
 1. channels: spans of mel bins become 0, the same bins in all frames of an utterance
    (0 is a loud log-mel value, not silence);
 2. time: spans of frames become one learned vector, also where channels were masked.
 
-Spans of L frames may overlap, so that fewer frames are masked than the probability p
-says: about 1 - (1 - p / L)^L, that is 49 % for p = 0.65 and 40 % for 0.5 (L = 10).
+Spans of s frames may overlap, so that fewer frames are masked than the probability p
+says: about 1 - (1 - p / s)^s, that is 49 % for p = 0.65 and 40 % for 0.5 (s = 10).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def sample_spans(
 ) -> Tensor:
     """Sample overlapping spans for a batch, on the device of ``lengths``.
 
-    An item of length T gets n = floor(prob T / span + u), u ~ U(0, 1), spans, at
-    least ``min_spans`` and at most T // span; their starts are drawn without
-    replacement from [0, T - span), as in fairseq's span sampler.
+    An item of length L gets n = floor(prob L / span + u), u ~ U(0, 1), spans, at
+    least ``min_spans`` and at most L // span; their starts are drawn without
+    replacement from [0, L - span), as in fairseq's span sampler.
 
     Args:
         lengths: (B,) lengths of the items.
         size: length of the mask; no shorter than any item.
-        prob: wanted share of the item if spans did not overlap.
+        prob: masked share of the item if no spans overlapped.
         span: length of a span.
         min_spans: fewest spans of an item long enough to hold them.
         generator: source of randomness on that device; torch's own if None.

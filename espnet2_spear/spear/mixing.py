@@ -1,14 +1,15 @@
 """Token mixing: noise and other utterances mixed into a batch, codes along with them.
 
-The augmentation of arXiv 2510.25955, second version [5.8]. Noise never changes the
+The augmentation of arXiv 2510.25955, second version, as the authors' scripts compute it
+[5.8]. Noise never changes the
 targets. Where another utterance B of the batch is mixed into A at a signal-to-noise
 ratio of SNR dB,
 
-    x = a + g b,                g = sqrt(P_A 10^(-SNR/10) / P_B)
+    y[n] = a[n] + g b[n - o],   g = sqrt(P_A 10^(-SNR/10) / P_B)
     p = g^2 P_B / (P_A + g^2 P_B) = 1 / (1 + 10^(SNR/10))
 
-with P the mean squares of the complete clips: b begins up to 2 s after a and may
-outlast it. Every entry (frame, codebook) of the overlap becomes B's code with
+with P the mean squares of the complete clips and an offset o of 0 to 2 s; b may end
+after a. Every entry (frame, codebook) of the overlap becomes B's code with
 probability p, the share of B in the power, so that the targets are mixed as the
 waveforms are; frames behind the end of A have B's codes. Only the speech teacher's
 codes are mixed.
@@ -362,7 +363,7 @@ class Mixer:
         self.hop = math.lcm(1, *self.hops.values())
         nothing = MixingRule(prob=0.0, noise_prob=0.0)
         self._rules = [config.rules.get(name, nothing) for name in domains]
-        # Rules as numbers, so that each utterance's is one row: no branch by value.
+        # A row of numbers for each domain: no Python branch on values of a tensor.
         self._table = torch.tensor([_row(rule) for rule in self._rules], device="cpu")
 
     def __call__(

@@ -46,7 +46,7 @@ class StudentFrames:
         rate: frames per second.
         delay: frames by which their targets are delayed.
         valid: (B, T) bool, False in the padding.
-        masked: (B, T) bool, whether what each predicts was masked.
+        masked: (B, T) bool, whether the input whose codes each predicts was masked.
     """
 
     hidden: Tensor
@@ -275,7 +275,7 @@ class SpearPretrainModel(AbsESPnetModel):
         return loss, *force_gatherable((reported, weight.to(loss.dtype)), loss.device)
 
     def loss_scale(self, samples: float) -> float:
-        """About what the loss of each frame of a batch is multiplied by in training.
+        """Approximate weight of a frame in the loss of training: 1, or 1 / frames.
 
         Args:
             samples: of the batch's audio (16 kHz), before mixing.

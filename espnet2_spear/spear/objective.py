@@ -1,18 +1,18 @@
 """The objective of pre-training: asymmetric masked prediction of multi-codebook tokens.
 
-Equation of arXiv 2510.25955 [5.2, 5.3] for an utterance of domain d with student frames
-h_t:
+The objective of arXiv 2510.25955, as the authors' scripts compute it [5.2, 5.3], for an
+utterance of domain d with student frames h_t:
 
-    L = sum over teachers k of  w[d, k]  sum over frames t of  m_t / N_k
-            sum over codebooks n of  -log softmax(W_{k,n} h_t + b_{k,n}) [c_{k,t,n}]
+    L = sum over teachers m of  v[d, m]  sum over frames t of  w_t / N_m
+            sum over codebooks n of  -log softmax(W_{m,n} h_t + b_{m,n}) [i_{m,t,n}]
 
-c are the teacher's N_k codes of the frame; entries without a code add 0 but count in
-N_k. m_t is the weight of masked or of unmasked frames (both 1 in the authors' scripts:
-the loss is taken on all frames). w is the asymmetric table: the speech teacher's codes
+i are the teacher's N_m codes of the frame; entries without a code add 0 but count in
+N_m. w_t is the weight of masked or of unmasked frames (both 1 in the authors' scripts:
+the loss is taken on all frames). v is the asymmetric table: the speech teacher's codes
 are targets on speech and on audio, with weight 1; the audio teacher's on audio alone,
 with lambda = 0.1.
 
-In the order of this file: the tables w (``PRESETS``), the heads W, b and their loss
+In the order of this file: the tables v (``PRESETS``), the heads W, b and their loss
 (``CodebookHead``, ``codebook_loss``), and the statistics of a step (``StatSums``). The
 sum over teachers is in ``model.py``.
 """
@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 LossWeights = str | Mapping[str, Any]
 
-# The tables that the paper compares: does (teacher, domain, main teacher) have a loss?
+# The tables that the paper compares: is a teacher's loss taken on a domain?
 # A teacher's own domain is the one of its name.
 PRESETS: Mapping[str, Callable[[str, str, str], bool]] = {
     "joint": lambda teacher, domain, main: True,
@@ -142,7 +142,7 @@ def _checked_row(name: str, row: Any, teachers: Sequence[str]) -> dict[str, floa
 # Logits that exist at once (float32: 4 bytes each). A CPU's caches prefer few; a GPU
 # wants matrix products that are large enough to be fast.
 CHUNK_LOGITS = {"cpu": 2**20, "other": 2**25}
-# Devices on which shapes that depend on values cost no synchronisation.
+# Devices on which data-dependent shapes need no synchronisation with the host.
 HOST = ("cpu",)
 GROUPS = 4  # of neighbouring codebooks, whose accuracies are reported
 

@@ -14,6 +14,7 @@ from espnet2_spear.spear.checks import (
     InputError,
     check_fbank,
     check_waveforms,
+    on_host,
 )
 from espnet2_spear.spear.streaming import (
     StreamState,
@@ -41,8 +42,9 @@ class SpearOutput:
     Attributes:
         encoder_out: (B, T', C), at ``config.frame_rate``.
         encoder_out_lens: (B,) frames.
-        hidden_states: one (B, T, C) per layer, always at 50 Hz. The last one equals
-            ``encoder_out`` unless the output is downsampled. Empty if not wanted.
+        hidden_states: one (B, T, C) per layer, always at 50 Hz. Outside training the
+            last one equals ``encoder_out`` if neither its stack nor the output is
+            downsampled. Empty if not wanted.
         hidden_states_lens: (B,) frames at 50 Hz.
     """
 
@@ -105,7 +107,7 @@ class SpearEncoder(nn.Module):
         return BatchCountState(self.encoder.count)
 
     def end_schedules(self) -> None:
-        """Set the batch count behind all schedules, to fine-tune a finished model."""
+        """Set the batch count past the end of all schedules, to fine-tune a model."""
         if self.encoder.count is not None:
             self.encoder.count.value = max(self.encoder.count.value, SCHEDULES_END)
 
@@ -201,11 +203,11 @@ class SpearEncoder(nn.Module):
     def look_at(self, speech: Tensor, lengths: Tensor) -> None:
         """Check waveforms as :meth:`compute_fbank` does, on a GPU their values, too.
 
-        For doors that take waveforms at which nobody has looked (ESPnet's inference
-        turns 16-bit integers into floats without scaling them). Not in training, where
-        it costs a wait a step.
+        For entry points whose waveforms were not validated (ESPnet's inference turns
+        16-bit integers into floats without scaling them). Not in training, where it
+        would cost a wait a step; nor on a CPU, where the other looks anyway.
         """
-        if not self.training:
+        if not self.training and not on_host(speech, lengths):
             check_waveforms(speech, lengths, self.min_samples, wait=True)
 
     def check_longest(self, samples: int) -> None:

@@ -68,8 +68,8 @@ class RunState:
         steps: optimizer steps of the whole training, skipped ones included.
         samples: of audio (16 kHz) seen so far, by all ranks, without padding.
         skipped: steps of the epoch that were skipped for numbers that are not finite.
-        any_valid: whether any step of the epoch was not.
-        interrupted: statistics of the epoch that a checkpoint was written in.
+        any_valid: whether at least one step of the epoch updated the parameters.
+        interrupted: statistics of the unfinished epoch, as read from a checkpoint.
     """
 
     output_dir: Path

@@ -34,9 +34,9 @@ def encode_positions(
 ) -> Tensor:
     """Encode the offsets key - query, logarithmically compressed.
 
-    offset t -> sign(t) sqrt(D) (log(|t| + sqrt(D)) - log sqrt(D)), then an angle
-    atan(2 pi t / D) whose multiples feed cosines (even columns) and sines (odd);
-    the last column is 1.
+    Of an offset t, with u = sign(t) sqrt(D) (log(|t| + sqrt(D)) - log sqrt(D)) and the
+    angle a = atan(2 pi u / D): cos(f a) in even and sin(f a) in odd columns, f = 1 to
+    D / 2; the last column is 1.
 
     Args:
         frames: queries, which are the last of the keys.

@@ -76,7 +76,7 @@ class ZipformerConfig:
         embed_channels: output channels of the embedding's three convolutions.
         train_chunk_size: chunk sizes that causal training draws from, per batch.
         train_left_context_frames: left contexts that it draws from.
-        padding: ``compatible`` lets the padding of a batch reach the last frames of
+        padding: ``compatible`` lets the padding of a batch reach the frames of
             shorter utterances, as the published code does; with ``exact`` an
             utterance's output is what it is for that utterance alone.
         regularize: train with balancers, whitening, dropout, skipping and masks.

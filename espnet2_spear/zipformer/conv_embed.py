@@ -170,8 +170,8 @@ class ConvEmbed(nn.Module):
 
         Args:
             x: (B, T, num_mel_bins) fbank, T >= MIN_FRAMES.
-            lengths: (B,) frames of each, if what lies behind them must not reach the
-                last frames before (``padding="exact"``).
+            lengths: (B,) frames of each; given, padding is zeroed so that it cannot
+                reach an utterance's frames (``padding="exact"``).
 
         Returns:
             (B, (T - 7) // 2, dim).

@@ -60,8 +60,7 @@ class Frames:
         feature_mask: (B, 1, C) that training multiplies the frames by.
         pos: (2 T + L - 1, pos_dim) positional encoding, L kept frames before these.
         key_padding: (B, L + T) ``padding`` of the keys.
-        seen: (T, 2) first key that a query sees, and the first behind the last; None:
-            all are seen.
+        seen: (T, 2) range [begin, end) of the keys that a query sees; None: all.
     """
 
     padding: Tensor

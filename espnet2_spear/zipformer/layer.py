@@ -68,7 +68,7 @@ def feed_forward(module: FeedForward, x: Tensor) -> Tensor:
 
 
 class ZipformerLayer(nn.Module):
-    """One layer, called a block in the paper.
+    """One layer (a "block" in the Zipformer paper).
 
     Args:
         config: sizes.

@@ -343,7 +343,7 @@ def scale_grad(x: Tensor, scale: float) -> Tensor:
 
 
 def limit_parameter(p: Tensor, low: float, high: float) -> Tensor:
-    """Return p; gradients that would move it further out of [low, high] are turned.
+    """Return p; gradients that would move it further out of [low, high] change sign.
 
     Applied to 60 % of the calls, so that the loss keeps a say.
     """

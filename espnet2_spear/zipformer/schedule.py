@@ -27,9 +27,9 @@ class BatchCount:
 
     Attributes:
         value: the count, a plain number; ranks differ as much as their batches do.
-        loss_scale: what the loss of a frame is multiplied by before the backward pass
-            (a mean over frames, float16 training); gradients that are added to those
-            of the loss follow it.
+        loss_scale: factor on the loss of a frame before the backward pass: 1 / frames
+            for a mean, times the scale of float16 training. Gradients that are added
+            to those of the loss follow it.
     """
 
     def __init__(self, seconds_per_batch: float = 600.0, start: float = 0.0) -> None:

@@ -60,8 +60,7 @@ class Inputs(NamedTuple):
         p: (B, H, T, d') positional queries; None: no positional term.
         r: (H, d', T + S - 1) positional keys, by key - query + T - 1.
         padding: (B, S) bool, True: no query sees this key.
-        seen: (T, 2) first key that a query sees, and the first behind the last;
-            None: all are seen.
+        seen: (T, 2) range [begin, end) of the keys that a query sees; None: all.
     """
 
     q: Tensor

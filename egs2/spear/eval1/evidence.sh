@@ -12,7 +12,7 @@ help_message="Usage: ./evidence.sh [options]
 
 Trains students that differ in one idea (evidence/*.yaml) on the same data, for the same
 number of steps, with the same seeds, and compares their frozen features (run.sh): tables
-with paired differences -> exp/<tag>/RESULTS.md. What is finished is not done again. A
+with differences and their errors -> exp/<tag>/RESULTS.md. What is finished is not done again. A
 seed is one of quantizers and pre-training; the quantizers of seed 0 are the demo's.
 
   --quick true|false          only the five students that tell most  [false]
@@ -25,8 +25,9 @@ seed is one of quantizers and pre-training; the quantizers of seed 0 are the dem
                               of CPUs if there are none]
   --ssl_args \"...\"            more options of ../ssl1/run.sh, such as --data_config F; words
                               of --config_override and --train_args come before an idea's
-  --known F.tsv               scores of students trained elsewhere, not trained again: a scores.tsv
-                              that this command wrote beside RESULTS.md. Another machine may
+  --known F.tsv               scores of students trained elsewhere, which are not trained again if
+                              all their tasks are there: a scores.tsv that this command wrote
+                              beside RESULTS.md. Another machine may
                               make other quantizers: train whole seeds there, and others here
   --tag TAG                   in the names of results and students  [evidence]
   --dry_run true|false        only list the students and their commands [false]"

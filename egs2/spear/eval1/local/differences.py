@@ -43,14 +43,14 @@ def contrasts(
 
 
 def differences(tasks: Sequence[Task], results: Results) -> str:
-    """Markdown: differences to the first row, paired by seed, and what they tell.
+    """Markdown: differences to the first row, with seeds as blocks, and what they tell.
 
     A difference counts if zero is outside of its interval of 95 % by Student's t, for
     one comparison at a time.
     """
     (base, first), *others = results.items()
     lines = [
-        f"| minus {base} | pairs | {' | '.join(t.title for t in tasks)} |",
+        f"| minus {base} | seeds | {' | '.join(t.title for t in tasks)} |",
         "|---|--:|" + "--:|" * len(tasks),
     ]
     cells: dict[str, list[str]] = {name: [] for name, _ in others}
@@ -69,6 +69,7 @@ def differences(tasks: Sequence[Task], results: Results) -> str:
                 cells[name].append("-")
                 continue
             mean, error, freedom = next(found)
+            mean = round(mean, 6) + 0.0  # not -0.0
             if not freedom:  # one pair has no spread
                 cells[name].append(f"{mean:+.1f}")
                 continue

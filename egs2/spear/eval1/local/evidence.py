@@ -12,7 +12,9 @@ trained and scored on another machine is taken over by --known.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import shlex
 import statistics
 import subprocess
@@ -28,6 +30,7 @@ from score_table import ScoreTable
 from table import commit, draw, environment, read_scores, table
 from tasks import Task, TaskError
 
+from espnet2_spear.fileio.atomic import write_json
 from espnet2_spear.fileio.datadir import read_table, write_table
 from espnet2_spear.fileio.explain import add_options, command
 
@@ -45,8 +48,10 @@ OWN = ("stage", "stop_stage", "tag", "quantizer_tag", "nj", "dry_run")
 OWN += ("datadir", "dumpdir", "expdir")
 JOINED = ("config_override", "train_args")
 EPOCHS, WARM_UP = 2, 300  # of the students; steps
-MODEL, RESULTS, COMMIT = "valid.loss.best.pth", "RESULTS.json", "commit.txt"
-PROBE = "2"  # of the scores; another number where the same features got others
+MODEL, RESULTS, ORIGIN = "valid.loss.best.pth", "RESULTS.json", "evidence.json"
+# Of the scores; another number where the same features got others. Probe 1 set whole
+# texts against the first 10 s of a clip: characters have about 3 points more.
+PROBE = "2"
 
 
 @dataclass(frozen=True)
@@ -241,20 +246,46 @@ def prepare(
 ) -> None:
     """Make the data of both recipes, and the codes of all students."""
     every = Arm("all", "", {})
-    call(ssl1(args, every, 0, (1, 3), {}))
+    tag = {"tag": f"{args.tag}_codes"}  # of no training
+    call(ssl1(args, every, 0, (1, 3), tag))
     write_noise(SSL1 / "dump/raw/train", SSL1 / "data/evidence_noise")
     call(eval1(tasks, stop_stage=2))
     codes = {(arm.codes, seed): (arm, seed) for arm, seed in students}
     for arm, seed in codes.values():
         logging.info("codes of %s, seed %d", arm.name, seed)
-        call(ssl1(args, arm, seed, (4, 6), {}))
+        call(ssl1(args, arm, seed, (4, 6), tag))
 
 
-def note_commit(student: Path) -> None:
-    """Write which code is about to train a student, unless it has begun."""
-    if not ((student / COMMIT).exists() and (student / "train.json").exists()):
+def note_origin(student: Path, job: Job) -> None:
+    """Write how a student is about to be trained, and by which code.
+
+    Raises:
+        TaskError: it was begun in another way.
+    """
+    command, file = shlex.join(job.commands[0]), student / ORIGIN
+    if not (student / "train.json").exists():
         student.mkdir(parents=True, exist_ok=True)
-        (student / COMMIT).write_text(commit() + "\n", encoding="utf-8")
+        write_json(file, {"commit": commit(), "command": command})
+    elif (begun := origin_of(student)["command"]) != command:
+        raise TaskError(
+            f"{student}: was begun by {begun}, not by {command}; give another --tag, "
+            "or remove it"
+        )
+
+
+def origin_of(student: Path) -> dict[str, str]:
+    """What :func:`note_origin` wrote.
+
+    Raises:
+        TaskError: no such file.
+    """
+    try:
+        return json.loads((student / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TaskError(
+            f"{student}: was not trained by evidence.sh ({error}); give another --tag, "
+            "or remove it"
+        ) from error
 
 
 def quantizers_of(student: Path) -> str:
@@ -306,7 +337,7 @@ def add_student(student: Path, arm: Arm, seed: int, scores: ScoreTable) -> None:
     """Take over the scores of a student that was trained here."""
     found = read_scores(HERE / "exp" / student.name / RESULTS)["student"]
     means = {name: mean_score(some, seed) for name, some in found.items()}
-    trained_by = (student / COMMIT).read_text(encoding="utf-8").strip()
+    trained_by = origin_of(student)["commit"]
     scores.add(arm.name, means, trained_by, quantizers_of(student))
 
 
@@ -322,7 +353,7 @@ def add_controls(
         "tag": tag,
         "systems": "logmel random teachers",
         "seeds": args.probe_seeds,
-        "nj": args.jobs,
+        "nj": len(os.sched_getaffinity(0)),
         "device": "cuda" if args.gpus else "cpu",
     }
     if "teachers" in args.ssl_options:
@@ -336,8 +367,9 @@ def add_controls(
 def teachers_of(value: str) -> str:
     """--teachers of eval1 for those of ssl1: by the names of their files."""
     files = [word.partition("=")[2] for word in shlex.split(value)]
-    stems = SSL1 / "conf/teachers"
-    paths = [SSL1 / f if "/" in f else stems / f"{f}.yaml" for f in files]
+    known = [SSL1 / "conf/teachers" / f"{file}.yaml" for file in files]
+    pairs = zip(files, known, strict=True)
+    paths = [path if path.exists() else SSL1 / file for file, path in pairs]
     return " ".join(f"{path.stem}={path}" for path in paths)
 
 
@@ -368,8 +400,14 @@ def report(
         "standard deviation over seeds of quantizers and pre-training. Differences: "
         "score = student + seed, by least squares; 'equal' is what so many pairs "
         "cannot tell apart (95 %).",
-        "## Controls",
     ]
+    if earlier := scores.seeds_of_other_probes():
+        text.append(
+            f"Seeds {', '.join(map(str, earlier))} were scored by an earlier probe, "
+            "with other figures for characters. Differences, which are within seeds, "
+            "join all; means of students with other seeds should not be compared."
+        )
+    text.append("## Controls")
     for names in dict.fromkeys(question.tasks for question in asked):
         if controls := controls_of(scores, names):
             text.append(table([tasks[name] for name in names], controls))
@@ -420,9 +458,9 @@ def main(args: argparse.Namespace) -> None:
     tasks = {name: Task.read(HERE / "tasks" / f"{name}.yaml") for name in every}
     args.ssl_options = read_ssl_args(args.ssl_args, arms)
     conditions = {"steps": str(args.steps), "ssl_args": args.ssl_args.strip()}
-    conditions |= {"probe": PROBE, "probe_seeds": args.probe_seeds}
+    conditions["probe_seeds"] = args.probe_seeds
     args.gpus = visible_gpus()
-    scores = ScoreTable(args.known, conditions)
+    scores = ScoreTable(args.known, conditions, PROBE)
     # Seed by seed, so that all questions have an answer early.
     students = [
         (arm, seed)
@@ -438,8 +476,8 @@ def main(args: argparse.Namespace) -> None:
     if students:
         prepare(args, students, every)
         scores.compare({seed for _, seed in students}, SSL1 / "dump/codes/train")
-    for arm, seed in students:
-        note_commit(student_of(args, arm, seed))
+    for (arm, seed), job in zip(students, jobs, strict=True):
+        note_origin(student_of(args, arm, seed), job)
     lanes = Lanes(args.jobs, args.gpus)
     try:
         lanes.run(jobs)
@@ -449,6 +487,8 @@ def main(args: argparse.Namespace) -> None:
         for (arm, seed), job in zip(students, jobs, strict=True):
             if job in lanes.finished:
                 add_student(student_of(args, arm, seed), arm, seed, scores)
+        if len(lanes.finished) < len(jobs):
+            scores.fill(HERE / "exp" / args.tag / "scores.tsv")
         report(args, tasks, asked, scores)
 
 

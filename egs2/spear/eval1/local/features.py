@@ -158,9 +158,10 @@ def _digest(wavs: Mapping[str, str]) -> str:
     for utt, path in wavs.items():
         file, offset = split_ark(path)
         if not file.exists():
+            marked = (p for p in file.parents if (p / ".done.json").exists())
             raise TaskError(
-                f"{file}: is gone; remove its folder, and stage 2 of run.sh makes it "
-                "again"
+                f"{file}: is gone; remove {next(marked, file.parent)}, and stage 2 of "
+                "run.sh makes it again"
             )
         facts = f"{utt} {file.name}:{offset} {file.stat().st_size}\n"
         digest.update(facts.encode("utf-8", "surrogateescape"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Mapping, Sequence
@@ -17,15 +18,16 @@ class ScoreTable:
     Args:
         path: to read, as ``write`` made it; None: no scores yet.
         conditions: columns that must agree with this run's.
+        probe: name of the present probe. A seed has one probe, seeds may differ.
 
     Raises:
         TaskError: no such file, not such a table, or scores of other conditions.
     """
 
-    COLUMNS = ("arm", "seed", "task", "dev", "test", "commit", "quantizers")
+    COLUMNS = ("arm", "seed", "task", "dev", "test", "commit", "quantizers", "probe")
 
-    def __init__(self, path: str, conditions: Mapping[str, str]) -> None:
-        self.conditions = conditions
+    def __init__(self, path: str, conditions: Mapping[str, str], probe: str) -> None:
+        self.conditions, self.probe = conditions, probe
         self._rows: dict[tuple[str, int, str], dict[str, str]] = {}
         if not path:
             return
@@ -35,7 +37,7 @@ class ScoreTable:
             for row in rows:
                 self._rows[row["arm"], int(row["seed"]), row["task"]] = row
                 float(row["dev"]), float(row["test"])
-                row["commit"], row["quantizers"].split()
+                row["commit"], row["quantizers"].split(), row["probe"]
         except (
             OSError,
             AttributeError,
@@ -55,7 +57,7 @@ class ScoreTable:
                 )
 
     def compare(self, seeds: set[int], codes: Path) -> None:
-        """See that students of these seeds would learn the codes of those known.
+        """See that students of these seeds would be comparable with those known.
 
         Quantizers differ with the number of threads, and may with the machine.
 
@@ -64,9 +66,15 @@ class ScoreTable:
             codes: folder of the training set's codes.
 
         Raises:
-            TaskError: they would not.
+            TaskError: they would learn other codes, or be scored by another probe.
         """
         for (arm, seed, _), row in self._rows.items():
+            if seed in seeds and row["quantizers"] and row["probe"] != self.probe:
+                raise TaskError(
+                    f"--known: '{arm}' of seed {seed} was scored by probe "
+                    f"{row['probe']}, this code has probe {self.probe}; give other "
+                    "--seeds, or leave --known out"
+                )
             for name, known in (x.split("=") for x in row["quantizers"].split()):
                 path = codes / f"{name}.json"
                 if seed not in seeds or not path.exists():
@@ -78,6 +86,16 @@ class ScoreTable:
                         f"quantizer {known}, which is {here} here; a comparison needs "
                         "the same codes: give other --seeds, or leave --known out"
                     )
+
+    def seeds_of_other_probes(self) -> list[int]:
+        """Seeds of students that were not scored by the present probe."""
+        return sorted(
+            {
+                seed
+                for (_, seed, _), row in self._rows.items()
+                if row["quantizers"] and row["probe"] != self.probe
+            }
+        )
 
     def seeds(self, arm: str, tasks: Sequence[str]) -> list[int]:
         """Seeds of which all tasks are known."""
@@ -117,11 +135,17 @@ class ScoreTable:
         """
         for task, s in scores.items():
             values = (arm, s.seed, task, f"{s.dev:.2f}", f"{s.test:.2f}", commit)
-            values += (quantizers,)
+            values += (quantizers, self.probe)
             self._rows[arm, s.seed, task] = {
                 **dict(zip(self.COLUMNS, map(str, values), strict=True)),
                 **self.conditions,
             }
+
+    def fill(self, path: Path) -> None:
+        """Take over from an earlier run's table what this one did not get to."""
+        with contextlib.suppress(TaskError):  # none, or of other conditions
+            earlier = ScoreTable(str(path), self.conditions, self.probe)
+            self._rows = {**earlier._rows, **self._rows}
 
     def write(self, path: Path) -> None:
         """Write all scores, those that were read too."""

@@ -38,8 +38,8 @@ class Lanes:
 
     Args:
         count: of jobs at once.
-        gpus: names for CUDA_VISIBLE_DEVICES, which jobs take in turn; none: jobs see
-            what this process sees.
+        gpus: names for CUDA_VISIBLE_DEVICES, which the jobs at once share out; none:
+            jobs see what this process sees.
 
     Attributes:
         finished: jobs that ended well.
@@ -48,7 +48,10 @@ class Lanes:
     def __init__(self, count: int, gpus: Sequence[str] = ()) -> None:
         self.count = count
         self.finished: list[Job] = []
-        self._free_gpus = [gpus[i % len(gpus)] for i in range(count if gpus else 0)]
+        self._free_gpus = [
+            ",".join(gpus[i::count]) or gpus[i % len(gpus)]
+            for i in range(count if gpus else 0)
+        ]
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
 
@@ -60,7 +63,8 @@ class Lanes:
         """
         signal.signal(signal.SIGTERM, _exit_once)
         start, failed = time.monotonic(), []
-        recent: deque[float] = deque(maxlen=2 * self.count)  # what was done before
+        # Minutes. Jobs that were finished before take seconds; they soon drop out.
+        recent: deque[float] = deque(maxlen=2 * self.count)
         with ThreadPoolExecutor(self.count) as pool:
             try:
                 waiting = {pool.submit(self._run, job): job for job in jobs}
@@ -69,7 +73,8 @@ class Lanes:
                     passed = (time.monotonic() - start) / 60
                     recent.append(minutes)
                     mean = sum(recent) / len(recent)
-                    rest = mean * (len(jobs) - done) / min(self.count, len(jobs))
+                    left = len(jobs) - done
+                    rest = mean * left / max(1, min(self.count, left))
                     if error:
                         failed.append(job.name)
                     else:

@@ -60,8 +60,9 @@ CODEBOOK_SIZE = "256"  # is not in the names
 # What is learned: an experiment that began with others is not continued with these.
 LEARNED = ("student", "student_conf", "teachers", "loss_weights")
 # How: it may go on with others of these, but not if it has nothing left to train.
-CHANGEABLE = ("masker_conf", "mixer_conf", "model_conf", "sampler_conf", "batch_bins")
-CHANGEABLE += ("noise_scp",)
+CHANGEABLE = ("masker_conf", "mixer_conf", "model_conf", "sampler_conf", "noise_scp")
+CHANGEABLE += ("batch_bins", "accum_grad", "num_iters_per_epoch", "optim", "optim_conf")
+CHANGEABLE += ("scheduler", "scheduler_conf")
 
 
 @dataclass
@@ -259,13 +260,23 @@ def size_of(args: argparse.Namespace, codebooks: int) -> str:
     return f"{args.quantizer}{codebooks}{more}"
 
 
-def check_experiment(exp: Path, config: Config, codes: Collection[str]) -> None:
+def epochs_of(mark: Config, begun: Config) -> int:
+    """``max_epoch`` of a training: of its command, or of its configuration."""
+    words = mark.get("command", [])
+    given = re.findall(r"--max_epoch[ =]+(\d+)", " ".join(words))
+    return int(given[-1]) if given else begun.get("max_epoch", 0)
+
+
+def check_experiment(
+    exp: Path, config: Config, codes: Collection[str], train_args: str | None
+) -> None:
     """Refuse to go on with another training than an experiment began with.
 
     Args:
         exp: its folder.
         config: of this run.
         codes: names of its codes.
+        train_args: --train_args, if it is to be trained.
 
     Raises:
         PlanError: another student, loss or codes; or, of a finished training, other
@@ -277,8 +288,12 @@ def check_experiment(exp: Path, config: Config, codes: Collection[str]) -> None:
     except (OSError, ValueError):
         return  # it has not begun
     remedy = f"give another --tag, or remove {exp} to train it anew"
-    longer = config.get("max_epoch", 0) > begun.get("max_epoch", 0)
-    keys = LEARNED if longer or mark.get("pending") else (*LEARNED, *CHANGEABLE)
+    keys = LEARNED
+    if train_args is not None and not mark.get("pending"):
+        given = re.findall(r"--max_epoch[ =]+(\d+)", train_args)
+        epochs = int(given[-1]) if given else config.get("max_epoch", 0)
+        if epochs <= epochs_of(mark, begun):
+            keys += CHANGEABLE
     for key in keys:
         before, now = begun.get(key), config.get(key)
         if key == "teachers":  # the rest is completed by what the codes say
@@ -420,7 +435,8 @@ def plan(args: argparse.Namespace) -> tuple[Config, dict[str, str], list[Teacher
             },
         )
     extension = check_noise(config)
-    check_experiment(args.expdir / tag, config, [teacher.codes for teacher in teachers])
+    names = [teacher.codes for teacher in teachers]
+    check_experiment(args.expdir / tag, config, names, args.check_training)
     if args.check_training is not None:
         model = args.expdir / tag / args.inference_model
         words = shlex.split(args.check_training)
