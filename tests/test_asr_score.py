@@ -5,8 +5,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
+from student_files import write_recognizer
 
 LOCAL = Path(__file__).resolve().parent.parent / "egs2/spear/asr1/local"
 sys.path.insert(0, str(LOCAL))
@@ -105,6 +108,32 @@ def test_greedy_path():
     path = torch.tensor([0, 0, 5, 5, 0, 5, 3, 3, 0])
     assert asr_ctc_greedy.collapse(path) == [5, 5, 3]
     assert asr_ctc_greedy.collapse(torch.zeros(4, dtype=torch.long)) == []
+
+
+def test_batches_are_decoded_to_the_end_of_each_clip(tmp_path):
+    """What stands behind a shorter clip, in a batch, is none of its text."""
+    file = write_recognizer(tmp_path / "exp")
+    state = torch.load(file, weights_only=True)
+    state["ctc.ctc_lo.weight"] *= 300.0  # so that there is more than one token
+    torch.save(state, file)
+    rng = np.random.default_rng(0)
+    lines = []
+    for name, seconds in (("long", 1.0), ("short", 0.4)):
+        samples = rng.uniform(-0.3, 0.3, round(seconds * 16000))
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16000)
+        lines.append(f"{name} {tmp_path / name}.wav")
+    table = _write(tmp_path / "wav.scp", lines)
+    found = []
+    for size in (1, 2):
+        words = ["--asr_model_file", file, "--batch_size", size, "--num_workers", 0]
+        words += ["--asr_train_config", tmp_path / "exp/config.yaml"]
+        words += ["--data_path_and_name_and_type", f"{table},speech,sound"]
+        words += ["--output_dir", tmp_path / f"out{size}"]
+        asr_ctc_greedy.main(list(map(str, words)))
+        text = (tmp_path / f"out{size}/1best_recog/token").read_text()
+        found.append(dict(line.partition(" ")[::2] for line in text.splitlines()))
+    assert found[0] == found[1] and set(found[0]) == {"long", "short"}
+    assert found[0]["short"].split()
 
 
 def _scored(folder, system, seed, wer, cer, minutes=None):

@@ -56,6 +56,14 @@ def test_options_are_those_of_the_recipe(
         )
 
 
+def test_noise_is_the_general_audio_of_the_training_set(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/utt2domain").write_text("a audio\nb speech\nc audio\n")
+    (tmp_path / "raw/wav.scp").write_text("a a.wav\nb b.wav\nc c.wav\n")
+    evidence.write_noise(tmp_path / "raw", tmp_path / "noise")
+    assert (tmp_path / "noise/wav.scp").read_text() == "a a.wav\nc c.wav\n"
+
+
 @pytest.mark.parametrize(
     ("only", "quick", "expected"),
     [

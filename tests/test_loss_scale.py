@@ -93,6 +93,18 @@ class Training:
         )
 
 
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    training = Training(tmp_path, None)
+    parameters = [p for p in training.model.parameters() if p.requires_grad]
+    training.state.optimizer = torch.optim.SGD(parameters, lr=1.0)
+    training.options.grad_clip = 1e-3
+    before = [p.detach().clone() for p in parameters]
+    assert training.step() > 1e-2  # what is reported is the norm before
+    pairs = zip(parameters, before, strict=True)
+    change = torch.stack([(p - b).norm() for p, b in pairs]).norm()
+    assert float(change) == pytest.approx(1e-3, rel=1e-3)
+
+
 @pytest.mark.parametrize("optim", ["scaledadam", "adamw"])
 @pytest.mark.parametrize("batches", [1, 2])
 def test_overflow_lowers_the_scale_until_steps_are_done(

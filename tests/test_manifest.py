@@ -121,7 +121,7 @@ def test_processes_that_come_at_once_build_it_once(tmp_path: Path) -> None:
     ]
     for process in processes:
         process.start()
-    results = {queue.get(timeout=30) for _ in processes}
+    results = {queue.get(timeout=300) for _ in processes}
     for process in processes:
         process.join()
         assert process.exitcode == 0

@@ -1,6 +1,7 @@
 """Trainings of two processes over gloo: resuming, skipping, and ranks that die."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny_training import (
     end,
     launch,
     options,
+    train,
     with_other_audio,
     write_data,
     write_nan,
@@ -74,6 +76,13 @@ def test_stopped_and_resumed(data, tmp_path, ranks: int = 3):
     state = torch.load(tmp_path / "exp/checkpoint.pth", weights_only=True)["spear"]
     assert (state["epoch"], state["position"], state["steps"]) == (1, 3, 2)
     assert len(state["ranks"]) == ranks and state["ranks"][0] != state["ranks"][1]
+    # Another number of processes may go on with it, and is told what that means.
+    shutil.copytree(tmp_path / "exp", tmp_path / "alone", symlinks=True)
+    alone = options(data, tmp_path / "alone", *more)
+    assert train(alone, tmp_path / "log") == 0
+    log = (tmp_path / "log").read_text()
+    assert f"the interrupted run had {ranks} processes, this one has 1" in log
+    assert "goes on after 3 batches of epoch 1" in log
     assert end(launch(cmd, tmp_path, ranks=ranks)) == [0] * ranks
     cmd = options(data, tmp_path / "whole", *more)
     assert end(launch(cmd, tmp_path, ranks=ranks)) == [0] * ranks

@@ -96,7 +96,7 @@ def test_killed_anywhere_and_resumed(data, whole, tmp_path):
     cmd = options(data, tmp_path / "exp", "--save_interval", 2)
     for where, call, number, code in (
         ("step", 4, signal.SIGKILL, -signal.SIGKILL),  # resumes after 2 steps
-        ("step", 2, signal.SIGTERM, EXIT_INTERRUPTED),  # after 4
+        ("step", 2, signal.SIGUSR1, EXIT_INTERRUPTED),  # after 4
         ("written", 1, signal.SIGKILL, -signal.SIGKILL),  # mid-checkpoint: after 4
         # Renamed are: previous and checkpoint of step 6, running average, 1epoch.pth,
         # links to it (latest, best), previous and checkpoint. Dies before each in turn.

@@ -201,7 +201,7 @@ def build(page: Page) -> Any:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise DemoError(
-            f"{error.name} is missing: pip install 'espnet2-spear[demo]'"
+            f"{error.name} is missing: pip install -e '.[demo]' in a checkout"
         ) from error
 
     def show(path: str | None, kind: str) -> list[Any]:

@@ -62,7 +62,8 @@ def codes_of(cut: Any, field: str) -> tuple[np.ndarray, float] | None:
         codes = array.array.load()
     except ImportError as error:
         raise UserError(
-            f"{where} cannot be read ({error}): pip install 'espnet2-spear[lhotse]'"
+            f"{where} cannot be read ({error}): pip install -e '.[lhotse]', in a "
+            "checkout"
         ) from None
     except (KeyError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())

@@ -29,7 +29,7 @@ def read_cuts(path: Path) -> Iterator[Any]:
         from lhotse.cut.data import DataCut
     except ImportError:
         raise UserError(
-            f"{path}: cuts are read by lhotse: pip install 'espnet2-spear[lhotse]'"
+            f"{path}: cuts are read by lhotse: pip install -e '.[lhotse]' in a checkout"
         ) from None
     number, changed, first = 0, 0, ""
     try:

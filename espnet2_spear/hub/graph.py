@@ -31,7 +31,7 @@ from espnet2_spear.torch_private import ASSERTIONS, ones_are_sizes
 MAX_BATCH = 4096
 KEY = "spear"
 OPSET = 18
-PACKAGES = "pip install 'espnet2-spear[export]'"
+PACKAGES = "pip install -e '.[export]' in a checkout"
 # Any of these multiplies 8-bit numbers faster than 32-bit ones.
 INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 

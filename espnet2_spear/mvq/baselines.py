@@ -129,8 +129,7 @@ class BaselineConfig:
         if self.quantizer == KMeansQuantizer.kind and self.num_codebooks != 1:
             raise UserError(
                 f"k-means has one codebook, not {self.num_codebooks}: give "
-                "--num_codebooks 1 (recipe: --speech_codebooks 1 --audio_codebooks 1), "
-                "or use rvq"
+                "--num_codebooks 1 (the recipe's --quantizer kmeans does), or use rvq"
             )
         if not 2 <= self.codebook_size <= MAX_CODEBOOK_SIZE:
             raise UserError(

@@ -487,8 +487,7 @@ def main(args: argparse.Namespace) -> None:
         for (arm, seed), job in zip(students, jobs, strict=True):
             if job in lanes.finished:
                 add_student(student_of(args, arm, seed), arm, seed, scores)
-        if len(lanes.finished) < len(jobs):
-            scores.fill(HERE / "exp" / args.tag / "scores.tsv")
+        scores.fill(HERE / "exp" / args.tag / "scores.tsv")
         report(args, tasks, asked, scores)
 
 

@@ -64,19 +64,19 @@ script=${log//JOB/all}.sbatch
     echo
 } >"${script}"
 submitted=${script%.sbatch}.submitted
-sbatch "${sbatch_opts[@]}" --array="${array/:/-}" \
-    --output="${log//JOB/all}.slurm-%a" "${script}" >"${submitted}" &
-sbatch=$!
 # The locks of folders end with run.sh: a job that goes on would meet the next one there.
 # It gets SIGTERM, and a training writes a checkpoint.
 cancel() {
     trap - INT TERM HUP
+    [ -n "${!-}" ] || exit 143 # nothing has been submitted
     scancel "$(grep -oE '[0-9]+' "${submitted}" | tail -n 1)" || true
-    wait "${sbatch}" || true # until the job has ended
+    wait "$!" || true # until the job has ended
     exit 143
 }
 trap cancel INT TERM HUP
-if ! wait "${sbatch}"; then
+sbatch "${sbatch_opts[@]}" --array="${array/:/-}" \
+    --output="${log//JOB/all}.slurm-%a" "${script}" >"${submitted}" &
+if ! wait "$!"; then
     echo "$0: sbatch or a job failed; see ${log//JOB/'<job>'}" >&2
     exit 1
 fi
