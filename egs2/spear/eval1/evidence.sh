@@ -39,13 +39,13 @@ steps=800
 tasks="prompts speakers classes mixtures instruments"
 probe_seeds=0
 jobs=
-ngpu=
 ssl_args=
 known=
 tag=evidence
 dry_run=false
 
 . ../ssl1/local/recipe.sh
+ngpu= # no option: all that there are
 count_gpus
 : "${jobs:=$((ngpu > 0 ? ngpu : $(env -u OMP_NUM_THREADS nproc)))}"
 lock "exp/${tag}"
