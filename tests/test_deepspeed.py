@@ -1,14 +1,19 @@
 """What the task does for DeepSpeed by ESPnet; the engine itself is not needed."""
 
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from espnet2.tasks.abs_task import AbsTask
+from espnet2.train.trainer import Trainer
 from test_training_precision import build, make_batch
+from tiny_training import options, write_data
 
 from espnet2_spear.errors import UserError
+from espnet2_spear.tasks import spear
+from espnet2_spear.tasks.spear import SpearTask
 from espnet2_spear.train.gradients import scale_loss_by_weight
 from espnet2_spear.train.options import check_deepspeed_config
 
@@ -57,6 +62,27 @@ def test_configurations(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             check_deepspeed_config(path)
+
+
+def test_the_task_scales_the_loss_and_gives_up_its_trainer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = options(write_data(tmp_path), tmp_path / "exp", "--use_deepspeed", "true")
+    words += ["--deepspeed_config", str(CONF)]
+    args = SpearTask.get_parser().parse_args(words)
+    model = SpearTask.build_model(args)
+    args.distributed = True
+    scaled = SpearTask.build_model(args)
+    assert len(scaled._forward_hooks) == len(model._forward_hooks) + 1
+    seen = []
+    monkeypatch.setattr(spear, "check_codes_facts", lambda args: None)
+    monkeypatch.setattr(spear, "watch_ranks", lambda args: nullcontext())
+    monkeypatch.setattr(SpearTask, "trainer", SpearTask.trainer)  # is set back
+    monkeypatch.setattr(
+        AbsTask, "main_worker", classmethod(lambda cls, args: seen.append(cls.trainer))
+    )
+    SpearTask.main_worker(args)
+    assert seen == [Trainer]
 
 
 def test_espnet_exchanges_its_own_trainer_only() -> None:
