@@ -99,7 +99,8 @@ def test_values_that_a_gpu_holds(
 ) -> None:
     """Looked at where no training waits with it; the host is as good as a GPU here."""
     name, encode = door
-    monkeypatch.setattr(checks, "on_host", lambda *_: False)
+    for module in (checks, encoder):
+        monkeypatch.setattr(module, "on_host", lambda *_: False)
     noise = torch.randn(2, 16000, generator=torch.Generator().manual_seed(1)) * 0.1
     encode(noise)
     noise *= gain
