@@ -93,11 +93,14 @@ class Lanes:
     def _run(self, job: Job) -> tuple[str, float]:
         """Run a job; returns what went wrong, or nothing, and the minutes it took."""
         start = time.monotonic()
-        environment, gpus = dict(os.environ), self._free_gpus[-1:]
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self._free_gpus.pop()
+        environment = dict(os.environ)
+        # Taken in one call: other threads take theirs at the same time.
+        gpu = self._free_gpus.pop() if self._free_gpus else None
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         error = self._run_commands(job, environment)
-        self._free_gpus += gpus
+        if gpu is not None:
+            self._free_gpus.append(gpu)
         return error, (time.monotonic() - start) / 60
 
     def _run_commands(self, job: Job, environment: Mapping[str, str]) -> str:

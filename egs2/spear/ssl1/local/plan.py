@@ -260,11 +260,10 @@ def size_of(args: argparse.Namespace, codebooks: int) -> str:
     return f"{args.quantizer}{codebooks}{more}"
 
 
-def epochs_of(mark: Config, begun: Config) -> int:
-    """``max_epoch`` of a training: of its command, or of its configuration."""
-    words = mark.get("command", [])
-    given = re.findall(r"--max_epoch[ =]+(\d+)", " ".join(words))
-    return int(given[-1]) if given else begun.get("max_epoch", 0)
+def epochs_of(options: str, config: Config) -> int:
+    """``max_epoch`` of a training: of its options, or of its configuration."""
+    given = re.findall(r"--max_epoch[ =]+(\d+)", options)
+    return int(given[-1]) if given else config.get("max_epoch", 0)
 
 
 def check_experiment(
@@ -290,9 +289,8 @@ def check_experiment(
     remedy = f"give another --tag, or remove {exp} to train it anew"
     keys = LEARNED
     if train_args is not None and not mark.get("pending"):
-        given = re.findall(r"--max_epoch[ =]+(\d+)", train_args)
-        epochs = int(given[-1]) if given else config.get("max_epoch", 0)
-        if epochs <= epochs_of(mark, begun):
+        before = " ".join(mark.get("command", []))
+        if epochs_of(train_args, config) <= epochs_of(before, begun):
             keys += CHANGEABLE
     for key in keys:
         before, now = begun.get(key), config.get(key)
