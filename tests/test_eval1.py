@@ -199,6 +199,30 @@ def test_bad_tables(
         divided(clips, tmp_path, **changed)
 
 
+@pytest.mark.parametrize(
+    ("dev", "test", "message"),
+    [
+        ("u03 u04", "u05", ""),
+        ("u03 u04", "u04 u05", "'u04' is listed for dev and for test"),
+        ("u03 u99", "u05", "dev: 'u99' is no clip of .*toy; correct its name"),
+    ],
+)
+def test_lists_of_dev_and_test(
+    clips: Path, tmp_path: Path, dev: str, test: str, message: str
+) -> None:
+    lists = {"dev": str(tmp_path / "dev"), "test": str(tmp_path / "test")}
+    for name, text in (("dev", dev), ("test", test)):
+        Path(lists[name]).write_text(text)
+    task = tasks.Task.read(task_file(tmp_path, split=lists, metric="map"))
+    present = [f"u{i:02d}" for i in range(45)]
+    if message:
+        with pytest.raises(tasks.TaskError, match=message):
+            tasks.divide(task, clips / "toy", present, EVAL)
+        return
+    found = tasks.divide(task, clips / "toy", present, EVAL)
+    assert [len(found.utts[p]) for p in tasks.PARTS] == [42, 2, 1]
+
+
 def test_split_of_new_data(clips: Path, tmp_path: Path) -> None:
     make_split.main(["--data_dir", str(clips / "toy"), "--output", str(tmp_path / "s")])
     parts = [line.split()[1] for line in (tmp_path / "s").read_text().splitlines()]

@@ -55,10 +55,14 @@ def write_sf3(
     pad: bool = False,
     players: dict[tuple[int, int], list[int]] | None = None,
 ) -> None:
-    """A soundfont; players: (bank, program) -> samples, each by its own instrument."""
+    """A soundfont; players: (bank, program) -> samples, each by its own instrument.
+
+    Sample i has the MIDI key 30 + 12 i.
+    """
     smpl, headers = b"", b""
-    for name, content in [*samples, ("EOS", b"")]:
-        fields = (len(smpl), len(smpl) + len(content), 0, 0, 44100, 60, 0, 0, 17)
+    for i, (name, content) in enumerate([*samples, ("EOS", b"")]):
+        key = 30 + 12 * i
+        fields = (len(smpl), len(smpl) + len(content), 0, 0, 44100, key, 0, 0, 17)
         headers += containers._SHDR.pack(name.encode(), *fields)
         smpl += content
     hydra = {tag: b"" for tag in (b"phdr", b"pbag", b"pgen", b"inst", b"ibag", b"igen")}
@@ -107,7 +111,8 @@ def test_samples_of_a_soundfont(tmp_path: Path, pad: bool) -> None:
     samples = [("Piano A0(R)", sound(0.1, "OGG")), ("Kick 1", sound(0.2, "OGG"))]
     path = tmp_path / "a.sf3"
     write_sf3(path, samples, pad)
-    assert list(containers.read_sf3(path)) == samples
+    keyed = [(name, key, s) for (name, s), key in zip(samples, (30, 42), strict=True)]
+    assert list(containers.read_sf3(path)) == keyed
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(containers.ContainerError, match="is cut off"):
         list(containers.read_sf3(path))
@@ -203,6 +208,14 @@ def test_families_of_a_soundfont(tmp_path: Path) -> None:
     }
     groups = read_table(tmp_path / "d/groups", "utterance group")
     assert groups["sf3-0003"] == "program-40" and groups["sf3-0004"] == "drums-0"
+    # Keys 30, 54 and 66; the lowest octave takes in what is below it.
+    cmd[-1] = str(tmp_path / "octaves")
+    data_instruments.main([*cmd, "--label", "octave", "--min_clips", "1"])
+    assert read_table(tmp_path / "octaves/labels", "utterance label") == {
+        "sf3-0000": "octave2",
+        "sf3-0002": "octave3",
+        "sf3-0003": "octave4",
+    }
     write_sf3(path, samples, players={(0, 0): [0]})
     content = path.read_bytes()
     path.write_bytes(content.replace(b"igen", b"xgen"))

@@ -86,43 +86,36 @@ def test_questions(only: list[str], quick: bool, expected: object) -> None:
     assert len(evidence.questions([], False, ())) == len(TABLES["tables"])
 
 
-def test_differences_are_paired_and_pooled() -> None:
+def test_differences_are_of_pairs(tmp_path: Path) -> None:
     task = tasks.Task.read(EVAL / "tasks/prompts.yaml")  # errors: less is better
 
-    def row(*values: float) -> dict[str, list[heads.Score]]:
-        return {"prompts": [heads.Score(i, 0, v, []) for i, v in enumerate(values)]}
+    def row(**values: float) -> dict[str, list[heads.Score]]:
+        return {
+            "prompts": [heads.Score(int(k[1:]), 0, v, []) for k, v in values.items()]
+        }
 
     results = {
-        "a": row(50, 60, 70),
-        "b": row(45, 56, 65),  # -5, -4, -5: variance 1/3
-        "c": row(55, 66, 75),  # 5, 6, 5: the same
-        "d": row(51, 58, 74),  # 1, -2, 4
+        "a": row(s0=50, s1=60, s2=70),
+        "b": row(s0=45, s1=56, s2=65),  # -5, -4, -5: error sqrt(1/3 / 3) = 0.33
+        "c": row(s0=55, s1=66, s2=75),
+        "d": row(s0=51, s1=58, s2=74),  # 1, -2, 4: t of 2 degrees is 4.30
+        "e": row(s2=71, s1=58, s7=9),  # only seeds that both have are pairs
+        "f": row(s1=59, s7=9),  # one pair has no spread
+        "g": row(s7=1),
     }
-    # Without the means of rows and seeds, squares sum to 17.2, with 6 degrees of
-    # freedom: variance 2.86. A difference of two means of three then has the error
-    # sqrt(2 * 2.86 / 3) = 1.38; t of 6 degrees: 2.45.
-    assert differences.differences([task], results).splitlines()[2:] == [
-        "| b | 3 | -4.7 ± 1.4 better |",
-        "| c | 3 | +5.3 ± 1.4 worse |",
-        "| d | 3 | +1.0 ± 1.4 equal |",
+    assert differences.markdown([task], results).splitlines()[2:] == [
+        "| a | 3 | 60.0 ± 10.0 |",
+        "| b, minus that | 3 | -4.7 ± 0.3 better |",
+        "| c, minus that | 3 | +5.3 ± 0.3 worse |",
+        "| d, minus that | 3 | +1.0 ± 1.7 equal |",
+        "| e, minus that | 2 | -0.5 ± 1.5 equal |",
+        "| f, minus that | 1 | -1.0 |",
+        "| g, minus that | 0 | - |",
     ]
-    two = {name: results[name] for name in "ab"}  # then it is the paired t-test
-    assert differences.differences([task], two).endswith(
-        "| b | 3 | -4.7 ± 0.3 better |"
-    )
-    # Only seeds that both have are pairs.
-    other = {
-        "prompts": [heads.Score(i, 0, v, []) for i, v in ((2, 71), (1, 58), (7, 9))]
-    }
-    alone = {"prompts": [heads.Score(7, 0, 1, [])]}
-    results = {"a": results["a"], "b": results["b"], "d": other, "e": alone}
-    assert differences.differences([task], results).splitlines()[2:] == [
-        "| b | 3 | -4.7 ± 1.0 better |",
-        "| d | 2 | -0.6 ± 1.2 equal |",
-        "| e | 0 | - |",
-    ]
-    one = {name: {"prompts": results[name]["prompts"][:1]} for name in "ab"}
-    assert differences.differences([task], one).endswith("\n| b | 1 | -5.0 |")
+    found = differences.differences([task], results)
+    assert found["d"]["prompts"].reach == pytest.approx(4.303 * 3**0.5, abs=2e-3)
+    differences.draw([task], found, tmp_path / "d.png")
+    assert 0 < (tmp_path / "d.png").stat().st_size < 200_000
 
 
 def test_lists_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,15 +200,15 @@ def test_known_scores_are_not_trained_again(
     shown = capsys.readouterr().out
     assert "| log-mel | 70.0 |" in shown
     title = evidence.Arm.read("kmeans").title
-    assert f"| {title} | 65.0 ± 1.0 |" in shown
-    assert f"| {title} | 3 | +4.0 ± 0.0 worse |" in shown
+    assert "| asymmetric | 3 | 61.0 ± 1.0 |" in shown
+    assert f"| {title}, minus that | 3 | +4.0 ± 0.0 worse |" in shown
     # A question with tasks of its own has those scores alone.
     evidence.main([*words, "--only", "noise", "--seeds", ""])
     shown = capsys.readouterr().out
-    assert "\n| log-mel | 90.0 | 90.0 | 1.0 | - | 1.0 |" in shown
+    assert "\n| log-mel | 90.0 | 90.0 |\n" in shown
     noise = evidence.Arm.read("noise").title
-    assert f"\n| {noise} | 80.0 | 80.0 | 1.5 | - | 1.5 |" in shown
-    assert f"\n| {noise} | 1 | -1.0 | -1.0 |" in shown
+    assert "\n| asymmetric | 1 | 81.0 | 81.0 |\n" in shown
+    assert f"\n| {noise}, minus that | 1 | -1.0 | -1.0 |" in shown
     # What was read and nothing else is written beside the tables.
     assert (tmp_path / "exp/evidence/scores.tsv").read_text() == known.read_text()
     evidence.main([*words, "--seeds", "0 3", "--dry_run", "true"])

@@ -44,8 +44,10 @@ def read_cat(path: Path) -> Iterator[tuple[str, bytes]]:
         yield data[offset + 1 : start].rstrip(b"\0").decode("utf-8", "replace"), sound
 
 
-def read_sf3(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, Ogg Vorbis file) of the samples of a compressed soundfont.
+def read_sf3(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """Yield (name, key, Ogg Vorbis file) of the samples of a compressed soundfont.
+
+    The key is the MIDI number of the recorded note; 60, too, where there is none.
 
     As in SoundFont 2, but the chunk smpl holds Ogg files, and the sample headers' start
     and end are byte offsets in it. Chunks of odd length need not be padded.
@@ -56,11 +58,11 @@ def read_sf3(path: Path) -> Iterator[tuple[str, bytes]]:
     found = _soundfont(path)
     headers = found[b"shdr"]
     for at in range(0, len(headers) - 2 * _SHDR.size + 1, _SHDR.size):  # last: the end
-        name, start, end, *_ = _SHDR.unpack_from(headers, at)
+        name, start, end, _, _, _, key, *_ = _SHDR.unpack_from(headers, at)
         sound = found[b"smpl"][start:end]
         if sound[:4] != b"OggS":
             raise ContainerError(f"{path}: sample {name!r} is no Ogg file")
-        yield name.partition(b"\0")[0].decode("latin-1").strip(), sound
+        yield name.partition(b"\0")[0].decode("latin-1").strip(), key, sound
 
 
 def read_presets(path: Path) -> dict[int, set[tuple[int, int]]]:

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Samples of a soundfont as a data directory: which family of instruments is it?
+"""Samples of a soundfont as a data directory: which family, or octave, is it?
 
 The families are those of General MIDI (eight programs each) and drum kits; samples that
-several families play are left out. Besides the usual tables it writes `labels` (family)
-and `groups` (the first program that plays the sample; splits keep it together).
+several families play are left out. Octaves are those of the recorded note (4 begins at
+middle C), of families that have notes; the lowest and highest take in what lies beyond.
+Besides the usual tables it writes `labels` and `groups` (the first program that plays
+the sample; splits keep it together).
 """
 
 import argparse
@@ -17,7 +19,9 @@ from espnet2_spear.fileio.explain import command
 FAMILIES = "piano percussion organ guitar bass strings ensemble brass reed pipe".split()
 FAMILIES += "lead pad effects ethnic percussive sound_effects".split()
 DRUMS = 128  # bank of drum kits
-MAX_CLIPS, MIN_CLIPS = 60, 20  # of a family; smaller ones are left out
+WITHOUT_NOTES = ("drums", "percussive", "sound_effects")
+OCTAVES = (2, 7)
+MAX_CLIPS, MIN_CLIPS = 60, 20  # of a class; smaller ones are left out
 
 
 def family(players: set[tuple[int, int]]) -> str | None:
@@ -26,11 +30,20 @@ def family(players: set[tuple[int, int]]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def octave(label: str | None, key: int) -> str | None:
+    """Octave of a MIDI key; None if the family has no notes."""
+    if label is None or label in WITHOUT_NOTES:
+        return None
+    lowest, highest = OCTAVES
+    return f"octave{min(max(key // 12 - 1, lowest), highest)}"
+
+
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line parser."""
     parser = package_parser(__doc__)
-    parser.add_argument("--max_clips", type=int, default=MAX_CLIPS, help="of a family")
-    parser.add_argument("--min_clips", type=int, default=MIN_CLIPS, help="of a family")
+    parser.add_argument("--label", choices=["family", "octave"], default="family")
+    parser.add_argument("--max_clips", type=int, default=MAX_CLIPS, help="of a class")
+    parser.add_argument("--min_clips", type=int, default=MIN_CLIPS, help="of a class")
     return parser
 
 
@@ -39,8 +52,10 @@ def main(args: argparse.Namespace) -> None:
     """Write the data directory."""
     players = read_presets(args.root / SOUNDFONT)
     clips = []
-    for index, (_, content) in enumerate(read_sf3(args.root / SOUNDFONT)):
+    for index, (_, key, content) in enumerate(read_sf3(args.root / SOUNDFONT)):
         label = family(players.get(index, set()))
+        if args.label == "octave":
+            label = octave(label, key)
         if label is not None:
             bank, program = min(players[index])
             group = f"drums-{program}" if bank == DRUMS else f"program-{program}"

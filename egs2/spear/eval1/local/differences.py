@@ -2,80 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
+from heads import Score
 from scipy.stats import t as student_t
-from table import Results
+from table import METRIC, Results, spread
 from tasks import LOWER_IS_BETTER, Task
 
 CONFIDENCE = 0.95
 
 
-def contrasts(
-    rows: Sequence[Mapping[int, float]],
-) -> Iterator[tuple[float, float, int]]:
-    """Differences of rows to the first, with seeds as blocks.
+@dataclass(frozen=True)
+class Difference:
+    """Scores of a student minus those of another one, seed by seed.
 
-    score = row + seed + error, by least squares over all scores (a randomised block
-    design: R. A. Fisher, The Design of Experiments, 1935). The variance of the errors
-    is that of all rows together: that of three pairs alone would be too uncertain.
-
-    Args:
-        rows: seed -> score; each has a seed in common with the first.
-
-    Yields:
-        of each further row the difference, its standard error, degrees of freedom. If
-        all have the same seeds, the difference is the mean of those of the pairs.
+    Attributes:
+        values: of each seed that both have, at least one.
     """
-    seeds = sorted({seed for row in rows for seed in row})
-    places = [(i, seed) for i, row in enumerate(rows) for seed in row]
-    others = range(1, len(rows))
-    columns = [[*(i == o for o in others), *(s == t for t in seeds)] for i, s in places]
-    design = np.array(columns, dtype=float)
-    scores = np.array([rows[i][seed] for i, seed in places])
-    solution = np.linalg.pinv(design) @ scores
-    freedom = len(places) - design.shape[1]
-    variance = np.square(scores - design @ solution).sum() / max(freedom, 1)
-    errors = np.sqrt(variance * np.diag(np.linalg.pinv(design.T @ design)))
-    for i in range(len(rows) - 1):
-        yield float(solution[i]), float(errors[i]), freedom
+
+    values: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the differences."""
+        return round(statistics.fmean(self.values), 6) + 0.0  # not -0.0
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the mean; None: one pair has no spread."""
+        if len(self.values) < 2:
+            return None
+        return statistics.stdev(self.values) / len(self.values) ** 0.5
+
+    @property
+    def reach(self) -> float:
+        """Half of the interval of 95 % by Student's t; 0: one pair has none."""
+        if self.error is None:
+            return 0.0
+        freedom = len(self.values) - 1
+        return float(self.error * student_t.ppf((1 + CONFIDENCE) / 2, freedom))
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f" ± {self.error:.1f}"
+        return f"{self.mean:+.1f}{error}"
+
+    def verdict(self, task: Task) -> str:
+        """``better`` or ``worse`` if zero is outside of the interval, else ``equal``.
+
+        For one comparison at a time; empty for one pair.
+        """
+        if self.error is None:
+            return ""
+        if abs(self.mean) <= self.reach:
+            return "equal"
+        return "better" if self.mean * better(task) > 0 else "worse"
 
 
-def differences(tasks: Sequence[Task], results: Results) -> str:
-    """Markdown: differences to the first row, with seeds as blocks, and what they tell.
+def better(task: Task) -> int:
+    """Sign of a difference that is an improvement."""
+    return -1 if task.metric in LOWER_IS_BETTER else 1
 
-    A difference counts if zero is outside of its interval of 95 % by Student's t, for
-    one comparison at a time.
+
+def difference(first: Sequence[Score], other: Sequence[Score]) -> Difference | None:
+    """Scores of ``other`` minus those of ``first``; None: they share no seed."""
+    of_first = {score.seed: score.test for score in first}
+    values = [s.test - of_first[s.seed] for s in other if s.seed in of_first]
+    return Difference(values) if values else None
+
+
+def differences(
+    tasks: Sequence[Task], results: Results
+) -> dict[str, dict[str, Difference]]:
+    """Row -> task -> its difference to the first row, where they share a seed."""
+    (_, first), *others = results.items()
+    found: dict[str, dict[str, Difference]] = {name: {} for name, _ in others}
+    for name, scores in others:
+        for task in tasks:
+            one = difference(first[task.name], scores[task.name])
+            if one is not None:
+                found[name][task.name] = one
+    return found
+
+
+def markdown(tasks: Sequence[Task], results: Results) -> str:
+    """Scores of the first row, and differences of all others to it.
+
+    Not the scores of others: means over different seeds should not be compared.
     """
-    (base, first), *others = results.items()
+    base, first = next(iter(results.items()))
+    titles = [f"{t.title}, {METRIC[t.metric]}" for t in tasks]
+    levels = [spread(first[t.name]) for t in tasks]
+    seeds = max(len(first[t.name]) for t in tasks)
     lines = [
-        f"| minus {base} | seeds | {' | '.join(t.title for t in tasks)} |",
+        f"| | seeds | {' | '.join(titles)} |",
         "|---|--:|" + "--:|" * len(tasks),
+        f"| {base} | {seeds} | {' | '.join(levels)} |",
     ]
-    cells: dict[str, list[str]] = {name: [] for name, _ in others}
-    for task in tasks:
-        of_first = {score.seed: score.test for score in first[task.name]}
-        paired = {
-            name: {s.seed: s.test for s in rows[task.name] if s.seed in of_first}
-            for name, rows in others
-        }
-        found = contrasts([of_first, *(paired[n] for n in paired if paired[n])])
-        better = -1 if task.metric in LOWER_IS_BETTER else 1
-        for name, scores in paired.items():
-            if not cells[name]:
-                cells[name].append(str(len(scores)))
-            if not scores:
-                cells[name].append("-")
-                continue
-            mean, error, freedom = next(found)
-            mean = round(mean, 6) + 0.0  # not -0.0
-            if not freedom:  # one pair has no spread
-                cells[name].append(f"{mean:+.1f}")
-                continue
-            verdict = "equal"
-            if abs(mean) > error * student_t.ppf((1 + CONFIDENCE) / 2, freedom):
-                verdict = "better" if mean * better > 0 else "worse"
-            cells[name].append(f"{mean:+.1f} ± {error:.1f} {verdict}")
-    lines += [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
+    for name, row in differences(tasks, results).items():
+        pairs = max((len(one.values) for one in row.values()), default=0)
+        cells = [
+            f"{row[t.name]} {row[t.name].verdict(t)}".rstrip() if t.name in row else "-"
+            for t in tasks
+        ]
+        lines.append(f"| {name}, minus that | {pairs} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw(
+    tasks: Sequence[Task], rows: Mapping[str, Mapping[str, Difference]], path: Path
+) -> None:
+    """Differences with their intervals, up is better; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(2.4 + 1.4 * len(tasks), 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0, color="black", linewidth=0.8)
+    for i, (name, row) in enumerate(rows.items()):
+        shown = [(k, t, row[t.name]) for k, t in enumerate(tasks) if t.name in row]
+        axes.errorbar(
+            [k + 0.8 * (i + 0.5) / len(rows) for k, _, _ in shown],
+            [better(t) * one.mean for _, t, one in shown],
+            yerr=[one.reach for _, _, one in shown],
+            fmt="o",
+            capsize=3,
+            label=name,
+        )
+    axes.set_xticks([k + 0.4 for k in range(len(tasks))], [t.title for t in tasks])
+    axes.set_ylabel("points better; bars: 95 %")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=100)

@@ -190,9 +190,10 @@ def evaluate(
     results: dict[str, dict[str, list[Score]]] = {}
     for build in systems(args):
         system = build()
-        # Features of what does not depend on the student are shared by all students.
+        # What does not depend on the student is shared by all students.
         own = system.name.startswith(("student", "random"))
-        cache = (folders.exp if own else folders.exp.parent) / "features" / system.name
+        home = folders.exp if own else folders.exp.parent
+        cache = home / "features" / system.name
         for task in tasks:
             clips, wavs = divided[task.name]
             noise, suffix = None, f"{task.data.name}.{task.head}"
@@ -208,7 +209,7 @@ def evaluate(
             if not probes:
                 continue
             for seed in args.seeds:
-                kept = folders.exp / "scores" / f"{task.name}.{system.name}.{seed}.json"
+                kept = home / "scores" / f"{task.name}.{system.name}.{seed}.json"
                 one = score(task, clips, found, seed, kept)
                 logging.info("%s, %s: %s", task.name, system.name, one)
                 by_task = results.setdefault(system.title, {})
@@ -304,6 +305,9 @@ def main(args: argparse.Namespace) -> None:
             prepare(data, folders, dry_run)
         if 2 in wanted:
             format_clips(data, folders, args.nj, dry_run)
+    if 2 in wanted and not dry_run:  # bad labels and splits are told before hours go by
+        for task in tasks:
+            clips_of(task, folders)
     if dry_run:
         names = ", ".join(task.name for task in tasks)
         print(f"features and probes of {names}: {folders.exp}")

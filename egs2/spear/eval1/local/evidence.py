@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from differences import differences
+from differences import differences, draw, markdown
 from heads import Score
 from lanes import Job, Lanes, visible_gpus
 from score_table import ScoreTable
-from table import commit, draw, environment, read_scores, table
+from table import commit, environment, read_scores, table
 from tasks import Task, TaskError
 
 from espnet2_spear.fileio.atomic import write_json
@@ -397,9 +397,10 @@ def report(
         "# RESULTS",
         environment(),
         f"Students of {steps}; seeds of the probe: {args.probe_seeds}. Mean and "
-        "standard deviation over seeds of quantizers and pre-training. Differences: "
-        "score = student + seed, by least squares; 'equal' is what so many pairs "
-        "cannot tell apart (95 %).",
+        "standard deviation over seeds of quantizers and pre-training. Differences are "
+        "means over the seeds that both students have, with their standard error; "
+        "'equal' is what so many pairs cannot tell apart (95 %, Student's t, one "
+        "comparison at a time).",
     ]
     if earlier := scores.seeds_of_other_probes():
         text.append(
@@ -410,7 +411,7 @@ def report(
     text.append("## Controls")
     for names in dict.fromkeys(question.tasks for question in asked):
         if controls := controls_of(scores, names):
-            text.append(table([tasks[name] for name in names], controls))
+            text.append(table([tasks[name] for name in names], controls, ranks=False))
     for number, question in enumerate(asked, 1):
         results: dict[str, Mapping[str, Sequence[Score]]] = {
             arm.title: results_of(scores, arm, question.tasks) for arm in question.arms
@@ -418,12 +419,11 @@ def report(
         results = {name: rows for name, rows in results.items() if any(rows.values())}
         if len(results) < min(2, len(question.arms)):
             continue  # nothing to compare yet
+        if question.arms[0].title not in results:
+            continue  # nor anything to compare with
         shown = [tasks[name] for name in question.tasks]
-        text += [f"## {question.title}", table(shown, results)]
-        controls = controls_of(scores, question.tasks)
-        draw(shown, {**controls, **results}, out / f"table{number}.png")
-        if len(results) > 1 and question.arms[0].title in results:
-            text.append(differences(shown, results))
+        text += [f"## {question.title}", markdown(shown, results)]
+        draw(shown, differences(shown, results), out / f"table{number}.png")
     (out / "RESULTS.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     print("\n\n".join(text[2:]))
 
@@ -473,11 +473,13 @@ def main(args: argparse.Namespace) -> None:
         for job in jobs:
             print(f"{job.name}:", *map(shlex.join, job.commands), sep="\n  ")
         return
-    if students:
-        prepare(args, students, every)
-        scores.compare({seed for _, seed in students}, SSL1 / "dump/codes/train")
     for (arm, seed), job in zip(students, jobs, strict=True):
         note_origin(student_of(args, arm, seed), job)
+    if students:
+        new, codes = {seed for _, seed in students}, SSL1 / "dump/codes/train"
+        scores.compare(new, codes)  # with codes that are there already
+        prepare(args, students, every)
+        scores.compare(new, codes)
     lanes = Lanes(args.jobs, args.gpus)
     try:
         lanes.run(jobs)

@@ -22,13 +22,13 @@ from systems import System
 from tasks import TaskError
 from torch import Tensor, nn
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.fileio.audio import audio_info, read_audio
 from espnet2_spear.fileio.decode import split_ark
 
-RATE = 16000
-SHORTEST, LONGEST = RATE // 2, 10 * RATE  # samples
-BATCH = 30 * RATE  # samples that are embedded at once, padding included
+SHORTEST, LONGEST = SAMPLE_RATE // 2, 10 * SAMPLE_RATE  # samples
+BATCH = 30 * SAMPLE_RATE  # samples that are embedded at once, padding included
 
 
 @dataclass
@@ -106,7 +106,7 @@ def kept_features(
         for utts, speech, lengths in _batches(wavs, noise, facts["longest"]):
             layers, counts = system.embed(speech.to(device), lengths.to(device))
             frames = torch.stack(layers, dim=2)
-            seconds |= zip(utts, (lengths / RATE).tolist(), strict=True)
+            seconds |= zip(utts, (lengths / SAMPLE_RATE).tolist(), strict=True)
             for utt, clip, count in zip(utts, frames, counts.tolist(), strict=True):
                 part = clip[:count]
                 part = _pool(part) if head == "linear" else part.half()
@@ -212,7 +212,7 @@ def _padded(batch: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _samples(path: str) -> Tensor:
     samples, rate = read_audio(path)
-    if rate != RATE:
+    if rate != SAMPLE_RATE:
         raise TaskError(f"{path}: is at {rate} Hz; run stage 2 of run.sh again")
     return torch.from_numpy(samples)
 

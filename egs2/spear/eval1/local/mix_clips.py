@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import read_audio, to_int16
 from espnet2_spear.fileio.datadir import DataDirError, Entry, read_table, write_entries
 from espnet2_spear.fileio.explain import command
 from espnet2_spear.fileio.names import file_name
 
-RATE = 16000
-LONGEST = 5 * RATE  # samples of a mixture
+LONGEST = 5 * SAMPLE_RATE  # samples of a mixture
 LEVEL_DB = -25.0  # of each clip, of full scale
 RANGE_DB = 5.0  # by which clips differ at most from it
 
@@ -34,7 +34,7 @@ def mix(paths: list[str], rng: np.random.Generator) -> np.ndarray:
     parts = []
     for path in paths:
         samples, rate = read_audio(path)
-        if rate != RATE:
+        if rate != SAMPLE_RATE:
             raise DataDirError(f"{path}: is at {rate} Hz; run stage 2 of run.sh again")
         samples = samples[:LONGEST]
         level = LEVEL_DB + rng.uniform(-RANGE_DB, RANGE_DB)
@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
             utt = f"mix-{first}"
             path = folder / file_name(utt, ".flac")
             samples = to_int16(mix([paths[first], paths[second]], rng))[0]
-            soundfile.write(path, samples, RATE)
+            soundfile.write(path, samples, SAMPLE_RATE)
             both = " ".join(sorted([labels[first], labels[second]]))
             file = str(path.absolute())
             mixtures.append(Entry(utt, file, utt, "audio", labels=both, part=part))

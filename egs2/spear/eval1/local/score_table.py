@@ -115,11 +115,12 @@ class ScoreTable:
     def others(
         self, arms: set[str], tasks: Sequence[str]
     ) -> dict[str, dict[str, list[Score]]]:
-        """Name -> task -> scores of what is none of these arms: log-mel, teachers."""
-        found = {}
-        for name in sorted({arm for arm, _, _ in self._rows} - arms):
-            if scores := self.get(name, 0, tasks):
-                found[name] = {task: [score] for task, score in scores.items()}
+        """Name -> task -> scores of log-mel, teachers and others that are not arms."""
+        found: dict[str, dict[str, list[Score]]] = {}
+        for name, seed, task in sorted(self._rows):
+            if name not in arms and task in tasks:
+                score = self.get(name, seed, [task]) or {}
+                found.setdefault(name, {})[task] = [*score.values()]
         return found
 
     def add(

@@ -142,7 +142,7 @@ def clips(root: Path, folder: Path, all_classes: bool) -> Iterator[Clip]:
             yield Clip(f"opensfx-{index:02d}", "vehicle", path, f"opensfx-{index:02d}")
     for path in audio_files(root / "ufoai/sound/ugv"):
         yield Clip(f"ufoai-ugv-{path.stem}", "vehicle", path, f"ufoai-ugv-{path.stem}")
-    for index, (name, content) in enumerate(read_sf3(root / SOUNDFONT)):
+    for index, (name, _, content) in enumerate(read_sf3(root / SOUNDFONT)):
         instrument = INSTRUMENT.search(name)
         if not (DRUM.search(name) or instrument):
             continue

@@ -36,8 +36,10 @@ def read_scores(path: Path) -> dict[str, dict[str, list[Score]]]:
 
 
 def spread(scores: Sequence[Score]) -> str:
-    """Mean and standard deviation over the seeds of the probe."""
+    """Mean and standard deviation over the seeds."""
     values = [score.test for score in scores]
+    if not values:
+        return "-"
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
@@ -67,15 +69,21 @@ def mean_ranks(
     }
 
 
-def table(tasks: Sequence[Task], results: Results) -> str:
-    """Markdown, a line a system."""
+def table(tasks: Sequence[Task], results: Results, ranks: bool = True) -> str:
+    """Markdown, a line a system.
+
+    Args:
+        tasks: columns.
+        results: of each task, unless ``ranks`` is false.
+        ranks: whether mean ranks stand behind them.
+    """
     heads = [f"{t.title}, {METRIC[t.metric]}" for t in tasks]
-    heads += [f"mean rank, {which}" for which in (*DOMAINS, "all")]
+    heads += [f"mean rank, {which}" for which in (*DOMAINS, "all") if ranks]
     lines = [f"| system | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
-    ranks = mean_ranks(tasks, results)
+    means = mean_ranks(tasks, results) if ranks else {}
     for system, scores in results.items():
-        cells = [spread(scores[t.name]) for t in tasks]
-        cells += ["-" if r is None else f"{r:.1f}" for r in ranks[system]]
+        cells = [spread(scores.get(t.name, ())) for t in tasks]
+        cells += ["-" if r is None else f"{r:.1f}" for r in means.get(system, ())]
         lines.append(f"| {system} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

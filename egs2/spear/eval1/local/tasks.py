@@ -202,7 +202,7 @@ def divide(task: Task, source: Path, present: Sequence[str], here: Path) -> Clip
     for utt in present:
         if utt not in labels:
             raise TaskError(f"{task.path}: {table} has no label of '{utt}'; add it")
-    part_of = _parts(task, source, present, groups, here)
+    part_of = _parts(task, source, present, groups, labels, here)
     _check_leaks(task, part_of, groups, labels)
     if task.head == "linear" and task.metric == "accuracy":
         for utt in present:
@@ -272,6 +272,7 @@ def _parts(
     source: Path,
     present: Sequence[str],
     groups: Mapping[str, str],
+    known: Mapping[str, str],
     here: Path,
 ) -> dict[str, str]:
     """Utterance -> part, by a table of clips or groups, or by lists of dev and test."""
@@ -280,11 +281,19 @@ def _parts(
             raise TaskError(
                 f"{task.path}: split: a table, or a list each of dev and test"
             )
-        listed = {
-            utt: part
-            for part, name in task.split.items()
-            for utt in _words(task, here / name)
-        }
+        listed: dict[str, str] = {}
+        for part, name in task.split.items():
+            for utt in _words(task, here / name):
+                if utt not in known:
+                    raise TaskError(
+                        f"{task.path}: {name}: '{utt}' is no clip of {source}; correct "
+                        "its name"
+                    )
+                if listed.setdefault(utt, part) != part:
+                    raise TaskError(
+                        f"{task.path}: '{utt}' is listed for dev and for test; remove "
+                        "it from one of the lists"
+                    )
         return {utt: listed.get(utt, "train") for utt in present}
     path = source / "splits" if task.split == "splits" else here / task.split
     table = _table(task, path, "utterance part")

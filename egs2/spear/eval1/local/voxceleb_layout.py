@@ -13,6 +13,7 @@ from pathlib import Path
 
 import soundfile
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import read_audio, to_int16
 from espnet2_spear.fileio.datadir import DataDirError, read_table
 from espnet2_spear.fileio.explain import command
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         if utt not in labels or utt not in groups:
             raise DataDirError(f"{args.labels}: no label or group of '{utt}'; add it")
         samples, rate = read_audio(path)
-        if rate != 16000:
+        if rate != SAMPLE_RATE:
             raise DataDirError(f"{path}: is at {rate} Hz; run stage 2 of run.sh again")
         speaker = f"id{FIRST_ID + speakers.index(labels[utt])}"
         name = f"{speaker}/{groups[utt]}/{file_name(utt, '.wav')}"
