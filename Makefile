@@ -19,7 +19,7 @@ test: setup ## set up and run the tests on all cores
 	@echo "test: running the tests on all cores, which takes tens of minutes on two"
 	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
-demo: setup ## set up and run the main job on the embedded data (40 to 90 minutes on 2 cores)
+demo: setup ## set up and run the main job on the embedded data (30 to 60 minutes on 2 cores)
 	bash egs2/spear/demo.sh
 
 demo-full: setup ## the same with three times the steps and longer quantizer training (hours)
