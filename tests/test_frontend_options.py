@@ -445,6 +445,16 @@ def test_options_out_of_range(ckpt: str, options: dict, message: str) -> None:
         SpearFrontend(ckpt=ckpt, **options)
 
 
+def test_denormal_numbers_are_zero(ckpt: str) -> None:
+    def product() -> float:
+        return float(torch.tensor([1e-30, 1.0]).mul(1e-10)[0])
+
+    torch.set_flush_denormal(False)
+    assert product() > 0
+    SpearFrontend(ckpt=ckpt)
+    assert product() == 0
+
+
 def test_all_options_together(ckpt: str, batch) -> None:
     """A training step and inference of every combination of the larger options."""
     for amp, logmel, layer in itertools.product(

@@ -9,12 +9,12 @@ from student_files import write_packed, write_student
 
 from espnet2_spear import load_model
 from espnet2_spear.bin import spear_demo
+from espnet2_spear.codes.tokenizer import teacher_tokens
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.inspection import (
     inspect_recording,
     open_heads,
     similarity,
-    teacher_tokens,
 )
 from espnet2_spear.hub.teacher import SpearTeacher
 from espnet2_spear.mvq.quantizer import Quantizer

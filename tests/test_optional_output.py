@@ -16,7 +16,7 @@ from espnet2_spear.fileio.optional_output import (
     warn_on_oserror,
 )
 from espnet2_spear.spear.model import PredictedTokens, Prediction
-from espnet2_spear.train.progress import Progress, show_prediction
+from espnet2_spear.train.progress import Progress
 
 
 @pytest.fixture
@@ -92,11 +92,11 @@ def test_pictures_and_curves(blocked: Path, caplog: pytest.LogCaptureFixture) ->
 
     options = SimpleNamespace(output_dir=blocked, use_matplotlib=True)
     options.use_tensorboard = options.use_wandb = False
-    progress = Progress(options, SimpleNamespace(rank=0))
+    progress = Progress(options, SimpleNamespace(rank=0, epoch=1))
     progress.train_writer = FullWriter()
     with caplog.at_level(logging.WARNING):
         progress.show_epoch(reporter)
-        show_prediction(prediction, "u", 1, blocked / "predictions", FullWriter())
+        progress.show_prediction(prediction, "u")
     for what in ("images", "TensorBoard's curves", "u/1ep.png", "TensorBoard's pict"):
         assert what in caplog.text
     assert len(caplog.records) == 4

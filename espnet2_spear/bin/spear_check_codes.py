@@ -9,10 +9,10 @@ from pathlib import Path
 from espnet2_spear.codes.check import CodesCheck, check_codes
 from espnet2_spear.codes.facts import codes_shape
 from espnet2_spear.codes.targets import MAX_MISSING_ROWS
-from espnet2_spear.fileio.atomic import write_json
+from espnet2_spear.fileio.atomic import atomic, write_json
 from espnet2_spear.fileio.datadir import check, entries
 from espnet2_spear.fileio.explain import command, option_parser
-from espnet2_spear.fileio.tables import TEXT, sorted_rows
+from espnet2_spear.fileio.tables import sorted_rows
 
 PROBLEMS = "codes_problems.txt"
 SUMMARY = "codes_check.json"
@@ -121,7 +121,8 @@ def main(args: argparse.Namespace) -> None:
                 "codes"
             )
     problems = output_dir / PROBLEMS
-    problems.write_text("".join(f"{line}\n" for line in lines), **TEXT)
+    with atomic(problems, "w") as file:
+        file.writelines(f"{line}\n" for line in lines)
     write_json(output_dir / SUMMARY, summary)
     if failures:
         logging.error(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 
+from espnet2_spear.codes.tokenizer import teacher_tokens
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.audio import AudioError, audio_info, read_audio, resample
@@ -26,7 +27,6 @@ from espnet2_spear.hub.inspection import (
     open_heads,
     similarity,
     similarity_picture,
-    teacher_tokens,
     token_picture,
 )
 from espnet2_spear.hub.load import load_model

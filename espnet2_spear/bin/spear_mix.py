@@ -21,6 +21,7 @@ from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.data.dataset import SpearPreprocessor
 from espnet2_spear.data.noise import NoiseList, SpearCollateFn
 from espnet2_spear.fileio.ark import read_scp
+from espnet2_spear.fileio.atomic import atomic
 from espnet2_spear.fileio.datadir import DOMAINS, read_table
 from espnet2_spear.fileio.explain import command, option_parser
 from espnet2_spear.fileio.tables import DataDirError
@@ -190,7 +191,7 @@ def main(args: argparse.Namespace) -> None:
     if not table:
         raise SystemExit("nothing was mixed: draw more (--num_batches), or raise prob")
     listing = args.out_dir / TABLE
-    with listing.open("w", encoding="utf-8", newline="") as file:
+    with atomic(listing, "w") as file:
         writer = csv.DictWriter(
             file, list(table[0]), delimiter="\t", lineterminator="\n"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,7 @@ class Tokenizer:
         if not result.utts:
             return {}, result.failed
         codes = self._quantize(result.tensors)
+        # Codes of thousands of hours are kept: a byte each where it suffices.
         one_byte = self.quantizer.codebook_size <= 256
         codes = codes.to(torch.uint8 if one_byte else torch.int16).cpu()
         parts = codes.split([len(x) for x in result.tensors])
@@ -166,6 +167,28 @@ class Tokenizer:
                 max_frames=self.options.max_frames,
                 extra_passes=self.options.extra_passes,
             )
+
+
+def teacher_tokens(
+    teacher: Teacher, quantizer: AbsQuantizer
+) -> Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]:
+    """The codes of a teacher's embeddings, as a source of tokens for an inspection.
+
+    Args:
+        teacher: on the student's device.
+        quantizer: there, too.
+
+    Returns:
+        function of speech (1, samples), and of layers and output of a student, which a
+        teacher does not need: codes (T, N).
+    """
+
+    def tokens(speech: Tensor, layers: Sequence[Tensor], out: Tensor) -> Tensor:
+        lengths = torch.tensor([speech.size(1)], device=speech.device)
+        frames, counts = teacher(speech, lengths)
+        return quantizer.encode(frames[0, : int(counts[0])])
+
+    return tokens
 
 
 def check_agreement(

@@ -60,8 +60,16 @@ class SpearPreprocessor:
             )
         data["domain"] = np.array([self._domain(uid, str(data["domain"]).strip())])
         for name, teacher in self.teachers.items():
-            key = f"codes_{name}"
-            data[key] = self._codes(uid, name, teacher, data[key], speech.size)
+            codes = data[f"codes_{name}"]
+            absent = np.full((1, teacher.num_codebooks), MISSING)
+            problem = teacher.problem(codes, speech.size)
+            if problem and not np.array_equal(codes, absent):
+                raise ValueError(
+                    f"utterance '{uid}': codes of teacher '{name}': "
+                    f"{': '.join(problem)}; check them with spear_check_codes and "
+                    "tokenize again (stage 5)"
+                )
+            data[f"codes_{name}"] = codes.astype(np.int16)
         return data
 
     def _domain(self, uid: str, domain: str) -> int:
@@ -71,18 +79,6 @@ class SpearPreprocessor:
                 "correct utt2domain or the option --domains"
             )
         return self.domains.index(domain)
-
-    def _codes(
-        self, uid: str, name: str, teacher: TeacherCodes, codes: np.ndarray, samples
-    ) -> np.ndarray:
-        absent = np.full((1, teacher.num_codebooks), MISSING)
-        problem = teacher.problem(codes, samples)
-        if problem and not np.array_equal(codes, absent):
-            raise ValueError(
-                f"utterance '{uid}': codes of teacher '{name}': {': '.join(problem)}; "
-                "check them with spear_check_codes and tokenize again (stage 5)"
-            )
-        return codes.astype(np.int16)
 
 
 class ManifestDataset(Dataset):

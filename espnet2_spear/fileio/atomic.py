@@ -43,6 +43,24 @@ def atomic(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO]:
         raise
 
 
+@contextmanager
+def atomic_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """``with atomic_files(folder) as work:`` lets files appear together, or none.
+
+    For writers that want a path, or that write several files: what they leave in
+    ``work`` is moved into the folder when the context is left without an error.
+
+    Args:
+        folder: made if it is not there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as work:
+        yield Path(work)
+        for file in sorted(Path(work).iterdir()):
+            os.replace(file, folder / file.name)
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a whole content; see :func:`atomic`."""
     with atomic(path) as file:

@@ -15,6 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from espnet2_spear.fileio.atomic import write_atomically
 from espnet2_spear.fileio.audio import Span
 from espnet2_spear.fileio.external_sorter import ExternalSorter, c_order
 from espnet2_spear.fileio.tables import (
@@ -342,7 +343,7 @@ def entry_writer(
         writer.finish()
         (path / "feats_type").unlink(missing_ok=True)
         if feats_type:
-            (path / "feats_type").write_text(f"{feats_type}\n", encoding="utf-8")
+            write_atomically(path / "feats_type", f"{feats_type}\n".encode())
     for name, table in writer.tables.items():
         if not table.lines:
             (path / name).unlink()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 BLOCK = 1 << 20
@@ -39,6 +40,14 @@ def hash_of(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
 def digest_of(facts: Any) -> str:
     """SHA-256, as 64 hexadecimal digits, of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_parts(parts: Iterable[bytes | memoryview]) -> str:
+    """SHA-256, as 64 hexadecimal digits, of parts that are never together in memory."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def name_hash(name: str) -> int:

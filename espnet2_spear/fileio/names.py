@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
+
+from espnet2_spear.fileio.hashes import digest_of_parts
 
 LONGEST = 200  # bytes of a file's name; file systems take 255, and we add some
 
@@ -45,8 +46,7 @@ def small_folder(utt: str) -> str:
 
     The same for the same id everywhere.
     """
-    content = utt.encode("utf-8", "surrogateescape")
-    return hashlib.sha256(content).hexdigest()[:2]
+    return digest_of_parts([utt.encode("utf-8", "surrogateescape")])[:2]
 
 
 def short_id(utt: str) -> str:
@@ -56,6 +56,6 @@ def short_id(utt: str) -> str:
 
 
 def _hashed(raw: bytes, suffix: str) -> str:
-    digest = hashlib.sha256(raw).hexdigest()[:16]
+    digest = digest_of_parts([raw])[:16]
     kept = raw[: LONGEST - len(suffix) - 17].decode("utf-8", "ignore")
     return f"{kept}-{digest}{suffix}"

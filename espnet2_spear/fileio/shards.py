@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import re
@@ -17,6 +16,7 @@ from concurrent.futures import (
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.atomic import write_json
-from espnet2_spear.fileio.hashes import crc32_of, digest_of
+from espnet2_spear.fileio.hashes import crc32_of, digest_of, digest_of_parts
 from espnet2_spear.fileio.utterances import Batched, Utterance
 
 SHARD_SECONDS = 600.0  # of audio, at least: what a killed run computes again
@@ -112,10 +112,8 @@ def fingerprint(facts: Mapping[str, Any], utterances: Iterable[Utterance]) -> st
         facts: what the outputs depend on besides the utterances.
         utterances: in the order in which they are dealt out.
     """
-    digest = hashlib.sha256(digest_of(facts).encode())
-    for utterance in utterances:
-        digest.update(repr(utterance).encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()
+    names = (repr(u).encode("utf-8", "backslashreplace") for u in utterances)
+    return digest_of_parts(chain([digest_of(facts).encode()], names))
 
 
 class JobShare(NamedTuple):
@@ -192,6 +190,7 @@ class DoneMarks:
             if not shard.isdigit() or not part.has(int(shard)):
                 continue
             mark = _read_mark(path)
+            # Whatever reads the folder as a whole would take them for results.
             if mark.get("run") != self.run or path != self._path(int(shard)):
                 for file in (*mark.get("files", ()), path):
                     (self.folder / file).unlink(missing_ok=True)
@@ -251,6 +250,7 @@ class DoneMarks:
             files: what it has written, below the folder.
         """
         paths = [Path(file) for file in files]
+        # Read again from the disk: what was written is not always what lies there.
         sums = {str(p.relative_to(self.folder)): crc32_of(p) for p in paths}
         mark = {"run": self.run, "record": record, "files": sums}
         write_json(self._path(shard), mark)
@@ -316,6 +316,7 @@ def in_processes(
         try:
             for job in jobs:
                 running.add(pool.submit(work, job))
+                # Some wait, so that no process does while results are written.
                 if len(running) >= 3 * nj:
                     ready, running = wait(running, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in ready)

@@ -15,7 +15,7 @@ import yaml
 import espnet2_spear
 from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.errors import CheckpointError
-from espnet2_spear.fileio.atomic import atomic, save_whole
+from espnet2_spear.fileio.atomic import atomic, atomic_files, save_whole
 from espnet2_spear.fileio.explain import some
 from espnet2_spear.hub.infer import compact, named_size
 from espnet2_spear.spear.student import SpearEncoder
@@ -269,11 +269,11 @@ def export_student(
     weights = folder / "model.safetensors"
     files = [weights, *(folder / file for file in texts)]
     check_student(model, source or name, files, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {f"{RELEASED}.{k}": v for k, v in model.state_dict().items()}
-    save_file(state, weights, metadata={"format": "pt"})
-    for file, text in texts.items():
-        (folder / file).write_text(text, encoding="utf-8")
+    with atomic_files(folder) as work:
+        save_file(state, work / weights.name, metadata={"format": "pt"})
+        for file, text in texts.items():
+            (work / file).write_text(text, encoding="utf-8")
 
 
 def in_one_file(path: Path) -> str:

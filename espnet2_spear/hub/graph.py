@@ -13,7 +13,6 @@ import functools
 import json
 import logging
 import operator
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from espnet2_spear.errors import UserError
+from espnet2_spear.fileio.atomic import atomic_files
 from espnet2_spear.torch_private import ASSERTIONS, ones_are_sizes
 
 MAX_BATCH = 4096
@@ -160,17 +160,14 @@ def write_graph(
     if form == "onnx":
         _need_onnx()
         facts["opset"] = OPSET
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export", dir=folder) as work:
-        files = [Path(work) / name for name in names]
+    with atomic_files(folder) as work:
+        files = [work / name for name in names]
         write(network, files[0], json.dumps(facts))
         if int8:
             _warn_of_slow_int8()
             _quantize(*files, json.dumps(facts | {"quantized": "int8"}))
         for file in there:
             file.unlink()
-        for file in [*Path(work).iterdir()]:
-            file.replace(folder / file.name)
     return [folder / name for name in names]
 
 

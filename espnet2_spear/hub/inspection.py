@@ -14,10 +14,8 @@ from torch import Tensor
 from espnet2_spear.codes.targets import TeacherCodes, teacher_codes
 from espnet2_spear.errors import CheckpointError
 from espnet2_spear.hub.load import Checkpoint, read_any_checkpoint
-from espnet2_spear.mvq.quantizer import AbsQuantizer
 from espnet2_spear.spear.objective import CodebookHead
 from espnet2_spear.spear.student import SpearEncoder
-from espnet2_spear.teachers.base import Teacher
 
 if TYPE_CHECKING:  # pictures need matplotlib, nothing else here does
     from matplotlib.figure import Figure
@@ -39,24 +37,8 @@ class Inspection:
 
 
 # Codes (T, N) of speech (1, samples), of which the student made these layers and this
-# output, (T', C) each.
+# output, (T', C) each; of a teacher, see codes.tokenizer.teacher_tokens.
 TokenSource = Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]
-
-
-def teacher_tokens(teacher: Teacher, quantizer: AbsQuantizer) -> TokenSource:
-    """The codes of a teacher's embeddings by its quantizer.
-
-    Args:
-        teacher: on the student's device.
-        quantizer: there, too.
-    """
-
-    def tokens(speech: Tensor, layers: Sequence[Tensor], out: Tensor) -> Tensor:
-        lengths = torch.tensor([speech.size(1)], device=speech.device)
-        frames, counts = teacher(speech, lengths)
-        return quantizer.encode(frames[0, : int(counts[0])])
-
-    return tokens
 
 
 def predicted_tokens(
@@ -83,8 +65,8 @@ def open_heads(path: str | Path) -> dict[str, TokenSource]:
     """Open the heads of a pre-trained student: teacher -> its tokens.
 
     Args:
-        path: experiment folder, ``.pth``, packed model or hub id; none of them need
-            have heads, as released checkpoints do not.
+        path: experiment folder, ``.pth``, packed model or hub id; it may be without
+            heads, as released checkpoints are.
 
     Raises:
         CheckpointError: a configuration that cannot be read, or heads that do not fit
@@ -119,7 +101,7 @@ def _teachers(checkpoint: Checkpoint) -> dict[str, TeacherCodes]:
     """Return the teachers in a SpearTask's ``config.yaml``, if it names any.
 
     Raises:
-        CheckpointError: what it calls teachers are none.
+        CheckpointError: its ``teachers`` do not describe teachers.
     """
     conf, config = checkpoint.settings, checkpoint.settings_file
     teachers = (conf.get("teachers") if isinstance(conf, Mapping) else None) or {}

@@ -20,6 +20,7 @@ import yaml
 
 from espnet2_spear import __version__
 from espnet2_spear.errors import UserError
+from espnet2_spear.fileio.atomic import atomic_files
 from espnet2_spear.fileio.folders import files_below
 from espnet2_spear.hub.packed import FORMAT, META, STAMP, with_texts
 
@@ -133,11 +134,11 @@ def pack_model(
     for source, (file, config) in zip(sources, configs.values(), strict=True):
         content = with_texts(dict(config), in_archive, file)
         texts[named(source)] = yaml.safe_dump(content, allow_unicode=True)
-    outpath.parent.mkdir(parents=True, exist_ok=True)
-    # Not there by half: the archive gets its name when it is complete.
-    partial = outpath.with_name(f".part.{outpath.name}")
     try:
-        with Archiver(partial, mode="w") as archive:
+        with (
+            atomic_files(outpath.parent) as work,
+            Archiver(work / outpath.name, mode="w") as archive,
+        ):
             for name, text in texts.items():
                 data = text.encode()
                 info = archive.generate_info(name, len(data))
@@ -145,11 +146,8 @@ def pack_model(
             for path in {p.resolve() for p in (*files.values(), *options)}:
                 if named(path) not in texts:
                     archive.add(path, named(path))
-        partial.replace(outpath)
     except ValueError as error:
         raise UserError(f"{outpath}: {error}; name it xxx.zip or xxx.tgz") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _files_below(path: Path) -> list[Path]:

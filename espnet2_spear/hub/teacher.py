@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from espnet2_spear.errors import CheckpointError
+from espnet2_spear.fileio.hashes import digest_of_parts
 from espnet2_spear.hub.load import load_model
 from espnet2_spear.teachers.base import Teacher, TeacherError, without_padding
 
@@ -70,9 +71,11 @@ class SpearTeacher(Teacher):
 
 def sha256_of_tensors(state: dict[str, Tensor]) -> str:
     """Hash of names, types, shapes and values, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+
+    def parts() -> Iterator[bytes]:
+        for name in sorted(state):
+            tensor = state[name].detach().cpu().contiguous()
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.flatten().view(torch.uint8).numpy().tobytes()
+
+    return digest_of_parts(parts())

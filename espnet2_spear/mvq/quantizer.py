@@ -12,7 +12,6 @@ sums of centres out, one file each.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.atomic import save_whole
+from espnet2_spear.fileio.hashes import digest_of_parts
 from espnet2_spear.mvq.search import GramTables, improve, refine
 from espnet2_spear.torch_private import version
 
@@ -94,11 +94,9 @@ class AbsQuantizer(nn.Module, ABC):
 
     def stamp(self) -> None:
         """Derive the identity from the tensors, so that equal ones share it."""
-        digest = hashlib.sha256()
-        for key, value in self.state_dict().items():
-            if key != "id_buf":
-                digest.update(value.cpu().numpy().tobytes())
-        identity = digest.hexdigest()[:8].encode()
+        tensors = {k: v for k, v in self.state_dict().items() if k != "id_buf"}
+        digest = digest_of_parts(x.cpu().numpy().tobytes() for x in tensors.values())
+        identity = digest[:8].encode()
         self.id_buf.copy_(torch.tensor(list(identity), dtype=torch.uint8))
 
     def standardise(self, x: Tensor) -> Tensor:
@@ -130,11 +128,6 @@ class AbsQuantizer(nn.Module, ABC):
             tables = GramTables(self.scaled_centers(), self.joint_search)
             self._tables = (versions, tables)
         return self._tables[1]
-
-    @staticmethod
-    def default_max_frames(device: torch.device) -> int:
-        """Vectors computed at once: enough for every thread of a CPU, or for a GPU."""
-        return 2048 if device.type == "cpu" else 8192
 
     def passes(
         self,
@@ -177,7 +170,7 @@ class AbsQuantizer(nn.Module, ABC):
             refine_iters: passes of the joint search of a multi-codebook quantizer, 5
                 by default; 0 takes each codebook's argmax.
             max_frames: vectors computed at once, which bounds the memory; by default
-                as :meth:`default_max_frames` says.
+                2048 on a CPU and 8192 elsewhere, which keeps all its threads busy.
             extra_passes: passes after these that pair the codebooks of a joint search
                 in other ways and never make the error larger; with any, the codes are
                 not those of the multi-quantization library.
@@ -199,7 +192,7 @@ class AbsQuantizer(nn.Module, ABC):
         codes = torch.empty(
             len(flat), self.num_codebooks, dtype=torch.int64, device=x.device
         )
-        max_frames = max_frames or self.default_max_frames(x.device)
+        max_frames = max_frames or (2048 if x.device.type == "cpu" else 8192)
         for start in range(0, len(flat), max_frames):
             part = self.standardise(flat[start : start + max_frames])
             if not torch.isfinite(part).all():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espnet2_spear.fileio.atomic import write_json
+from espnet2_spear.fileio.atomic import write_atomically, write_json
 from espnet2_spear.fileio.tables import markdown_table
 from espnet2_spear.mvq.embedding_set import TrainingFrames
 from espnet2_spear.mvq.quantizer import AbsQuantizer
@@ -113,7 +113,7 @@ def write_report(
     content = {"quantizers": dict(summaries), "history": list(history)}
     write_json(folder / "report.json", content)
     plots = _plot(folder, summaries, history)
-    (folder / "report.md").write_text(_page(summaries, plots), encoding="utf-8")
+    write_atomically(folder / "report.md", _page(summaries, plots).encode())
 
 
 def bits_per_second(summary: Summary) -> tuple[float, float] | None:

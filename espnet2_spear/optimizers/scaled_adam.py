@@ -7,11 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from espnet2_spear.optimizers.lr_scale import split_by_lr_scale
 from espnet2_spear.torch_private import foreach_copy_, foreach_norm
 
+# Those of the reference, which no published training changes.
+SCALAR_LR = 0.1  # learning rate of scales and one-element parameters, relative to lr
+SCALAR_MAX = 10.0  # a one-element parameter is held within this before its update
+MIN_RMS = 1.0e-5  # smaller tensors are treated as this large, and not scaled down
+MAX_RMS = 3.0  # to which the scale step may raise a tensor
+SCALE_PERIOD = 4  # steps between two updates of the scales
 _NORM_PERIOD = 100  # steps between two updates of the clipping threshold
 _BLOCK = 1 << 19  # elements that a CPU updates at once: all operands stay in its cache
 _SCALAR_STATE = ("delta", "exp_avg_sq")
@@ -78,7 +83,7 @@ class ScaledAdam(torch.optim.Optimizer):
     between steps.
 
     A tensor that starts as zeros has no size that steps could be relative to: from
-    ``param_min_rms`` it would need thousands of steps at the rates of fine-tuning (a
+    ``MIN_RMS`` it would need thousands of steps at the rates of fine-tuning (a
     factor of e every 1 / lr steps). LoRA's B, the projection of ``logmel: project`` and
     biases begin so. Such a tensor is treated as one of RMS ``zero_rms`` until it is
     larger, as LAMB (arXiv 1904.00962) bounds the norm that it multiplies steps by.
@@ -89,16 +94,9 @@ class ScaledAdam(torch.optim.Optimizer):
         clipping_scale: gradients are clipped to this multiple of the median
             norm; None switches clipping off.
         betas: decay of the update's momentum and of the second moment.
-        scalar_lr_scale: learning rate of scales and of one-element parameters,
-            relative to ``lr``.
         eps: added to denominators.
-        param_min_rms: tensors smaller than this are treated as this large, and are
-            not scaled down any more.
-        zero_rms: the same for tensors that are all zeros before their first step;
-            ``param_min_rms`` there is what the reference does.
-        param_max_rms: largest RMS to which the scale step may raise a tensor.
-        scalar_max: a one-element parameter is held within this before its update.
-        size_update_period: steps between two scale updates.
+        zero_rms: least size of tensors that are all zeros before their first step;
+            the reference has the ``MIN_RMS`` of all there.
     """
 
     def __init__(
@@ -107,29 +105,19 @@ class ScaledAdam(torch.optim.Optimizer):
         lr: float = 0.045,
         clipping_scale: float | None = 2.0,
         betas: tuple[float, float] = (0.9, 0.98),
-        scalar_lr_scale: float = 0.1,
         eps: float = 1.0e-8,
-        param_min_rms: float = 1.0e-5,
         zero_rms: float = 0.1,
-        param_max_rms: float = 3.0,
-        scalar_max: float = 10.0,
-        size_update_period: int = 4,
     ) -> None:
-        if lr < 0 or size_update_period < 1:
-            raise ValueError(f"lr {lr} or size_update_period {size_update_period}")
+        if lr < 0:
+            raise ValueError(f"lr {lr} must not be negative")
         if clipping_scale is not None and clipping_scale <= 0:
             raise ValueError(f"clipping_scale {clipping_scale} must be positive")
         defaults = dict(
             lr=lr,
             clipping_scale=clipping_scale,
             betas=tuple(betas),
-            scalar_lr_scale=scalar_lr_scale,
             eps=eps,
-            param_min_rms=param_min_rms,
             zero_rms=zero_rms,
-            param_max_rms=param_max_rms,
-            scalar_max=scalar_max,
-            size_update_period=size_update_period,
         )
         self._stacks: list[_Stack] | None = None
         self._trainable: list[bool] = []
@@ -138,7 +126,7 @@ class ScaledAdam(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see torch.optim.Optimizer.
 
-        Parameters that ask for another learning rate (:mod:`.lr_scale`) form groups of
+        Parameters that ask for another learning rate (:func:`scale_lr`) form groups of
         their own.
         """
         lr = param_group.get("lr", self.defaults["lr"])
@@ -219,11 +207,11 @@ class ScaledAdam(torch.optim.Optimizer):
         state["exp_avg_sq"] = torch.zeros_like(value)
         if not stack.is_scalar:
             state["param_rms"] = rms = _rms(stack.params)
-            least, zeros = (stack.group[k] for k in ("param_min_rms", "zero_rms"))
-            state["min_rms"] = torch.full_like(rms, least).masked_fill_(rms == 0, zeros)
+            zeros = stack.group["zero_rms"]
+            least = torch.full_like(rms, MIN_RMS).masked_fill_(rms == 0, zeros)
+            state["min_rms"] = least
             state["scale_exp_avg_sq"] = torch.zeros_like(state["param_rms"])
-            period = stack.group["size_update_period"]
-            state["scale_grads"] = value.new_zeros(len(value), period)
+            state["scale_grads"] = value.new_zeros(len(value), SCALE_PERIOD)
         self._share(stack)
 
     def _clipping_factor(
@@ -255,6 +243,7 @@ class ScaledAdam(torch.optim.Optimizer):
             history["model_norms"] = torch.zeros(_NORM_PERIOD, device=owner.device)
         history["num_norms"] = step + 1
         history["model_norms"][step % _NORM_PERIOD] = norm
+        # In the first steps gradients shrink fast, and no norm tells the next ones.
         if step < _NORM_PERIOD:
             return None
         if step % _NORM_PERIOD == 0:
@@ -267,14 +256,14 @@ class ScaledAdam(torch.optim.Optimizer):
         """Update a stack of tensors in place: relative step and scale step."""
         group, state, step = stack.group, stack.state, stack.step
         beta1, beta2 = group["betas"]
-        period = group["size_update_period"]
         rms = state["param_rms"]
+        # <theta, g> is the gradient of log(scale): d f(e^c theta) / d c at c = 0.
         products = _dots(stack.params, grads)
-        state["scale_grads"][:, step % period] = (
+        state["scale_grads"][:, step % SCALE_PERIOD] = (
             products if clip is None else products * clip.to(products)
         )
         scale_step = None
-        if step % period == period - 1:
+        if step % SCALE_PERIOD == SCALE_PERIOD - 1:
             rms.copy_(_rms(stack.params))
             scale_step = (1 - beta1) * ScaledAdam._scale_step(stack)[:, None]
         correction = 1 - beta2 ** (step + 1)
@@ -290,6 +279,7 @@ class ScaledAdam(torch.optim.Optimizer):
             if correction < 1.0:
                 denominator.mul_(correction**-0.5)
             denominator.add_(group["eps"])
+            # Momentum is kept on the update, so the scale step is smoothed by it, too.
             delta.mul_(beta1)
             if scale_step is not None:
                 delta.addcmul_(value, scale_step[rows])
@@ -300,16 +290,16 @@ class ScaledAdam(torch.optim.Optimizer):
     def _scale_step(stack: _Stack) -> Tensor:
         """Relative changes of the scales, from the gradients of the last steps."""
         group, state = stack.group, stack.state
-        period, rms = group["size_update_period"], state["param_rms"]
+        rms = state["param_rms"]
         grads, second = state["scale_grads"], state["scale_exp_avg_sq"]
-        beta2 = group["betas"][1] ** period
+        beta2 = group["betas"][1] ** SCALE_PERIOD
         second.mul_(beta2).add_(grads.square().mean(dim=1), alpha=1 - beta2)
-        correction = 1 - beta2 ** ((stack.step + 1) // period)
-        lr = group["lr"] * group["scalar_lr_scale"]
+        correction = 1 - beta2 ** ((stack.step + 1) // SCALE_PERIOD)
+        lr = group["lr"] * SCALAR_LR
         step = grads.sum(dim=1) / (second.sqrt() + group["eps"])
         step.mul_(-lr * correction**0.5)
         step.masked_fill_(rms < state["min_rms"], 0.0)
-        return torch.minimum(step, (group["param_max_rms"] - rms) / rms)
+        return torch.minimum(step, (MAX_RMS - rms) / rms)
 
     @staticmethod
     def _step_scalars(stack: _Stack, grads: list[Tensor], clip: Tensor | None) -> None:
@@ -323,9 +313,9 @@ class ScaledAdam(torch.optim.Optimizer):
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         correction = 1 - beta2 ** (stack.step + 1)
         denominator = (second / correction).sqrt_().add_(group["eps"])
-        lr = group["lr"] * group["scalar_lr_scale"]
+        lr = group["lr"] * SCALAR_LR
         delta.mul_(beta1).addcdiv_(grad, denominator, value=-lr * (1 - beta1))
-        value.clamp_(-group["scalar_max"], group["scalar_max"]).add_(delta)
+        value.clamp_(-SCALAR_MAX, SCALAR_MAX).add_(delta)
         foreach_copy_(stack.params, list(value.unbind()))
 
 
@@ -341,3 +331,51 @@ def _dots(tensors: list[Tensor], others: list[Tensor]) -> Tensor:
         pairs = zip(tensors, others, strict=True)
         return torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs])
     return (torch.stack(tensors) * torch.stack(others)).flatten(1).sum(dim=1)
+
+
+# --- Learning rates of parts of a model, relative to the others' ----------------------
+# ESPnet hands an optimizer bare parameters, without names or groups. So a module that
+# is to learn at another rate says so on its parameters, and ScaledAdam listens.
+
+_SCALE = "lr_scale"
+_HEARD = "lr_scale_heard"
+
+
+def scale_lr(module: nn.Module, scale: float) -> None:
+    """Ask for ``scale`` times the learning rate for all parameters of a module.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+    if scale <= 0:
+        raise ValueError(
+            f"lr_scale {scale} must be positive (freeze: to learn nothing)"
+        )
+    for parameter in module.parameters():
+        setattr(parameter, _SCALE, scale)
+
+
+def split_by_lr_scale(params: Iterable[Any]) -> dict[float, list[Any]]:
+    """Sort parameters, or pairs of name and parameter, by the scale they ask for."""
+    groups: dict[float, list[Any]] = {}
+    for item in params:
+        parameter: Tensor = item[1] if isinstance(item, tuple) else item
+        scale = getattr(parameter, _SCALE, 1.0)
+        if scale != 1.0:
+            setattr(parameter, _HEARD, True)
+        groups.setdefault(scale, []).append(item)
+    return groups
+
+
+def check_lr_scale(module: nn.Module, what: str) -> None:
+    """Refuse to train where no optimizer listened.
+
+    Raises:
+        ValueError: a parameter asks for another rate and its optimizer ignores it.
+    """
+    parameter = next(module.parameters())
+    if getattr(parameter, _SCALE, 1.0) != 1.0 and not hasattr(parameter, _HEARD):
+        raise ValueError(
+            f"{what}: lr_scale is for `optim: scaledadam`; the optimizer of this run "
+            "ignores it: change `optim`, or take lr_scale out"
+        )

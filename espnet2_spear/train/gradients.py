@@ -19,7 +19,7 @@ Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
 class BatchResult(NamedTuple):
-    """Results of a batch: scalars on the device, or, after :func:`fetch`, numbers.
+    """Results of a batch: scalars on the device, or, after :func:`to_host`, numbers.
 
     Attributes:
         stats: of the model, their mean over ranks.
@@ -92,12 +92,12 @@ def accumulate_gradients(
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_batch(
     model: nn.Module, batch: dict[str, Any], autocast: Autocast
 ) -> BatchResult:
     """Result of a batch of the validation."""
     with autocast():
-        return fetch(_forward(model, batch, {})[-1])
+        return to_host(_forward(model, batch, {})[-1])
 
 
 def register_figures(statistics: SubReporter, result: BatchResult) -> None:
@@ -112,7 +112,7 @@ def register_figures(statistics: SubReporter, result: BatchResult) -> None:
             statistics.register({name: value}, weight)
 
 
-def fetch(scalars: Any) -> Any:
+def to_host(scalars: Any) -> Any:
     """Bring scalars, in any nested containers, to the host in one transfer."""
     leaves: list[Tensor] = []
     _map(lambda scalar: leaves.append(scalar.double()), scalars)

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -168,37 +168,24 @@ class Progress:
         if self.options.use_wandb:
             reporter.wandb_log()
 
+    def show_prediction(self, prediction: Prediction, utt: str) -> None:
+        """Draw what is predicted of an utterance, where people look for it.
 
-def show_prediction(
-    prediction: Prediction,
-    utt: str,
-    epoch: int,
-    folder: Path,
-    summary_writer: Any = None,
-    use_wandb: bool = False,
-) -> None:
-    """Draw a prediction where people look for it.
+        That is ``predictions/<utterance>/<epoch>ep.png``, TensorBoard and wandb.
+        """
+        epoch = self.state.epoch
+        figure = draw_prediction(prediction, f"{utt}, epoch {epoch}")
+        path = self.folder / "predictions" / utt.replace("/", "_") / f"{epoch}ep.png"
+        with warn_on_oserror(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path)
+        if self.train_writer is not None:
+            with warn_on_oserror("TensorBoard's pictures"):
+                self.train_writer.add_figure(f"predictions/{utt}", figure, epoch)
+        if self.options.use_wandb and path.exists():
+            import wandb
 
-    Args:
-        prediction: of an utterance.
-        utt: its id.
-        epoch: of the training.
-        folder: gets ``<utt>/<epoch>ep.png``.
-        summary_writer: of TensorBoard, or None.
-        use_wandb: whether a run of wandb gets the picture, too.
-    """
-    figure = draw_prediction(prediction, f"{utt}, epoch {epoch}")
-    path = folder / utt.replace("/", "_") / f"{epoch}ep.png"
-    with warn_on_oserror(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    if summary_writer is not None:
-        with warn_on_oserror("TensorBoard's pictures"):
-            summary_writer.add_figure(f"predictions/{utt}", figure, epoch)
-    if use_wandb and path.exists():
-        import wandb
-
-        wandb.log({f"predictions/{utt}": wandb.Image(str(path))})
+            wandb.log({f"predictions/{utt}": wandb.Image(str(path))})
 
 
 def draw_prediction(prediction: Prediction, title: str) -> Figure:

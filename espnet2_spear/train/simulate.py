@@ -105,6 +105,7 @@ def as_on_a_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(use_cpu_versions)
         use_cpu_versions(False)
+        # Chunks of a CPU are small for its caches, and would hide a GPU's peak.
         for table in (objective.CHUNK_LOGITS, conv_embed.BLOCK_FRAMES):
             stack.enter_context(mock.patch.dict(table, cpu=table["other"]))
         stack.enter_context(mock.patch.object(objective, "HOST", ()))
@@ -136,35 +137,17 @@ def simulate_step(
     with as_on_a_gpu(), fake_tensors():
         model, optimizers = build()
         first_update(model, optimizers)
-        return _count(model, make_batch, amp_dtype, optimizers)
-
-
-def first_update(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Make all that lasts: gradients, of zeros, and the optimizers' states."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-def _count(
-    model: nn.Module,
-    make_batch: Callable[[], Mapping[str, Tensor]],
-    amp_dtype: torch.dtype | None,
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> StepCosts:
-    weights = [*model.parameters(), *model.buffers()]
-    states = _tensors([list(o.state.values()) for o in optimizers])
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    memory = AllocatedBytes([*weights, *gradients, *states])
-    heads = _kept_by(model.heads, memory)
-    with memory:
-        batch = make_batch()
-        with torch.autocast("cpu", amp_dtype, enabled=amp_dtype is not None):
-            loss = model(**batch)[0]
-        kept = memory.now
-        loss.sum().backward()
+        weights = [*model.parameters(), *model.buffers()]
+        states = _tensors([list(o.state.values()) for o in optimizers])
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        memory = AllocatedBytes([*weights, *gradients, *states])
+        heads = _kept_by(model.heads, memory)
+        with memory:
+            batch = make_batch()
+            with torch.autocast("cpu", amp_dtype, enabled=amp_dtype is not None):
+                loss = model(**batch)[0]
+            kept = memory.now
+            loss.sum().backward()
     return StepCosts(
         weights=_size(weights),
         gradients=_size(gradients),
@@ -174,6 +157,16 @@ def _count(
         passing=memory.peak - kept,
         operations=float(memory.operations),
     )
+
+
+def first_update(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Make all that lasts: gradients, of zeros, and the optimizers' states."""
+    # The first step alone allocates them; the peak is that of all later ones.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def _kept_by(modules: nn.ModuleDict, memory: AllocatedBytes) -> list[int]:

@@ -21,8 +21,8 @@ from espnet2_spear.train.checkpoint import SKIPPED, RunState
 from espnet2_spear.train.gradients import (
     BatchResult,
     accumulate_gradients,
-    fetch,
     register_figures,
+    to_host,
 )
 from espnet2_spear.train.options import SpearTrainerOptions
 from espnet2_spear.zipformer.schedule import BatchCountState
@@ -101,7 +101,7 @@ class OptimizerStep:
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), options.grad_clip, options.grad_clip_type
         )
-        results, norm = fetch((results, norm))
+        results, norm = to_host((results, norm))
         samples, padded, utts, skipped = (
             sum(result.sums[name] for result in results)
             for name in ("samples", "padded", "utts", "skipped_utts")

@@ -40,7 +40,7 @@ from espnet2_spear.train.checkpoint import (
     restore_statistics,
     resume_from_folder,
 )
-from espnet2_spear.train.gradients import evaluate, register_figures
+from espnet2_spear.train.gradients import evaluate_batch, register_figures
 from espnet2_spear.train.interruption import Interrupted, StopRequest
 from espnet2_spear.train.options import (
     SpearTrainerOptions,
@@ -48,7 +48,7 @@ from espnet2_spear.train.options import (
     build_trainer_options,
     disable_missing_backends,
 )
-from espnet2_spear.train.progress import Progress, show_prediction
+from espnet2_spear.train.progress import Progress
 from espnet2_spear.train.step import OptimizerStep
 
 
@@ -212,7 +212,7 @@ class Training:
                 ids, batch = window.batches[0]
                 batch = to_device(batch, options.device, non_blocking=True)
                 batch["utt_id"] = ids
-                result = evaluate(self.model, batch, options.autocast)
+                result = evaluate_batch(self.model, batch, options.autocast)
                 register_figures(statistics, result)
                 statistics.next()
 
@@ -230,14 +230,7 @@ class Training:
             with options.autocast():
                 predictions = student.predict(**to_device(batch, options.device))
             for utt, prediction in zip(ids, predictions, strict=True):
-                show_prediction(
-                    prediction,
-                    utt,
-                    state.epoch,
-                    state.output_dir / "predictions",
-                    self.progress.train_writer,
-                    options.use_wandb,
-                )
+                self.progress.show_prediction(prediction, utt)
             statistics.next()
 
     def _agree(self, count: int) -> int:

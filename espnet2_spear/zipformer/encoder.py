@@ -138,7 +138,7 @@ class DownsampledStack(nn.Module):
         self,
         config: ZipformerConfig,
         index: int,
-        count: BatchCount | None = None,
+        count: BatchCount | None,
     ) -> None:
         super().__init__()
         self.factor = config.downsampling_factor[index]

@@ -114,6 +114,7 @@ class Frames:
         if not self.causal or self.chunk < 0 or self.past is not None:
             return None  # in streaming the kept frames are those to be seen
         t = torch.arange(self.padding.size(1), device=self.padding.device)
+        # A query sees its whole chunk, also what comes later: it is computed at once.
         own = t - t % self.chunk
         begin = torch.zeros_like(own)
         if self.left_chunks >= 0:

@@ -17,7 +17,7 @@ from espnet2_spear.asr.freezing import FreezeSchedule
 from espnet2_spear.asr.model_hooks import watch_models
 from espnet2_spear.asr.pretrained import check_loaded, read_architecture
 from espnet2_spear.hub.packed import check_format
-from espnet2_spear.optimizers.lr_scale import check_lr_scale, scale_lr
+from espnet2_spear.optimizers.scaled_adam import check_lr_scale, scale_lr
 from espnet2_spear.spear.student import SpearEncoder, SpearOutput
 from espnet2_spear.zipformer.frames import Frames
 

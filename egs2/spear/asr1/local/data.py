@@ -9,6 +9,7 @@ import argparse
 import os
 from pathlib import Path
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.datadir import RAW, DataDirError, entries, write_entries
 from espnet2_spear.fileio.decode import split_ark
 from espnet2_spear.fileio.explain import command
@@ -83,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{args.in_dir}: {len(blank)} without words left out: {blank}")
     check_audio(args.in_dir / "wav.scp", [entry.path for entry in kept])
     write_entries(kept, args.out_dir, RAW)
-    minutes = sum(entry.samples for entry in kept) / 16000 / 60
+    minutes = sum(entry.samples for entry in kept) / SAMPLE_RATE / 60
     print(f"{args.out_dir}: {len(kept)} utterances, {minutes:.1f} minutes")
 
 

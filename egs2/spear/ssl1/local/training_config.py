@@ -140,7 +140,7 @@ def check_noise(config: Config) -> float:
         seconds by which mixing may make an utterance longer.
 
     Raises:
-        PlanError: rules of mixing that are none, or a list that none of them uses.
+        PlanError: rules of mixing that do not exist, or a list that no rule uses.
     """
     domains = config.get("domains", ["speech", "audio"])
     conf = config.get("mixer_conf") or {}

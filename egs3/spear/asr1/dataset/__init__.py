@@ -5,9 +5,8 @@ from pathlib import Path
 from espnet3.components.data.base_dataset import BaseDataset
 from espnet3.contract import Field
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.fileio.audio import AudioError, Span, read_pieces
-
-RATE = 16000
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -46,10 +45,10 @@ class Dataset(BaseDataset):
         ((speech, info),) = read_pieces(self.audio[utt], [Span()])
         if isinstance(speech, AudioError):
             raise speech
-        if (info.rate, info.channels) != (RATE, 1):
+        if (info.rate, info.channels) != (SAMPLE_RATE, 1):
             raise ValueError(
                 f"{self.audio[utt]}: {info.rate} Hz and {info.channels} channels; "
-                f"{RATE} Hz and one channel are needed: python -m "
+                f"{SAMPLE_RATE} Hz and one channel are needed: python -m "
                 "espnet2_spear.bin.spear_format converts a data directory"
             )
         return {"speech": speech, "text": self.text[utt]}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.teachers.base import Teacher, TeacherError, padding_mask
 from espnet2_spear.teachers.weights import check_sha256, find_weights
 
@@ -45,7 +46,7 @@ class WhisperLogMel(nn.Module):
             0.0,
             8000.0,
             n_mels,
-            16000,
+            SAMPLE_RATE,
             norm="slaney",
             mel_scale="slaney",
         )

