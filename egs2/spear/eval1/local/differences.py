@@ -28,7 +28,7 @@ class Difference:
     @property
     def mean(self) -> float:
         """Mean of the differences."""
-        return round(statistics.fmean(self.values), 6) + 0.0  # not -0.0
+        return statistics.fmean(self.values)
 
     @property
     def error(self) -> float | None:
@@ -47,7 +47,7 @@ class Difference:
 
     def __str__(self) -> str:
         error = "" if self.error is None else f" ± {self.error:.1f}"
-        return f"{self.mean:+.1f}{error}"
+        return f"{round(self.mean, 1) + 0.0:+.1f}{error}"  # not -0.0
 
     def verdict(self, task: Task) -> str:
         """``better`` or ``worse`` if zero is outside of the interval, else ``equal``.
