@@ -12,6 +12,7 @@ import torch
 from data_dirs import noise_dir
 from student_files import write_student
 
+from espnet2_spear.constants import SAMPLE_RATE
 from espnet2_spear.hub.load import load_model
 
 RECIPE = Path(__file__).resolve().parent.parent / "egs3" / "spear" / "asr1"
@@ -75,14 +76,14 @@ def test_trains(options: list[str], tmp_path: Path, monkeypatch) -> None:
 def test_audio_of_another_form_is_refused(tmp_path: Path) -> None:
     sys.path.insert(0, str(RECIPE))
     try:
-        from dataset import RATE, Dataset
+        from dataset import Dataset
     finally:
         sys.path.remove(str(RECIPE))
     forms = {  # rate, channels, largest sample; what is wrong with it
-        "u1": (RATE // 2, 1, 0.5, "u1.wav: 8000 Hz.*spear_format"),
-        "u2": (RATE, 2, 0.5, "u2.wav: 16000 Hz and 2 channels"),
-        "u3": (RATE, 1, 0.5, None),
-        "u4": (RATE, 1, 16000.0, "u4.wav: samples up to 16000.*divide them"),
+        "u1": (SAMPLE_RATE // 2, 1, 0.5, "u1.wav: 8000 Hz.*spear_format"),
+        "u2": (SAMPLE_RATE, 2, 0.5, "u2.wav: 16000 Hz and 2 channels"),
+        "u3": (SAMPLE_RATE, 1, 0.5, None),
+        "u4": (SAMPLE_RATE, 1, 16000.0, "u4.wav: samples up to 16000.*divide them"),
     }
     for utt, (rate, channels, peak, _) in forms.items():
         samples = np.full((800, channels), peak)

@@ -77,13 +77,14 @@ class AudioInfo:
         return self.samples / self.rate
 
 
-def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
+def audio_info(path: str | os.PathLike[str], strict: bool = False) -> AudioInfo:
     """Return rate, channels and length, from the header where that can be true.
 
     Otherwise the file is decoded, block by block, to count its samples.
 
     Args:
         path: Audio file, or ``file.ark:offset``.
+        strict: Whether a header that differs from what is there is an error.
 
     Raises:
         AudioError: the file is missing, unreadable, empty or of an impossible rate.
@@ -92,7 +93,7 @@ def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
         samples = source.samples
         if samples is None:
             samples = sum(len(block) for block in source.blocks())
-        return _checked(path, source, samples, strict=False)
+        return _checked(path, source, samples, strict)
 
 
 def read_pieces(
@@ -143,6 +144,7 @@ def read_audio(
     path: str | os.PathLike[str],
     start: float | None = None,
     end: float | None = None,
+    strict: bool = False,
 ) -> tuple[np.ndarray, int]:
     """Read a recording, or the part of it from ``start`` to ``end`` seconds.
 
@@ -152,7 +154,7 @@ def read_audio(
     Raises:
         AudioError: see :func:`read_pieces`.
     """
-    ((piece, info),) = read_pieces(path, [Span(start, end)])
+    ((piece, info),) = read_pieces(path, [Span(start, end)], strict)
     if isinstance(piece, AudioError):
         raise piece
     return piece, info.rate
