@@ -1,4 +1,4 @@
-"""The network's functions on a CPU: the same results, about twice as fast.
+"""The network's functions on a CPU: the same results, up to twice as fast.
 
 The network itself is plain PyTorch; :data:`VERSIONS`, at the end, says which of its
 functions are replaced for float32 tensors in a CPU's memory, and what makes each
