@@ -16,7 +16,7 @@ while [ $# -gt 0 ]; do
     *)
         echo "Usage: $0 [--full true|false] [--seeds \"0 1 2\"] [--jobs N]
   --full true   three times the steps of pre-training, more of the teachers' frames
-  --seeds \"...\" of each recognizer [0]; three take 17 minutes more
+  --seeds \"...\" of each recognizer [0]; three take three times as long
   --jobs N      recognizers trained at once [number of CPUs]" >&2
         exit 2
         ;;

@@ -45,10 +45,11 @@ def atomic(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO]:
 
 @contextmanager
 def atomic_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """``with atomic_files(folder) as work:`` lets files appear together, or none.
+    """``with atomic_files(folder) as work:`` writes files that appear if all succeed.
 
     For writers that want a path, or that write several files: what they leave in
-    ``work`` is moved into the folder when the context is left without an error.
+    ``work`` is moved into the folder, one by one, when the context is left without an
+    error. So each is whole, and an error while they are written leaves none.
 
     Args:
         folder: made if it is not there.

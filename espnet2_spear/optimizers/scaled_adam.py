@@ -243,7 +243,7 @@ class ScaledAdam(torch.optim.Optimizer):
             history["model_norms"] = torch.zeros(_NORM_PERIOD, device=owner.device)
         history["num_norms"] = step + 1
         history["model_norms"][step % _NORM_PERIOD] = norm
-        # In the first steps gradients shrink fast, and no norm tells the next ones.
+        # There is no median yet; the reference does not clip either.
         if step < _NORM_PERIOD:
             return None
         if step % _NORM_PERIOD == 0:

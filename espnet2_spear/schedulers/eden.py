@@ -94,7 +94,7 @@ class Eden(LRScheduler, AbsBatchStepScheduler):
     def get_lr(self) -> list[float]:
         """Learning rate of every parameter group at the current step."""
         if self.hours_per_batch is not None:
-            # Not added up: resuming then finds the very same number.
+            # A product and no sum, so that rounding does not add up.
             self.hours = self.last_epoch * self.hours_per_batch
         elif self.last_epoch > 0 and not self.hours:
             raise RuntimeError(
