@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from student_files import write_student
 
+from espnet2_spear.errors import UserError
 from espnet2_spear.fileio.datadir import Entry, write_table
 
 EVAL = RECIPES / "eval1"
@@ -185,6 +186,7 @@ def test_parts_and_classes(clips: Path, tmp_path: Path) -> None:
             {"groups": {f"u{i:02d}": f"speaker{i % 10}" for i in range(45)}},
             "'speaker[0-9]' is in .* and .*, which must not share it",
         ),
+        ({"groups": {"u07": "one"}}, "groups has no group of 'u00'"),
         ({"labels": {"u07": "A B"}}, "'u07' has several classes .*accuracy"),
         (
             {"splits": {f"u{i:02d}": "train" for i in range(45)}},
@@ -459,7 +461,15 @@ def test_frames_of_any_rate_answer_every_20_ms(
 def test_character_errors() -> None:
     paths = [[0, 1, 1, 0, 1, 2], [0, 0], [3]]
     texts = [[1, 1, 2], [2], [3]]
-    assert heads.character_errors(paths, texts) == pytest.approx(20.0)
+    errors = heads.character_errors(paths, texts)
+    assert errors.tolist() == [[0, 1, 0], [3, 1, 1]]
+    assert heads.percent(errors) == pytest.approx(20.0)
+
+
+def test_error_of_a_share_is_that_of_the_binomial_distribution() -> None:
+    right = np.arange(400) < 320
+    found = heads.bootstrap(lambda rows: 100 * right[rows].mean(), 400)
+    assert found == pytest.approx(100 * (0.8 * 0.2 / 400) ** 0.5, rel=0.15)
 
 
 def test_mean_ranks(tmp_path: Path) -> None:
@@ -478,9 +488,11 @@ def test_mean_ranks(tmp_path: Path) -> None:
         "y": {"a": scores(90, 90), "b": scores(70), "c": scores(20)},
     }
     ranks = table.mean_ranks(some, results)
-    assert ranks == {"x": [1.0, 1.75, 1.5], "y": [2.0, 1.25, 1.5]}
+    # a and b ask the same of the same clips, so they count as one.
+    assert ranks == {"x": [1.0, 1.75, 1.375], "y": [2.0, 1.25, 1.625]}
+    results["x"]["b"][0].error = 2.0
     text = table.table(some, results)
-    assert "| x | 55.0 ± 7.1 | 70.0 | 10.0 | 1.0 | 1.8 | 1.5 |" in text
+    assert "| x | 55.0 ± 5.0 | 70.0 ± 2.0 | 10.0 | 1.0 | 1.8 | 1.4 |" in text
 
 
 # --- The recipe -----------------------------------------------------------------------
@@ -547,7 +559,57 @@ def test_recipe_lists_what_it_would_do(tmp_path: Path) -> None:
 def test_errors_are_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = task_file(tmp_path, data={"name": "x", "dir": str(tmp_path / "nowhere")})
     command = ["evaluate.py", "--tasks", str(path), *folders(tmp_path)]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", [*command, "--stop_stage", "2"])
     monkeypatch.chdir(EVAL)
     with pytest.raises(SystemExit, match="nowhere: no data directory .no wav.scp."):
         evaluate.main()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--systems", "logmel wavlm"], "--systems wavlm: one of logmel, random, stud"),
+        (["--teachers", "x=no/x.yaml"], "no/x.yaml"),
+        (["--student", "no/student.pth"], "no/student.pth"),
+    ],
+)
+def test_what_is_compared_is_seen_before_anything_is_fetched(
+    tmp_path: Path,
+    student: Path,
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluate, "fetch", lambda *_: pytest.fail("fetched"))
+    options = ["--student", str(student), *folders(tmp_path), *words]
+    with pytest.raises((UserError, OSError), match=message):
+        evaluate.main(options)
+    assert not (tmp_path / "data").exists()
+
+
+def test_clips_of_the_recipe_that_are_gone(tmp_path: Path) -> None:
+    """They are no bad files of somebody's, which would be skipped and listed."""
+    maker = tmp_path / "maker.py"
+    maker.write_text(
+        "import sys, numpy, soundfile, pathlib\n"
+        "out = pathlib.Path(sys.argv[1])\n"
+        "out.mkdir(parents=True, exist_ok=True)\n"
+        "wave = numpy.random.default_rng(0).standard_normal(16000) / 10\n"
+        "for name in 'ab':\n"
+        "    soundfile.write(out / f'{name}.wav', wave, 16000)\n"
+        "lines = [f'{name} {out / name}.wav\\n' for name in 'ab']\n"
+        "(out / 'wav.scp').write_text(''.join(lines))\n"
+        "(out / 'utt2spk').write_text('a a\\nb b\\n')\n"
+        "(out / 'utt2domain').write_text('a audio\\nb audio\\n')\n"
+    )
+    data = tasks.Data("made", command=f"{sys.executable} {maker} {{out}}")
+    found = evaluate.Folders(
+        *(tmp_path / name for name in ("data", "dump", "exp", "d"))
+    )
+    evaluate.prepare(data, found, False)
+    evaluate.format_clips(data, found, 1, False)
+    (tmp_path / "data/made/b.wav").unlink()
+    with pytest.raises(
+        tasks.TaskError, match="b.wav: is gone; remove .*data/made, and"
+    ):
+        evaluate.format_clips(data, found, 1, False)

@@ -103,7 +103,8 @@ def test_differences_are_of_pairs(tmp_path: Path) -> None:
         "f": row(s1=59, s7=9),  # one pair has no spread
         "g": row(s7=1),
     }
-    assert differences.markdown([task], results).splitlines()[2:] == [
+    table = differences.markdown([task], results, results["a"])
+    assert table.splitlines()[2:] == [
         "| a | 3 | 60.0 ± 10.0 |",
         "| b, minus that | 3 | -4.7 ± 0.3 better |",
         "| c, minus that | 3 | +5.3 ± 0.3 worse |",
@@ -248,6 +249,33 @@ def test_known_students_of_other_quantizers_are_refused(tmp_path: Path) -> None:
         scores.compare({3}, tmp_path)
 
 
+def test_scores_of_a_seed_are_of_one_probe_and_one_quantizer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def scores(arm: str, quantizers: str, probe: str = "2") -> score_table.ScoreTable:
+        found = score_table.ScoreTable("", {}, probe)
+        found.add(arm, {"prompts": heads.Score(3, 1.0, 2.0, [])}, "abc", quantizers)
+        return found
+
+    first, path = scores("kmeans", "w_mvq8=e5b7"), tmp_path / "scores.tsv"
+    for other in (scores("rvq", "w_mvq8=0000"), scores("rvq", "w_mvq8=e5b7", "1")):
+        both = {**first._rows, **other._rows}
+        other._rows = both
+        other.write(path)
+        with pytest.raises(tasks.TaskError, match="'rvq' of seed 3 has .* remove rows"):
+            score_table.ScoreTable(str(path), {}, "2")
+    # An earlier run's table is set aside where it does not fit, and else joined.
+    first.write(path)
+    here = scores("rvq", "w_mvq8=0000")
+    here.fill(path)
+    assert [arm for arm, *_ in here._rows] == ["rvq"] and "left out" in caplog.text
+    assert path.with_name("scores.tsv.old").exists() and not path.exists()
+    first.write(path)
+    here = scores("rvq", "w_mvq8=e5b7 w_rvq8=0000")
+    here.fill(path)
+    assert [arm for arm, *_ in here._rows] == ["kmeans", "rvq"]
+
+
 def test_what_is_finished_has_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +301,8 @@ def test_what_is_finished_has_a_table(
         return lanes.Job(arm.name, [command], student / "log", tmp_path)
 
     monkeypatch.setattr(evidence, "student_job", job)
+    scored = []
+    monkeypatch.setattr(evidence, "add_controls", lambda *given: scored.append(given))
     words = ["--only", "kmeans", "--seeds", "0", "--tasks", "prompts", "--jobs", "2"]
     with pytest.raises(SystemExit, match="1 of 2 failed: kmeans"):
         evidence.main(words)
@@ -280,6 +310,8 @@ def test_what_is_finished_has_a_table(
     assert [line.split("\t")[:6] for line in table[1:]] == [
         ["asymmetric", "0", "prompts", "60.00", "61.00", evidence.commit()]
     ]
+    # Log-mel and the teachers have theirs, whichever student failed.
+    assert [given[2].name for given in scored] == ["evidence_asymmetric_s0"]
     # A second run that is stopped at once keeps what the first one found.
     monkeypatch.setattr(lanes.Lanes, "run", lambda *_: sys.exit(143))
     with pytest.raises(SystemExit):
@@ -365,7 +397,7 @@ def test_table_of_the_demo(tmp_path: Path) -> None:
         + ["--output", str(tmp_path / "demo.md")]
     )
     assert (tmp_path / "demo.md").read_text().splitlines()[2:] == [
-        "| log-mel | 80.0 | 51.0 ± 1.4 | 70.0 |",
+        "| log-mel | 80.0 | 51.0 ± 1.0 | 70.0 |",
         "| student, frozen | 79.0 | 60.0 | 80.0 |",
         "| student, fine-tuned | 78.0 | - | - |",
         "| teacher x | - | 61.0 | 90.0 |",

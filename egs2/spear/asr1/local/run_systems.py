@@ -6,6 +6,7 @@ what is finished is skipped and what was interrupted goes on.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import asr_table
@@ -48,9 +49,11 @@ def main() -> None:
     """Run all, then print the table."""
     args = get_parser().parse_args()
     # All seeds of a system before the next would leave slow ones to the end.
-    Lanes(args.jobs, visible_gpus()).run(
+    failed = Lanes(args.jobs, visible_gpus()).run(
         [job(args, s, seed) for seed in args.seeds for s in reversed(args.systems)]
     )
+    if failed:
+        sys.exit(failed)
     folders = [
         args.expdir / f"asr_{s}_s{seed}" for s in args.systems for seed in args.seeds
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from heads import Score
-from table import METRIC, read_scores, spread
+from table import METRIC, read_scores, spread, with_error
 from tasks import Task
 
 # System of eval1 -> systems of asr1 that hear with it.
@@ -26,7 +26,7 @@ def rows(
     """A row a system: its name, word error rate, and a cell a task."""
     found = []
     for system, scores in features.items():
-        cells = [spread(scores[task.name]) for task in tasks]
+        cells = [with_error(scores[task.name]) for task in tasks]
         for title, name in RECOGNIZERS.get(system, {system: None}).items():
             wer = "-"
             if name is not None:

@@ -87,19 +87,26 @@ def differences(
     return found
 
 
-def markdown(tasks: Sequence[Task], results: Results) -> str:
+def markdown(
+    tasks: Sequence[Task], results: Results, levels: Mapping[str, Sequence[Score]]
+) -> str:
     """Scores of the first row, and differences of all others to it.
 
     Not the scores of others: means over different seeds should not be compared.
+
+    Args:
+        tasks: columns.
+        results: of all rows.
+        levels: scores that are shown of the first row.
     """
-    base, first = next(iter(results.items()))
+    base = next(iter(results))
     titles = [f"{t.title}, {METRIC[t.metric]}" for t in tasks]
-    levels = [spread(first[t.name]) for t in tasks]
-    seeds = max(len(first[t.name]) for t in tasks)
+    cells = [spread(levels[t.name]) for t in tasks]
+    seeds = max(len(levels[t.name]) for t in tasks)
     lines = [
         f"| | seeds | {' | '.join(titles)} |",
         "|---|--:|" + "--:|" * len(tasks),
-        f"| {base} | {seeds} | {' | '.join(levels)} |",
+        f"| {base} | {seeds} | {' | '.join(cells)} |",
     ]
     for name, row in differences(tasks, results).items():
         pairs = max((len(one.values) for one in row.values()), default=0)

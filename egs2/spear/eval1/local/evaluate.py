@@ -12,25 +12,28 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import heads
 import torch
-from features import Features, Noise, kept_features
-from heads import Score, run_probe
+from features import Features, Noise, kept_features, see_files
+from heads import DRAWS, Score, run_probe
 from systems import System, logmel, student, teacher
 from table import draw, environment, table
 from tasks import Clips, Data, Task, TaskError, divide
 
+from espnet2_spear import load_model
 from espnet2_spear.fileio.atomic import atomic, write_json
 from espnet2_spear.fileio.datadir import read_table
 from espnet2_spear.fileio.explain import add_options, command
+from espnet2_spear.teachers import load_teacher_config
 
 HERE = Path(__file__).resolve().parent.parent
 SYSTEMS = "logmel random student teachers"
@@ -92,11 +95,17 @@ def step(dry_run: bool, *words: str | Path) -> None:
     subprocess.run([sys.executable, *map(str, words)], cwd=HERE, check=True)
 
 
+def fetch(packages: Sequence[str], folders: Folders) -> None:
+    """Fetch the packages of all tasks."""
+    remedy = "Or leave out by --tasks what needs them: grep -l PACKAGE tasks/*.yaml"
+    words = ["local/fetch_debs.sh", "../ssl1/local/debs.sha256", folders.downloads]
+    environment = {**os.environ, "REMEDY": remedy}
+    command = [*map(str, words), *packages]
+    subprocess.run(command, cwd=HERE, env=environment, check=True)
+
+
 def prepare(data: Data, folders: Folders, dry_run: bool) -> None:
-    """Fetch the packages and make the data directory."""
-    if data.packages and not dry_run:
-        fetch = ["local/fetch_debs.sh", "../ssl1/local/debs.sha256", folders.downloads]
-        subprocess.run([*map(str, fetch), *data.packages], cwd=HERE, check=True)
+    """Make the data directory."""
     source = folders.source(data)
     if data.dir:
         if not dry_run and not (source / "wav.scp").exists():
@@ -110,8 +119,13 @@ def prepare(data: Data, folders: Folders, dry_run: bool) -> None:
         "raw": folders.dump / "raw",
         "data": folders.data,
     }
-    inputs = [w for n in data.needs for w in ("--input", folders.dump / "raw" / n)]
     words = shlex.split(data.command.format(**places))
+    reads = [folders.dump / "raw" / name for name in data.needs]
+    for name in data.needs:
+        tables = (folders.data / name / table for table in ("labels", "groups"))
+        reads += [table for table in tables if table.exists()]
+    reads += [HERE / w for w in words if (HERE / w).is_file() and w.endswith(".txt")]
+    inputs = [word for path in reads for word in ("--input", path)]
     mark = source / ".done.json"
     step(dry_run, "--mark", mark, *inputs, "--output", source / "wav.scp", "--", *words)
 
@@ -119,6 +133,8 @@ def prepare(data: Data, folders: Folders, dry_run: bool) -> None:
 def format_clips(data: Data, folders: Folders, nj: int, dry_run: bool) -> None:
     """Make 16 kHz mono files; leave silence and clicks out."""
     source, raw = folders.source(data), folders.raw(data)
+    if data.command and not dry_run:  # other people's bad files are skipped and listed
+        see_files(read_table(source / "wav.scp", "utterance file"), 1)
     org = raw.with_name(raw.name + "_org")
     python = ("--", sys.executable, "-m")
     step(
@@ -141,13 +157,17 @@ def clips_of(task: Task, folders: Folders) -> tuple[Clips, dict[str, str]]:
     return clips, {utt: wavs[utt] for utt in clips.all}
 
 
-def systems(args: argparse.Namespace) -> Iterator[Callable[[], System]]:
+def systems(args: argparse.Namespace) -> list[Callable[[], System]]:
     """What --systems names; each is built when its turn comes.
 
     Raises:
         TaskError: no such system.
+        ConfigError: a teacher's file is bad.
     """
     teachers = [entry.partition("=")[::2] for entry in args.teachers.split()]
+    if "teachers" in args.systems.split():
+        for _, path in teachers:
+            load_teacher_config(path)
     builders: dict[str, list[Callable[[], System]]] = {
         "logmel": [lambda: logmel(args.device)],
         "random": [lambda: student(args.student, args.device, random_seed=0)],
@@ -160,7 +180,7 @@ def systems(args: argparse.Namespace) -> Iterator[Callable[[], System]]:
     for name in args.systems.split():
         if name not in builders:
             raise TaskError(f"--systems {name}: one of {', '.join(builders)}")
-        yield from builders[name]
+    return [build for name in args.systems.split() for build in builders[name]]
 
 
 def score(task: Task, clips: Clips, features: Features, seed: int, kept: Path) -> Score:
@@ -235,8 +255,9 @@ def write(
     text = [
         "# RESULTS",
         environment(),
-        f"Student `{args.student}`. Mean and standard deviation over seeds "
-        f"{', '.join(map(str, args.seeds))} of the probe; choices are made on dev.",
+        f"Student `{args.student}`. Mean over seeds {', '.join(map(str, args.seeds))} "
+        "of the probe and its standard error, which comes from the test clips (drawn "
+        f"anew {DRAWS} times) and the seeds. Choices are made on dev.",
         table(tasks, results),
         "\n".join(lines) + "\n",
     ]
@@ -289,7 +310,9 @@ def main(args: argparse.Namespace) -> None:
     tasks = chosen_tasks(args)
     path = Path(args.student)
     # A student is called as its folder is, or by its whole id on the hub.
-    name = path.parent.name if path.is_file() else args.student.replace("/", "_")
+    name = args.student.replace("/", "_")
+    if path.is_file():
+        name = path.resolve().parent.name
     tag = args.tag or (path.name if path.is_dir() else name)
     folders = Folders(
         args.datadir.resolve(),
@@ -299,13 +322,21 @@ def main(args: argparse.Namespace) -> None:
     )
     wanted = range(args.stage, args.stop_stage + 1)
     dry_run = args.dry_run == "true"
-    for data in all_data(tasks):
+    everything = all_data(tasks)
+    if not dry_run and (3 in wanted or 4 in wanted):  # is told before hours go by
+        systems(args)
+        load_model(args.student)
+    if not dry_run and 1 in wanted:
+        packages = dict.fromkeys(name for data in everything for name in data.packages)
+        if packages:
+            fetch([*packages], folders)
+    for data in everything:
         # Both stages of one before the next: some are made of others' formatted clips.
         if 1 in wanted:
             prepare(data, folders, dry_run)
         if 2 in wanted:
             format_clips(data, folders, args.nj, dry_run)
-    if 2 in wanted and not dry_run:  # bad labels and splits are told before hours go by
+    if 2 in wanted and not dry_run:  # bad labels and splits, too
         for task in tasks:
             clips_of(task, folders)
     if dry_run:

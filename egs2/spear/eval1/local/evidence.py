@@ -18,6 +18,7 @@ import os
 import shlex
 import statistics
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,13 +230,14 @@ def student_job(
     return Job(f"{arm.name}, seed {seed}", commands, exp / "evidence.log", SSL1)
 
 
-def call(command: Sequence[str]) -> None:
-    """Run a recipe.
+def call(command: Sequence[str], quiet: bool = False) -> None:
+    """Run a recipe; ``quiet``: only its errors are shown.
 
     Raises:
         TaskError: it failed; what it printed says why.
     """
-    if status := subprocess.run(command, cwd=SSL1).returncode:
+    out = subprocess.DEVNULL if quiet else None
+    if status := subprocess.run(command, cwd=SSL1, stdout=out).returncode:
         raise TaskError(f"exit code {status} (see above): {shlex.join(command)}")
 
 
@@ -247,6 +249,9 @@ def prepare(
     """Make the data of both recipes, and the codes of all students."""
     every = Arm("all", "", {})
     tag = {"tag": f"{args.tag}_codes"}  # of no training
+    for arm in {arm.name: arm for arm, _ in students}.values():
+        logging.info("do the options of %s fit?", arm.name)
+        call(ssl1(args, arm, 0, (7, 7), {**tag, "dry_run": "true"}), quiet=True)
     call(ssl1(args, every, 0, (1, 3), tag))
     write_noise(SSL1 / "dump/raw/train", SSL1 / "data/evidence_noise")
     call(eval1(tasks, stop_stage=2))
@@ -345,7 +350,7 @@ def add_controls(
     args: argparse.Namespace, tasks: Sequence[str], student: Path, scores: ScoreTable
 ) -> None:
     """Score log-mel, random weights and the teachers by tasks without such scores."""
-    missing = [name for name in tasks if not controls_of(scores, [name])]
+    missing = [name for name in tasks if not controls_of(scores.present(), [name])]
     if not missing:
         return
     tag = f"{args.tag}_controls"
@@ -406,7 +411,7 @@ def report(
         text.append(
             f"Seeds {', '.join(map(str, earlier))} were scored by an earlier probe, "
             "with other figures for characters. Differences, which are within seeds, "
-            "join all; means of students with other seeds should not be compared."
+            "join all; the scores of a first row are those of the present probe."
         )
     text.append("## Controls")
     for names in dict.fromkeys(question.tasks for question in asked):
@@ -416,13 +421,14 @@ def report(
         results: dict[str, Mapping[str, Sequence[Score]]] = {
             arm.title: results_of(scores, arm, question.tasks) for arm in question.arms
         }
+        levels = results_of(scores.present(), question.arms[0], question.tasks)
         results = {name: rows for name, rows in results.items() if any(rows.values())}
         if len(results) < min(2, len(question.arms)):
             continue  # nothing to compare yet
         if question.arms[0].title not in results:
             continue  # nor anything to compare with
         shown = [tasks[name] for name in question.tasks]
-        text += [f"## {question.title}", markdown(shown, results)]
+        text += [f"## {question.title}", markdown(shown, results, levels)]
         draw(shown, differences(shown, results), out / f"table{number}.png")
     (out / "RESULTS.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     print("\n\n".join(text[2:]))
@@ -481,16 +487,20 @@ def main(args: argparse.Namespace) -> None:
         prepare(args, students, every)
         scores.compare(new, codes)
     lanes = Lanes(args.jobs, args.gpus)
+    failed = ""
     try:
-        lanes.run(jobs)
-        if students:
-            add_controls(args, every, student_of(args, *students[0]), scores)
+        failed = lanes.run(jobs)
+        if lanes.finished:
+            any_student = students[jobs.index(lanes.finished[0])]
+            add_controls(args, every, student_of(args, *any_student), scores)
     finally:  # what is finished has a table, whatever became of the rest
         for (arm, seed), job in zip(students, jobs, strict=True):
             if job in lanes.finished:
                 add_student(student_of(args, arm, seed), arm, seed, scores)
         scores.fill(HERE / "exp" / args.tag / "scores.tsv")
         report(args, tasks, asked, scores)
+    if failed:
+        sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tasks import PARTS, Clips, Task, spans
 from torch import Tensor, nn
 from torchaudio.functional import edit_distance
 
+HELD_OUT = ("dev", "test")
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the weights, head linear
 STEPS = 300  # of L-BFGS; fewer leave what the initial weights were in the scores
 # Heads ctc and frames; batch, rate and epochs by the CER on dev of one student
@@ -27,16 +28,38 @@ STEPS = 300  # of L-BFGS; fewer leave what the initial weights were in the score
 # more.
 EPOCHS, EVERY, BATCH, LEARNING_RATE = 60, 3, 8, 2e-2
 FRAMES = 50  # a second, at which the head frames asks
+DRAWS = 200  # of test clips, for the error of a score
 
 
 @dataclass
 class Score:
-    """What a probe reached on dev and test, in percent, and its layer weights."""
+    """What a probe reached, in percent.
+
+    Attributes:
+        seed: of the probe.
+        dev: on the clips that choices were made on.
+        test: on the test clips.
+        layers: weight of each layer.
+        error: standard error of ``test``: other clips would give another score.
+    """
 
     seed: int
     dev: float
     test: float
     layers: list[float]
+    error: float = 0.0
+
+
+def bootstrap(measured: Callable[[np.ndarray], float], count: int) -> float:
+    """Standard error of a measure by drawing clips anew (Efron, 1979).
+
+    Args:
+        measured: numbers of clips, some several times -> measure.
+        count: of clips.
+    """
+    generator = np.random.default_rng(0)
+    draws = (generator.integers(count, size=count) for _ in range(DRAWS))
+    return float(np.std([measured(rows) for rows in draws], ddof=1))
 
 
 class Probe(nn.Module):
@@ -112,13 +135,15 @@ def _linear(task: Task, clips: Clips, features: Features, seed: int) -> Score:
 
         optimizer.step(closure)
         with torch.no_grad():
-            dev, test = (
-                measure(task.metric, log_probabilities(probe(x[part])), y[part])
-                for part in ("dev", "test")
-            )
+            scores = {part: log_probabilities(probe(x[part])) for part in HELD_OUT}
+        dev, test = (measure(task.metric, scores[part], y[part]) for part in HELD_OUT)
         if best is None or dev > best.dev:
             best = Score(seed, dev, test, probe.layer.softmax(0).tolist())
+            heard = scores["test"]
     assert best is not None
+    best.error = bootstrap(
+        lambda rows: measure(task.metric, heard[rows], y["test"][rows]), len(heard)
+    )
     return best
 
 
@@ -150,9 +175,17 @@ def _by_epochs(
     clips: Clips,
     seed: int,
     loss_of: Callable[[Sequence[str]], Tensor],
-    errors_of: Callable[[Sequence[str]], float],
+    errors_of: Callable[[Sequence[str]], np.ndarray],
 ) -> Score:
-    """Train by Adam; keep the epoch with the fewest errors on dev."""
+    """Train by Adam; keep the epoch with the fewest errors on dev.
+
+    Args:
+        probe: what is trained.
+        clips: of the task.
+        seed: of the order of batches.
+        loss_of: utterances -> loss.
+        errors_of: utterances -> (2, utterances): errors, and of how many.
+    """
     train = clips.utts["train"]
     optimizer = torch.optim.Adam(probe.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(seed)
@@ -167,11 +200,20 @@ def _by_epochs(
         if epoch % EVERY:
             continue
         with torch.no_grad():
-            dev, test = (errors_of(clips.utts[part]) for part in ("dev", "test"))
+            errors = {part: errors_of(clips.utts[part]) for part in HELD_OUT}
+        dev, test = (percent(errors[part]) for part in HELD_OUT)
         if best is None or dev < best.dev:
             best = Score(seed, dev, test, probe.layer.softmax(0).tolist())
+            found = errors["test"]
     assert best is not None
+    best.error = bootstrap(lambda rows: percent(found[:, rows]), found.shape[1])
     return best
+
+
+def percent(errors: np.ndarray) -> float:
+    """Errors in percent, of (2, clips): errors, and of how many."""
+    wrong, of = errors.sum(1)
+    return 100 * float(wrong / of)
 
 
 def _all_frames(features: Features, utt: str) -> Tensor:
@@ -197,20 +239,22 @@ def _ctc(task: Task, clips: Clips, features: Features, seed: int) -> Score:
             zero_infinity=True,  # a clip with fewer frames than characters
         )
 
-    def errors_of(utts: Sequence[str]) -> float:
+    def errors_of(utts: Sequence[str]) -> np.ndarray:
         paths = [probe(_all_frames(features, u)).argmax(-1).tolist() for u in utts]
         return character_errors(paths, [texts[u] for u in utts])
 
     return _by_epochs(probe, clips, seed, loss_of, errors_of)
 
 
-def character_errors(paths: Sequence[list[int]], texts: Sequence[list[int]]) -> float:
-    """Edits in percent of the characters, of the most likely label in every frame."""
-    errors = 0
+def character_errors(
+    paths: Sequence[list[int]], texts: Sequence[list[int]]
+) -> np.ndarray:
+    """Of each clip edits and characters, of the most likely label in every frame."""
+    edits = []
     for path, text in zip(paths, texts, strict=True):
         merged = [c for i, c in enumerate(path) if c and (i == 0 or c != path[i - 1])]
-        errors += edit_distance(merged, text)
-    return 100 * errors / sum(map(len, texts))
+        edits.append(edit_distance(merged, text))
+    return np.array([edits, [len(text) for text in texts]])
 
 
 def _frames(task: Task, clips: Clips, features: Features, seed: int) -> Score:
@@ -234,13 +278,16 @@ def _frames(task: Task, clips: Clips, features: Features, seed: int) -> Score:
     def right(utts: Sequence[str]) -> Tensor:
         return torch.cat([answers[u] for u in utts])
 
+    def errors_of(utts: Sequence[str]) -> np.ndarray:
+        counts = [len(answers[u]) for u in utts]
+        wrong = (probe(frames(utts)).argmax(1) != right(utts)).split(counts)
+        return np.array([[int(w.sum()) for w in wrong], counts])
+
     probe = Probe(*_statistics(frames(clips.utts["train"])), len(index), seed)
     return _by_epochs(
         probe,
         clips,
         seed,
         lambda utts: F.cross_entropy(probe(frames(utts)), right(utts)),
-        lambda utts: (
-            100 * (probe(frames(utts)).argmax(1) != right(utts)).float().mean().item()
-        ),
+        errors_of,
     )

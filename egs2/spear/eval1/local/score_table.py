@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,10 +18,11 @@ class ScoreTable:
     Args:
         path: to read, as ``write`` made it; None: no scores yet.
         conditions: columns that must agree with this run's.
-        probe: name of the present probe. A seed has one probe, seeds may differ.
+        probe: name of the present probe. Seeds may differ in it.
 
     Raises:
-        TaskError: no such file, not such a table, or scores of other conditions.
+        TaskError: no such file, not such a table, scores of other conditions, or
+            students of one seed that had other quantizers or probes.
     """
 
     COLUMNS = ("arm", "seed", "task", "dev", "test", "commit", "quantizers", "probe")
@@ -55,6 +56,26 @@ class ScoreTable:
                     f"--known {path}: scores of students with {key} "
                     f"{sorted(map(str, other))}; this run has {value!r}"
                 )
+        self._see_seeds()
+
+    def _see_seeds(self) -> None:
+        """See that students of a seed share the quantizers of their codes, and a probe.
+
+        Raises:
+            TaskError: some do not.
+        """
+        shared: dict[int, dict[str, str]] = {}
+        for (arm, seed, _), row in self._rows.items():
+            if not row["quantizers"]:  # log-mel, a teacher
+                continue
+            facts = dict(word.split("=") for word in row["quantizers"].split())
+            for name, value in {**facts, "probe": row["probe"]}.items():
+                other = shared.setdefault(seed, {}).setdefault(name, value)
+                if other != value:
+                    raise TaskError(
+                        f"'{arm}' of seed {seed} has {name} {value}, others of this "
+                        f"seed {other}: they cannot be compared; remove rows of one"
+                    )
 
     def compare(self, seeds: set[int], codes: Path) -> None:
         """See that students of these seeds would be comparable with those known.
@@ -144,9 +165,25 @@ class ScoreTable:
 
     def fill(self, path: Path) -> None:
         """Take over from an earlier run's table what this one did not get to."""
-        with contextlib.suppress(TaskError):  # none, or of other conditions
+        if not path.exists():
+            return
+        present = self._rows
+        try:
             earlier = ScoreTable(str(path), self.conditions, self.probe)
-            self._rows = {**earlier._rows, **self._rows}
+            self._rows = {**earlier._rows, **present}
+            self._see_seeds()
+        except TaskError as error:
+            self._rows = present
+            aside = path.with_name(f"{path.name}.old")
+            path.rename(aside)
+            logging.warning("%s: left out, now %s (%s)", path, aside, error)
+
+    def present(self) -> ScoreTable:
+        """Those of the present probe alone."""
+        found = ScoreTable("", self.conditions, self.probe)
+        rows = self._rows.items()
+        found._rows = {key: row for key, row in rows if row["probe"] == self.probe}
+        return found
 
     def write(self, path: Path) -> None:
         """Write all scores, those that were read too."""

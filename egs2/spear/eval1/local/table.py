@@ -7,6 +7,7 @@ import json
 import platform
 import statistics
 import subprocess
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,22 @@ def read_scores(path: Path) -> dict[str, dict[str, list[Score]]]:
     }
 
 
+def with_error(scores: Sequence[Score]) -> str:
+    """Mean over the seeds, and its standard error: of the clips and of the seeds."""
+    if not scores:
+        return "-"
+    error = standard_error(scores)
+    mean = f"{statistics.fmean(s.test for s in scores):.1f}"
+    return f"{mean} ± {error:.1f}" if error else mean
+
+
+def standard_error(scores: Sequence[Score]) -> float:
+    """Of their mean: all seeds are tested on the same clips."""
+    clips = statistics.fmean(s.error**2 for s in scores)
+    seeds = statistics.variance(s.test for s in scores) if len(scores) > 1 else 0.0
+    return (clips + seeds / len(scores)) ** 0.5
+
+
 def spread(scores: Sequence[Score]) -> str:
     """Mean and standard deviation over the seeds."""
     values = [score.test for score in scores]
@@ -48,21 +65,30 @@ def spread(scores: Sequence[Score]) -> str:
 def mean_ranks(
     tasks: Sequence[Task], results: Results
 ) -> dict[str, list[float | None]]:
-    """Mean rank of every system over speech, audio and all tasks; 1 is the best."""
+    """Mean rank of every system over speech, audio and all tasks; 1 is the best.
+
+    Tasks that ask the same of the same clips (with and without noise) count as one.
+    """
     systems = list(results)
-    ranks: dict[str, list] = {}
+    # (domain, clips, question) -> ranks of all systems, a list a task.
+    ranks: dict[tuple[str, str, str], list[list[float]]] = defaultdict(list)
     for task in tasks:
         means = [
             statistics.fmean(s.test for s in results[system][task.name])
             for system in systems
         ]
         sign = 1 if task.metric in LOWER_IS_BETTER else -1
-        ranks[task.name] = rankdata([sign * m for m in means]).tolist()
-    chosen = [[t for t in tasks if t.domain == domain] for domain in DOMAINS]
-    chosen.append(list(tasks))
+        key = (task.domain, task.data.name, task.label)
+        ranks[key].append(rankdata([sign * m for m in means]).tolist())
+    means_of = {
+        key: [statistics.fmean(column) for column in zip(*found, strict=True)]
+        for key, found in ranks.items()
+    }
+    chosen = [[key for key in ranks if key[0] == domain] for domain in DOMAINS]
+    chosen.append(list(ranks))
     return {
         system: [
-            statistics.fmean(ranks[t.name][i] for t in some) if some else None
+            statistics.fmean(means_of[key][i] for key in some) if some else None
             for some in chosen
         ]
         for i, system in enumerate(systems)
@@ -82,7 +108,7 @@ def table(tasks: Sequence[Task], results: Results, ranks: bool = True) -> str:
     lines = [f"| system | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
     means = mean_ranks(tasks, results) if ranks else {}
     for system, scores in results.items():
-        cells = [spread(scores.get(t.name, ())) for t in tasks]
+        cells = [with_error(scores.get(t.name, ())) for t in tasks]
         cells += ["-" if r is None else f"{r:.1f}" for r in means.get(system, ())]
         lines.append(f"| {system} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -124,7 +150,7 @@ def draw(tasks: Sequence[Task], results: Results, path: Path) -> None:
             [k + i * width for k in range(len(tasks))],
             [statistics.fmean(v) for v in values],
             width,
-            yerr=[statistics.stdev(v) if len(v) > 1 else 0.0 for v in values],
+            yerr=[standard_error(scores[t.name]) for t in tasks],
             label=system,
         )
     labels = [

@@ -202,6 +202,9 @@ def divide(task: Task, source: Path, present: Sequence[str], here: Path) -> Clip
     for utt in present:
         if utt not in labels:
             raise TaskError(f"{task.path}: {table} has no label of '{utt}'; add it")
+    for utt in present if groups else ():
+        if utt not in groups:
+            raise TaskError(f"{task.path}: {groups_file} has no group of '{utt}'")
     part_of = _parts(task, source, present, groups, labels, here)
     _check_leaks(task, part_of, groups, labels)
     if task.head == "linear" and task.metric == "accuracy":

@@ -78,7 +78,12 @@ else
             ;;
         esac
     done
-    local/fetch_debs.sh local/debs.sha256 "${downloads}" "${packages[@]}"
+    REMEDY="Leave some out by
+  ./run.sh --speech_langs \"en\" --audio_sets \"sonicpi\"    (see --help)
+or name your own folders of audio instead:
+  ./run.sh --speech_dirs \"/path/to/speech\" --audio_dirs \"/path/to/sounds\"
+(any folder of audio files, or a Kaldi data directory)." \
+        local/fetch_debs.sh local/debs.sha256 "${downloads}" "${packages[@]}"
     if [[ " ${audio_sets} " == *" ufoai "* ]]; then
         python local/unzip_audio.py --out_dir "${root}/ufoai" \
             "${root}"/usr/share/games/ufoai/base/*.pk3

@@ -7,7 +7,7 @@ help_message="Usage: $0 <manifest> <folder> <package>...
   <manifest>  lines 'sha256  package_version_arch.deb'
   <folder>    gets debs/ (the packages), apt/ (package lists) and root/ (their contents)
 Packages already fetched and unpacked are kept. A package file put into <folder>/debs
-by hand is used if its hash is right."
+by hand is used if its hash is right. Messages end with \${REMEDY}: what else to do."
 
 log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') (fetch_debs.sh) $*"; }
 fail() {
@@ -23,11 +23,8 @@ manifest=$1
 folder=$2
 shift 2
 
-own_audio="They are packages of Debian 12; other systems may have other versions. Leave some out by
-  ./run.sh --speech_langs \"en\" --audio_sets \"sonicpi\"    (see --help)
-or name your own folders of audio instead:
-  ./run.sh --speech_dirs \"/path/to/speech\" --audio_dirs \"/path/to/sounds\"
-(any folder of audio files, or a Kaldi data directory)."
+remedy="They are packages of Debian 12; other systems may have other versions.
+${REMEDY:-}"
 
 mkdir -p "${folder}"/{debs,root,apt/lists/partial,apt/cache/archives/partial,partial}
 folder=$(cd "${folder}" && pwd)
@@ -70,8 +67,8 @@ if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || fail "apt-get is not on this system, so that these packages cannot be fetched:
   ${missing[*]}
 Copy their .deb files (names in ${manifest}) into ${folder}/debs.
-${own_audio}"
-    log "fetching ${#missing[@]} packages (about 8 MB each): ${missing[*]}"
+${remedy}"
+    log "fetching ${#missing[@]} packages: ${missing[*]}"
     # As root apt-get would switch to a user that may not write here.
     apt=(apt-get -q -o APT::Sandbox::User=root -o Acquire::Retries=3)
     # Package lists in our own folder, when the system's are empty or out of date.
@@ -86,7 +83,7 @@ ${own_audio}"
             fail "apt-get could not fetch these packages: ${missing[*]}
 The whole output is in ${folder}/apt/download.log. Check the network and that
 the package sources include Debian's main section; then run again: what has been fetched is kept.
-${own_audio}"
+${remedy}"
         fi
     fi
     cd - >/dev/null
@@ -102,12 +99,12 @@ for package in "$@"; do
         if ! is_good "${hash}" "${fetched}"; then
             rm -f "${fetched}"
             fail "${file} as fetched does not match its sha256 ${hash} in ${manifest} and was deleted; run again, and if it stays so, the package source is not to be trusted
-${own_audio}"
+${remedy}"
         fi
         mv "${fetched}" "${folder}/debs/${file}"
     fi
     command -v dpkg-deb >/dev/null || fail "dpkg-deb is needed to unpack ${folder}/debs/${file}; install dpkg
-${own_audio}"
+${remedy}"
     dpkg-deb -x "${folder}/debs/${file}" "${folder}/root"
     touch "${mark}"
 done

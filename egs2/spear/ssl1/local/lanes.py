@@ -55,11 +55,14 @@ class Lanes:
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[Job]) -> str:
         """Run all jobs; the others go on when one fails.
 
+        Returns:
+            Names of those that have failed, in a sentence; empty if none has.
+
         Raises:
-            SystemExit: some have failed, or a SIGTERM came; names them.
+            SystemExit: a SIGTERM came.
         """
         signal.signal(signal.SIGTERM, _exit_once)
         start, failed = time.monotonic(), []
@@ -87,8 +90,9 @@ class Lanes:
             except BaseException:
                 self._stop()
                 raise
-        if failed:
-            sys.exit(f"{len(failed)} of {len(jobs)} failed: {', '.join(failed)}")
+        if not failed:
+            return ""
+        return f"{len(failed)} of {len(jobs)} failed: {', '.join(failed)}"
 
     def _run(self, job: Job) -> tuple[str, float]:
         """Run a job; returns what went wrong, or nothing, and the minutes it took."""
