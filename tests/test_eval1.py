@@ -466,10 +466,18 @@ def test_character_errors() -> None:
     assert heads.percent(errors) == pytest.approx(20.0)
 
 
-def test_error_of_a_share_is_that_of_the_binomial_distribution() -> None:
+def test_error_of_a_share_is_that_of_a_binomial_distribution() -> None:
     right = np.arange(400) < 320
-    found = heads.bootstrap(lambda rows: 100 * right[rows].mean(), 400)
-    assert found == pytest.approx(100 * (0.8 * 0.2 / 400) ** 0.5, rel=0.15)
+
+    def found(groups: dict[str, str]) -> float:
+        clips = tasks.Clips({"test": [f"u{i}" for i in range(400)]}, {}, [], groups)
+        return heads.bootstrap(lambda rows: 100 * right[rows].mean(), clips)
+
+    assert found({}) == pytest.approx(100 * (0.8 * 0.2 / 400) ** 0.5, rel=0.15)
+    # Groups of ten clips that are all right or all wrong: 40 are drawn, not 400.
+    tens = {f"u{i}": f"g{i // 10}" for i in range(400)}
+    assert found(tens) == pytest.approx(100 * (0.8 * 0.2 / 40) ** 0.5, rel=0.15)
+    assert found({f"u{i}": f"g{i // 50}" for i in range(400)}) == 0  # too few
 
 
 def test_mean_ranks(tmp_path: Path) -> None:
@@ -608,6 +616,7 @@ def test_clips_of_the_recipe_that_are_gone(tmp_path: Path) -> None:
     )
     evaluate.prepare(data, found, False)
     evaluate.format_clips(data, found, 1, False)
+    assert evaluate.see_files(data, found) is None
     (tmp_path / "data/made/b.wav").unlink()
     with pytest.raises(
         tasks.TaskError, match="b.wav: is gone; remove .*data/made, and"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from recipe_scripts import folders
 
 from espnet2_spear.spear.mixing import MixerConfig
 
@@ -265,11 +266,12 @@ def test_scores_of_a_seed_are_of_one_probe_and_one_quantizer(
         with pytest.raises(tasks.TaskError, match="'rvq' of seed 3 has .* remove rows"):
             score_table.ScoreTable(str(path), {}, "2")
     # An earlier run's table is set aside where it does not fit, and else joined.
-    first.write(path)
-    here = scores("rvq", "w_mvq8=0000")
-    here.fill(path)
-    assert [arm for arm, *_ in here._rows] == ["rvq"] and "left out" in caplog.text
-    assert path.with_name("scores.tsv.old").exists() and not path.exists()
+    for i in range(2):
+        first.write(path)
+        here = scores("rvq", "w_mvq8=0000")
+        here.fill(path)
+        assert [arm for arm, *_ in here._rows] == ["rvq"] and "left out" in caplog.text
+        assert path.with_name(f"scores.tsv.old{i}").exists() and not path.exists()
     first.write(path)
     here = scores("rvq", "w_mvq8=e5b7 w_rvq8=0000")
     here.fill(path)
@@ -283,6 +285,7 @@ def test_what_is_finished_has_a_table(
     monkeypatch.setattr(evidence, "HERE", tmp_path)
     monkeypatch.setattr(evidence, "SSL1", tmp_path)
     monkeypatch.setattr(evidence, "prepare", lambda *_: None)
+    monkeypatch.setattr(evidence, "see_options", lambda *_: None)
     monkeypatch.setattr(
         tasks.Task,
         "read",
@@ -401,4 +404,14 @@ def test_table_of_the_demo(tmp_path: Path) -> None:
         "| student, frozen | 79.0 | 60.0 | 80.0 |",
         "| student, fine-tuned | 78.0 | - | - |",
         "| teacher x | - | 61.0 | 90.0 |",
+        "",
+        "±: of recognition the standard deviation of several seeds, else the standard "
+        "error over the test clips.",
     ]
+
+
+def test_options_that_do_not_fit(tmp_path: Path) -> None:
+    words = ["./run.sh", "--stage", "7", "--stop_stage", "7", *folders(tmp_path)]
+    words += ["--config_override", "masker_conf.time_prob=1.65"]
+    with pytest.raises(tasks.TaskError, match="masks, seed 1: its options do not fit"):
+        evidence.see_options(lanes.Job("masks, seed 1", [words], tmp_path / "log"))

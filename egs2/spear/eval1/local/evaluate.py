@@ -23,7 +23,7 @@ from pathlib import Path
 
 import heads
 import torch
-from features import Features, Noise, kept_features, see_files
+from features import Features, Noise, kept_features
 from heads import DRAWS, Score, run_probe
 from systems import System, logmel, student, teacher
 from table import draw, environment, table
@@ -32,6 +32,7 @@ from tasks import Clips, Data, Task, TaskError, divide
 from espnet2_spear import load_model
 from espnet2_spear.fileio.atomic import atomic, write_json
 from espnet2_spear.fileio.datadir import read_table
+from espnet2_spear.fileio.decode import split_ark
 from espnet2_spear.fileio.explain import add_options, command
 from espnet2_spear.teachers import load_teacher_config
 
@@ -130,11 +131,33 @@ def prepare(data: Data, folders: Folders, dry_run: bool) -> None:
     step(dry_run, "--mark", mark, *inputs, "--output", source / "wav.scp", "--", *words)
 
 
+def see_files(data: Data, folders: Folders) -> None:
+    """See that all files are there that stage 1 has written.
+
+    Those of somebody's corpus are none; what is bad there is skipped and listed.
+
+    Raises:
+        TaskError: one is gone.
+    """
+    source = folders.source(data)
+    for path in read_table(source / "wav.scp", "utterance file").values():
+        file, _ = split_ark(path)
+        if file.exists():
+            continue
+        if folders.downloads in file.parents:
+            remedy = f"{source} and {folders.downloads / 'root'}"
+        elif source in file.parents:
+            remedy = str(source)
+        else:
+            continue
+        raise TaskError(f"{file}: is gone; remove {remedy}, and run stage 1 again")
+
+
 def format_clips(data: Data, folders: Folders, nj: int, dry_run: bool) -> None:
     """Make 16 kHz mono files; leave silence and clicks out."""
     source, raw = folders.source(data), folders.raw(data)
-    if data.command and not dry_run:  # other people's bad files are skipped and listed
-        see_files(read_table(source / "wav.scp", "utterance file"), 1)
+    if data.command and not dry_run:
+        see_files(data, folders)
     org = raw.with_name(raw.name + "_org")
     python = ("--", sys.executable, "-m")
     step(
@@ -312,7 +335,7 @@ def main(args: argparse.Namespace) -> None:
     # A student is called as its folder is, or by its whole id on the hub.
     name = args.student.replace("/", "_")
     if path.is_file():
-        name = path.resolve().parent.name
+        name = Path(os.path.abspath(path)).parent.name
     tag = args.tag or (path.name if path.is_dir() else name)
     folders = Folders(
         args.datadir.resolve(),
@@ -325,7 +348,8 @@ def main(args: argparse.Namespace) -> None:
     everything = all_data(tasks)
     if not dry_run and (3 in wanted or 4 in wanted):  # is told before hours go by
         systems(args)
-        load_model(args.student)
+        if {"student", "random"} & {*args.systems.split()}:
+            load_model(args.student)
     if not dry_run and 1 in wanted:
         packages = dict.fromkeys(name for data in everything for name in data.packages)
         if packages:

@@ -230,14 +230,13 @@ def student_job(
     return Job(f"{arm.name}, seed {seed}", commands, exp / "evidence.log", SSL1)
 
 
-def call(command: Sequence[str], quiet: bool = False) -> None:
-    """Run a recipe; ``quiet``: only its errors are shown.
+def call(command: Sequence[str]) -> None:
+    """Run a recipe.
 
     Raises:
         TaskError: it failed; what it printed says why.
     """
-    out = subprocess.DEVNULL if quiet else None
-    if status := subprocess.run(command, cwd=SSL1, stdout=out).returncode:
+    if status := subprocess.run(command, cwd=SSL1).returncode:
         raise TaskError(f"exit code {status} (see above): {shlex.join(command)}")
 
 
@@ -249,9 +248,6 @@ def prepare(
     """Make the data of both recipes, and the codes of all students."""
     every = Arm("all", "", {})
     tag = {"tag": f"{args.tag}_codes"}  # of no training
-    for arm in {arm.name: arm for arm, _ in students}.values():
-        logging.info("do the options of %s fit?", arm.name)
-        call(ssl1(args, arm, 0, (7, 7), {**tag, "dry_run": "true"}), quiet=True)
     call(ssl1(args, every, 0, (1, 3), tag))
     write_noise(SSL1 / "dump/raw/train", SSL1 / "data/evidence_noise")
     call(eval1(tasks, stop_stage=2))
@@ -259,6 +255,20 @@ def prepare(
     for arm, seed in codes.values():
         logging.info("codes of %s, seed %d", arm.name, seed)
         call(ssl1(args, arm, seed, (4, 6), tag))
+
+
+def see_options(job: Job) -> None:
+    """See that the options of a training fit, before there are data and codes.
+
+    Raises:
+        TaskError: they do not.
+    """
+    logging.info("do the options of %s fit?", job.name)
+    command = [*job.commands[0], "--dry_run", "true"]
+    told = subprocess.run(command, cwd=SSL1, capture_output=True, text=True)
+    if told.returncode:
+        sys.stderr.write(told.stdout + told.stderr)
+        raise TaskError(f"{job.name}: its options do not fit (see above)")
 
 
 def note_origin(student: Path, job: Job) -> None:
@@ -479,11 +489,14 @@ def main(args: argparse.Namespace) -> None:
         for job in jobs:
             print(f"{job.name}:", *map(shlex.join, job.commands), sep="\n  ")
         return
-    for (arm, seed), job in zip(students, jobs, strict=True):
-        note_origin(student_of(args, arm, seed), job)
     if students:
         new, codes = {seed for _, seed in students}, SSL1 / "dump/codes/train"
         scores.compare(new, codes)  # with codes that are there already
+        pairs = [*zip(students, jobs, strict=True)]
+        for job in {arm.name: job for (arm, _), job in pairs}.values():
+            see_options(job)
+        for (arm, seed), job in pairs:
+            note_origin(student_of(args, arm, seed), job)
         prepare(args, students, every)
         scores.compare(new, codes)
     lanes = Lanes(args.jobs, args.gpus)

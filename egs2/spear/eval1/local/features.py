@@ -153,28 +153,16 @@ def _read(array: Path, index: Path, facts: Mapping[str, object]) -> Features | N
         return None
 
 
-def see_files(wavs: Mapping[str, str], stage: int) -> None:
-    """See that all files are there that a stage of run.sh has written.
-
-    Raises:
-        TaskError: one is gone.
-    """
-    for path in wavs.values():
-        file, _ = split_ark(path)
-        if not file.exists():
-            # What steps have made; or else packages, which leave root/.NAME.done.
-            marked = (p for p in file.parents if [*p.glob(".*done*")])
-            raise TaskError(
-                f"{file}: is gone; remove {next(marked, file.parent)}, and stage "
-                f"{stage} of run.sh makes it again"
-            )
-
-
 def _digest(wavs: Mapping[str, str]) -> str:
-    see_files(wavs, 2)
     digest = hashlib.sha256()
     for utt, path in wavs.items():
         file, offset = split_ark(path)
+        if not file.exists():
+            marked = (p for p in file.parents if (p / ".done.json").exists())
+            raise TaskError(
+                f"{file}: is gone; remove {next(marked, file.parent)}, and stage 2 of "
+                "run.sh makes it again"
+            )
         facts = f"{utt} {file.name}:{offset} {file.stat().st_size}\n"
         digest.update(facts.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

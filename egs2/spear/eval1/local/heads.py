@@ -8,6 +8,7 @@ classes (`linear`), of characters in every frame (`ctc`), or of a class in every
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ STEPS = 300  # of L-BFGS; fewer leave what the initial weights were in the score
 EPOCHS, EVERY, BATCH, LEARNING_RATE = 60, 3, 8, 2e-2
 FRAMES = 50  # a second, at which the head frames asks
 DRAWS = 200  # of test clips, for the error of a score
+FEWEST = 10  # groups of test clips, which tell the error of a score
 
 
 @dataclass
@@ -40,7 +42,8 @@ class Score:
         dev: on the clips that choices were made on.
         test: on the test clips.
         layers: weight of each layer.
-        error: standard error of ``test``: other clips would give another score.
+        error: standard error of ``test``: other clips would give another score; 0 if
+            there are too few to tell.
     """
 
     seed: int
@@ -50,16 +53,24 @@ class Score:
     error: float = 0.0
 
 
-def bootstrap(measured: Callable[[np.ndarray], float], count: int) -> float:
-    """Standard error of a measure by drawing clips anew (Efron, 1979).
+def bootstrap(measured: Callable[[np.ndarray], float], clips: Clips) -> float:
+    """Standard error of a measure by drawing test clips anew (Efron, 1979).
+
+    Clips of one group (a speaker, an instrument) are drawn together, as they are alike.
 
     Args:
         measured: numbers of clips, some several times -> measure.
-        count: of clips.
+        clips: of the task.
     """
-    generator = np.random.default_rng(0)
-    draws = (generator.integers(count, size=count) for _ in range(DRAWS))
-    return float(np.std([measured(rows) for rows in draws], ddof=1))
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, utt in enumerate(clips.utts["test"]):
+        rows_of[clips.groups.get(utt, utt)].append(row)
+    if len(rows_of) < FEWEST:
+        return 0.0
+    rows, generator = [*rows_of.values()], np.random.default_rng(0)
+    draws = (generator.integers(len(rows), size=len(rows)) for _ in range(DRAWS))
+    values = [measured(np.concatenate([rows[i] for i in draw])) for draw in draws]
+    return float(np.std(values, ddof=1))
 
 
 class Probe(nn.Module):
@@ -142,7 +153,7 @@ def _linear(task: Task, clips: Clips, features: Features, seed: int) -> Score:
             heard = scores["test"]
     assert best is not None
     best.error = bootstrap(
-        lambda rows: measure(task.metric, heard[rows], y["test"][rows]), len(heard)
+        lambda rows: measure(task.metric, heard[rows], y["test"][rows]), clips
     )
     return best
 
@@ -206,7 +217,7 @@ def _by_epochs(
             best = Score(seed, dev, test, probe.layer.softmax(0).tolist())
             found = errors["test"]
     assert best is not None
-    best.error = bootstrap(lambda rows: percent(found[:, rows]), found.shape[1])
+    best.error = bootstrap(lambda rows: percent(found[:, rows]), clips)
     return best
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -174,9 +175,10 @@ class ScoreTable:
             self._see_seeds()
         except TaskError as error:
             self._rows = present
-            aside = path.with_name(f"{path.name}.old")
+            names = (path.with_name(f"{path.name}.old{i}") for i in itertools.count())
+            aside = next(name for name in names if not name.exists())
             path.rename(aside)
-            logging.warning("%s: left out, now %s (%s)", path, aside, error)
+            logging.warning("%s: left out, is now %s (%s)", path, aside, error)
 
     def present(self) -> ScoreTable:
         """Those of the present probe alone."""

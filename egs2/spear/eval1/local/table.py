@@ -67,18 +67,19 @@ def mean_ranks(
 ) -> dict[str, list[float | None]]:
     """Mean rank of every system over speech, audio and all tasks; 1 is the best.
 
-    Tasks that ask the same of the same clips (with and without noise) count as one.
+    Tasks that differ in nothing but their noise count as one.
     """
     systems = list(results)
-    # (domain, clips, question) -> ranks of all systems, a list a task.
-    ranks: dict[tuple[str, str, str], list[list[float]]] = defaultdict(list)
+    # All of a task but its noise -> ranks of all systems, a list a task.
+    ranks: dict[tuple[str, ...], list[list[float]]] = defaultdict(list)
     for task in tasks:
         means = [
             statistics.fmean(s.test for s in results[system][task.name])
             for system in systems
         ]
         sign = 1 if task.metric in LOWER_IS_BETTER else -1
-        key = (task.domain, task.data.name, task.label)
+        key = (task.domain, task.data.name, task.label, repr(task.split))
+        key += (task.head, task.metric)
         ranks[key].append(rankdata([sign * m for m in means]).tolist())
     means_of = {
         key: [statistics.fmean(column) for column in zip(*found, strict=True)]

@@ -165,11 +165,13 @@ class Clips:
         utts: part -> names.
         labels: utterance -> its class(es), or its text, or (frames) `class end ...`.
         classes: all classes, sorted; of text, all characters.
+        groups: utterance -> its group, if there are groups.
     """
 
     utts: dict[str, list[str]]
     labels: dict[str, str]
     classes: list[str] = field(default_factory=list)
+    groups: dict[str, str] = field(default_factory=dict)
 
     @property
     def all(self) -> list[str]:
@@ -216,7 +218,7 @@ def divide(task: Task, source: Path, present: Sequence[str], here: Path) -> Clip
                     "without spaces, or let the metric be map"
                 )
     utts = {p: [utt for utt in present if part_of[utt] == p] for p in PARTS}
-    clips = Clips(utts, {utt: labels[utt] for utt in present})
+    clips = Clips(utts, {utt: labels[utt] for utt in present}, groups=groups)
     seen = {part: _symbols(task, clips, part) for part in PARTS}
     clips.classes = sorted(seen["train"])
     for part in PARTS:
