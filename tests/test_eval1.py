@@ -458,6 +458,38 @@ def test_frames_of_any_rate_answer_every_20_ms(
     assert score.test < 1 and np.argmax(score.layers) == 1
 
 
+@pytest.mark.parametrize("longest", [30.0, 20.1])
+def test_texts_are_learnt_from_clips_of_up_to_20_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: float
+) -> None:
+    """And the scores do not depend on how many probes run side by side."""
+    rng = np.random.default_rng(0)
+    names = [f"u{i}" for i in range(40)]
+    labels = {u: "".join(rng.permutation(list("abc"))) for u in names}
+    values = np.zeros((40 * 12, 2, 4), np.float32)
+    for row, u in enumerate(names):
+        for i, char in enumerate(labels[u]):
+            values[row * 12 + 4 * i + 1, 1, "abc".index(char)] = 1
+    values += 0.1 * rng.standard_normal(values.shape).astype(np.float32)
+    values[:12] = np.nan  # of the long clip
+    utts = {"train": names[:24], "dev": names[24:32], "test": names[32:]}
+    clips = tasks.Clips(utts, labels, ["a", "b", "c"])
+    seconds = {**dict.fromkeys(names, 20.0), "u0": longest}
+    rows = {u: slice(i * 12, i * 12 + 12) for i, u in enumerate(names)}
+    found = features.Features(values, rows, seconds)
+    task = tasks.Task.read(task_file(tmp_path, head="ctc", metric="cer"))
+    ran = [
+        evaluate.probe_all(task, clips, found, (0, 1, 2), tmp_path / f"{nj}", nj)
+        for nj in (1, 3)
+    ]
+    assert ran[0] == ran[1]
+    assert all(score.test < 5 for score in ran[0])
+    assert [score.seed for score in ran[0]] == [0, 1, 2]
+    found.seconds.update(dict.fromkeys(names, longest))
+    with pytest.raises(tasks.TaskError, match="no training clip of 20 s or less"):
+        heads.run_probe(task, clips, found, 0)
+
+
 def test_character_errors() -> None:
     paths = [[0, 1, 1, 0, 1, 2], [0, 0], [3]]
     texts = [[1, 1, 2], [2], [3]]

@@ -97,12 +97,16 @@ def markdown(
     Args:
         tasks: columns.
         results: of all rows.
-        levels: scores that are shown of the first row.
+        levels: scores that are shown of the first row; behind those of fewer seeds
+            stands their number.
     """
     base = next(iter(results))
     titles = [f"{t.title}, {METRIC[t.metric]}" for t in tasks]
-    cells = [spread(levels[t.name]) for t in tasks]
     seeds = max(len(levels[t.name]) for t in tasks)
+    cells = []
+    for scores in (levels[t.name] for t in tasks):
+        fewer = "" if len(scores) == seeds else f" ({len(scores)})"
+        cells.append(spread(scores) + fewer)
     lines = [
         f"| | seeds | {' | '.join(titles)} |",
         "|---|--:|" + "--:|" * len(tasks),

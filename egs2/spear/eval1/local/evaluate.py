@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -225,6 +226,30 @@ def score(task: Task, clips: Clips, features: Features, seed: int, kept: Path) -
     return result
 
 
+def probe_all(
+    task: Task,
+    clips: Clips,
+    features: Features,
+    seeds: Sequence[int],
+    kept: Path,
+    nj: int,
+) -> list[Score]:
+    """Scores of all seeds, side by side: of ``nj`` threads each probe has one."""
+
+    def one(seed: int) -> Score:
+        torch.set_num_threads(1)
+        file = kept.with_name(f"{kept.name}.{seed}.json")
+        found = score(task, clips, features, seed, file)
+        logging.info("%s: %s", file, found)
+        return found
+
+    try:
+        with ThreadPoolExecutor(max(1, nj)) as pool:
+            return [*pool.map(one, seeds)]
+    finally:
+        torch.set_num_threads(max(1, nj))
+
+
 def evaluate(
     args: argparse.Namespace, tasks: Sequence[Task], folders: Folders, probes: bool
 ) -> None:
@@ -251,12 +276,9 @@ def evaluate(
             )
             if not probes:
                 continue
-            for seed in args.seeds:
-                kept = home / "scores" / f"{task.name}.{system.name}.{seed}.json"
-                one = score(task, clips, found, seed, kept)
-                logging.info("%s, %s: %s", task.name, system.name, one)
-                by_task = results.setdefault(system.title, {})
-                by_task.setdefault(task.name, []).append(one)
+            kept = home / "scores" / f"{task.name}.{system.name}"
+            scores = probe_all(task, clips, found, args.seeds, kept, args.nj)
+            results.setdefault(system.title, {})[task.name] = scores
     if probes:
         write(tasks, divided, results, args, folders.exp)
 

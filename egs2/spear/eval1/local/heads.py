@@ -8,6 +8,7 @@ classes (`linear`), of characters in every frame (`ctc`), or of a class in every
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from features import Features
 from sklearn.metrics import average_precision_score
-from tasks import PARTS, Clips, Task, spans
+from tasks import PARTS, Clips, Task, TaskError, spans
 from torch import Tensor, nn
 from torchaudio.functional import edit_distance
 
@@ -28,8 +29,10 @@ STEPS = 300  # of L-BFGS; fewer leave what the initial weights were in the score
 # (evidence's asymmetric, seed 0): a rate of 0.004 learned too little, 0.05 and 0.1 no
 # more.
 EPOCHS, EVERY, BATCH, LEARNING_RATE = 60, 3, 8, 2e-2
+LONGEST = 20.0  # s, of training clips of the head ctc, whose time grows with the square
 FRAMES = 50  # a second, at which the head frames asks
 DRAWS = 200  # of test clips, for the error of a score
+SEEDING = threading.Lock()  # torch has one global generator for all threads
 FEWEST = 10  # groups of test clips, which tell the error of a score
 
 
@@ -87,7 +90,7 @@ class Probe(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.layer = nn.Parameter(torch.zeros(len(mean)))
-        with torch.random.fork_rng():
+        with SEEDING, torch.random.fork_rng():
             torch.manual_seed(seed)
             self.linear = nn.Linear(mean.size(1), classes)
 
@@ -184,6 +187,7 @@ def measure(metric: str, scores: Tensor, y: Tensor) -> float:
 def _by_epochs(
     probe: Probe,
     clips: Clips,
+    train: Sequence[str],
     seed: int,
     loss_of: Callable[[Sequence[str]], Tensor],
     errors_of: Callable[[Sequence[str]], np.ndarray],
@@ -193,11 +197,11 @@ def _by_epochs(
     Args:
         probe: what is trained.
         clips: of the task.
+        train: those that it learns from.
         seed: of the order of batches.
         loss_of: utterances -> loss.
         errors_of: utterances -> (2, utterances): errors, and of how many.
     """
-    train = clips.utts["train"]
     optimizer = torch.optim.Adam(probe.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(seed)
     best: Score | None = None
@@ -235,8 +239,11 @@ def _ctc(task: Task, clips: Clips, features: Features, seed: int) -> Score:
     """Characters, by connectionist temporal classification."""
     index = {char: i + 1 for i, char in enumerate(clips.classes)}  # 0: blank
     texts = {utt: [index[c] for c in clips.labels[utt]] for utt in clips.all}
-    train = torch.cat([_all_frames(features, utt) for utt in clips.utts["train"]])
-    probe = Probe(*_statistics(train), len(index) + 1, seed)
+    train = [u for u in clips.utts["train"] if features.seconds[u] <= LONGEST]
+    if not train:
+        raise TaskError(f"{task.name}: no training clip of {LONGEST:g} s or less")
+    frames = torch.cat([_all_frames(features, utt) for utt in train])
+    probe = Probe(*_statistics(frames), len(index) + 1, seed)
 
     def loss_of(utts: Sequence[str]) -> Tensor:
         parts = [_all_frames(features, utt) for utt in utts]
@@ -254,7 +261,7 @@ def _ctc(task: Task, clips: Clips, features: Features, seed: int) -> Score:
         paths = [probe(_all_frames(features, u)).argmax(-1).tolist() for u in utts]
         return character_errors(paths, [texts[u] for u in utts])
 
-    return _by_epochs(probe, clips, seed, loss_of, errors_of)
+    return _by_epochs(probe, clips, train, seed, loss_of, errors_of)
 
 
 def character_errors(
@@ -294,10 +301,12 @@ def _frames(task: Task, clips: Clips, features: Features, seed: int) -> Score:
         wrong = (probe(frames(utts)).argmax(1) != right(utts)).split(counts)
         return np.array([[int(w.sum()) for w in wrong], counts])
 
-    probe = Probe(*_statistics(frames(clips.utts["train"])), len(index), seed)
+    train = clips.utts["train"]
+    probe = Probe(*_statistics(frames(train)), len(index), seed)
     return _by_epochs(
         probe,
         clips,
+        train,
         seed,
         lambda utts: F.cross_entropy(probe(frames(utts)), right(utts)),
         errors_of,

@@ -6,7 +6,7 @@ import csv
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from heads import Score
@@ -180,11 +180,15 @@ class ScoreTable:
             path.rename(aside)
             logging.warning("%s: left out, is now %s (%s)", path, aside, error)
 
-    def present(self) -> ScoreTable:
-        """Those of the present probe alone."""
+    def present(self, tasks: Collection[str]) -> ScoreTable:
+        """All but scores of these tasks by another probe than the present one."""
         found = ScoreTable("", self.conditions, self.probe)
         rows = self._rows.items()
-        found._rows = {key: row for key, row in rows if row["probe"] == self.probe}
+        found._rows = {
+            key: row
+            for key, row in rows
+            if row["probe"] == self.probe or row["task"] not in tasks
+        }
         return found
 
     def write(self, path: Path) -> None:
