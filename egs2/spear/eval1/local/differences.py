@@ -105,7 +105,7 @@ def markdown(
     seeds = max(len(levels[t.name]) for t in tasks)
     cells = []
     for scores in (levels[t.name] for t in tasks):
-        fewer = "" if len(scores) == seeds else f" ({len(scores)})"
+        fewer = f" ({len(scores)})" if 0 < len(scores) < seeds else ""
         cells.append(spread(scores) + fewer)
     lines = [
         f"| | seeds | {' | '.join(titles)} |",
