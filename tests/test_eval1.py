@@ -460,7 +460,7 @@ def test_frames_of_any_rate_answer_every_20_ms(
 
 @pytest.mark.parametrize("longest", [30.0, 20.1])
 def test_texts_are_learnt_from_clips_of_up_to_20_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: float
+    tmp_path: Path, longest: float
 ) -> None:
     """And the scores do not depend on how many probes run side by side."""
     rng = np.random.default_rng(0)
