@@ -582,6 +582,15 @@ def test_a_task_of_ones_own(
         evaluate.main(options)
     assert "features of" not in caplog.text
     assert json.loads((clips / "exp/t/RESULTS.json").read_text()) == results
+    # Another student of the same configuration shares all but its own features.
+    options += ["--student", str(write_student(clips / "other", seed=6)), "--tag", "o"]
+    with caplog.at_level("INFO"):
+        evaluate.main(options)
+    made = [line for line in caplog.messages if "features of" in line]
+    assert len(made) == 4 and all("/exp/o/features/student/" in line for line in made)
+    again = json.loads((clips / "exp/o/RESULTS.json").read_text())
+    for shared in ("log-mel", "student, random weights"):
+        assert again[shared] == results[shared]
 
 
 def test_recipe_lists_what_it_would_do(tmp_path: Path) -> None:

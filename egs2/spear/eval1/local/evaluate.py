@@ -258,9 +258,8 @@ def evaluate(
     results: dict[str, dict[str, list[Score]]] = {}
     for build in systems(args):
         system = build()
-        # What does not depend on the student is shared by all students.
-        own = system.name.startswith(("student", "random"))
-        home = folders.exp if own else folders.exp.parent
+        # What does not depend on the student's weights is shared by all students.
+        home = folders.exp if system.name == "student" else folders.exp.parent
         cache = home / "features" / system.name
         for task in tasks:
             clips, wavs = divided[task.name]

@@ -53,11 +53,13 @@ def student(path: str, device: str, random_seed: int | None = None) -> System:
     """All layers of a student at 50 Hz, or of its network with random weights."""
     model = load_model(path)
     name, title = "student", "student"
+    digest = hashlib.sha256(repr(model.config).encode())
     if random_seed is not None:
         torch.manual_seed(random_seed)
         model = SpearEncoder(model.config).eval()
-        name, title = f"random{random_seed}", "student, random weights"
-    digest = hashlib.sha256(repr(model.config).encode())
+        # Students of one configuration share it.
+        name = f"random{random_seed}_{digest.hexdigest()[:8]}"
+        title = "student, random weights"
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     model = model.eval().to(device)
