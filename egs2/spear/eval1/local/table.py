@@ -161,5 +161,5 @@ def draw(tasks: Sequence[Task], results: Results, path: Path) -> None:
         [k + 0.4 - width / 2 for k in range(len(tasks))], labels, fontsize=7
     )
     axes.set_ylim(0, 100)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside upper left", ncols=len(results))
     figure.savefig(path, dpi=100)
