@@ -591,6 +591,10 @@ def test_a_task_of_ones_own(
     again = json.loads((clips / "exp/o/RESULTS.json").read_text())
     for shared in ("log-mel", "student, random weights"):
         assert again[shared] == results[shared]
+    # What all share alone, under a name of its own.
+    evaluate.main([*options, "--systems", "logmel random", "--tag", "shared"])
+    shared = json.loads((clips / "exp/shared/RESULTS.json").read_text())
+    assert shared == {name: results[name] for name in shared} and len(shared) == 2
 
 
 def test_recipe_lists_what_it_would_do(tmp_path: Path) -> None:

@@ -305,6 +305,7 @@ def write(
         table(tasks, results),
         "\n".join(lines) + "\n",
     ]
+    exp.mkdir(parents=True, exist_ok=True)  # no features of its own without a student
     (exp / "RESULTS.md").write_text("\n\n".join(text), encoding="utf-8")
     content = {
         system: {name: [asdict(s) for s in scores] for name, scores in by_task.items()}
